@@ -1,0 +1,66 @@
+# `make train` and `make test` set up everything they need in .venv; the second call finds it done.
+#   PYTHON=...  the interpreter to build .venv with, 3.11 or newer
+#   PARITY=0    leaves out torch and transformers, and with them the tests that compare our numbers with theirs
+#               (torch as PyPI has it brings 2.5 GB of CUDA on Linux; pip takes a CPU wheel where it is told of one)
+
+PYTHON ?= python3
+PARITY ?= 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The lock constrains rather than requires: each set-up takes the part of it that it needs.
+INSTALL := $(PIP) install -qq --progress-bar off --constraint requirements.lock
+PINS := setup.py requirements.lock
+TEST_EXTRAS := $(if $(filter 0,$(PARITY)),test,test,parity)
+BASE_DONE := $(VENV)/.installed
+TEST_DONE := $(VENV)/.installed-$(if $(filter 0,$(PARITY)),test,test-parity)
+
+.PHONY: train test test-slow lint lock clean
+
+train: $(BASE_DONE)
+	$(BIN)/python tools/prepare_data.py --config=experiments/data/smoke.py --out=data/smoke
+	$(BIN)/python -m k2jax.train --config=experiments/smoke.py --workdir=runs/smoke
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(TEST_DONE)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(TEST_DONE)
+	$(BIN)/python -m ruff check .
+
+# Takes the newest versions that setup.py allows. torch's CUDA packages are left out: torch pins them itself, and a
+# CPU wheel of torch needs none of them.
+LOCK := uv pip compile --universal --python-version 3.11 --extra test --extra parity --no-emit-index-url \
+	--no-header --annotation-style line --quiet
+lock: $(BIN)/pip
+	$(PIP) install --quiet "uv>=0.9,<1"
+	rm -f $(VENV)/resolved
+	$(BIN)/$(LOCK) --output-file $(VENV)/resolved setup.py
+	{ echo '# Exact versions for Python 3.11 and newer, used as constraints by the Makefile. `make lock` makes it:'; \
+	  echo '# $(LOCK) setup.py'; \
+	  echo '# less the CUDA packages of torch.'; \
+	  grep -vE '^(nvidia-|cuda-|triton)' $(VENV)/resolved; } > requirements.lock
+
+# data/ and runs/ are yours and stay.
+clean:
+	rm -rf $(VENV) build dist k2jax.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
+	find k2jax experiments tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BASE_DONE): $(PINS) | $(BIN)/pip
+	@echo "installing k2jax into $(VENV)"
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(TEST_DONE): $(PINS) $(BASE_DONE)
+	@echo "installing what the tests need into $(VENV)"
+	@$(INSTALL) --no-build-isolation --editable ".[$(TEST_EXTRAS)]"
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { \
+	  echo "error: $(PYTHON) is not Python 3.11 or newer: name one that is, as in make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)

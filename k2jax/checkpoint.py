@@ -1,0 +1,286 @@
+"""Checkpoints: Orbax, asynchronous, verified by our own digests, with lineage.
+
+One Orbax step has three parts that are committed together: `state` (plain named arrays), `data` (the one integer that
+the loader needs, and the digest of its order), `meta` (what the arrays are, a digest of each, where they came from).
+Orbax restores flipped bits in silence and lists half-deleted steps, so a step is good only when its digests say so.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from k2jax import digest
+from k2jax.errors import ConfigError, RunError, StorageError
+from k2jax.model import LAYOUT_VERSION
+from k2jax.optimizer import TrainState
+
+FORMAT = 1  # of the three parts; LAYOUT_VERSION is of the arrays' names and shapes
+
+
+class _LateJson(ocp.JsonCheckpointHandler):
+    """Writes the JSON that a function returns, called in the background: the digests need not be ready at the save."""
+
+    async def _save_fn(self, item: Callable[[], dict], directory: epath.Path) -> None:
+        values = item()
+        if jax.process_index() == 0:
+            (directory / "meta.json").write_text(json.dumps(values, indent=1))
+
+    def restore(self, directory: epath.Path, item: None = None, args: None = None) -> dict:
+        return json.loads((directory / "meta.json").read_text())
+
+
+@ocp.args.register_with_handler(_LateJson, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _LateJsonArgs(ocp.args.CheckpointArgs):
+    item: Callable[[], dict] | None = None
+
+
+def flat(state: TrainState) -> dict[str, jax.Array]:
+    """The layout on disk: {"params/embed_VD": ..., "mu/...": ..., "step": ...}."""
+    arrays: dict[str, jax.Array] = {}
+    for field, value in state._asdict().items():
+        arrays.update(
+            {f"{field}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {field: value}
+        )
+    return arrays
+
+
+def unflat(arrays: dict[str, jax.Array]) -> TrainState:
+    fields: dict[str, Any] = {}
+    for name, value in arrays.items():
+        field, _, key = name.partition("/")
+        if key:
+            fields.setdefault(field, {})[key] = value
+        else:
+            fields[field] = value
+    return TrainState(**fields)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. `keep_steps` are kept for ever, of the others only the newest few."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        keep_steps: list[int] | None = None,
+        keep_between: int = 2,
+        log: Callable[[str], None] = print,
+    ):
+        self.directory, self.abandoned, self.log = workdir / "checkpoints", workdir / "abandoned", log
+        read_only = keep_steps is None
+        if not read_only:
+            self._clean()
+        policy = keep.AnyPreservationPolicy(
+            [keep.CustomSteps(keep_steps or ()), keep.LatestN(keep_between + 1)]
+        )
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=1,
+            create=not read_only,
+            read_only=read_only,
+            preservation_policy=policy,
+            cleanup_tmp_directories=not read_only,
+            todelete_subdir=None if read_only else "trash",
+            enable_async_checkpointing=True,
+        )
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(),
+            "meta": _LateJson(),
+            "data": ocp.JsonCheckpointHandler(),
+        }
+        self.manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers
+        )
+        self._saving: int | None = None
+        self.last_meta: dict | None = None  # of the newest checkpoint that is known to be good
+        self.last_data: dict | None = None  # of the checkpoint that was restored
+
+    def _clean(self) -> None:
+        """A kill in the middle of a deletion leaves the step in the trash folder; nothing else empties it."""
+        if jax.process_index() == 0 and (self.directory / "trash").exists():
+            shutil.rmtree(self.directory / "trash")
+
+    # ---- save --------------------------------------------------------------------------------------------------
+
+    def save(self, state: TrainState, step: int, *, data: dict, meta: dict) -> None:
+        """Starts saving; returns when the arrays are copied and training may go on. Waits for an earlier save.
+
+        Raises StorageError when this or an earlier save fails.
+        """
+        self.wait()
+        arrays = flat(state)
+        mesh = jax.tree.leaves(arrays)[0].sharding.mesh
+        replicated = NamedSharding(mesh, PartitionSpec())
+        digests = jax.jit(digest.tree_digests, out_shardings=replicated)(arrays)
+        parent = {key: self.last_meta[key] for key in ("step", "digest")} if self.last_meta else None
+        described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
+
+        def finish_meta() -> dict:
+            values = {name: int(value) for name, value in digests.items()}
+            self._saved_meta = {
+                "format": FORMAT,
+                "layout": LAYOUT_VERSION,
+                "step": step,
+                "parent": parent,
+                **meta,
+                "arrays": described,
+                "digests": values,
+                "digest": digest.combine(values),
+            }
+            return self._saved_meta
+
+        parts = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays),
+            data=ocp.args.JsonSave(data),
+            meta=_LateJsonArgs(finish_meta),
+        )
+        try:
+            saved = self.manager.save(step, args=parts)
+        except Exception as error:
+            raise _cannot_save(step, self.directory, error) from error
+        if not saved:
+            raise StorageError(
+                f"checkpoint {step}: Orbax refused to save it: {self.directory} already holds "
+                f"step {self.manager.latest_step()}; move later steps to {self.abandoned}"
+            )
+        self._saving = step
+
+    def poll(self) -> dict | None:
+        """The meta of a save that has become complete since the last call, else None. Never waits for one."""
+        return self.wait() if self._saving is not None and not self.manager.is_saving_in_progress() else None
+
+    def wait(self) -> dict | None:
+        """Waits for the running save; its meta, or None without one. Raises StorageError when it failed."""
+        if self._saving is None:
+            return None
+        step, self._saving = self._saving, None
+        try:
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+        except Exception as error:
+            raise _cannot_save(step, self.directory, error) from error
+        self.last_meta = self._saved_meta
+        self.log(f"saved {step}")
+        return self.last_meta
+
+    # ---- restore -----------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps on disk, newest first; complete by Orbax's account, not yet verified."""
+        self.manager.reload()
+        return sorted(self.manager.all_steps(), reverse=True)
+
+    def meta(self, step: int) -> dict:
+        """What the checkpoint of a step says of itself."""
+        return self.manager.restore(step, args=ocp.args.Composite(meta=_LateJsonArgs()))["meta"]
+
+    def restore(self, step: int, shardings: TrainState, shapes: TrainState) -> TrainState:
+        """State of one step on the mesh of `shardings`, every array checked against its digest.
+
+        Raises ConfigError when the arrays are not those of this model, StorageError when they are damaged.
+        """
+        try:
+            meta = self.meta(step)
+            wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(shapes).items()}
+            _check_layout(step, meta, wanted)
+            restore_args = {
+                name: ocp.ArrayRestoreArgs(sharding=s, global_shape=tuple(wanted[name][0]))
+                for name, s in flat(shardings).items()
+            }
+            target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat(shapes).items()}
+            args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+            parts = ocp.args.Composite(state=args, data=ocp.args.JsonRestore())
+            restored = self.manager.restore(step, args=parts)
+            arrays, data = restored["state"], restored["data"]
+        except RunError:
+            raise
+        except (
+            Exception
+        ) as error:  # Orbax and TensorStore raise ValueError, KeyError, JSONDecodeError, ... for damage
+            raise StorageError(f"checkpoint {step}: cannot be read: {_one_line(error)}") from error
+        found = jax.device_get(jax.jit(digest.tree_digests)(arrays))
+        wrong = [name for name, value in found.items() if int(value) != meta["digests"].get(name)]
+        if wrong:
+            raise StorageError(
+                f"checkpoint {step}: damaged array(s) {', '.join(wrong[:5])}: digest "
+                f"{int(found[wrong[0]]):08x}, recorded {meta['digests'][wrong[0]]:08x}"
+            )
+        self.last_meta, self.last_data = meta, data
+        return unflat(arrays)
+
+    def restore_newest(self, shardings: TrainState, shapes: TrainState) -> TrainState | None:
+        """The newest good checkpoint; None when there is none at all. Newer bad ones are named and moved away.
+
+        Raises StorageError when steps exist and none is good: a run never starts from scratch in silence.
+        """
+        refused: list[str] = []
+        listed = self.steps()
+        for step in listed:
+            try:
+                state = self.restore(step, shardings, shapes)
+            except StorageError as error:
+                self.log(f"refused: {error}")
+                refused.append(str(error))
+                continue
+            for bad in [s for s in listed if s > step]:
+                self.abandon(bad)
+            return state
+        if refused:
+            raise StorageError(
+                f"none of {len(refused)} checkpoint(s) in {self.directory} can be used: "
+                + "; ".join(refused)
+                + "; restore one from a copy, or start in a new workdir"
+            )
+        return None
+
+    def abandon(self, step: int) -> None:
+        """Moves a step out of the way (Orbax saves no step at or below the newest on disk), keeping it."""
+        if jax.process_index() == 0:
+            target = self.abandoned / f"{step}-{time.strftime('%Y%m%dT%H%M%S')}"
+            self.abandoned.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+            self.log(f"moved checkpoint {step} to {target}")
+        self.manager.reload()
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def _check_layout(step: int, meta: dict, wanted: dict[str, list]) -> None:
+    for key, known in (("format", FORMAT), ("layout", LAYOUT_VERSION)):
+        if meta.get(key) != known:
+            raise ConfigError(
+                f"checkpoint {step}: {key} {meta.get(key)!r}, this k2jax reads {key} {known}: "
+                f"use the version that wrote it ({meta.get('versions', {}).get('k2jax', 'unknown')})"
+            )
+    for name in sorted(wanted.keys() | meta["arrays"].keys()):
+        if wanted.get(name) != meta["arrays"].get(name):
+            raise ConfigError(
+                f"checkpoint {step}: array {name} is {meta['arrays'].get(name, 'absent')}, "
+                f"the configuration needs {wanted.get(name, 'none of that name')}"
+            )
+
+
+def _cannot_save(step: int, directory: Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"checkpoint {step} could not be saved under {directory}: {_one_line(error)}; "
+        f"the run stops, earlier checkpoints are untouched"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """Storage errors come with many lines of source locations: the first says what happened."""
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        if str(error).strip()
+        else repr(error)
+    )

@@ -1,0 +1,373 @@
+"""The configuration: every key with its unit and meaning, how a file and a command line change it, and its checks.
+
+`base()` is the whole list of keys. An experiment file starts from it and overrides; the result is locked, so a key
+that is not listed here is an error wherever it is written. `validate()` reports everything that is wrong at once,
+before any device is touched; after it no other code checks configuration.
+"""
+
+import ast
+import difflib
+import hashlib
+import json
+import runpy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from k2jax.errors import ConfigError
+
+# Keys that a resumed run may change freely: they change where and how fast it runs, never what it computes
+# (beyond the order of floating-point sums). Everything else is drift: see `drift()`.
+FREE_KEYS = (
+    "mesh",
+    "log",
+    "checkpoint",
+    "eval",
+    "allow_drift",
+    "data.root",
+    "data.tokenizer",
+    "data.verify",
+    "data.threads",
+    "data.workers",
+    "data.prefetch",
+    "model.remat",
+    "stages.*.microbatches",
+)
+
+
+# fmt: off
+def base() -> ConfigDict:
+    """Every key with its default. Experiment files only override these."""
+    c = ConfigDict()
+    c.name = "base"                       # of the experiment, for logs
+    c.seed = 22238                        # of the parameters and of the data order (K2's own)
+    c.allow_drift = ()                    # keys that may differ from the run in the workdir, e.g. ("stages",)
+
+    c.model = ConfigDict()
+    c.model.vocab_size = 32032            # V: rows of the embedding and of the head
+    c.model.dim = 8192                    # D: width of the residual stream
+    c.model.num_layers = 80               # L
+    c.model.num_heads = 64                # N: query heads
+    c.model.num_kv_heads = 64             # K: key and value heads; fewer than N is grouped-query attention
+    c.model.head_dim = 128                # H
+    c.model.ffn_dim = 22016               # F: hidden width of the SwiGLU
+    c.model.norm_eps = 1e-5               # of RMSNorm
+    c.model.init_std = 0.02               # of every matrix; residual outputs are scaled down (model.py, INIT)
+    c.model.tie_embeddings = False        # True: the head is the embedding transposed
+    c.model.mask_documents = False        # True: attention and loss stop at document ends (K2: packed, unmasked)
+    c.model.remat = "none"                # what backward keeps: "none" all, "dots" matrix products, "full" layer inputs
+    c.model.rope_scaling = ConfigDict()   # LLaMA-3 style; factor 1.0 is off
+    c.model.rope_scaling.factor = 1.0     # by how much low frequencies are slowed
+    c.model.rope_scaling.low_freq_factor = 1.0 # wavelengths above original_context / this are scaled in full
+    c.model.rope_scaling.high_freq_factor = 4.0 # wavelengths below original_context / this are left alone
+    c.model.rope_scaling.original_context = 8192 # tokens: the length that the model was trained at before
+
+    c.precision = ConfigDict()
+    c.precision.compute = "auto"          # of matrix products: "bfloat16", "float32"; "auto": float32 on CPU only
+    c.precision.logits = "float32"        # of the head's products' result and the loss
+
+    c.stages = ()                         # the run, a row a stage: see `stage()`
+
+    c.optimizer = ConfigDict()            # AdamW; fp32 master parameters and moments
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms
+    c.optimizer.clip_norm = 1.0           # global gradient norm
+    c.optimizer.max_skips_in_a_row = 3    # non-finite steps that stop the run (exit code 65)
+
+    c.mesh = ConfigDict()                 # product = number of devices; -1 (one axis only) takes what is left
+    c.mesh.replica = 1                    # data parallel across slices (DCN); parameters are copied
+    c.mesh.fsdp = -1                      # data parallel with sharded parameters
+    c.mesh.tensor = 1                     # heads, ffn and vocabulary split
+
+    c.data = ConfigDict()
+    c.data.root = "data/k2"               # folder or gs:// s3:// URL: a store for each subset, by name
+    c.data.tokenizer = "data/k2/tokenizer.json" # its SHA-256 must be the stores'
+    c.data.label_shift = "next"           # "next": windows of T+1 tokens; "inside": K2's own, one target a row lost
+    c.data.verify = "sizes"               # at start: "sizes" of the stores' files, or "sha256" of their bytes
+    c.data.threads = 2                    # that read ahead in each process
+    c.data.workers = 0                    # worker processes that read ahead; never change what is read
+    c.data.prefetch = 4                   # batches read ahead
+
+    c.checkpoint = ConfigDict()           # one a chunk always, kept for ever
+    c.checkpoint.every_steps = 0          # more of them, every so many steps; 0: none
+    c.checkpoint.keep_between = 2         # how many of those are kept
+
+    c.eval = ConfigDict()                 # on held-out windows, after the last step
+    c.eval.windows = 64                   # windows per subset at most
+    c.eval.prompts = ()                   # texts to go on from, printed at the end
+    c.eval.new_tokens = 48                # sampled after each prompt
+
+    c.log = ConfigDict()
+    c.log.tensorboard = True              # event files in workdir/tensorboard
+    c.log.wandb_project = ""              # Weights & Biases project; "" is off. The key is read from the environment
+    c.log.every_steps = 10                # steps between printed lines
+    return c.lock()
+# fmt: on
+
+
+# fmt: off
+def stage(**overrides: Any) -> ConfigDict:
+    """One row of the stage table; every key with its default."""
+    s = ConfigDict()
+    s.name = "stage1"
+    s.sequence_length = 2048              # T: tokens a row
+    s.rows_per_step = 2040                # global batch, rows
+    s.microbatches = 1                    # gradient accumulation: the batch is cut into this many
+    s.steps_per_chunk = 941               # one chunk of data = one checkpoint = this many steps
+    s.chunks = 360                        # in the stage
+    s.rope_base = 10000.0
+    s.lr_peak = 1.5e-4
+    s.lr_final = 1.5e-5                   # reached at the stage's last step, along a cosine
+    s.warmup_steps = 2000                 # linear from `lr_start`
+    s.lr_start = 0.0
+    s.mix = ConfigDict()                  # {subset: repeats}: weight of each of its windows; epochs result
+    s.lock()
+    for key, value in overrides.items():
+        if key not in s:
+            raise ConfigError(f"stage(): unknown key {key!r}{_closest(key, s.keys())}")
+        if key == "mix":
+            s.mix = ConfigDict({name: float(repeats) for name, repeats in value.items()})
+        else:
+            s[key] = value
+    return s.lock()
+# fmt: on
+
+
+def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The experiment file's `get_config()` with `--config.KEY=VALUE` overrides applied, checked and locked.
+
+    An experiment file is code: loading one runs it.
+    """
+    if not Path(path).is_file():
+        near = sorted(p.name for p in Path(path).parent.glob("*.py")) if Path(path).parent.is_dir() else []
+        hint = f"; that folder has {', '.join(near)}" if near else ""
+        raise ConfigError(f"--config={path}: no such experiment file{hint}")
+    try:
+        names = runpy.run_path(path)
+        if "get_config" not in names:
+            raise ConfigError(f"--config={path} does not define get_config(); see experiments/smoke.py")
+        config = names["get_config"]()
+    except (AttributeError, KeyError, TypeError, SyntaxError) as error:
+        first_line = str(error.args[0] if error.args else error).strip().splitlines()[0]
+        raise ConfigError(
+            f"--config={path}: {type(error).__name__}: {first_line}{_guess(first_line)}"
+        ) from error
+    for text in overrides:
+        _override(config, text)
+    validate(config)
+    return config.lock()
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Plain JSON types, tuples as lists: what `config.json` holds."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, ConfigDict):
+            return {key: plain(value[key]) for key in sorted(value)}
+        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(config)
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """The inverse of `to_dict`, for readers of a run directory: data only, no code is run."""
+    config = base()
+
+    def fill(target: ConfigDict, source: dict[str, Any], prefix: str) -> None:
+        for key, value in source.items():
+            if key not in target:
+                raise ConfigError(
+                    f"config.json: unknown key {prefix}{key}: written by another version of k2jax"
+                )
+            if isinstance(target[key], ConfigDict) and prefix + key != "mix":
+                fill(target[key], value, f"{prefix}{key}.")
+            elif key != "stages":
+                target[key] = tuple(value) if isinstance(value, list) else value
+
+    fill(config, values, "")
+    config.stages = tuple(stage(**row) for row in values["stages"])
+    return config.lock()
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.dim": 8192, "stages.0.name": ...} from nested dictionaries and lists of them."""
+    if isinstance(values, (dict, ConfigDict)):
+        items = [(str(key), values[key]) for key in values]
+    elif isinstance(values, (list, tuple)) and values and isinstance(values[0], (dict, ConfigDict)):
+        items = [(str(i), value) for i, value in enumerate(values)]
+    else:
+        return {prefix: list(values) if isinstance(values, tuple) else values}
+    return {
+        k: v for key, value in items for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def digest(config: ConfigDict) -> str:
+    """SHA-256 of what the run computes: the free keys do not enter."""
+    fixed = {key: value for key, value in flatten(to_dict(config)).items() if not _matches(key, FREE_KEYS)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def drift(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys that differ between two `to_dict` configurations and are not free: {key: (old, new)}."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    return {
+        key: (old_flat.get(key), new_flat.get(key))
+        for key in sorted(old_flat.keys() | new_flat.keys())
+        if old_flat.get(key) != new_flat.get(key) and not _matches(key, FREE_KEYS)
+    }
+
+
+def drift_not_allowed(differences: dict[str, tuple[Any, Any]], allowed: Iterable[str]) -> list[str]:
+    """The keys of `drift()` that no entry of `allow_drift` names (an entry names a key or all keys below it)."""
+    return [key for key in differences if not _matches(key, tuple(allowed))]
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises ConfigError listing every problem: the key, the value found, what to do."""
+    m, problems = config.model, []
+
+    def need(ok: bool, key: str, value: Any, what: str) -> None:
+        if not ok:
+            problems.append(f"{key}={value!r}: {what}")
+
+    for key in ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):
+        need(m[key] > 0, f"model.{key}", m[key], "must be positive")
+    need(
+        m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads == 0,
+        "model.num_kv_heads",
+        m.num_kv_heads,
+        f"must divide model.num_heads={m.num_heads}",
+    )
+    need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE turns pairs")
+    need(m.remat in ("none", "dots", "full"), "model.remat", m.remat, "must be none, dots or full")
+    for key in ("compute", "logits"):
+        choices = ("bfloat16", "float32") + (("auto",) if key == "compute" else ())
+        need(
+            config.precision[key] in choices,
+            f"precision.{key}",
+            config.precision[key],
+            f"must be one of {choices}",
+        )
+    need(
+        config.data.label_shift in ("next", "inside"),
+        "data.label_shift",
+        config.data.label_shift,
+        "must be next or inside",
+    )
+    need(
+        config.data.verify in ("sizes", "sha256"),
+        "data.verify",
+        config.data.verify,
+        "must be sizes or sha256",
+    )
+    axes = [config.mesh[axis] for axis in config.mesh]
+    need(
+        all(size == -1 or size > 0 for size in axes) and axes.count(-1) <= 1,
+        "mesh",
+        dict(config.mesh),
+        "axis sizes must be positive, at most one may be -1",
+    )
+    need(len(config.stages) > 0, "stages", (), "the experiment needs at least one row; see config.stage()")
+    names = [row.name for row in config.stages]
+    need(len(set(names)) == len(names), "stages", names, "each stage needs a name of its own")
+    for i, row in enumerate(config.stages):
+        _validate_stage(need, f"stages.{i}.", row)
+    if problems:
+        raise ConfigError(f"{len(problems)} problem(s) in the configuration: " + "; ".join(problems))
+
+
+def _validate_stage(need: Any, prefix: str, row: ConfigDict) -> None:
+    for key in ("sequence_length", "rows_per_step", "microbatches", "steps_per_chunk", "chunks", "rope_base"):
+        need(row[key] > 0, prefix + key, row[key], "must be positive")
+    need(
+        row.microbatches > 0 and row.rows_per_step % row.microbatches == 0,
+        prefix + "microbatches",
+        row.microbatches,
+        f"must divide rows_per_step={row.rows_per_step}",
+    )
+    need(
+        0 <= row.lr_final <= row.lr_peak,
+        prefix + "lr_final",
+        row.lr_final,
+        f"must lie in [0, lr_peak={row.lr_peak}]",
+    )
+    need(
+        0 <= row.warmup_steps <= row.steps_per_chunk * row.chunks,
+        prefix + "warmup_steps",
+        row.warmup_steps,
+        f"must lie within the stage's {row.steps_per_chunk * row.chunks} steps",
+    )
+    need(len(row.mix) > 0, prefix + "mix", {}, "names no subset: set {subset: repeats}")
+    for name, repeats in row.mix.items():
+        need(
+            repeats > 0,
+            f"{prefix}mix.{name}",
+            repeats,
+            "repeats must be positive; leave the subset out for none",
+        )
+
+
+def _override(config: ConfigDict, text: str) -> None:
+    """Applies one `KEY=VALUE` (without the leading `--config.`)."""
+    key, found, value = text.partition("=")
+    known = flatten(to_dict(config))
+    if not found:
+        raise ConfigError(f"--config.{text}: write --config.{key}=VALUE")
+    if key not in known:
+        raise ConfigError(f"--config.{key}: unknown key{_closest(key, known)}")
+    *parents, last = key.split(".")
+    target: Any = config
+    for part in parents:
+        target = target[int(part)] if isinstance(target, tuple) else target[part]
+    target[last] = _parse(key, value, target[last])
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    """`text` as the type of the value that it replaces."""
+    if isinstance(old, str):
+        return text
+    try:
+        value = {"true": True, "false": False}.get(text.lower(), None)
+        value = ast.literal_eval(text) if value is None else value
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, tuple) and not isinstance(value, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(old):
+        raise ConfigError(f"--config.{key}={text}: expected {type(old).__name__}, such as {old!r}")
+    return value
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    def match(pattern: str) -> bool:
+        parts, wanted = key.split("."), pattern.split(".")
+        return len(parts) >= len(wanted) and all(w in ("*", p) for p, w in zip(parts, wanted, strict=False))
+
+    return any(match(pattern) for pattern in patterns)
+
+
+def _closest(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _guess(message: str) -> str:
+    """For an error out of an experiment file: the known key nearest to the first name that it quotes."""
+    quoted = (
+        message.split("'")[1]
+        if message.count("'") >= 2
+        else message.split('"')[1]
+        if message.count('"') >= 2
+        else ""
+    )
+    if not quoted or "mean" in message:
+        return ""
+    names = {part for key in flatten(to_dict(base())) for part in key.split(".")}
+    return _closest(quoted, names)

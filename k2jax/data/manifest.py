@@ -1,0 +1,204 @@
+"""The manifest: which stores, which stages and which shares make up the data of a run.
+
+The manifest fixes the data order together with the journal (order.py). Its digest is the data's identity.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from k2jax.errors import ConfigError, StorageError
+
+FORMAT = 1
+LABEL_SHIFTS = ("next", "inside")
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """What the manifest must know of a store; `num_train_tokens` and above are held out for validation."""
+
+    path: str
+    root_digest: str  # SHA-256, hex: the identity of the store's content
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    num_tokens: int
+    num_train_tokens: int
+    num_documents: int
+
+
+def canonical_json(x: Any) -> bytes:
+    """The one JSON text (UTF-8) of `x` that digests are taken of: sorted keys, no spaces."""
+    return json.dumps(x, sort_keys=True, separators=(",", ":")).encode()
+
+
+def sha256_json(x: Any) -> str:
+    """SHA-256 of `canonical_json(x)` as hex."""
+    return hashlib.sha256(canonical_json(x)).hexdigest()
+
+
+def num_windows(num_tokens: int, sequence_length: int, label_shift: str) -> int:
+    """How many windows of `sequence_length` (T) lie in `num_tokens` tokens.
+
+    A window holds T + 1 tokens for "next" (the last one is shared with the next window), T for "inside".
+    """
+    last_target = 1 if label_shift == "next" else 0
+    return max(0, num_tokens - last_target) // sequence_length
+
+
+def build_manifest(
+    *, stages: list[dict[str, Any]], stores: dict[str, StoreSummary], seed: int, label_shift: str
+) -> dict[str, Any]:
+    """Makes the manifest of a run.
+
+    Args:
+        stages: dicts with name, sequence_length, rows_per_step, steps_per_chunk, chunks and mix, a dict
+            from store name to repeats. Repeats are weights: a stage's rows are shared out in proportion to
+            windows * repeats, so what results is rows / windows epochs of a subset.
+        stores: every store of the run by name. A store in no mix is read by no stage.
+        seed: of all permutations.
+        label_shift: "next" or "inside", see `num_windows`.
+
+    Raises ConfigError when stores and stages do not fit together.
+    """
+    if label_shift not in LABEL_SHIFTS:
+        raise ConfigError(f"label_shift is {label_shift!r}: expected one of {', '.join(LABEL_SHIFTS)}")
+    first = _one_tokenizer(stores)
+    return {
+        "format": FORMAT,
+        "seed": seed,
+        "tokenizer_sha256": first.tokenizer_sha256,
+        "vocab_size": first.vocab_size,
+        "eos_id": first.eos_id,
+        "label_shift": label_shift,
+        "stores": {
+            name: {
+                "path": store.path,
+                "root_digest": store.root_digest,
+                "num_tokens": store.num_tokens,
+                "num_train_tokens": store.num_train_tokens,
+                "num_documents": store.num_documents,
+            }
+            for name, store in sorted(stores.items())
+        },
+        "stages": [_build_stage(stage, stores, label_shift) for stage in stages],
+    }
+
+
+def _one_tokenizer(stores: dict[str, StoreSummary]) -> StoreSummary:
+    if not stores:
+        raise ConfigError("the run names no stores: expected at least one")
+    first_name, first = min(stores.items())
+    for name, store in sorted(stores.items()):
+        for field in ("tokenizer_sha256", "vocab_size", "eos_id"):
+            found, expected = getattr(store, field), getattr(first, field)
+            if found != expected:
+                raise ConfigError(
+                    f"stores {first_name!r} and {name!r} differ in {field} ({expected} and {found}): "
+                    "build both with the same tokenizer"
+                )
+    return first
+
+
+def _build_stage(stage: dict[str, Any], stores: dict[str, StoreSummary], label_shift: str) -> dict[str, Any]:
+    where = f"stage {stage['name']!r}"
+    length = stage["sequence_length"]
+    windows = {}
+    for name, repeats in sorted(stage["mix"].items()):
+        if name not in stores:
+            known = ", ".join(sorted(stores))
+            raise ConfigError(f"{where}: its mix names store {name!r}, not one of the stores: {known}")
+        if not repeats > 0:
+            raise ConfigError(f"{where}: repeats of {name!r} is {repeats}: expected a number above 0")
+        windows[name] = num_windows(stores[name].num_train_tokens, length, label_shift)
+        if windows[name] == 0:
+            raise ConfigError(
+                f"{where}: store {name!r} has {stores[name].num_train_tokens} training tokens, too few for "
+                f"one window of {length}: take it out of the mix or shorten sequence_length"
+            )
+    if not windows:
+        raise ConfigError(f"{where}: its mix is empty: expected at least one store")
+    total = stage["chunks"] * stage["steps_per_chunk"] * stage["rows_per_step"]
+    # Fraction(str(x)) is the decimal number that was written (0.1), not the float nearest to it.
+    rows = share_out(total, {name: windows[name] * Fraction(str(stage["mix"][name])) for name in windows})
+    fields = ("name", "sequence_length", "rows_per_step", "steps_per_chunk", "chunks")
+    return {
+        **{field: stage[field] for field in fields},
+        "subsets": [
+            {"name": name, "repeats": float(stage["mix"][name]), "windows": windows[name], "rows": rows[name]}
+            for name in windows
+        ],
+    }
+
+
+def share_out(total: int, weights: dict[str, Fraction]) -> dict[str, int]:
+    """Splits `total` in proportion to `weights` by largest remainder, exactly; ties go by name."""
+    exact = {name: total * weight / sum(weights.values()) for name, weight in weights.items()}
+    shares = {name: int(share) for name, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (shares[name] - exact[name], name))
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """The data's identity: SHA-256 (hex) of the manifest without the stores' paths, which may move."""
+    stores = {
+        name: {key: value for key, value in store.items() if key != "path"}
+        for name, store in manifest["stores"].items()
+    }
+    return sha256_json({**manifest, "stores": stores})
+
+
+def save_manifest(manifest: dict[str, Any], path: str | os.PathLike) -> None:
+    """Writes the manifest whole or not at all; StorageError if it cannot."""
+    temporary = f"{os.fspath(path)}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"cannot write the manifest {path}: {error.strerror}") from error
+
+
+def load_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads what `save_manifest` wrote; StorageError if it cannot be read, ConfigError if it is damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+    except OSError as error:
+        raise StorageError(f"cannot read the manifest {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"the manifest {path} is not JSON ({error}): restore it from a copy") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ConfigError(f"the manifest {path} has format {found}: this version of k2jax reads {FORMAT}")
+    return manifest
+
+
+def describe(manifest: dict[str, Any]) -> str:
+    """A short table for start-up: tokens, share, epochs asked for and epochs that result, by subset."""
+    digest = manifest_digest(manifest)
+    lines = [f"data {digest[:12]}, seed {manifest['seed']}, {len(manifest['stores'])} stores"]
+    for stage in manifest["stages"]:
+        length = stage["sequence_length"]
+        steps = stage["chunks"] * stage["steps_per_chunk"]
+        total = steps * stage["rows_per_step"]
+        lines.append(
+            f"stage {stage['name']}: {steps:,} steps in {stage['chunks']} chunks, {total * length:,} tokens, "
+            f"{stage['rows_per_step']:,} rows of {length:,} a step"
+        )
+        lines.append(f"  {'subset':<28}{'tokens':>20}{'share':>9}{'asked':>8}{'epochs':>8}")
+        for subset in stage["subsets"]:
+            rows = subset["rows"]
+            lines.append(
+                f"  {subset['name']:<28}{rows * length:>20,}{100 * rows / total:>8.2f}%"
+                f"{subset['repeats']:>8.3g}{rows / subset['windows']:>8.3g}"
+            )
+    return "\n".join(lines)

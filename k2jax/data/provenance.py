@@ -1,0 +1,172 @@
+"""From a step to the documents it read, and from a document to the steps that read it.
+
+All of it follows from the run's manifest and journal and from the stores that the manifest names.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from k2jax.data.journal import check_journal, read_journal
+from k2jax.data.loader import row_length
+from k2jax.data.manifest import load_manifest
+from k2jax.data.order import Order
+from k2jax.data.store import Store, open_stores
+from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
+from k2jax.errors import ConfigError
+
+Range = tuple[int, int]  # tokens [first, stop)
+
+
+class Run(NamedTuple):
+    """What a run directory says of its data."""
+
+    workdir: Path
+    manifest: dict[str, Any]
+    order: Order
+    stores: dict[str, Store]
+
+    @property
+    def subset_names(self) -> list[str]:
+        """The names by subset index."""
+        return sorted(self.manifest["stores"])
+
+
+class DocumentPart(NamedTuple):
+    """The tokens of a row that come from one document: where they are in the document and in the row."""
+
+    id: str
+    source: str
+    in_document: Range
+    in_row: Range
+    text: str | None  # None where it was not asked for
+
+
+class RowOrigin(NamedTuple):
+    """Where row number `row` of a step comes from."""
+
+    row: int
+    position: int
+    subset: str
+    epoch: int
+    window: int
+    documents: list[DocumentPart]
+
+
+class Read(NamedTuple):
+    """One reading of a part of a document; step and row are None if the journal skips it."""
+
+    step: int | None
+    row: int | None
+    stage: str
+    subset: str
+    epoch: int
+    window: int
+    position: int
+    in_document: Range
+    in_row: Range
+
+
+class DocumentReads(NamedTuple):
+    """A document as it is in one store, and all that the run reads of it, in the order of the steps."""
+
+    subset: str
+    index: int
+    source: str
+    num_tokens: int
+    held_out: bool
+    reads: list[Read]
+
+
+def open_run(workdir: str | os.PathLike, stores_folder: str | os.PathLike | None = None) -> Run:
+    """Opens a run's data; with `stores_folder` the stores are looked for there, by name.
+
+    Raises ConfigError if journal, manifest and stores are not those of one run, StorageError if one of them
+    cannot be read.
+    """
+    workdir = Path(workdir)
+    manifest = load_manifest(workdir / "manifest.json")
+    journal = read_journal(workdir / "journal.jsonl")
+    order = Order(manifest, journal)
+    check_journal(journal, order)
+    return Run(workdir, manifest, order, open_stores(manifest, folder=stores_folder))
+
+
+def which_docs(run: Run, step: int, row: int | None = None, *, text: bool = False) -> list[RowOrigin]:
+    """The documents that each row of a step (or one row of it) was cut from.
+
+    A row is all that the step reads, with label_shift "next" its last target, too. `text` decodes the tokens
+    with the run's tokenizer.json.
+
+    Raises ConfigError for a step or row that the run does not have.
+    """
+    stage = run.order.stage_of_step(step)
+    if row is not None and not 0 <= row < stage.rows_per_step:
+        raise ConfigError(f"row {row}: the rows of step {step} are 0 to {stage.rows_per_step - 1}")
+    decode = _decoder(run) if text else None
+    length = row_length(stage.sequence_length, run.manifest["label_shift"])
+    positions = run.order.positions(step).tolist()
+    origins = []
+    for number in range(stage.rows_per_step) if row is None else [row]:
+        found = run.order.row(positions[number])
+        subset = run.subset_names[found.subset]
+        store, start = run.stores[subset], found.window * stage.sequence_length
+        tokens = store.read([start], length)[0].tolist() if decode else []
+        parts = []
+        for span in store.documents_in(start, start + length):
+            document = store.document(span.index)
+            in_row = (span.start - start, span.stop - start)
+            in_document = (span.start - document["start"], span.stop - document["start"])
+            words = decode(tokens[slice(*in_row)]) if decode else None
+            parts.append(DocumentPart(document["id"], document["source"], in_document, in_row, words))
+        origins.append(RowOrigin(number, positions[number], subset, found.epoch, found.window, parts))
+    return origins
+
+
+def _decoder(run: Run) -> Any:
+    path = run.workdir / "tokenizer.json"
+    tokenizer, found = load_tokenizer(path), tokenizer_sha256(path)
+    expected = run.manifest["tokenizer_sha256"]
+    if found != expected:
+        raise ConfigError(f"{path} has SHA-256 {found[:12]}, the stores were made with {expected[:12]}: restore it")
+    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def which_steps(run: Run, document_id: str) -> list[DocumentReads]:
+    """Every reading of every document with this id (SHA-256, hex, of its text), in all stores.
+
+    Raises ConfigError if no store has it.
+    """
+    found = []
+    for name in run.subset_names:
+        store = run.stores[name]
+        for index in store.find_documents(document_id):
+            document = store.document(index)
+            start, num_tokens = document["start"], document["num_tokens"]
+            reads = _reads(run, name, start, start + num_tokens)
+            held_out = start >= store.num_train_tokens
+            found.append(DocumentReads(name, index, document["source"], num_tokens, held_out, reads))
+    if not found:
+        raise ConfigError(f"document {document_id}: none of the stores {', '.join(run.subset_names)} has it")
+    return found
+
+
+def _reads(run: Run, subset: str, start: int, stop: int) -> list[Read]:
+    """All readings of tokens [start, stop) of a store."""
+    reads = []
+    for stage, plan in zip(run.manifest["stages"], run.order.stages, strict=True):
+        windows = {entry["name"]: entry["windows"] for entry in stage["subsets"]}.get(subset, 0)
+        stride = plan.sequence_length  # from a window to the next
+        length = row_length(stride, run.manifest["label_shift"])
+        first = max(0, (start - length) // stride + 1)
+        for window in range(first, min(windows, (stop - 1) // stride + 1)):
+            begin = window * stride
+            a, b = max(start, begin), min(stop, begin + length)
+            for position in run.order.find(plan.index, run.subset_names.index(subset), window):
+                step = run.order.step_of_position(position)
+                # The journal moves whole steps, so a row keeps its place in its step.
+                row = None if step is None else (position - plan.first_position) % plan.rows_per_step
+                epoch = run.order.row(position).epoch
+                places = ((a - start, b - start), (a - begin, b - begin))
+                reads.append(Read(step, row, plan.name, subset, epoch, window, position, *places))
+    return sorted(reads, key=lambda read: (read.step is None, read.step or 0, read.position))

@@ -1,0 +1,172 @@
+"""Files and 1-D arrays below a local path or a gs:// or s3:// URL: what store.py is made of.
+
+Arrays are sharded Zarr v3 with a crc32c over every chunk, through TensorStore; other files go through
+pyarrow. Both take the same paths, and find their credentials by themselves.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import tensorstore as ts
+
+from k2jax.errors import ConfigError, StorageError
+
+LAST_SLICE = 1 << 12  # elements that a bisection reads at once at its end
+
+
+def normal_path(path: str | os.PathLike) -> str:
+    """A URL as it is, a local path absolute; no slash at the end."""
+    path = os.fspath(path)
+    return path.rstrip("/") if "://" in path else os.path.abspath(path)
+
+
+def file_system(path: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a path or URL, and the path there; ConfigError for an unknown kind of URL."""
+    try:
+        return pafs.FileSystem.from_uri(path)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"store path {path}: expected a local path, or a gs:// or s3:// URL") from error
+
+
+def listing(fs: pafs.FileSystem, root: str, recursive: bool) -> list[pafs.FileInfo]:
+    """What lies in a directory; [] if there is none."""
+    return fs.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=recursive))
+
+
+def file_sizes(fs: pafs.FileSystem, root: str) -> dict[str, int]:
+    """Bytes of every file below `root`, by path from there."""
+    files = [info for info in listing(fs, root, recursive=True) if info.is_file]
+    return {info.path[len(root) :].lstrip("/"): info.size for info in files}
+
+
+def sha256_of_files(fs: pafs.FileSystem, root: str, names: list[str]) -> dict[str, str]:
+    """SHA-256 (hex) of files below `root`, several read at a time."""
+
+    def digest(name: str) -> str:
+        with fs.open_input_file(f"{root}/{name}") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def find_damage(
+    fs: pafs.FileSystem, root: str, files: dict[str, dict[str, Any]], *, sha256: bool
+) -> str | None:
+    """What is wrong with files, {path below root: {"bytes": n, "sha256": hex}}; None if nothing is.
+
+    Sizes alone are compared, unless `sha256`, which reads all of every file.
+    """
+    sizes = file_sizes(fs, root)
+    for name, file in files.items():
+        if sizes.get(name) != file["bytes"]:
+            found = f"{sizes[name]} bytes" if name in sizes else "no file"
+            return f"{name}: {found}, expected {file['bytes']} bytes"
+    digests = sha256_of_files(fs, root, list(files)) if sha256 else {}
+    for name, digest in digests.items():
+        expected = files[name]["sha256"]
+        if digest != expected:
+            return f"{name}: SHA-256 {digest[:12]}, expected {expected[:12]}"
+    return None
+
+
+def write_json(fs: pafs.FileSystem, path: str, content: dict[str, Any]) -> None:
+    """Writes `content` for people to read, too."""
+    with fs.open_output_stream(path, compression=None) as file:
+        file.write(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Makes what pyarrow and TensorStore raise (OSError, ValueError) one line of StorageError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # TensorStore appends whole specs in brackets: [tensorstore_spec='...'] [source locations='...'].
+        reason = " ".join(re.split(r" \[[\w ]+='", str(error))[0].split())
+        raise StorageError(f"{what}: {reason}") from error
+
+
+def array_spec(path: str, dtype: str, size: int, shard: int, chunk: int) -> dict[str, Any]:
+    """TensorStore's spec of an array of `size` elements in files of `shard`, in chunks of `chunk`.
+
+    Opening with it fails if zarr.json says otherwise.
+    """
+    endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {
+        "chunk_shape": [chunk],
+        "codecs": [endian, {"name": "crc32c"}],
+        "index_codecs": [endian, {"name": "crc32c"}],
+    }
+    return {
+        "driver": "zarr3",
+        "kvstore": f"{path}/" if "://" in path else {"driver": "file", "path": f"{path}/"},
+        "metadata": {
+            "shape": [size],
+            "data_type": dtype,
+            "fill_value": 0,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    }
+
+
+def open_array(spec: dict[str, Any], cache_bytes: int = 0) -> ts.TensorStore:
+    """Opens an array for reading, keeping up to `cache_bytes` of chunks in memory."""
+    # By default a missing shard reads as zeros.
+    spec = {**spec, "fill_missing_data_reads": False, "recheck_cached_data": "open"}
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    return ts.open(spec, context=context, read=True).result()
+
+
+class ArrayWriter:
+    """Appends to a new array, a shard at a time; `size` counts what was appended."""
+
+    def __init__(self, path: str, dtype: str, shard: int, chunk: int):
+        self.shard, self.chunk, self.size = shard, chunk, 0
+        self._buffer = np.empty(shard, dtype)
+        # By default a chunk of nothing but zeros is not stored, and looks like one that was lost.
+        spec = {**array_spec(path, dtype, 0, shard, chunk), "store_data_equal_to_fill_value": True}
+        self._array = ts.open(spec, create=True).result()
+
+    def append(self, values: np.ndarray) -> None:
+        """Appends integers (n,), which must fit the array's dtype."""
+        while len(values):
+            filled = self.size % self.shard
+            part = values[: self.shard - filled]
+            self._buffer[filled : filled + len(part)] = part
+            self.size += len(part)
+            values = values[len(part) :]
+            if self.size % self.shard == 0:
+                self._write(self.shard)
+
+    def finish(self) -> ts.TensorStore:
+        """Writes what is left in memory; returns the array as it stands on the disk."""
+        if self.size % self.shard:
+            self._write(self.size % self.shard)
+        return self._array
+
+    def _write(self, count: int) -> None:
+        self._array = self._array.resize(exclusive_max=[self.size]).result()
+        self._array[self.size - count : self.size].write(self._buffer[:count]).result()
+
+
+def searchsorted(array: ts.TensorStore, value: int) -> int:
+    """np.searchsorted(array, value), reading only what a bisection meets."""
+    low, high = 0, array.shape[0]
+    while high - low > LAST_SLICE:
+        middle = (low + high) // 2
+        if array[middle].read().result() < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low + int(np.searchsorted(array[low:high].read().result(), value))

@@ -1,0 +1,350 @@
+"""The store: one subset's tokens in an open format that can be checked, on a disk or in a bucket.
+
+A store is a Zarr v3 group at a local path or a gs:// or s3:// URL:
+
+    tokens/            one 1-D array, uint16 or uint32: each document, then EOS; crc32c over every chunk
+    document_start/    int64: where each document starts in tokens, and last the number of tokens
+    documents.parquet  per document: id, source, num_tokens (EOS included), metadata (JSON)
+    store.json         counts, tokenizer, size and SHA-256 of every other file, a root digest; written last
+
+Tokens from `num_train_tokens` on, whole documents, are held out for validation. A store without a valid
+store.json is unfinished and is refused.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import tensorstore as ts
+
+from k2jax.data import storage
+from k2jax.data.manifest import StoreSummary, canonical_json, sha256_json
+from k2jax.data.storage import storage_errors
+from k2jax.errors import ConfigError
+
+FORMAT = 1
+FILES = ("store.json", "zarr.json", "tokens", "document_start", "documents.parquet")  # deleted in this order
+DOCUMENTS = pa.schema(
+    [("id", pa.string()), ("source", pa.string()), ("num_tokens", pa.int64()), ("metadata", pa.string())]
+)
+ROW_GROUP = 1 << 16  # documents; every row group but the last is full, so the number tells the group
+STARTS_LAYOUT = (1 << 22, 1 << 12)  # documents in a file, in a chunk
+STARTS_CACHE_BYTES = 1 << 24
+REMEDY = "restore it from a copy, or prepare the store again"
+
+
+class DocumentSpan(NamedTuple):
+    """Tokens [start, stop) of a store, part of document number `index`."""
+
+    index: int
+    start: int
+    stop: int
+
+
+class StoreWriter:
+    """Writes a store, document by document, in the memory of a shard:
+
+        with StoreWriter(path, tokenizer_sha256=..., vocab_size=..., eos_id=...) as writer:
+            writer.add(tokens, id=sha256_of_text, source="file or URL")
+            writer.finish(validation_fraction=0.01)
+
+    Until `finish` returns, the store is unfinished: nothing reads it, and another writer starts it afresh.
+
+    Args:
+        path: local path, or gs:// or s3:// URL.
+        shard_tokens: tokens in a file, a multiple of chunk_tokens.
+        chunk_tokens: tokens under one checksum, the least that a read fetches.
+        overwrite: replace a finished store.
+
+    Raises ConfigError if `path` holds a finished store or other things; StorageError, here and in the
+    methods, if it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        tokenizer_sha256: str,
+        vocab_size: int,
+        eos_id: int,
+        shard_tokens: int = 1 << 24,
+        chunk_tokens: int = 1 << 16,
+        overwrite: bool = False,
+    ):
+        assert 0 <= eos_id < vocab_size, (eos_id, vocab_size)
+        self.path = storage.normal_path(path)
+        self._info = {
+            "format": FORMAT,
+            "tokenizer_sha256": tokenizer_sha256,
+            "vocab_size": vocab_size,
+            "eos_id": eos_id,
+            "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
+            "shard_tokens": shard_tokens,
+            "chunk_tokens": chunk_tokens,
+            "max_token_id": eos_id,
+        }
+        self._rows: list[tuple] = []  # of documents.parquet
+        self._finished = False
+        with storage_errors(f"cannot write the store {self.path}"):
+            self._fs, self._root = storage.file_system(self.path)
+            self._clear(overwrite)
+            self._fs.create_dir(self._root)
+            storage.write_json(self._fs, f"{self._root}/zarr.json", {"zarr_format": 3, "node_type": "group"})
+            layout = (self._info["dtype"], shard_tokens, chunk_tokens)
+            self._tokens = storage.ArrayWriter(f"{self.path}/tokens", *layout)
+            self._starts = storage.ArrayWriter(f"{self.path}/document_start", "int64", *STARTS_LAYOUT)
+            self._file = self._fs.open_output_stream(f"{self._root}/documents.parquet", compression=None)
+            # Ids are random: a dictionary of them would only take space.
+            options = {"compression": "zstd", "use_dictionary": ["source", "metadata"]}
+            self._parquet = pq.ParquetWriter(self._file, DOCUMENTS, **options)
+
+    def _clear(self, overwrite: bool) -> None:
+        found = {info.base_name: info for info in storage.listing(self._fs, self._root, recursive=False)}
+        if "store.json" in found and not overwrite:
+            raise ConfigError(f"{self.path} holds a finished store: name another path, or overwrite it")
+        if found and not found.keys() & {"store.json", "zarr.json"}:
+            raise ConfigError(f"{self.path} is not empty and no store: name another path, or empty it")
+        for info in (found[name] for name in FILES if name in found):
+            delete = self._fs.delete_file if info.is_file else self._fs.delete_dir
+            delete(info.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type | None, error: object, traceback: object) -> None:
+        assert self._finished or error_type, "the writer's block ended without finish()"
+
+    def add(
+        self, tokens: npt.ArrayLike, *, id: str, source: str, metadata: dict[str, Any] | None = None
+    ) -> None:
+        """Appends one document, and EOS after it.
+
+        Args:
+            tokens: token ids (n,), without EOS; n may be 0.
+            id: SHA-256 (hex) of the document's text.
+            source: the path or URL that it came from.
+            metadata: what preparation knows of it, anything that JSON can hold.
+
+        Raises ConfigError, and appends nothing, if a token is outside the vocabulary.
+        """
+        tokens = np.asarray(tokens, np.int64)
+        outside = tokens[(tokens < 0) | (tokens >= self._info["vocab_size"])]
+        if outside.size:
+            raise ConfigError(
+                f"store {self.path}: document {id} ({source}) has token id {outside[0]}, outside the "
+                f"vocabulary of {self._info['vocab_size']}: tokenize it with the store's tokenizer"
+            )
+        self._info["max_token_id"] = max(self._info["max_token_id"], int(tokens.max(initial=0)))
+        with storage_errors(f"cannot write the store {self.path}"):
+            self._starts.append(np.array([self._tokens.size]))
+            self._tokens.append(tokens)
+            self._tokens.append(np.array([self._info["eos_id"]]))
+            self._rows.append((id, source, len(tokens) + 1, canonical_json(metadata or {}).decode()))
+            if len(self._rows) == ROW_GROUP:
+                self._write_rows()
+
+    def _write_rows(self) -> None:
+        columns = [pa.array(values) for values in zip(*self._rows, strict=True)]
+        self._parquet.write_table(pa.table(columns, schema=DOCUMENTS), row_group_size=ROW_GROUP)
+        self._rows.clear()
+
+    def finish(self, validation_fraction: float = 0.0) -> dict[str, Any]:
+        """Completes the store, store.json last, and returns what that holds.
+
+        `validation_fraction` (from 0, below 1) of the tokens are held out, rounded down to whole documents.
+        """
+        assert 0 <= validation_fraction < 1, validation_fraction
+        num_documents, num_tokens = self._starts.size, self._tokens.size
+        if num_documents == 0:
+            raise ConfigError(f"store {self.path}: no document was added, expected at least one")
+        with storage_errors(f"cannot write the store {self.path}"):
+            self._starts.append(np.array([num_tokens]))
+            self._tokens.finish()
+            starts = self._starts.finish()
+            if self._rows:
+                self._write_rows()
+            self._parquet.close()
+            self._file.close()
+            # Fraction(str(x)) is the decimal number that was written (0.1), not the float nearest to it.
+            train = math.ceil((1 - Fraction(str(validation_fraction))) * num_tokens)
+            first_held_out = storage.searchsorted(starts, train)
+            sizes = storage.file_sizes(self._fs, self._root)
+            digests = storage.sha256_of_files(self._fs, self._root, sorted(sizes))
+            info = {
+                **self._info,
+                "num_tokens": num_tokens,
+                "num_documents": num_documents,
+                "num_train_tokens": int(starts[first_held_out].read().result()),
+                "files": {name: {"bytes": sizes[name], "sha256": digest} for name, digest in digests.items()},
+            }
+            info["root_digest"] = sha256_json(info)
+            storage.write_json(self._fs, f"{self._root}/store.json", info)
+        self._finished = True
+        return info
+
+
+class Store:
+    """A finished store, read at random; `info` is what store.json holds. Picklable: files are opened anew."""
+
+    def __init__(self, path: str, info: dict[str, Any]):
+        self.path, self.info = path, info
+        self.num_tokens: int = info["num_tokens"]
+        self.num_train_tokens: int = info["num_train_tokens"]
+        self.num_documents: int = info["num_documents"]
+        self.root_digest: str = info["root_digest"]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, verify: str = "sizes") -> Self:
+        """Opens a store after checking store.json, its root digest, and that every file is there.
+
+        `verify` is "sizes", or "sha256", which reads all of every file. A bit flipped inside a chunk is found
+        when the chunk is read, whatever `verify` is.
+
+        Raises ConfigError if the store is unfinished or has changed, StorageError if it cannot be read.
+        """
+        assert verify in ("sizes", "sha256"), verify
+        path = storage.normal_path(path)
+        with storage_errors(f"cannot read the store {path}"):
+            fs, root = storage.file_system(path)
+            info = _read_info(fs, root, path)
+            if damage := storage.find_damage(fs, root, info["files"], sha256=verify == "sha256"):
+                raise ConfigError(f"store {path}: {damage}: {REMEDY}")
+            store = cls(path, info)
+            _ = store._tokens, store._starts  # a wrong zarr.json shows now
+        return store
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.path, self.info)
+
+    def summary(self) -> StoreSummary:
+        """What the manifest must know of this store."""
+        fields = [name for name in StoreSummary.__dataclass_fields__ if name != "path"]
+        return StoreSummary(path=self.path, **{name: self.info[name] for name in fields})
+
+    @cached_property
+    def _tokens(self) -> ts.TensorStore:
+        layout = [self.info[key] for key in ("dtype", "num_tokens", "shard_tokens", "chunk_tokens")]
+        return storage.open_array(storage.array_spec(f"{self.path}/tokens", *layout))
+
+    @cached_property
+    def _starts(self) -> ts.TensorStore:
+        layout = ("int64", self.num_documents + 1, *STARTS_LAYOUT)
+        spec = storage.array_spec(f"{self.path}/document_start", *layout)
+        return storage.open_array(spec, STARTS_CACHE_BYTES)
+
+    @cached_property
+    def _parquet(self) -> pq.ParquetFile:
+        fs, root = storage.file_system(self.path)
+        return pq.ParquetFile(fs.open_input_file(f"{root}/documents.parquet"))
+
+    @cached_property
+    def _row_group(self) -> Callable[[int], pa.Table]:
+        return lru_cache(maxsize=4)(self._parquet.read_row_group)
+
+    def read(self, starts: npt.ArrayLike, length: int) -> np.ndarray:
+        """Tokens [start, start + length) for each of the starts (n,): uint32 (n, length).
+
+        Raises StorageError if they cannot be read or fail their checksum, ConfigError if one is outside the
+        vocabulary.
+        """
+        return self.start_reading(starts, length)()
+
+    def start_reading(self, starts: npt.ArrayLike, length: int) -> Callable[[], np.ndarray]:
+        """As `read`, but returns at once, all reads in flight, with a function that waits for the tokens."""
+        starts, tokens = np.asarray(starts, np.int64).tolist(), self._tokens
+        with ts.Batch() as batch:  # one request for what lies close together in a shard
+            reads = [tokens[start : start + length].read(batch=batch) for start in starts]
+
+        def finish() -> np.ndarray:
+            rows = np.empty((len(reads), length), np.uint32)
+            for row, start, read in zip(rows, starts, reads, strict=True):
+                with storage_errors(f"store {self.path}: cannot read the window at token {start}"):
+                    row[:] = read.result()
+            if rows.size and rows.max() >= self.info["vocab_size"]:
+                row, column = np.unravel_index(rows.argmax(), rows.shape)
+                raise ConfigError(
+                    f"store {self.path}: token {starts[row] + column} has id {rows.max()}, outside the "
+                    f"vocabulary of {self.info['vocab_size']}: {REMEDY}"
+                )
+            return rows
+
+        return finish
+
+    def documents_in(self, start: int, stop: int) -> list[DocumentSpan]:
+        """The documents that tokens [start, stop) belong to, in order, first and last cut to the range."""
+        with storage_errors(f"store {self.path}: cannot read document_start"):
+            first = storage.searchsorted(self._starts, start + 1) - 1
+            last = storage.searchsorted(self._starts, stop)
+            inner = self._starts[first + 1 : last].read().result().tolist()
+        begins, ends = [start, *inner], [*inner, stop]
+        return [DocumentSpan(first + i, *span) for i, span in enumerate(zip(begins, ends, strict=True))]
+
+    def document(self, index: int) -> dict[str, Any]:
+        """A document's id, source, num_tokens (EOS included), metadata, and start (of its tokens)."""
+        group, row = divmod(index, ROW_GROUP)
+        with storage_errors(f"store {self.path}: cannot read document {index}"):
+            [record] = self._row_group(group).slice(row, 1).to_pylist()
+            start = int(self._starts[index].read().result())
+        return {**record, "metadata": json.loads(record["metadata"]), "start": start}
+
+    def find_documents(self, id: str) -> list[int]:
+        """The indices of the documents with this id (a text that comes twice has one id). Reads all ids."""
+        found, first = [], 0
+        with storage_errors(f"store {self.path}: cannot read documents.parquet"):
+            for batch in self._parquet.iter_batches(ROW_GROUP, columns=["id"]):
+                matches = pc.equal(batch["id"], id).to_numpy(zero_copy_only=False)
+                found += (first + np.flatnonzero(matches)).tolist()
+                first += len(batch)
+        return found
+
+    def find_document(self, id: str) -> int | None:
+        """The first of `find_documents`, None if there is none."""
+        return next(iter(self.find_documents(id)), None)
+
+
+def _read_info(fs: pafs.FileSystem, root: str, path: str) -> dict[str, Any]:
+    """What store.json holds, found consistent in itself."""
+    try:
+        with fs.open_input_file(f"{root}/store.json") as file:
+            info = json.loads(file.read())
+    except FileNotFoundError as error:
+        raise ConfigError(f"store {path}: no store.json: it is unfinished, prepare it again") from error
+    except ValueError as error:
+        raise ConfigError(f"store {path}: store.json is no JSON ({error}): {REMEDY}") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise ConfigError(f"store {path}: store.json is not of format {FORMAT}, which this k2jax reads")
+    found, expected = str(info.pop("root_digest", None)), sha256_json(info)
+    if found != expected:
+        raise ConfigError(
+            f"store {path}: store.json has root digest {found[:12]}, its content {expected[:12]}: {REMEDY}"
+        )
+    return {**info, "root_digest": found}
+
+
+def open_stores(
+    manifest: dict[str, Any], *, folder: str | os.PathLike | None = None, verify: str = "sizes"
+) -> dict[str, Store]:
+    """Opens every store of a manifest, at its path or, where they have moved, at folder/<name>.
+
+    Raises ConfigError if one is not the store that the manifest was made with.
+    """
+    stores = {}
+    for name, entry in manifest["stores"].items():
+        stores[name] = Store.open(f"{os.fspath(folder)}/{name}" if folder else entry["path"], verify=verify)
+        found, expected = stores[name].root_digest, entry["root_digest"]
+        if found != expected:
+            raise ConfigError(
+                f"store {name!r} at {stores[name].path} has root digest {found[:12]}, the manifest has "
+                f"{expected[:12]}: the data has changed; bring the old store back, or start a new run"
+            )
+    return stores

@@ -1,0 +1,41 @@
+"""Processes of one run: start-up, and stopping together when one of them is preempted."""
+
+import os
+import socket
+
+import jax
+from jax.experimental import multihost_utils
+
+from k2jax.errors import RunError
+
+HEARTBEAT_S = 60  # a peer that is gone this long ends the others
+
+
+def initialize() -> None:
+    """Joins the processes of this run; call once, before anything touches a device.
+
+    Also with one process, because JAX's preemption service (SIGTERM: save, then exit) exists only then. In order:
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID if set; else the cluster that JAX detects (TPU pods,
+    Slurm, MPI); else one process. The coordinator listens on its own address only: it has no authentication.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    if address and not (count and index):
+        raise RunError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too")
+    common = {"heartbeat_timeout_seconds": HEARTBEAT_S}
+    if address:
+        bind = {"coordinator_bind_address": address} if index == "0" else {}
+        jax.distributed.initialize(address, int(count), int(index), **bind, **common)
+        return
+    if any(name.startswith(("TPU_WORKER", "SLURM_JOB", "OMPI_", "MEGASCALE_")) for name in os.environ):
+        jax.distributed.initialize(**common)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address, **common)
+
+
+def preempted(step: int) -> bool:
+    """True on every process at the same step, after a SIGTERM to any of them. Call it once a step."""
+    return multihost_utils.reached_preemption_sync_point(step)

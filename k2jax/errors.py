@@ -1,0 +1,53 @@
+"""Errors that a user can act on, each with the exit code that tells a restart script what to do.
+
+75 is "restart me", 74 is "the storage failed, restart after a delay", 65 and 78 are "a person must look first".
+Anything else that is raised is a bug: it keeps its traceback and ends with 70.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class RunError(Exception):
+    """One clear line for the user: the thing, what was found, what was expected, what to do."""
+
+    exit_code = 70
+
+
+class ConfigError(RunError):
+    """Configuration, data or tokenizer is wrong or has changed: do not restart."""
+
+    exit_code = 78
+
+
+class StorageError(RunError):
+    """A checkpoint or directory cannot be read or written."""
+
+    exit_code = 74
+
+
+class NumericsError(RunError):
+    """The numerics guard stopped the run: do not restart blindly."""
+
+    exit_code = 65
+
+
+class Preempted(RunError):
+    """Stopped by SIGTERM with the state saved: restart to go on."""
+
+    exit_code = 75
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a command's `main` and exits: 0, or a RunError's one line on stderr and its exit code."""
+    try:
+        main()
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(70)

@@ -1,0 +1,217 @@
+"""What a run needs before its first step: data opened and identified, state placed on the mesh, the step compiled."""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from k2jax import config as configuration
+from k2jax import sharding
+from k2jax.data.manifest import build_manifest, manifest_digest
+from k2jax.data.order import Order, StagePlan
+from k2jax.data.store import Store
+from k2jax.data.tokenizer import tokenizer_sha256
+from k2jax.errors import ConfigError
+from k2jax.flops import flops_per_token
+from k2jax.model import num_params, parameter_table
+from k2jax.optimizer import TrainState, init_state
+from k2jax.rundir import environment
+from k2jax.step import Batch, Metrics, train_step
+
+
+def open_data(config: ConfigDict) -> tuple[dict[str, Store], dict[str, Any]]:
+    """(stores by subset, manifest). Raises ConfigError for a store or tokenizer that is not what it should be."""
+    names = sorted({name for stage in config.stages for name in stage.mix})
+    root = config.data.root if "://" in config.data.root else str(Path(config.data.root).absolute())
+    stores = {name: Store.open(f"{root}/{name}", verify=config.data.verify) for name in names}
+    stages = [configuration.to_dict(stage) for stage in config.stages]
+    manifest = build_manifest(
+        stages=stages,
+        stores={name: store.summary() for name, store in stores.items()},
+        seed=config.seed,
+        label_shift=config.data.label_shift,
+    )
+    found = tokenizer_sha256(config.data.tokenizer)
+    if found != manifest["tokenizer_sha256"]:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer}: its SHA-256 is {found[:12]}, the stores in {root} were "
+            f"made with {manifest['tokenizer_sha256'][:12]}: name the tokenizer that made them"
+        )
+    if manifest["vocab_size"] > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: the stores in {root} hold token ids up to "
+            f"{manifest['vocab_size'] - 1}: set it to {manifest['vocab_size']} or more"
+        )
+    return stores, manifest
+
+
+def compute_dtype(config: ConfigDict) -> jnp.dtype:
+    """`precision.compute` with "auto" resolved: float32 on CPU, bfloat16 elsewhere."""
+    name = config.precision.compute
+    return jnp.dtype(
+        ("float32" if jax.default_backend() == "cpu" else "bfloat16") if name == "auto" else name
+    )
+
+
+def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ConfigError, before anything is compiled, for a dimension or batch that the mesh does not divide."""
+    for name, p in parameter_table(config.model).items():
+        sharding.check_divisible(name, p.shape, p.axes, mesh)
+    data_parallel = math.prod(mesh.shape[axis] for axis in sharding.DATA_AXES)
+    for i, stage in enumerate(config.stages):
+        rows = stage.rows_per_step // stage.microbatches
+        if rows % data_parallel:
+            raise ConfigError(
+                f"stages.{i}: rows_per_step={stage.rows_per_step} in {stage.microbatches} microbatch(es) gives "
+                f"{rows} rows, not divisible by mesh.replica x mesh.fsdp = {data_parallel} devices"
+            )
+
+
+def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:
+    """The derived numbers: parameters, tokens, FLOPs, memory of the state."""
+    tokens = sum((p.last_step - p.first_step + 1) * p.rows_per_step * p.sequence_length for p in order.stages)
+    params = num_params(config.model)
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    state_bytes = 4 * params * (1 / shards + 2 / (shards * mesh.shape["replica"]))
+    lines = [
+        f"{config.name}: {params:,} parameters, {order.num_steps:,} steps, {tokens:,} tokens; "
+        f"compute in {compute_dtype(config)} on {mesh.devices.size} {mesh.devices.flat[0].device_kind}, "
+        f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
+        f"state: {state_bytes / 2**30:.2f} GiB a device (fp32 parameters and moments)",
+    ]
+    for plan in order.stages:
+        flops = flops_per_token(config.model, plan.sequence_length)
+        lines.append(
+            f"{plan.name}: steps {plan.first_step:,} to {plan.last_step:,}, {plan.rows_per_step} rows of "
+            f"{plan.sequence_length} tokens a step, {flops.causal / 1e9:.4g} GFLOP a token causal, "
+            f"{flops.noncausal / 1e9:.4g} non-causal"
+        )
+    return "\n".join(lines)
+
+
+def place_state(config: ConfigDict, shapes: TrainState, mesh: Mesh) -> TrainState:
+    """The sharding of every array of the state: moments over all data axes, whatever the parameters do."""
+    table = parameter_table(config.model)
+    params = {name: sharding.named(mesh, p.axes) for name, p in table.items()}
+    moments = {
+        name: NamedSharding(mesh, sharding.optimizer_spec(p.shape, p.axes, mesh)) for name, p in table.items()
+    }
+    scalar = NamedSharding(mesh, PartitionSpec())
+    return TrainState(scalar, scalar, scalar, params, moments, dict(moments))
+
+
+def make_state(config: ConfigDict, shardings: TrainState) -> TrainState:
+    return jax.jit(lambda: init_state(config.model, config.seed), out_shardings=shardings)()
+
+
+class Placement(NamedTuple):
+    """How a stage's batches lie on the mesh."""
+
+    mesh: Mesh
+    microbatches: int
+    rows: int  # of a microbatch
+    local_rows: np.ndarray  # int64: which rows of a step this process reads, microbatch by microbatch
+    local_in_micro: np.ndarray  # the same within one microbatch
+
+    def globalize(self, rows: dict[str, np.ndarray]) -> Batch:
+        """This process's rows of a step to the global batch (A, R, ...)."""
+        return Batch(*(self._global(rows[key]) for key in ("tokens", "subset", "digest")))
+
+    def _global(self, local: np.ndarray) -> jax.Array:
+        tail = local.shape[1:]
+        local = local.reshape(self.microbatches, -1, *tail)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last = index[1].indices(self.rows)[:2]
+            at = np.searchsorted(self.local_in_micro, first)
+            return local[:, at : at + last - first]
+
+        return jax.make_array_from_callback(
+            (self.microbatches, self.rows, *tail), batch_sharding(self.mesh), part
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(None, sharding.DATA_AXES))
+
+
+def place_batches(stage: ConfigDict, mesh: Mesh) -> Placement:
+    rows = stage.rows_per_step // stage.microbatches
+    slices = batch_sharding(mesh).addressable_devices_indices_map((stage.microbatches, rows)).values()
+    mine = np.unique(np.concatenate([np.arange(*index[1].indices(rows)) for index in slices]))
+    local = np.concatenate([micro * rows + mine for micro in range(stage.microbatches)])
+    return Placement(mesh, stage.microbatches, rows, local, mine)
+
+
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def step_function(
+    config: ConfigDict, plan: StagePlan, shardings: TrainState, mesh: Mesh, eos_id: int, num_subsets: int
+) -> Any:
+    """The jitted training step of a stage: the one call site of jit, shardings and donation."""
+    stage = config.stages[plan.index]
+    step = partial(
+        train_step,
+        config=config,
+        stage=stage,
+        first_step=plan.first_step,
+        eos_id=eos_id,
+        num_subsets=num_subsets,
+        compute_dtype=compute_dtype(config),
+        moment_shardings=shardings.mu,
+    )
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+
+
+def compile_step(
+    config: ConfigDict,
+    plan: StagePlan,
+    mesh: Mesh,
+    shapes: TrainState,
+    shardings: TrainState,
+    manifest: dict[str, Any],
+    say: Callable[[str], None],
+) -> StepFunction:
+    """Compiled once for the stage: an executable takes these shapes only, so nothing can recompile later."""
+    started = time.perf_counter()
+    say(f"compiling the step of {plan.name}")
+    stage = config.stages[plan.index]
+    leading = (stage.microbatches, stage.rows_per_step // stage.microbatches)
+    width = stage.sequence_length + (config.data.label_shift == "next")
+    batch = Batch(
+        jax.ShapeDtypeStruct((*leading, width), jnp.int32),
+        jax.ShapeDtypeStruct(leading, jnp.int32),
+        jax.ShapeDtypeStruct((*leading, 8), jnp.uint32),
+    )
+    jitted = step_function(config, plan, shardings, mesh, manifest["eos_id"], len(manifest["stores"]))
+    compiled = jitted.lower(shapes, batch).compile()
+    say(f"compiled in {time.perf_counter() - started:.1f} s")
+    return compiled
+
+
+def checkpoint_meta(config: ConfigDict, manifest: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """What every checkpoint of this launch says of where it came from."""
+    here = environment(dict(mesh.shape))
+    return {
+        "config": configuration.to_dict(config),
+        "config_digest": configuration.digest(config),
+        "manifest_digest": manifest_digest(manifest),
+        "tokenizer_sha256": manifest["tokenizer_sha256"],
+        "versions": here["versions"],
+        "commit": here["commit"],
+        "devices": here["devices"],
+    }

@@ -1,0 +1,150 @@
+"""The ledger: per step, the batch's digest, loss and gradient norm as exact bits; per checkpoint, a record that hashes
+its steps and the record before it. Whoever holds a later record can check that nothing before it was changed.
+
+Rows of metrics and ledger lie in one JSON-lines file per chunk, so that a resume drops what came after its checkpoint
+by removing whole files and cutting one.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from k2jax.data.manifest import canonical_json
+from k2jax.errors import StorageError
+
+GENESIS = "0" * 64  # what the first record has in the place of a record before it
+
+
+class StepLog:
+    """One JSON row a step, in `directory`/chunk-00001.jsonl, ... ; rows are flushed as they are written."""
+
+    def __init__(self, directory: Path, chunk_of_step: Any):
+        self.directory, self.chunk_of_step = directory, chunk_of_step
+        directory.mkdir(exist_ok=True)
+        self._file, self._path = None, None
+
+    def path(self, chunk: int) -> Path:
+        return self.directory / f"chunk-{chunk:05d}.jsonl"
+
+    def append(self, row: dict[str, Any]) -> None:
+        path = self.path(self.chunk_of_step(row["step"]))
+        if path != self._path:
+            self.close()
+            self._file, self._path = path.open("ab"), path
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+
+    def rows(self, first_step: int = 1, last_step: int | None = None) -> Iterator[dict[str, Any]]:
+        """Rows of steps in [first_step, last_step], in order."""
+        for path in sorted(self.directory.glob("chunk-*.jsonl")):
+            for line in path.read_bytes().splitlines():
+                row = json.loads(line)
+                if row["step"] >= first_step and (last_step is None or row["step"] <= last_step):
+                    yield row
+
+    def truncate(self, last_step: int) -> int:
+        """Drops rows after `last_step`, and a half-written last line; returns how many steps were dropped."""
+        self.close()
+        dropped = 0
+        for path in sorted(self.directory.glob("chunk-*.jsonl")):
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= last_step]
+            dropped += len(lines) - len(kept)
+            if not kept:
+                path.unlink()
+            elif len(kept) < len(lines):
+                temporary = path.with_suffix(".tmp")
+                temporary.write_bytes(b"".join(kept))
+                temporary.replace(path)
+        return dropped
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file, self._path = None, None
+
+
+class Ledger:
+    """`ledger/`: the step rows, and `records.jsonl`, the chain with one record a checkpoint."""
+
+    def __init__(self, directory: Path, chunk_of_step: Any):
+        self.steps = StepLog(directory, chunk_of_step)
+        self.path = directory / "records.jsonl"
+
+    def append_step(self, step: int, batch_digest: str, loss: float, grad_norm: float, applied: bool) -> None:
+        self.steps.append(
+            {
+                "step": step,
+                "batch": batch_digest,
+                "loss": float_bits(loss),
+                "grad_norm": float_bits(grad_norm),
+                "applied": applied,
+            }
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        return (
+            [json.loads(line) for line in self.path.read_bytes().splitlines()] if self.path.exists() else []
+        )
+
+    def append_record(self, step: int, checkpoint_digest: str, order_digest: str) -> None:
+        """Closes the steps since the last record with the checkpoint of `step`."""
+        records = self.records()
+        record = self._record(records[-1] if records else None, step, checkpoint_digest, order_digest)
+        with self.path.open("ab") as file:
+            file.write(canonical_json(record) + b"\n")
+
+    def _record(
+        self, previous: dict | None, step: int, checkpoint_digest: str, order_digest: str
+    ) -> dict[str, Any]:
+        first = previous["last_step"] + 1 if previous else 1
+        rows = list(self.steps.rows(first, step))
+        record = {
+            "first_step": first,
+            "last_step": step,
+            "checkpoint": checkpoint_digest,
+            "order": order_digest,
+            "steps": hashlib.sha256(b"".join(canonical_json(row) + b"\n" for row in rows)).hexdigest(),
+            "num_rows": len(rows),
+            "previous": previous["record"] if previous else GENESIS,
+        }
+        return {**record, "record": hashlib.sha256(canonical_json(record)).hexdigest()}
+
+    def resume(self, step: int, checkpoint_digest: str | None, order_digest: str) -> int:
+        """Cuts the ledger back to a restored checkpoint, and writes its record if a kill came before that.
+
+        Returns how many steps were dropped. `checkpoint_digest` None: the run starts, there is no checkpoint.
+        """
+        dropped = self.steps.truncate(step)
+        kept = [record for record in self.records() if record["last_step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(canonical_json(record) + b"\n" for record in kept))
+        temporary.replace(self.path)
+        if checkpoint_digest and (not kept or kept[-1]["last_step"] < step):
+            self.append_record(step, checkpoint_digest, order_digest)
+        return dropped
+
+    def verify(self) -> None:
+        """Recomputes the chain; raises StorageError naming the first record that does not hold."""
+        previous = None
+        for record in self.records():
+            expected = self._record(previous, record["last_step"], record["checkpoint"], record["order"])
+            if record != expected:
+                key = next(k for k in expected if record.get(k) != expected[k])
+                raise StorageError(
+                    f"{self.path}: the record of step {record['last_step']} does not hold: {key} is "
+                    f"{record.get(key)!r}, recomputed {expected[key]!r}"
+                )
+            previous = record
+
+
+def float_bits(value: float) -> str:
+    """The bits of a float32 as 8 hex digits: what "the same loss" means."""
+    return struct.pack(">f", value).hex()
+
+
+def bits_float(text: str) -> float:
+    return struct.unpack(">f", bytes.fromhex(text))[0]

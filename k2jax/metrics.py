@@ -1,0 +1,200 @@
+"""Metrics: one row a step in `metrics/`, and to TensorBoard and Weights & Biases; read one step late.
+
+`Recorder.push` takes a step's metrics while the device still computes them, and reads those of the step before: the
+device never waits for the host. `flush` reads the last ones too, where the loop must know (before a save, at the end).
+"""
+
+import math
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from k2jax.data.loader import batch_digest
+from k2jax.data.order import Order, StagePlan
+from k2jax.errors import NumericsError
+from k2jax.flops import flops_per_token, peak_flops
+from k2jax.ledger import Ledger, StepLog
+
+
+class Recorder:
+    """Turns the device's metrics of each step into a row of metrics, a row of the ledger and a line for people."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        order: Order,
+        subsets: list[str],
+        steps: StepLog,
+        ledger: Ledger,
+        print_line: Callable[[str], None],
+        tokens_seen: int,
+    ):
+        self.config, self.order, self.subsets, self.steps, self.ledger = config, order, subsets, steps, ledger
+        self.print_line, self.tokens_seen = print_line, tokens_seen
+        self.is_main = jax.process_index() == 0
+        self.sinks = _sinks(config, workdir) if self.is_main else []
+        self.last_row: dict[str, Any] = {}
+        self._pending: tuple[int, StagePlan, dict[str, jax.Array], float] | None = None
+        self._last_time: float | None = None
+
+    def push(self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float) -> None:
+        """Keeps this step's metrics and records those of the step before. Raises NumericsError as `flush` does."""
+        previous, self._pending = self._pending, (step, plan, metrics, data_wait_s)
+        if previous is not None:
+            self._record(*previous)
+
+    def flush(self) -> None:
+        """Records what is pending, waiting for the device. Raises NumericsError when the guard stops the run."""
+        if self._pending is not None:
+            previous, self._pending = self._pending, None
+            self._record(*previous)
+
+    def saved(self, meta: dict[str, Any] | None) -> None:
+        """Closes the ledger's steps with a checkpoint that has become complete; None: none has."""
+        if meta is not None and self.is_main:
+            self.ledger.append_record(meta["step"], meta["digest"], self.order.digest())
+
+    def require_finite_parameters(self) -> None:
+        """Raises NumericsError when the last recorded step left a parameter that is not finite: it must not be saved."""
+        if not math.isfinite(self.last_row["param_norm"]):
+            raise NumericsError(
+                f"step {self.last_row['step']}: parameters are not finite: nothing is saved; "
+                f"go back to an earlier checkpoint"
+            )
+
+    def pause(self) -> None:
+        """The next step's time does not count what happens now (compiling, validation)."""
+        self._last_time = None
+
+    def _record(self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float) -> None:
+        values = jax.device_get(metrics)
+        now = time.perf_counter()
+        step_s = now - self._last_time if self._last_time is not None else None
+        self._last_time = now
+        self.tokens_seen += plan.rows_per_step * plan.sequence_length
+        row = {
+            "step": step,
+            "stage": plan.name,
+            **self._losses(values),
+            **_norms(values),
+            "lr": float(values["lr"]),
+            "applied": bool(values["finite"]),
+            "tokens_seen": self.tokens_seen,
+            **self._speed(plan, step_s),
+            "data_wait_s": data_wait_s,
+            **_memory(),
+        }
+        self.last_row = row
+        if self.is_main:
+            self.ledger.append_step(
+                step,
+                batch_digest(values["batch_digest"][None]),
+                float(values["loss"]),
+                float(values["grad_norm"]),
+                bool(values["finite"]),
+            )
+            self.steps.append(_jsonable(row))
+        for sink in self.sinks:
+            sink(step, row)
+        self._tell(step, row)
+        if int(values["skips_in_a_row"]) >= self.config.optimizer.max_skips_in_a_row:
+            raise NumericsError(
+                f"loss or gradient not finite in {int(values['skips_in_a_row'])} steps in a row, up to "
+                f"step {step}; no update was made in them; the data: tools/which_docs.py --step {step}"
+            )
+
+    def _losses(self, values: dict[str, np.ndarray]) -> dict[str, Any]:
+        row = {"loss": float(values["loss"])}
+        for i, name in enumerate(self.subsets):
+            targets = int(values["subset_targets"][i])
+            row[f"loss/{name}"] = float(values["subset_loss"][i]) if targets else None
+            row[f"targets/{name}"] = targets
+        return row
+
+    def _speed(self, plan: StagePlan, step_s: float | None) -> dict[str, float | None]:
+        tokens_per_s = plan.rows_per_step * plan.sequence_length / step_s if step_s else None
+        flops = flops_per_token(self.config.model, plan.sequence_length)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        share = tokens_per_s / (peak * jax.device_count()) if tokens_per_s and peak else None
+        return {
+            "step_s": step_s,
+            "tokens_per_s": tokens_per_s,
+            "tokens_per_s_per_device": tokens_per_s / jax.device_count() if tokens_per_s else None,
+            "mfu_causal": flops.causal * share if share else None,
+            "mfu_noncausal": flops.noncausal * share if share else None,
+        }
+
+    def _tell(self, step: int, row: dict[str, Any]) -> None:
+        if not row["applied"]:
+            self.print_line(
+                f"step {step}: loss {row['loss']} or gradient norm {row['grad_norm']} is not finite: "
+                f"no update was made"
+            )
+        elif step % self.config.log.every_steps == 0 or step == 1:
+            speed = f"  {row['tokens_per_s']:.0f} tokens/s" if row["tokens_per_s"] else ""
+            mfu = (
+                f"  MFU {row['mfu_causal']:.1%} causal, {row['mfu_noncausal']:.1%} non-causal"
+                if row["mfu_causal"]
+                else ""
+            )
+            self.print_line(
+                f"step {step}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
+                f"{speed}{mfu}"
+            )
+
+    def close(self) -> None:
+        self.steps.close()
+        self.ledger.steps.close()
+        for sink in self.sinks:
+            sink(None, {})
+
+
+def _norms(values: dict[str, np.ndarray]) -> dict[str, float]:
+    return {key: float(value) for key, value in values.items() if "_norm" in key}
+
+
+def _memory() -> dict[str, int | None]:
+    stats = jax.local_devices()[0].memory_stats() or {}  # None on CPU
+    return {
+        "device_memory_bytes": stats.get("bytes_in_use"),
+        "device_memory_peak_bytes": stats.get("peak_bytes_in_use"),
+        "host_memory_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN; the ledger keeps the exact bits."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _sinks(config: ConfigDict, workdir: Path) -> list[Callable[[int | None, dict], None]]:
+    """Where rows go besides `metrics/`; each is called with (step, row), and with (None, {}) at the end."""
+    sinks = []
+    if config.log.tensorboard:
+        from tensorboardX import SummaryWriter
+
+        writer = SummaryWriter(str(workdir / "tensorboard"))
+
+        def to_tensorboard(step: int | None, row: dict[str, Any]) -> None:
+            if step is None:
+                writer.close()
+            for key, value in row.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(key, value, step)
+
+        sinks.append(to_tensorboard)
+    if config.log.wandb_project:
+        import wandb
+
+        run = wandb.init(
+            project=config.log.wandb_project, name=workdir.name, dir=workdir, resume="allow", id=workdir.name
+        )
+        sinks.append(lambda step, row: run.finish() if step is None else run.log(row, step=step))
+    return sinks

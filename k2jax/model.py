@@ -1,0 +1,220 @@
+"""The model: a dense decoder in LLaMA's layout, with K2's numbers (k2-facts: 65,286,184,960 parameters).
+
+Axes, the same letters in the whole project: B batch, T query positions, S key positions, D width, F ffn width,
+N query heads, K key and value heads, H head dim, V vocabulary, L layers.
+
+`parameter_table` is the one list of parameters: name, shape, logical axes, initialisation. Everything else (optimizer,
+checkpoints, sharding) handles parameters as a plain dictionary of that table's names: the layout on disk, too. Layers
+are stacked along L and scanned.
+"""
+
+import math
+import zlib
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from k2jax.attention import attend
+from k2jax.sharding import shard
+
+Params = dict[str, jax.Array]
+LAYOUT_VERSION = 1  # of the names and shapes of parameter_table, recorded in every checkpoint
+
+
+class Parameter(NamedTuple):
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # logical, see sharding.RULES
+    std: float | None  # of a normal distribution; None: ones
+    group: str  # for norms by layer group in the metrics
+
+
+def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
+    """Every parameter of the model section `m`: {name: shape, axes, initialisation, group}.
+
+    Initialisation is K2's (Megatron's): normal with std 0.02, and the two matrices that write into the residual
+    stream scaled by 1/sqrt(2 L), because 2 L of them add up there; norms start at one; no biases.
+    """
+    L, D, F, V, H = m.num_layers, m.dim, m.ffn_dim, m.vocab_size, m.head_dim
+    N, K, std = m.num_heads, m.num_kv_heads, m.init_std
+    residual = std / math.sqrt(2 * L)
+    table = {
+        "embed_VD": Parameter((V, D), ("vocab", "embed"), std, "embed"),
+        "layers.attention_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
+        "layers.wq_LDNH": Parameter((L, D, N, H), ("layers", "embed", "heads", "head_dim"), std, "attention"),
+        "layers.wk_LDKH": Parameter(
+            (L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "attention"
+        ),
+        "layers.wv_LDKH": Parameter(
+            (L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "attention"
+        ),
+        "layers.wo_LNHD": Parameter(
+            (L, N, H, D), ("layers", "heads", "head_dim", "embed"), residual, "attention"
+        ),
+        "layers.mlp_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
+        "layers.w_gate_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "mlp"),
+        "layers.w_up_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "mlp"),
+        "layers.w_down_LFD": Parameter((L, F, D), ("layers", "ffn", "embed"), residual, "mlp"),
+        "final_norm_D": Parameter((D,), ("norm",), None, "norms"),
+        "head_DV": Parameter((D, V), ("embed", "vocab"), std, "head"),
+    }
+    if m.tie_embeddings:
+        del table["head_DV"]
+    return table
+
+
+def init_params(m: ConfigDict, seed: int) -> Params:
+    """Parameters in float32. Each has a key made of its name, so that one does not depend on what else there is."""
+
+    def draw(name: str, p: Parameter) -> jax.Array:
+        if p.std is None:
+            return jnp.ones(p.shape, jnp.float32)
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        return p.std * jax.random.normal(key, p.shape, jnp.float32)
+
+    return {name: draw(name, p) for name, p in parameter_table(m).items()}
+
+
+def num_params(m: ConfigDict) -> int:
+    return sum(math.prod(p.shape) for p in parameter_table(m).values())
+
+
+# ---- the layers ----------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm in float32, result in the type of `x`."""
+    x32 = x_BTD.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale * weight_D.astype(jnp.float32)).astype(x_BTD.dtype)
+
+
+def rope_table(m: ConfigDict, base: float, num_positions: int) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), float32 of shape (T, H/2). Angles in float32: in bfloat16 they lose far positions (K2 hit this)."""
+    frequency = base ** (-jnp.arange(0, m.head_dim, 2, dtype=jnp.float32) / m.head_dim)
+    if m.rope_scaling.factor != 1.0:
+        frequency = _scale_llama3(frequency, m.rope_scaling)
+    angle = jnp.arange(num_positions, dtype=jnp.float32)[:, None] * frequency[None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _scale_llama3(frequency: jax.Array, r: ConfigDict) -> jax.Array:
+    """LLaMA 3.1's scaling: long wavelengths slowed by `factor`, short ones kept, a linear ramp between the two."""
+    turns = r.original_context * frequency / (2 * math.pi)  # full turns within the original context
+    ramp = jnp.clip((turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor), 0.0, 1.0)
+    return frequency * (ramp + (1.0 - ramp) / r.factor)
+
+
+def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (i, i + H/2): the split-half form, as in K2 and in Hugging Face's LLaMA."""
+    cos, sin = (t.astype(x_BTNH.dtype)[None, :, None, :] for t in (cos, sin))
+    a, b = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x_XI: jax.Array, w_IO: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
+    """x . w with `w` (float32) cast to `compute_dtype`, and a gradient for `w` that is float32 from the first sum on.
+
+    Differentiated by JAX, a bfloat16 product has a bfloat16 weight gradient, and the devices would add up rounded
+    numbers; K2 accumulated and reduced in float32.
+    """
+    return x_XI @ w_IO.astype(compute_dtype)
+
+
+def _matmul_forward(x_XI: jax.Array, w_IO: jax.Array, compute_dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
+    return matmul(x_XI, w_IO, compute_dtype), (x_XI, w_IO)
+
+
+def _matmul_backward(compute_dtype: jnp.dtype, saved: tuple, dy_XO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_XI, w_IO = saved
+    dx_XI = dy_XO @ w_IO.astype(compute_dtype).T
+    dw_IO = jax.lax.dot_general(x_XI, dy_XO, (((0,), (0,)), ((), ())), preferred_element_type=w_IO.dtype)
+    return dx_XI, dw_IO
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def dense(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
+    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x`, `contract` counting the in-dimensions.
+
+    Written as one matrix product over flattened tokens: with batch and position left apart, XLA's CPU backend takes
+    a slow path for bfloat16 weight gradients (12 times slower on jax 0.11), and elsewhere it is the same product.
+    """
+    B, T = x.shape[:2]
+    out = w.shape[contract:]
+    y = matmul(x.reshape(B * T, -1), w.reshape(math.prod(w.shape[:contract]), -1), x.dtype)
+    return y.reshape(B, T, *out)
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm(x)), then x + swiglu(norm(x)). Its arrays may be stacked along L, for the scan."""
+
+    def __init__(self, m: ConfigDict, params: Params):
+        self.m = m
+        for name, value in params.items():
+            setattr(self, name, nnx.Param(value))
+
+    def __call__(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], document_BT: jax.Array | None
+    ) -> jax.Array:
+        y_BTD = rms_norm(x_BTD, self.attention_norm_LD[...], self.m.norm_eps)
+        # y[B_data, T, D] . wq[D_fsdp, N_tensor, H] -> q[B_data, T, N_tensor, H]: wq is gathered over fsdp
+        q_BTNH = shard(apply_rope(dense(y_BTD, self.wq_LDNH[...]), *rope), "q_BTNH")
+        k_BTKH = shard(apply_rope(dense(y_BTD, self.wk_LDKH[...]), *rope), "k_BTKH")
+        v_BTKH = shard(dense(y_BTD, self.wv_LDKH[...]), "k_BTKH")
+        a_BTNH = shard(attend(q_BTNH, k_BTKH, v_BTKH, document_BT), "q_BTNH")
+        # a[B_data, T, N_tensor, H] . wo[N_tensor, H, D_fsdp] -> [B_data, T, D]: summed over tensor
+        x_BTD = shard(x_BTD + dense(a_BTNH, self.wo_LNHD[...], contract=2), "x_BTD")
+        y_BTD = rms_norm(x_BTD, self.mlp_norm_LD[...], self.m.norm_eps)
+        h_BTF = jax.nn.silu(dense(y_BTD, self.w_gate_LDF[...])) * dense(y_BTD, self.w_up_LDF[...])
+        return shard(x_BTD + dense(shard(h_BTF, "h_BTF"), self.w_down_LFD[...]), "x_BTD")
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Decoder(nnx.Module):
+    """Tokens to final hidden states; `logits` takes those to the vocabulary."""
+
+    def __init__(self, m: ConfigDict, params: Params, compute_dtype: jnp.dtype = jnp.float32):
+        """`params` as `parameter_table` names them, float32; activations and products are in `compute_dtype`."""
+        self.m, self.compute_dtype = m, compute_dtype
+        self.embed_VD = nnx.Param(params["embed_VD"])
+        self.layers = Block(
+            m, {k.removeprefix("layers."): v for k, v in params.items() if k.startswith("layers.")}
+        )
+        self.final_norm_D = nnx.Param(params["final_norm_D"])
+        self.head_DV = nnx.Param(params["embed_VD"].T if m.tie_embeddings else params["head_DV"])
+
+    def __call__(
+        self, tokens_BT: jax.Array, rope_base: float, document_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """(B, T) int32 to hidden states (B, T, D). `document_BT` masks attention to each document; None: to the row."""
+        rope = rope_table(self.m, rope_base, tokens_BT.shape[1])
+        x_BTD = shard(self.embed_VD[...][tokens_BT].astype(self.compute_dtype), "x_BTD")
+        graph, stacked = nnx.split(self.layers)
+
+        def layer(x_BTD: jax.Array, arrays: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, arrays)(x_BTD, rope, document_BT), None
+
+        if self.m.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.m.remat], prevent_cse=False)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
+        return rms_norm(x_BTD, self.final_norm_D[...], self.m.norm_eps)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        return dense(x_BTD, self.head_DV[...])
+
+
+def document_ids(tokens_BT: jax.Array, eos_id: int) -> jax.Array:
+    """(B, T) int32: the number of EOS tokens before each position, so that an EOS ends its own document."""
+    ends = (tokens_BT == eos_id).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=1) - ends

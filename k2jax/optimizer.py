@@ -1,0 +1,65 @@
+"""AdamW with K2's settings, and the learning rate as a function of the step.
+
+The state of the whole training is one pytree of plain named arrays; checkpoints hold exactly it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from k2jax.model import Params, init_params, parameter_table
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes. Replicated int32 scalars: step, updates, skips_in_a_row."""
+
+    step: jax.Array  # the last step done; the next is step + 1
+    updates: jax.Array  # of the optimizer: steps that were not skipped
+    skips_in_a_row: jax.Array  # non-finite steps up to now
+    params: Params  # float32
+    mu: Params  # Adam's first moment, float32
+    nu: Params  # Adam's second moment, float32
+
+
+def init_state(m: ConfigDict, seed: int) -> TrainState:
+    params = init_params(m, seed)
+
+    def zeros() -> Params:
+        return {name: jnp.zeros_like(value) for name, value in params.items()}
+
+    count = jnp.zeros((), jnp.int32)
+    return TrainState(count, count, count, params, zeros(), zeros())
+
+
+def learning_rate(stage: ConfigDict, step_in_stage: jax.Array) -> jax.Array:
+    """Linear from `lr_start` to `lr_peak` over the warm-up, then a cosine to `lr_final` at the stage's last step.
+
+    `step_in_stage` counts from 1, so the first of 2000 warm-up steps already has 1/2000 of the peak (Megatron's rule).
+    """
+    step = step_in_stage.astype(jnp.float32)
+    total = stage.steps_per_chunk * stage.chunks
+    warm = stage.lr_start + (stage.lr_peak - stage.lr_start) * step / max(stage.warmup_steps, 1)
+    progress = jnp.clip((step - stage.warmup_steps) / max(total - stage.warmup_steps, 1), 0.0, 1.0)
+    cosine = stage.lr_final + (stage.lr_peak - stage.lr_final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    return jnp.where(step < stage.warmup_steps, warm, cosine)
+
+
+def adamw(config: ConfigDict, state: TrainState, grads: Params) -> tuple[Params, Params, Params]:
+    """(direction, mu, nu): AdamW's step before the learning rate, decay on matrices and embeddings only.
+
+    K2's fused Adam is decoupled too: p <- p - lr (m / (sqrt(v) + eps) + decay p).
+    """
+    o = config.optimizer
+    decayed = {name: p.std is not None for name, p in parameter_table(config.model).items()}
+    chain = optax.chain(
+        optax.scale_by_adam(o.b1, o.b2, o.eps), optax.add_decayed_weights(o.weight_decay, decayed)
+    )
+    before = (
+        optax.ScaleByAdamState(state.updates, state.mu, state.nu),
+        optax.MaskedState(optax.EmptyState()),
+    )
+    direction, (adam, _) = chain.update(grads, before, state.params)
+    return direction, adam.mu, adam.nu

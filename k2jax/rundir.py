@@ -1,0 +1,216 @@
+"""The run directory: its lock, what it says of itself, and the refusal to resume it as something else.
+
+config.json  environment.json  manifest.json  journal.jsonl  tokenizer.json
+metrics/  ledger/  checkpoints/  tensorboard/  abandoned/
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import k2jax
+from k2jax import config as configuration
+from k2jax.data.journal import append_entry, read_journal
+from k2jax.data.manifest import load_manifest, manifest_digest, save_manifest
+from k2jax.errors import ConfigError, StorageError
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+ENVIRONMENT = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "JAX_PLATFORMS",
+    "JAX_ENABLE_X64",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+)
+
+
+class RunDirectory:
+    """One trainer at a time may hold it: `with RunDirectory(path) as run`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).absolute()
+        self._lock = None
+
+    def __enter__(self) -> "RunDirectory":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
+            self._lock = (self.path / "lock").open("a+")
+        except OSError as error:
+            raise StorageError(
+                f"--workdir={self.path}: cannot be made or written: {error.strerror}; "
+                f"name a folder that you may write"
+            ) from error
+        if jax.process_index() == 0:
+            self._take_lock()
+        return self
+
+    def _take_lock(self) -> None:
+        """The kernel drops the lock with the process, so a killed run leaves none behind."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip()
+            raise ConfigError(
+                f"--workdir={self.path} is in use by another run ({holder}): wait for it, or use "
+                f"another workdir"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {_now()}")
+        self._lock.flush()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def begin(
+        self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]
+    ) -> list[dict[str, Any]]:
+        """Writes what the run is, or checks that it is what the directory holds; returns the journal.
+
+        Raises ConfigError with a key-by-key difference when configuration, tokenizer, stores or order have changed and
+        `allow_drift` does not name the keys; what it names is written to the journal.
+        """
+        new = configuration.to_dict(config)
+        if jax.process_index() == 0:
+            if (self.path / "config.json").exists():
+                self._check_drift(new, manifest, config.allow_drift)
+            shutil.copyfile(config.data.tokenizer, self.path / "tokenizer.json")
+            save_manifest(manifest, self.path / "manifest.json")
+            write_json(self.path / "config.json", {"digest": configuration.digest(config), "config": new})
+            self._add_environment(mesh_shape)
+        return read_journal(self.path / "journal.jsonl")
+
+    def _check_drift(self, new: dict, manifest: dict, allowed: tuple[str, ...]) -> None:
+        old_config = read_json(self.path / "config.json")["config"]
+        old_manifest = load_manifest(self.path / "manifest.json")
+        differences = configuration.drift(old_config, new)
+        differences.update(
+            {
+                key: pair
+                for key, pair in configuration.drift(_identity(old_manifest), _identity(manifest)).items()
+            }
+        )
+        refused = configuration.drift_not_allowed(differences, allowed)
+        if refused:
+            shown = "; ".join(
+                f"{key}: {differences[key][0]!r} -> {differences[key][1]!r}" for key in refused[:20]
+            )
+            raise ConfigError(
+                f"--workdir={self.path} holds another run, {len(refused)} key(s) differ: {shown}. Use "
+                f"another workdir, undo the change, or allow it: --config.allow_drift='{tuple(refused)!r}'"
+            )
+        if differences:
+            append_entry(
+                self.path / "journal.jsonl",
+                {
+                    "time": _now(),
+                    "by": "k2jax.train",
+                    "why": "allow_drift",
+                    "kind": "allow_drift",
+                    "changes": {key: list(pair) for key, pair in differences.items()},
+                    "manifest_before": manifest_digest(old_manifest),
+                    "manifest_after": manifest_digest(manifest),
+                    "order_before": Order(old_manifest, journal).digest(),
+                    "order_after": Order(manifest, journal).digest(),
+                },
+            )
+
+    def _add_environment(self, mesh_shape: dict[str, int]) -> None:
+        """One entry a launch: a run may move between machines."""
+        path = self.path / "environment.json"
+        launches = read_json(path)["launches"] if path.exists() else []
+        write_json(path, {"launches": [*launches, environment(mesh_shape)]})
+
+
+def environment(mesh_shape: dict[str, int]) -> dict[str, Any]:
+    """Hardware, versions, flags and commit of this process: an allow-list, never the whole environment."""
+    devices = jax.devices()
+    return {
+        "time": _now(),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "commit": git_commit(),
+        "versions": {"k2jax": k2jax.__version__, "python": platform.python_version(), **_versions()},
+        "devices": {
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "count": len(devices),
+            "processes": jax.process_count(),
+            "mesh": mesh_shape,
+        },
+        "host_hardware": {
+            "cpu": _cpu_name(),
+            "cpus": os.cpu_count(),
+            "machine": platform.machine(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        },
+        "flags": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def _versions() -> dict[str, str]:
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor()
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this code runs from, "+" when it has uncommitted changes; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What of the manifest does not follow from the configuration: tokenizer and stores' contents."""
+    stores = {name: store["root_digest"] for name, store in manifest["stores"].items()}
+    return {
+        "manifest": {
+            "stores": stores,
+            **{k: manifest[k] for k in ("format", "tokenizer_sha256", "vocab_size", "eos_id")},
+        }
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is damaged: {error}; restore it from a copy") from error
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Atomic: a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1, sort_keys=True))
+    temporary.replace(path)

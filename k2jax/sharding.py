@@ -1,0 +1,114 @@
+"""Where arrays live: one device mesh, and one table from logical axes to mesh axes.
+
+Notation in comments, after the scaling book: `A[I_X, J]` is an array whose logical axis I is split over mesh axis X.
+Parameters and activations name logical axes only; this file alone knows the mesh.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from k2jax.errors import ConfigError
+
+DATA_AXES = ("replica", "fsdp")  # a global batch is split over both; gradients are summed over both
+MESH_AXES = DATA_AXES + ("tensor",)
+
+# Logical axis -> mesh axes. A parameter's width is split over fsdp, an activation's ("width") is not: its batch is.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": DATA_AXES,
+    "position": (),
+    "width": (),
+    "layers": (),
+    "norm": (),
+    "embed": ("fsdp",),
+    "head_dim": (),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+}
+
+# Activations that the model pins, by the name they have in model.py.
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "x_BTD": ("batch", "position", "width"),
+    "q_BTNH": ("batch", "position", "heads", "head_dim"),
+    "k_BTKH": ("batch", "position", "kv_heads", "head_dim"),
+    "h_BTF": ("batch", "position", "ffn"),
+    "tokens_BT": ("batch", "position"),
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh` over all devices; one size may be -1.
+
+    Raises ConfigError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes[axis] for axis in MESH_AXES]
+    if -1 in shape:
+        rest = math.prod(size for size in shape if size != -1)
+        shape[shape.index(-1)] = len(devices) // rest if len(devices) % rest == 0 else 0
+    if math.prod(shape) != len(devices):
+        raise ConfigError(
+            f"mesh {dict(sizes)} needs {_needs(sizes)} devices, this run has {len(devices)} "
+            f"({devices[0].device_kind}): set mesh.replica, mesh.fsdp, mesh.tensor to multiply to it"
+        )
+    if devices[0].platform == "cpu":
+        return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
+
+
+def _needs(sizes: Mapping[str, int]) -> str:
+    fixed = math.prod(sizes[axis] for axis in MESH_AXES if sizes[axis] != -1)
+    return f"a multiple of {fixed}" if -1 in [sizes[axis] for axis in MESH_AXES] else str(fixed)
+
+
+def spec(axes: tuple[str, ...]) -> PartitionSpec:
+    """The partition of an array whose dimensions are these logical axes."""
+    parts = [RULES[axis] for axis in axes]
+    used = [axis for part in parts for axis in part]
+    assert len(used) == len(set(used)), f"a mesh axis is used twice by {axes}"
+    return PartitionSpec(*[part if len(part) > 1 else part[0] if part else None for part in parts])
+
+
+def optimizer_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of an optimizer moment: its parameter's, and split over every data axis besides.
+
+    The data axes that the parameter does not use go to the first dimension that they divide; an array too small to
+    be cut (a norm's weights on a large mesh) stays as its parameter is.
+    """
+    parts = [list(RULES[axis]) for axis in axes]
+    for free in [axis for axis in DATA_AXES if axis not in sum(parts, [])]:
+        for size, part in zip(shape, parts, strict=True):
+            if size % (math.prod(mesh.shape[a] for a in part) * mesh.shape[free]) == 0:
+                part.append(free)
+                break
+    return PartitionSpec(*[tuple(part) if part else None for part in parts])
+
+
+def check_divisible(name: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> None:
+    """Raises ConfigError naming array, dimension and mesh axis when the mesh does not divide a dimension."""
+    for size, axis in zip(shape, axes, strict=True):
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis])
+        if size % parts:
+            over = " x ".join(f"mesh.{a}={mesh.shape[a]}" for a in RULES[axis])
+            raise ConfigError(
+                f"{name}: its dimension {axis!r} of {size} is not divisible by {over}: "
+                f"change the mesh or the size"
+            )
+
+
+def shard(x: jax.Array, name: str) -> jax.Array:
+    """Pins an activation to its place in the table on the current mesh (`jax.set_mesh`); nothing without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS[name]))
+
+
+def named(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
+    return NamedSharding(mesh, spec(axes))

@@ -1,0 +1,153 @@
+"""One training step as a pure function: (state, batch) -> (state, metrics). Its jit and shardings are in train.py.
+
+Axes: A microbatches, R rows of a microbatch, the rest as in model.py.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from k2jax.loss import cross_entropy, targets_and_weights
+from k2jax.model import Decoder, Params, document_ids, parameter_table
+from k2jax.optimizer import TrainState, adamw, learning_rate
+from k2jax.sharding import shard
+
+Metrics = dict[str, jax.Array]
+
+
+class Batch(NamedTuple):
+    """A global batch: rows are cut into microbatches, each spread over the data axes."""
+
+    tokens: jax.Array  # int32 (A, R, T+1), or (A, R, T) with label_shift "inside"
+    subset: jax.Array  # int32 (A, R): index into the manifest's sorted subsets
+    digest: jax.Array  # uint32 (A, R, 8): of each row, see data/loader.py
+
+
+class Sums(NamedTuple):
+    """What a microbatch adds up: float32."""
+
+    loss: jax.Array  # over all targets, nats
+    targets: jax.Array  # how many
+    subset_loss: jax.Array  # (subsets,)
+    subset_targets: jax.Array  # (subsets,)
+
+
+def loss_sums(
+    params: Params,
+    tokens: jax.Array,
+    subset: jax.Array,
+    *,
+    config: ConfigDict,
+    stage: ConfigDict,
+    eos_id: int,
+    num_subsets: int,
+    compute_dtype: jnp.dtype,
+) -> tuple[jax.Array, Sums]:
+    """The loss summed over the targets of (R, T+1) tokens, and its parts; nothing is divided yet."""
+    inputs_BT = tokens[:, :-1] if config.data.label_shift == "next" else tokens
+    masked = config.model.mask_documents
+    inputs_BT, targets_BT, weights_BT = targets_and_weights(
+        tokens, config.data.label_shift, inputs_BT == eos_id if masked else None
+    )
+    inputs_BT = shard(inputs_BT, "tokens_BT")
+    decoder = Decoder(config.model, params, compute_dtype)
+    hidden_BTD = decoder(inputs_BT, stage.rope_base, document_ids(inputs_BT, eos_id) if masked else None)
+    logits_BTV = decoder.logits(hidden_BTD).astype(config.precision.logits)
+    loss_B = (cross_entropy(logits_BTV, targets_BT) * weights_BT).sum(axis=1)
+    targets_B = weights_BT.sum(axis=1)
+    subset_BX = jax.nn.one_hot(subset, num_subsets, dtype=jnp.float32)
+    loss = loss_B.sum()
+    return loss, Sums(loss, targets_B.sum(), loss_B @ subset_BX, targets_B @ subset_BX)
+
+
+def mean_gradients(params: Params, batch: Batch, **loss_arguments) -> tuple[Params, Sums]:
+    """Gradient of the mean loss over all targets of all microbatches, accumulated in float32.
+
+    Sums are divided once, at the end, by the targets of the whole batch: microbatches with unequal numbers of targets
+    then weigh as they do in one big batch.
+    """
+    gradient = jax.grad(
+        lambda p, tokens, subset: loss_sums(p, tokens, subset, **loss_arguments), has_aux=True
+    )
+    if batch.tokens.shape[0] == 1:
+        grads, sums = gradient(params, batch.tokens[0], batch.subset[0])
+    else:
+
+        def add(total: tuple, rows: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, *rows)), None
+
+        shapes = jax.eval_shape(gradient, params, batch.tokens[0], batch.subset[0])
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (grads, sums), _ = jax.lax.scan(add, zeros, (batch.tokens, batch.subset))
+    return jax.tree.map(lambda g: g / jnp.maximum(sums.targets, 1.0), grads), sums
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    config: ConfigDict,
+    stage: ConfigDict,
+    first_step: int,
+    moment_shardings: Params | None = None,
+    **loss_arguments,
+) -> tuple[TrainState, Metrics]:
+    """One update. A non-finite loss or gradient leaves parameters and moments as they were, and is counted.
+
+    `moment_shardings` pins the gradients to where the moments live, so that data-parallel devices each update a part.
+    """
+    grads, sums = mean_gradients(state.params, batch, config=config, stage=stage, **loss_arguments)
+    if moment_shardings is not None:
+        grads = jax.lax.with_sharding_constraint(grads, moment_shardings)
+    loss = sums.loss / jnp.maximum(sums.targets, 1.0)
+    grad_squares = group_squares(config, grads)
+    grad_norm = jnp.sqrt(sum(grad_squares.values()))
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    clip = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
+    direction, mu, nu = adamw(config, state, jax.tree.map(lambda g: g * clip, grads))
+    step = state.step + 1
+    lr = learning_rate(stage, step - first_step + 1)
+    update = jax.tree.map(lambda d: jnp.where(finite, -lr * d, 0.0), direction)
+
+    def keep(new: Params, old: Params) -> Params:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    new = TrainState(
+        step=step,
+        updates=state.updates + finite,
+        skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1),
+        params=jax.tree.map(jnp.add, state.params, update),
+        mu=keep(mu, state.mu),
+        nu=keep(nu, state.nu),
+    )
+    metrics = {
+        "loss": loss,
+        "finite": finite,
+        "skips_in_a_row": new.skips_in_a_row,
+        "lr": lr,
+        "targets": sums.targets,
+        "subset_loss": sums.subset_loss / jnp.maximum(sums.subset_targets, 1.0),
+        "subset_targets": sums.subset_targets,
+        "batch_digest": batch.digest.reshape(-1, batch.digest.shape[-1]).sum(axis=0, dtype=jnp.uint32),
+        **norms("grad", grad_squares),
+        **norms("param", group_squares(config, new.params)),
+        **norms("update", group_squares(config, update)),
+    }
+    return new, metrics
+
+
+def group_squares(config: ConfigDict, tree: Params) -> dict[str, jax.Array]:
+    """{layer group: sum of squares}, float32."""
+    squares: dict[str, jax.Array] = {}
+    for name, p in parameter_table(config.model).items():
+        squares[p.group] = squares.get(p.group, 0.0) + jnp.sum(jnp.square(tree[name]))
+    return squares
+
+
+def norms(kind: str, squares: dict[str, jax.Array]) -> Metrics:
+    """{"grad_norm": of everything, "grad_norm/mlp": of a group, ...}."""
+    groups = {f"{kind}_norm/{group}": jnp.sqrt(value) for group, value in squares.items()}
+    return {f"{kind}_norm": jnp.sqrt(sum(squares.values())), **groups}

@@ -1,0 +1,219 @@
+"""Trains a model, or resumes the run that the workdir holds.
+
+    python -m k2jax.train --config=experiments/smoke.py --workdir=runs/smoke [--config.KEY=VALUE ...]
+
+The order within a step is fixed: preempted? -> batch -> step -> the previous step's metrics and guard -> checkpoint.
+The metrics of a step are read before its state is saved, and never before the next step is under way otherwise.
+"""
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from k2jax import config as configuration
+from k2jax import distributed, launch, sharding
+from k2jax.checkpoint import Checkpoints
+from k2jax.chunks import checkpoint_steps, chunk_of_step, tokens_before
+from k2jax.data.journal import check_journal, check_resume
+from k2jax.data.loader import make_loader
+from k2jax.data.manifest import describe
+from k2jax.data.order import Order
+from k2jax.errors import Preempted, run_main
+from k2jax.evaluate import validate
+from k2jax.ledger import Ledger, StepLog
+from k2jax.metrics import Recorder
+from k2jax.optimizer import TrainState, init_state
+from k2jax.rundir import RunDirectory, write_json
+from k2jax.sample import sample_text
+
+
+def train(config: ConfigDict, workdir: str | Path) -> None:
+    """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
+    mesh = sharding.make_mesh(config.mesh)
+    launch.check_mesh(config, mesh)
+    with RunDirectory(workdir) as run, jax.set_mesh(mesh):
+        # ---- the data is a function of manifest, journal and step --------------------------------------------------
+        stores, manifest = launch.open_data(config)
+        journal = run.begin(config, manifest, dict(mesh.shape))
+        order = Order(manifest, journal)
+        check_journal(journal, order)
+        say(describe(manifest))
+        say(launch.describe_run(config, order, mesh))
+
+        # ---- the state is restored and verified, or made -----------------------------------------------------------
+        shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+        shardings = launch.place_state(config, shapes, mesh)
+        save_steps = set(checkpoint_steps(order))
+        checkpoints = Checkpoints(run.path, sorted(save_steps), config.checkpoint.keep_between, say)
+        state = checkpoints.restore_newest(shardings, shapes) or launch.make_state(config, shardings)
+        step = saved = int(state.step)
+        if step:
+            check_resume(journal, checkpoints.last_data["order"], order, step)
+        recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
+
+        # ---- training ----------------------------------------------------------------------------------------------
+        save = partial(
+            save_checkpoint, checkpoints, recorder, order, launch.checkpoint_meta(config, manifest, mesh)
+        )
+        bar = tqdm(
+            total=order.num_steps, initial=step, unit="step", disable=not (sys.stderr.isatty() and is_main())
+        )
+        for plan in order.stages:
+            if step >= plan.last_step:
+                continue
+            placement = launch.place_batches(config.stages[plan.index], mesh)
+            run_step = launch.compile_step(config, plan, mesh, shapes, shardings, manifest, say)
+            batches = make_loader(
+                order,
+                stores,
+                label_shift=config.data.label_shift,
+                first_step=step + 1,
+                last_step=plan.last_step,
+                local_rows=placement.local_rows,
+                threads=config.data.threads,
+                workers=config.data.workers,
+                prefetch=config.data.prefetch,
+            )
+            recorder.pause()
+            while step < plan.last_step:
+                if distributed.preempted(step + 1):
+                    if saved < step:
+                        save(state, step)
+                    recorder.saved(checkpoints.wait())
+                    raise Preempted(
+                        f"stopped by SIGTERM after step {step}, which is saved: run the same command to go on"
+                    )
+                started = time.perf_counter()
+                step, rows = next(batches)
+                data_wait_s = time.perf_counter() - started
+                state, metrics = run_step(state, placement.globalize(rows))
+                recorder.push(
+                    step, plan, metrics, data_wait_s
+                )  # reads the step before this one: the device goes on
+                if step in save_steps or is_multiple(step, config.checkpoint.every_steps):
+                    save(state, step)
+                    saved = step
+                recorder.saved(checkpoints.poll())
+                bar.update()
+            recorder.flush()
+        recorder.saved(checkpoints.wait())
+        bar.close()
+        recorder.close()
+        checkpoints.close()
+        report(config, state, mesh, stores, manifest, run.path)
+
+
+def open_records(
+    config: ConfigDict, workdir: Path, order: Order, subsets: list[str], checkpoints: Checkpoints, step: int
+) -> Recorder:
+    """Metrics and ledger, cut back to the restored step: what came after it is run again."""
+    chunk = partial(chunk_of_step, order)
+    metrics, ledger = StepLog(workdir / "metrics", chunk), Ledger(workdir / "ledger", chunk)
+    if is_main():
+        metrics.truncate(step)
+        dropped = ledger.resume(
+            step, checkpoints.last_meta and checkpoints.last_meta["digest"], order.digest()
+        )
+        say(f"resuming after step {step} of {order.num_steps}" if step else "starting at step 1")
+        if dropped:
+            say(f"{dropped} step(s) after the checkpoint are run again")
+    return Recorder(config, workdir, order, subsets, metrics, ledger, say, tokens_before(order, step + 1))
+
+
+def save_checkpoint(
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    order: Order,
+    meta: dict[str, Any],
+    state: TrainState,
+    step: int,
+) -> None:
+    """Starts an asynchronous save, once the metrics of `step` are read and found good."""
+    recorder.flush()
+    recorder.require_finite_parameters()
+    recorder.saved(checkpoints.wait())
+    say(f"saving {step}")
+    checkpoints.save(
+        state,
+        step,
+        data={"next_step": step + 1, "order": order.digest()},
+        meta={**meta, "tokens_seen": recorder.tokens_seen},
+    )
+
+
+def report(
+    config: ConfigDict,
+    state: TrainState,
+    mesh: jax.sharding.Mesh,
+    stores: dict[str, Any],
+    manifest: dict[str, Any],
+    workdir: Path,
+) -> None:
+    """The end of a run: validation loss by subset, sampled text, and where things are."""
+    stage, dtype, eos_id = config.stages[-1], launch.compute_dtype(config), manifest["eos_id"]
+    found = validate(config, stage, state.params, mesh, stores, dtype, eos_id)
+    for name, v in found.items():
+        say(
+            f"validation {name:16} loss {v.loss:.4f}   unigram {v.unigram_loss:.4f}   ({v.tokens:,} held-out tokens)"
+        )
+    texts = sample_text(config, stage.rope_base, state.params, workdir / "tokenizer.json", dtype, eos_id)
+    for prompt, text in texts:
+        say(f"sample: {prompt}|{text}")
+    if is_main():
+        values = {name: v._asdict() for name, v in found.items()}
+        write_json(workdir / "validation.json", {"step": int(state.step), "subsets": values})
+    say(f"the run: {workdir}")
+    say(f"next: python tools/which_docs.py --workdir={workdir} --step={int(state.step)} shows what a step read;")
+    say(f"      metrics/*.jsonl hold a row a step; tensorboard --logdir={workdir} draws them")
+
+
+def is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def is_main() -> bool:
+    """The process that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    if is_main():
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m k2jax.train",
+        description="Trains a model, or resumes a run.",
+        epilog="Any key of k2jax/config.py can be set: --config.optimizer.clip_norm=0.5. "
+        "Exit codes: 0 done, 75 preempted and saved (restart), 74 storage, 65 numerics, "
+        "78 configuration or data, 70 a bug.",
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="experiment file, such as experiments/smoke.py"
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="run directory; a run in it is resumed"
+    )
+    args, rest = parser.parse_known_args()
+    overrides = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
+    unknown = [text for text in rest if not text.startswith("--config.")]
+    if unknown:
+        parser.error(
+            f"unknown argument {unknown[0]}; keys of the configuration are set as --config.KEY=VALUE"
+        )
+    config = configuration.load(args.config, overrides)
+    distributed.initialize()
+    train(config, args.workdir)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,60 @@
+"""Packaging. Tool settings (ruff, pytest) live in pyproject.toml; exact versions in requirements.lock."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "k2jax" / "__init__.py").read_text())[1]
+README = HERE / "README.md"
+
+# Lower bounds: releases whose interfaces we rely on. Upper bounds: the next ones that may break them.
+BASE = [
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "tensorstore>=0.1.86,<0.2",
+    "ml-collections>=1.1,<2",
+    "numpy>=2.2,<3",
+    "pyarrow>=20,<28",
+    "tokenizers>=0.22,<0.24",
+    "safetensors>=0.5,<0.9",
+    "tqdm>=4.66,<5",
+    "tensorboardX>=2.6.4,<3",
+]
+TRANSFORMERS = "transformers>=5,<6"
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
+    "hf": [TRANSFORMERS],
+    "wandb": ["wandb>=0.19"],
+    "data": ["datatrove[io]>=0.10.1,<0.11"],
+    "eval": ["lm_eval>=0.4.9,<0.5"],
+    "seqio": ["seqio>=0.0.20,<0.1"],
+    "test": [
+        "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
+        "hypothesis>=6.130,<7",
+        "ruff>=0.17,<0.18",
+        "scipy>=1.15,<2",
+        "pandas>=2.2,<4",
+    ],
+    # What our numbers are compared with, in tests and benchmarks.
+    "parity": ["torch==2.13.0", TRANSFORMERS],
+}
+
+setup(
+    name="k2jax",
+    version=VERSION,
+    description="Trains K2-class language models in the open, on TPU pods and GPUs, through JAX",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["k2jax", "k2jax.*"]),
+    install_requires=BASE,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,166 @@
+"""What an installation brings: few imports, locked versions for every Python, no path of any machine."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import k2jax
+
+REPO = Path(__file__).parent.parent
+PYTHONS = ("3.11.7", "3.12.1", "3.13.0")
+
+
+@pytest.fixture(scope="module")
+def setup_arguments():
+    """What setup.py tells setuptools."""
+    found, patch = {}, pytest.MonkeyPatch()
+    patch.setattr("setuptools.setup", lambda **arguments: found.update(arguments))
+    patch.chdir(REPO)
+    runpy.run_path("setup.py")
+    patch.undo()
+    return found
+
+
+def lock(python):
+    """{name: version} of requirements.lock on Linux with that Python."""
+    marker_values = {
+        "python_version": python.rpartition(".")[0],
+        "python_full_version": python,
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "os_name": "posix",
+        "extra": "",
+    }
+    pinned = {}
+    for line in (REPO / "requirements.lock").read_text().splitlines():
+        text = line.partition("#")[0].strip()
+        requirement = Requirement(text) if text else None
+        if requirement and (requirement.marker is None or requirement.marker.evaluate(marker_values)):
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "==" and requirement.url is None
+            assert requirement.name not in pinned, f"{requirement.name} twice for Python {python}"
+            pinned[canonicalize_name(requirement.name)] = specifier.version
+    return pinned
+
+
+def test_importing_k2jax_imports_nothing_heavy():
+    code = "import sys; before = set(sys.modules); import k2jax; print(*sorted(set(sys.modules) - before))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True
+    )
+    assert answer.stdout.split() == ["k2jax"]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_has_every_dependency_within_its_bounds(setup_arguments, python):
+    extras = setup_arguments["extras_require"]
+    pinned = lock(python)
+    for text in setup_arguments["install_requires"] + extras["test"] + extras["parity"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
+        assert any(s.operator in (">=", "==") for s in requirement.specifier), f"{text} has no lower bound"
+        assert any(s.operator in ("<", "==") for s in requirement.specifier), f"{text} has no upper bound"
+    assert "setuptools" in pinned, "the Makefile builds with the locked one"
+
+
+def test_python_3_11_has_the_last_jax_for_it_and_later_ones_a_newer():
+    assert lock("3.11.7")["jax"] == "0.10.2"
+    assert int(lock("3.12.1")["jax"].split(".")[1]) >= 12
+
+
+def test_the_lock_holds_released_versions_only_and_no_cuda():
+    text = (REPO / "requirements.lock").read_text()
+    assert "://" not in text and " @ " not in text and "nvidia" not in text and "--hash" not in text
+    assert not any(v for python in PYTHONS for v in lock(python).values() if any(c.isalpha() for c in v))
+
+
+def test_setup_names_the_extras_and_the_python(setup_arguments):
+    assert set(setup_arguments["extras_require"]) == {
+        "tpu",
+        "gpu",
+        "hf",
+        "wandb",
+        "data",
+        "eval",
+        "seqio",
+        "test",
+        "parity",
+    }
+    assert setup_arguments["python_requires"] == ">=3.11" and setup_arguments["version"] == k2jax.__version__
+    assert all(name.split(".")[0] == "k2jax" for name in setup_arguments["packages"])
+
+
+def test_no_file_holds_a_path_of_this_machine():
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPO,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.split("\n")
+    paths = {str(REPO), sys.prefix, sys.base_prefix, str(Path.home())}
+    needles = [f"{path}/".encode() for path in paths if len(path) > 4]
+    found = [
+        name
+        for name in listed
+        if name
+        and (REPO / name).is_file()
+        and any(needle in (REPO / name).read_bytes() for needle in needles)
+    ]
+    assert found == []
+
+
+def test_an_old_python_is_refused_in_one_line(tmp_path):
+    venv = tmp_path / "venv"
+    answer = subprocess.run(
+        ["make", "PYTHON=false", f"VENV={venv}", f"{venv}/bin/pip"],
+        cwd=REPO,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "MAKEFLAGS": ""},
+    )
+    assert answer.returncode != 0 and not venv.exists()
+    assert answer.stderr.startswith("error: false is not Python 3.11 or newer")
+
+
+@pytest.mark.skipif(
+    int(version("setuptools").split(".")[0]) < 71, reason="`make test` installs a newer setuptools"
+)
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(REPO / name, tmp_path)
+    for name in ("k2jax", "tests", "tools", "experiments"):
+        shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--wheel-dir",
+            "out",
+            ".",
+        ],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {path.relative_to(REPO).as_posix() for path in (REPO / "k2jax").rglob("*.py")}
+    assert {name for name in names if ".dist-info/" not in name} == modules
+    assert any(name.endswith("licenses/LICENSE") for name in names)

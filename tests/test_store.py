@@ -1,0 +1,340 @@
+"""k2jax.data.store: what is written is what is read, and whatever is not is an error that names the thing."""
+
+import json
+import pickle
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from k2jax.data import storage, store
+from k2jax.data.manifest import build_manifest, sha256_json
+from k2jax.data.store import Store, StoreWriter, open_stores
+from k2jax.errors import ConfigError, StorageError
+
+EOS = 2
+OPTIONS = {"tokenizer_sha256": "ab" * 32, "eos_id": EOS, "shard_tokens": 64, "chunk_tokens": 16}
+
+
+def write(path, documents, vocab_size=1000, validation_fraction=0.0, **options):
+    """A store of documents (lists of token ids) with ids "0", "1", ...; small shards, so that there are many."""
+    with StoreWriter(path, vocab_size=vocab_size, **{**OPTIONS, **options}) as writer:
+        for i, tokens in enumerate(documents):
+            writer.add(tokens, id=str(i), source=f"file {i}", metadata={"number": i, "language": "ü"})
+        return writer.finish(validation_fraction)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    draw = np.random.default_rng(0)
+    return [draw.integers(0, 1000, draw.integers(0, 60)).tolist() for _ in range(40)]
+
+
+@pytest.fixture
+def path(tmp_path, documents):
+    write(tmp_path / "a store", documents)
+    return tmp_path / "a store"
+
+
+def one_line(error):
+    """The error's text, which must be a single line that holds no dump of a TensorStore spec."""
+    text = str(error.value)
+    assert "\n" not in text and "tensorstore_spec" not in text and len(text) < 600, text
+    return text
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), vocab_size=st.sampled_from([300, 1 << 16, (1 << 16) + 1, 200_000]))
+def test_round_trip(tmp_path_factory, data, vocab_size):
+    """Documents, EOS, windows and metadata come back, for uint16 and uint32 stores."""
+    tokens = st.lists(st.integers(0, vocab_size - 1), max_size=50)
+    documents = data.draw(st.lists(tokens, min_size=1, max_size=12))
+    path = tmp_path_factory.mktemp("round_trip") / "s"
+    write(path, documents, vocab_size)
+    opened = Store.open(path, verify="sha256")
+    flat = np.concatenate([[*document, EOS] for document in documents])
+    assert opened.info["dtype"] == ("uint16" if vocab_size <= 1 << 16 else "uint32")
+    assert (opened.num_tokens, opened.num_documents) == (len(flat), len(documents))
+    assert opened.info["max_token_id"] == flat.max()
+
+    length = data.draw(st.integers(1, len(flat)))
+    starts = np.arange(len(flat) - length + 1)
+    rows = opened.read(starts, length)
+    assert rows.dtype == np.uint32
+    np.testing.assert_array_equal(rows, flat[starts[:, None] + np.arange(length)])
+
+    position = 0
+    for i, document in enumerate(documents):
+        assert opened.document(i) == {
+            "id": str(i),
+            "source": f"file {i}",
+            "num_tokens": len(document) + 1,
+            "metadata": {"number": i, "language": "ü"},
+            "start": position,
+        }
+        position += len(document) + 1
+
+
+def test_zeros_are_stored(tmp_path):
+    """Chunks of nothing but token 0, the fill value, are read; they are not mistaken for missing ones."""
+    write(tmp_path / "s", [[0] * 200])
+    assert not Store.open(tmp_path / "s").read([0], 200).any()
+
+
+def test_same_documents_same_root_digest(tmp_path, documents):
+    """The root digest is the content's: not the path's, not the clock's; one changed token changes it."""
+    first = write(tmp_path / "a", documents)
+    second = write(tmp_path / "b", documents)
+    other = write(tmp_path / "c", [*documents[:-1], [*documents[-1], 7]])
+    assert first == second and first["root_digest"] != other["root_digest"]
+    rest = {key: value for key, value in first.items() if key != "root_digest"}
+    assert first["root_digest"] == sha256_json(rest)
+    files = {str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    assert files == {*first["files"], "store.json"}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5, 0.9, 0.999])
+def test_validation_split_at_a_document(tmp_path, documents, fraction):
+    """Held-out tokens start with the first document at or after the share that is trained on."""
+    info = write(tmp_path / "s", documents, validation_fraction=fraction)
+    bounds = np.cumsum([0, *(len(d) + 1 for d in documents)])
+    assert info["num_train_tokens"] == min(b for b in bounds if b >= (1 - fraction) * bounds[-1])
+
+
+def test_summary_makes_a_manifest(path):
+    """The store's summary is all that a manifest needs; open_stores finds the stores of a manifest again."""
+    summary = Store.open(path).summary()
+    stage = {"name": "one", "sequence_length": 8, "rows_per_step": 2, "steps_per_chunk": 2, "chunks": 2}
+    manifest = build_manifest(
+        stages=[{**stage, "mix": {"a store": 1}}], stores={"a store": summary}, seed=0, label_shift="next"
+    )
+    assert open_stores(manifest)["a store"].root_digest == summary.root_digest
+    manifest["stores"]["a store"]["path"] = "/moved"
+    assert open_stores(manifest, folder=path.parent)["a store"].path == str(path)
+    manifest["stores"]["a store"]["root_digest"] = "cd" * 32
+    with pytest.raises(ConfigError, match="has changed") as error:
+        open_stores(manifest, folder=path.parent)
+    assert "'a store'" in one_line(error) and "cdcdcd" in one_line(error)
+
+
+def test_documents_in(path, documents, monkeypatch):
+    """Every range of tokens names its documents, also when document_start is bisected, not read whole."""
+    monkeypatch.setattr(storage, "LAST_SLICE", 4)
+    opened = Store.open(path)
+    owner = np.repeat(np.arange(len(documents)), [len(d) + 1 for d in documents])
+    for start in range(0, len(owner), 7):
+        for stop in (start + 1, min(start + 30, len(owner)), len(owner)):
+            spans = opened.documents_in(start, stop)
+            np.testing.assert_array_equal(
+                np.concatenate([np.full(s.stop - s.start, s.index) for s in spans]), owner[start:stop]
+            )
+            assert spans[0].start == start and spans[-1].stop == stop
+
+
+def test_find_documents_over_row_groups(tmp_path, documents, monkeypatch):
+    """Documents are found by id and by number in any row group; a text that comes twice is found twice."""
+    monkeypatch.setattr(store, "ROW_GROUP", 8)
+    with StoreWriter(tmp_path / "s", vocab_size=1000, **OPTIONS) as writer:
+        for i, tokens in enumerate(documents):
+            writer.add(tokens, id=str(i % 30), source=f"file {i}")
+        writer.finish()
+    opened = Store.open(tmp_path / "s")
+    assert opened.find_documents("9") == [9, 39]
+    assert (opened.find_document("9"), opened.find_document("nobody")) == (9, None)
+    assert [opened.document(i)["source"] for i in range(40)] == [f"file {i}" for i in range(40)]
+
+
+def test_pickle(path):
+    """A store that has been read from reads the same in another process."""
+    opened = Store.open(path)
+    expected = opened.read([3, 70], 20)
+    assert opened.document(0)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(opened)).read([3, 70], 20), expected)
+
+
+def test_file_url(tmp_path, documents):
+    """A URL goes the whole way through both libraries: written by one, read by it and as a local path."""
+    url = (tmp_path / "a store").as_uri()
+    write(url, documents)
+    by_url, by_path = Store.open(url, verify="sha256"), Store.open(tmp_path / "a store")
+    assert by_url.root_digest == by_path.root_digest and by_url.path == url
+    np.testing.assert_array_equal(by_url.read([5], 100), by_path.read([5], 100))
+    assert by_url.document(3) == by_path.document(3)
+
+
+@pytest.mark.parametrize(("url", "driver"), [("gs://bucket/a/b", "gcs"), ("s3://bucket/a/b", "s3")])
+def test_bucket_urls_reach_their_driver(url, driver):
+    """gs:// and s3:// become TensorStore's and pyarrow's own drivers (no network here to go further)."""
+    spec = storage.array_spec(f"{url}/tokens", "uint16", 100, 64, 16)
+    assert ts.Spec(spec).to_json()["kvstore"] == {"driver": driver, "bucket": "bucket", "path": "a/b/tokens/"}
+    fs, root = storage.file_system(f"{url}?region=us-east-1" if driver == "s3" else url)
+    assert (fs.type_name, root) == (driver, "bucket/a/b")
+
+
+def test_unknown_url_is_refused():
+    with pytest.raises(ConfigError, match="expected a local path") as error:
+        Store.open("ftp://host/store")
+    assert "ftp://host/store" in one_line(error)
+
+
+def test_unfinished_writer_leaves_no_store(tmp_path, documents):
+    """A writer that is interrupted leaves a store that is refused, and that the next writer replaces."""
+    path = tmp_path / "s"
+    with pytest.raises(KeyboardInterrupt), StoreWriter(path, vocab_size=1000, **OPTIONS) as writer:
+        for _ in range(3):
+            writer.add(range(100), id="0", source="x")
+        raise KeyboardInterrupt
+    assert (path / "tokens").exists()
+    with pytest.raises(ConfigError, match="no store.json: it is unfinished") as error:
+        Store.open(path)
+    assert str(path) in one_line(error)
+    write(path, documents)
+    assert Store.open(path, verify="sha256").num_documents == len(documents)
+
+
+def test_finished_store_is_not_overwritten_by_accident(path):
+    with pytest.raises(ConfigError, match="holds a finished store"):
+        write(path, [[5]])
+    write(path, [[5]], overwrite=True)
+    assert Store.open(path, verify="sha256").num_tokens == 2
+
+
+def test_writer_touches_no_other_directory(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty and no store"):
+        write(tmp_path, [[5]], overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_empty_store_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no document was added"):
+        write(tmp_path / "s", [])
+
+
+@pytest.mark.parametrize("token", [-1, 1000, 1 << 40])
+def test_token_outside_the_vocabulary_at_write(tmp_path, token):
+    with pytest.raises(ConfigError, match="outside the vocabulary of 1000") as error:
+        write(tmp_path / "s", [[1, 2], [3, token]])
+    assert "document 1 (file 1)" in one_line(error) and str(token) in one_line(error)
+
+
+def test_token_outside_the_vocabulary_at_read(path):
+    """The store says a smaller vocabulary than its tokens need: found where it is read, by place and id."""
+    opened = Store.open(path)
+    opened.info["vocab_size"] = int(opened.read([0], 300).max())
+    with pytest.raises(ConfigError, match=f"outside the vocabulary of {opened.info['vocab_size']}") as error:
+        opened.read(np.arange(300), 1)
+    place = int(one_line(error).split("token ")[1].split()[0])
+    opened.info["vocab_size"] += 1
+    assert opened.read([place], 1) == opened.info["vocab_size"] - 1
+
+
+def shard(path, number):
+    return path / "tokens" / "c" / str(number)
+
+
+def test_truncated_shard(path):
+    """Named when the store is opened, and when it happens later, when it is read."""
+    opened = Store.open(path)
+    content = shard(path, 1).read_bytes()
+    shard(path, 1).write_bytes(content[:50])
+    with pytest.raises(ConfigError, match=f"tokens/c/1: 50 bytes, expected {len(content)}") as error:
+        Store.open(path)
+    assert str(path) in one_line(error)
+    with pytest.raises(StorageError, match="cannot read the window at token 70") as error:
+        opened.read([0, 70], 10)
+    assert str(shard(path, 1)) in one_line(error)
+
+
+def test_missing_shard(path):
+    """Named when the store is opened; later, it does not read as zeros."""
+    opened = Store.open(path)
+    shard(path, 2).unlink()
+    with pytest.raises(ConfigError, match="tokens/c/2: no file") as error:
+        Store.open(path)
+    assert str(path) in one_line(error)
+    with pytest.raises(StorageError, match="cannot read the window at token 130") as error:
+        opened.read([130], 10)
+    assert str(shard(path, 2)) in one_line(error)
+
+
+def test_flipped_bit(path):
+    """Any flipped bit of a token shard is found by SHA-256 when asked for, and by crc32c when it is read."""
+    opened = Store.open(path)
+    content = shard(path, 0).read_bytes()
+
+    @settings(max_examples=100, deadline=None)
+    @given(place=st.integers(0, len(content) - 1), bit=st.integers(0, 7))
+    def check(place, bit):
+        changed = bytearray(content)
+        changed[place] ^= 1 << bit
+        shard(path, 0).write_bytes(changed)
+        with pytest.raises(ConfigError, match="tokens/c/0: SHA-256") as error:
+            Store.open(path, verify="sha256")
+        assert str(path) in one_line(error)
+        with pytest.raises(StorageError, match=r"cannot read the window at token \d+: DATA_LOSS") as error:
+            opened.read(np.arange(0, 64, 8), 8)
+        assert str(shard(path, 0)) in one_line(error)
+
+    check()
+
+
+def test_every_file_is_covered(path):
+    """A bit flipped in any file but store.json is found by SHA-256; a missing file by its name."""
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "store.json"):
+        content = file.read_bytes()
+        file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(ConfigError, match=f"{file.relative_to(path)}: SHA-256"):
+            Store.open(path, verify="sha256")
+        file.unlink()
+        with pytest.raises(ConfigError, match=f"{file.relative_to(path)}: no file"):
+            Store.open(path)
+        file.write_bytes(content)
+    Store.open(path, verify="sha256")
+
+
+def test_changed_store_json(path):
+    """Whatever is changed in store.json, its root digest tells."""
+    info = json.loads((path / "store.json").read_text())
+    for changed in ({**info, "num_train_tokens": 1}, {**info, "root_digest": "0" * 64}, {"format": 1}):
+        (path / "store.json").write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match="has root digest") as error:
+            Store.open(path)
+        assert str(path) in one_line(error)
+    for text, found in (("{", "is no JSON"), ("[]", "is not of format 1"), ('{"format": 2}', "is not of format 1")):
+        (path / "store.json").write_text(text)
+        with pytest.raises(ConfigError, match=f"store.json {found}"):
+            Store.open(path)
+
+
+def test_wrong_zarr_json(path):
+    """Metadata that disagrees with store.json is an error at opening, before any token is misread."""
+    file = path / "tokens" / "zarr.json"
+    file.write_text(file.read_text().replace('"data_type":"uint16"', '"data_type":"uint32"'))
+    with pytest.raises(StorageError, match="cannot read the store") as error:
+        Store.open(path)
+    assert str(path) in one_line(error)
+
+
+def test_unwritable_place(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write the store") as error:
+        write(tmp_path / "file" / "s", [[1]])
+    assert str(tmp_path / "file" / "s") in one_line(error)
+
+
+def test_disk_full(tmp_path):
+    """The write that fails is an error, and what is left is no store. (A limit on file size stands in.)"""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot write the store") as error:
+            write(tmp_path / "s", [range(1000)] * 40, shard_tokens=1 << 14, chunk_tokens=1 << 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path / "s") in one_line(error)
+    assert not Path(tmp_path / "s" / "store.json").exists()
