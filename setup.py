@@ -30,7 +30,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "hf": [TRANSFORMERS],
-    "wandb": ["wandb>=0.19"],
+    "wandb": ["wandb>=0.19,<1"],
     "data": ["datatrove[io]>=0.10.1,<0.11"],
     "eval": ["lm_eval>=0.4.9,<0.5"],
     "seqio": ["seqio>=0.0.20,<0.1"],

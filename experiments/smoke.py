@@ -29,11 +29,29 @@ def get_config() -> ConfigDict:
     c.log.every_steps = 10
     # As in K2, the second stage has longer rows, a higher rope base and more code and mathematics (here: code).
     c.stages = (
-        config.stage(name="stage1", sequence_length=128, rows_per_step=16, steps_per_chunk=60, chunks=4,
-                     rope_base=10_000.0, lr_peak=3e-3, lr_final=6e-4, warmup_steps=20,
-                     mix={"code": 1, "docstrings": 3, "documentation": 1}),
-        config.stage(name="stage2", sequence_length=512, rows_per_step=4, steps_per_chunk=30, chunks=2,
-                     rope_base=500_000.0, lr_peak=6e-4, lr_final=6e-5, warmup_steps=0,
-                     mix={"code": 3, "docstrings": 1, "documentation": 1}),
+        config.stage(
+            name="stage1",
+            sequence_length=128,
+            rows_per_step=16,
+            steps_per_chunk=60,
+            chunks=4,
+            rope_base=10_000.0,
+            lr_peak=3e-3,
+            lr_final=6e-4,
+            warmup_steps=20,
+            mix={"code": 1, "docstrings": 3, "documentation": 1},
+        ),
+        config.stage(
+            name="stage2",
+            sequence_length=512,
+            rows_per_step=4,
+            steps_per_chunk=30,
+            chunks=2,
+            rope_base=500_000.0,
+            lr_peak=6e-4,
+            lr_final=6e-5,
+            warmup_steps=0,
+            mix={"code": 3, "docstrings": 1, "documentation": 1},
+        ),
     )
     return c

@@ -79,7 +79,7 @@ class Checkpoints:
         self.directory, self.abandoned, self.log = workdir / "checkpoints", workdir / "abandoned", log
         read_only = keep_steps is None
         if not read_only:
-            self._clean()
+            self._empty_trash()
         policy = keep.AnyPreservationPolicy(
             [keep.CustomSteps(keep_steps or ()), keep.LatestN(keep_between + 1)]
         )
@@ -104,8 +104,8 @@ class Checkpoints:
         self.last_meta: dict | None = None  # of the newest checkpoint that is known to be good
         self.last_data: dict | None = None  # of the checkpoint that was restored
 
-    def _clean(self) -> None:
-        """A kill in the middle of a deletion leaves the step in the trash folder; nothing else empties it."""
+    def _empty_trash(self) -> None:
+        """Orbax moves old steps to the trash folder, so that no kill leaves one half deleted; nothing else empties it."""
         if jax.process_index() == 0 and (self.directory / "trash").exists():
             shutil.rmtree(self.directory / "trash")
 
@@ -170,6 +170,7 @@ class Checkpoints:
             raise _cannot_save(step, self.directory, error) from error
         self.last_meta = self._saved_meta
         self.log(f"saved {step}")
+        self._empty_trash()
         return self.last_meta
 
     # ---- restore -----------------------------------------------------------------------------------------------

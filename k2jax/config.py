@@ -7,8 +7,6 @@ before any device is touched; after it no other code checks configuration.
 
 import ast
 import difflib
-import hashlib
-import json
 import runpy
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,24 +15,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError
-
-# Keys that a resumed run may change freely: they change where and how fast it runs, never what it computes
-# (beyond the order of floating-point sums). Everything else is drift: see `drift()`.
-FREE_KEYS = (
-    "mesh",
-    "log",
-    "checkpoint",
-    "eval",
-    "allow_drift",
-    "data.root",
-    "data.tokenizer",
-    "data.verify",
-    "data.threads",
-    "data.workers",
-    "data.prefetch",
-    "model.remat",
-    "stages.*.microbatches",
-)
 
 
 # fmt: off
@@ -151,7 +131,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         if "get_config" not in names:
             raise ConfigError(f"--config={path} does not define get_config(); see experiments/smoke.py")
         config = names["get_config"]()
-    except (AttributeError, KeyError, TypeError, SyntaxError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         first_line = str(error.args[0] if error.args else error).strip().splitlines()[0]
         raise ConfigError(
             f"--config={path}: {type(error).__name__}: {first_line}{_guess(first_line)}"
@@ -204,27 +184,6 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return {
         k: v for key, value in items for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()
     }
-
-
-def digest(config: ConfigDict) -> str:
-    """SHA-256 of what the run computes: the free keys do not enter."""
-    fixed = {key: value for key, value in flatten(to_dict(config)).items() if not _matches(key, FREE_KEYS)}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
-
-
-def drift(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys that differ between two `to_dict` configurations and are not free: {key: (old, new)}."""
-    old_flat, new_flat = flatten(old), flatten(new)
-    return {
-        key: (old_flat.get(key), new_flat.get(key))
-        for key in sorted(old_flat.keys() | new_flat.keys())
-        if old_flat.get(key) != new_flat.get(key) and not _matches(key, FREE_KEYS)
-    }
-
-
-def drift_not_allowed(differences: dict[str, tuple[Any, Any]], allowed: Iterable[str]) -> list[str]:
-    """The keys of `drift()` that no entry of `allow_drift` names (an entry names a key or all keys below it)."""
-    return [key for key in differences if not _matches(key, tuple(allowed))]
 
 
 def validate(config: ConfigDict) -> None:
@@ -343,14 +302,6 @@ def _parse(key: str, text: str, old: Any) -> Any:
     if type(value) is not type(old):
         raise ConfigError(f"--config.{key}={text}: expected {type(old).__name__}, such as {old!r}")
     return value
-
-
-def _matches(key: str, patterns: Iterable[str]) -> bool:
-    def match(pattern: str) -> bool:
-        parts, wanted = key.split("."), pattern.split(".")
-        return len(parts) >= len(wanted) and all(w in ("*", p) for p, w in zip(parts, wanted, strict=False))
-
-    return any(match(pattern) for pattern in patterns)
 
 
 def _closest(key: str, known: Iterable[str]) -> str:

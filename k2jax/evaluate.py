@@ -39,7 +39,7 @@ def validate(
     rows = _rows_per_batch(stage, mesh)
     sums = jax.jit(
         partial(
-            loss_sums, config=config, stage=stage, eos_id=eos_id, num_subsets=1, compute_dtype=compute_dtype
+            loss_sums, config=config, stage=stage, eos_id=eos_id, num_subsets=2, compute_dtype=compute_dtype
         )
     )
     placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.DATA_AXES))
@@ -48,17 +48,20 @@ def validate(
         windows = validation_rows(
             stores[name], stage.sequence_length, config.data.label_shift, config.eval.windows
         )
-        windows = windows[: len(windows) // rows * rows]
         if not len(windows):
             continue
         total = np.zeros(2)
         for first in range(0, len(windows), rows):
             batch = windows[first : first + rows]
+            padding = np.arange(rows) >= len(
+                batch
+            )  # rows that fill up the last batch count as another subset
+            batch = np.concatenate([batch, np.repeat(batch[:1], padding.sum(), axis=0)])
             tokens = jax.make_array_from_callback(
                 batch.shape, placed, lambda index, batch=batch: batch[index]
             )
-            _, part = sums(params, tokens, jnp.zeros(rows, jnp.int32))
-            total += [float(part.loss), float(part.targets)]
+            _, part = sums(params, tokens, jnp.asarray(padding.astype(np.int32)))
+            total += [float(part.subset_loss[0]), float(part.subset_targets[0])]
         unigram = unigram_loss(stores[name], windows, config.model.vocab_size)
         found[name] = Validation(total[0] / total[1], unigram, int(total[1]))
     return found

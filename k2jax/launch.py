@@ -1,8 +1,9 @@
-"""What a run needs before its first step: data opened and identified, state placed on the mesh, the step compiled."""
+"""What a run needs before and between its steps: data opened and identified, state placed, steps compiled and fed."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax import sharding
+from k2jax import drift, sharding
+from k2jax.data.loader import make_loader
 from k2jax.data.manifest import build_manifest, manifest_digest
 from k2jax.data.order import Order, StagePlan
 from k2jax.data.store import Store
@@ -203,12 +205,59 @@ def compile_step(
     return compiled
 
 
+class Work(NamedTuple):
+    """One step to do: its compiled function and its batch, and how long the batch was waited for."""
+
+    step: int
+    plan: StagePlan
+    run_step: StepFunction
+    batch: Batch
+    data_wait_s: float
+
+
+def work(
+    config: ConfigDict,
+    order: Order,
+    stores: dict[str, Store],
+    manifest: dict[str, Any],
+    mesh: Mesh,
+    shapes: TrainState,
+    shardings: TrainState,
+    *,
+    first_step: int,
+    say: Callable[[str], None],
+) -> Iterator[Work]:
+    """The steps from `first_step` to the end of the run; compiles where a stage begins. Close it to end the loader."""
+    for plan in order.stages:
+        if first_step > plan.last_step:
+            continue
+        placement = place_batches(config.stages[plan.index], mesh)
+        run_step = compile_step(config, plan, mesh, shapes, shardings, manifest, say)
+        batches = make_loader(
+            order,
+            stores,
+            label_shift=config.data.label_shift,
+            first_step=max(first_step, plan.first_step),
+            last_step=plan.last_step,
+            local_rows=placement.local_rows,
+            threads=config.data.threads,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+        )
+        with closing(batches):
+            for _ in range(max(first_step, plan.first_step), plan.last_step + 1):
+                started = time.perf_counter()
+                step, rows = next(batches)
+                data_wait_s = time.perf_counter() - started
+                yield Work(step, plan, run_step, placement.globalize(rows), data_wait_s)
+
+
 def checkpoint_meta(config: ConfigDict, manifest: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """What every checkpoint of this launch says of where it came from."""
     here = environment(dict(mesh.shape))
     return {
         "config": configuration.to_dict(config),
-        "config_digest": configuration.digest(config),
+        "config_digest": drift.config_digest(config),
         "manifest_digest": manifest_digest(manifest),
         "tokenizer_sha256": manifest["tokenizer_sha256"],
         "versions": here["versions"],

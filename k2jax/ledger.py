@@ -41,7 +41,7 @@ class StepLog:
         """Rows of steps in [first_step, last_step], in order."""
         for path in sorted(self.directory.glob("chunk-*.jsonl")):
             for line in path.read_bytes().splitlines():
-                row = json.loads(line)
+                row = _parse(line, path)
                 if row["step"] >= first_step and (last_step is None or row["step"] <= last_step):
                     yield row
 
@@ -51,7 +51,7 @@ class StepLog:
         dropped = 0
         for path in sorted(self.directory.glob("chunk-*.jsonl")):
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= last_step]
+            kept = [line for line in lines if line.endswith(b"\n") and _parse(line, path)["step"] <= last_step]
             dropped += len(lines) - len(kept)
             if not kept:
                 path.unlink()
@@ -86,9 +86,9 @@ class Ledger:
         )
 
     def records(self) -> list[dict[str, Any]]:
-        return (
-            [json.loads(line) for line in self.path.read_bytes().splitlines()] if self.path.exists() else []
-        )
+        """In order; a half-written last line is none."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        return [_parse(line, self.path) for line in lines if line.endswith(b"\n")]
 
     def append_record(self, step: int, checkpoint_digest: str, order_digest: str) -> None:
         """Closes the steps since the last record with the checkpoint of `step`."""
@@ -139,6 +139,13 @@ class Ledger:
                     f"{record.get(key)!r}, recomputed {expected[key]!r}"
                 )
             previous = record
+
+
+def _parse(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise StorageError(f"{path}: a line is damaged ({error}): restore the file from a copy") from error
 
 
 def float_bits(value: float) -> str:

@@ -42,7 +42,7 @@ class Recorder:
         self.sinks = _sinks(config, workdir) if self.is_main else []
         self.last_row: dict[str, Any] = {}
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float] | None = None
-        self._last_time: float | None = None
+        self._last: tuple[StagePlan, float] | None = None  # stage and time of the last row
 
     def push(self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float) -> None:
         """Keeps this step's metrics and records those of the step before. Raises NumericsError as `flush` does."""
@@ -62,22 +62,18 @@ class Recorder:
             self.ledger.append_record(meta["step"], meta["digest"], self.order.digest())
 
     def require_finite_parameters(self) -> None:
-        """Raises NumericsError when the last recorded step left a parameter that is not finite: it must not be saved."""
+        """Raises NumericsError when the last recorded step left a parameter that is not finite: it is not saved."""
         if not math.isfinite(self.last_row["param_norm"]):
             raise NumericsError(
                 f"step {self.last_row['step']}: parameters are not finite: nothing is saved; "
                 f"go back to an earlier checkpoint"
             )
 
-    def pause(self) -> None:
-        """The next step's time does not count what happens now (compiling, validation)."""
-        self._last_time = None
-
     def _record(self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float) -> None:
         values = jax.device_get(metrics)
         now = time.perf_counter()
-        step_s = now - self._last_time if self._last_time is not None else None
-        self._last_time = now
+        step_s = now - self._last[1] if self._last and self._last[0] is plan else None  # no compiling in it
+        self._last = plan, now
         self.tokens_seen += plan.rows_per_step * plan.sequence_length
         row = {
             "step": step,

@@ -22,8 +22,10 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import config as configuration
+from k2jax import drift
 from k2jax.data.journal import append_entry, read_journal
 from k2jax.data.manifest import load_manifest, manifest_digest, save_manifest
+from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
@@ -88,21 +90,16 @@ class RunDirectory:
                 self._check_drift(new, manifest, config.allow_drift)
             shutil.copyfile(config.data.tokenizer, self.path / "tokenizer.json")
             save_manifest(manifest, self.path / "manifest.json")
-            write_json(self.path / "config.json", {"digest": configuration.digest(config), "config": new})
+            write_json(self.path / "config.json", {"digest": drift.config_digest(config), "config": new})
             self._add_environment(mesh_shape)
         return read_journal(self.path / "journal.jsonl")
 
     def _check_drift(self, new: dict, manifest: dict, allowed: tuple[str, ...]) -> None:
         old_config = read_json(self.path / "config.json")["config"]
         old_manifest = load_manifest(self.path / "manifest.json")
-        differences = configuration.drift(old_config, new)
-        differences.update(
-            {
-                key: pair
-                for key, pair in configuration.drift(_identity(old_manifest), _identity(manifest)).items()
-            }
-        )
-        refused = configuration.drift_not_allowed(differences, allowed)
+        old_identity, new_identity = _identity(old_manifest), _identity(manifest)
+        differences = drift.differences(old_config, new) | drift.differences(old_identity, new_identity)
+        refused = drift.not_allowed(differences, allowed)
         if refused:
             shown = "; ".join(
                 f"{key}: {differences[key][0]!r} -> {differences[key][1]!r}" for key in refused[:20]
@@ -112,6 +109,7 @@ class RunDirectory:
                 f"another workdir, undo the change, or allow it: --config.allow_drift='{tuple(refused)!r}'"
             )
         if differences:
+            journal = read_journal(self.path / "journal.jsonl")
             append_entry(
                 self.path / "journal.jsonl",
                 {

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from tokenizers import Tokenizer
 
+from k2jax.data.tokenizer import load_tokenizer
 from k2jax.model import Decoder, Params
 
 TEMPERATURE = 0.8
@@ -23,14 +23,14 @@ def sample_text(
     eos_id: int,
 ) -> list[tuple[str, str]]:
     """[(prompt, continuation)] for `config.eval.prompts`, sampled at temperature 0.8 with the run's seed."""
-    encoder = Tokenizer.from_file(str(tokenizer))
+    encoder = load_tokenizer(tokenizer)
     fill = jax.jit(partial(_continue, config=config, rope_base=rope_base, compute_dtype=compute_dtype))
     texts = []
-    for prompt in config.eval.prompts:
+    for i, prompt in enumerate(config.eval.prompts):
         ids = encoder.encode(prompt, add_special_tokens=False).ids or [eos_id]
         length = -(-(len(ids) + config.eval.new_tokens) // ROW_MULTIPLE) * ROW_MULTIPLE
         row = jnp.zeros((1, length), jnp.int32).at[0, : len(ids)].set(jnp.array(ids, jnp.int32))
-        out = fill(params, row, jnp.int32(len(ids)), jax.random.key(config.seed))
+        out = fill(params, row, jnp.int32(len(ids)), jax.random.fold_in(jax.random.key(config.seed), i))
         new = jax.device_get(out)[0, len(ids) : len(ids) + config.eval.new_tokens].tolist()
         new = new[: new.index(eos_id)] if eos_id in new else new
         whole = encoder.decode(ids + new, skip_special_tokens=False)

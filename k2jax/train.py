@@ -8,7 +8,7 @@ The metrics of a step are read before its state is saved, and never before the n
 
 import argparse
 import sys
-import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from k2jax import distributed, launch, sharding
 from k2jax.checkpoint import Checkpoints
 from k2jax.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.journal import check_journal, check_resume
-from k2jax.data.loader import make_loader
 from k2jax.data.manifest import describe
 from k2jax.data.order import Order
 from k2jax.errors import Preempted, run_main
@@ -59,52 +58,30 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
 
         # ---- training ----------------------------------------------------------------------------------------------
-        save = partial(
-            save_checkpoint, checkpoints, recorder, order, launch.checkpoint_meta(config, manifest, mesh)
+        meta = launch.checkpoint_meta(config, manifest, mesh)
+        save = partial(save_checkpoint, checkpoints, recorder, order, meta)
+        work = launch.work(
+            config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say
         )
-        bar = tqdm(
-            total=order.num_steps, initial=step, unit="step", disable=not (sys.stderr.isatty() and is_main())
-        )
-        for plan in order.stages:
-            if step >= plan.last_step:
-                continue
-            placement = launch.place_batches(config.stages[plan.index], mesh)
-            run_step = launch.compile_step(config, plan, mesh, shapes, shardings, manifest, say)
-            batches = make_loader(
-                order,
-                stores,
-                label_shift=config.data.label_shift,
-                first_step=step + 1,
-                last_step=plan.last_step,
-                local_rows=placement.local_rows,
-                threads=config.data.threads,
-                workers=config.data.workers,
-                prefetch=config.data.prefetch,
-            )
-            recorder.pause()
-            while step < plan.last_step:
-                if distributed.preempted(step + 1):
-                    if saved < step:
-                        save(state, step)
+        with closing(work), progress_bar(order.num_steps, step) as bar:
+            for step, plan, run_step, batch, data_wait_s in work:
+                if distributed.preempted(step):
+                    if saved < step - 1:
+                        save(state, step - 1)
                     recorder.saved(checkpoints.wait())
                     raise Preempted(
-                        f"stopped by SIGTERM after step {step}, which is saved: run the same command to go on"
+                        f"stopped by SIGTERM, step {step - 1} is saved: run the same command to go on"
                     )
-                started = time.perf_counter()
-                step, rows = next(batches)
-                data_wait_s = time.perf_counter() - started
-                state, metrics = run_step(state, placement.globalize(rows))
+                state, metrics = run_step(state, batch)
                 recorder.push(
                     step, plan, metrics, data_wait_s
-                )  # reads the step before this one: the device goes on
+                )  # reads the step before: the device is not waited for
                 if step in save_steps or is_multiple(step, config.checkpoint.every_steps):
                     save(state, step)
                     saved = step
                 recorder.saved(checkpoints.poll())
                 bar.update()
-            recorder.flush()
         recorder.saved(checkpoints.wait())
-        bar.close()
         recorder.close()
         checkpoints.close()
         report(config, state, mesh, stores, manifest, run.path)
@@ -170,8 +147,16 @@ def report(
         values = {name: v._asdict() for name, v in found.items()}
         write_json(workdir / "validation.json", {"step": int(state.step), "subsets": values})
     say(f"the run: {workdir}")
-    say(f"next: python tools/which_docs.py --workdir={workdir} --step={int(state.step)} shows what a step read;")
+    say(
+        f"next: python tools/which_docs.py --workdir={workdir} --step={int(state.step)} shows what a step read;"
+    )
     say(f"      metrics/*.jsonl hold a row a step; tensorboard --logdir={workdir} draws them")
+
+
+def progress_bar(total: int, done: int) -> tqdm:
+    """On stderr, only where that is a terminal."""
+    shown = is_main() and sys.stderr.isatty()
+    return tqdm(total=total, initial=done, unit="step", disable=not shown)
 
 
 def is_multiple(step: int, every: int) -> bool:

@@ -118,8 +118,14 @@ def test_small_permutations_put_every_index_everywhere_equally_often_over_keys(n
     image = permute(np.arange(n), n, many[:, None])
     table = np.stack([np.bincount(image[:, i], minlength=n) for i in range(n)])
     assert p_value(table, num_keys / n, (n - 1) ** 2) > 1e-4
-    assert p_value(np.bincount((image == np.arange(n)).sum(1), minlength=n + 1)[[0]],
-                   num_keys * _no_fixed_point(n), 1) > 1e-4
+    assert (
+        p_value(
+            np.bincount((image == np.arange(n)).sum(1), minlength=n + 1)[[0]],
+            num_keys * _no_fixed_point(n),
+            1,
+        )
+        > 1e-4
+    )
 
 
 def _no_fixed_point(n: int) -> float:

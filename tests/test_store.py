@@ -305,7 +305,11 @@ def test_changed_store_json(path):
         with pytest.raises(ConfigError, match="has root digest") as error:
             Store.open(path)
         assert str(path) in one_line(error)
-    for text, found in (("{", "is no JSON"), ("[]", "is not of format 1"), ('{"format": 2}', "is not of format 1")):
+    for text, found in (
+        ("{", "is no JSON"),
+        ("[]", "is not of format 1"),
+        ('{"format": 2}', "is not of format 1"),
+    ):
         (path / "store.json").write_text(text)
         with pytest.raises(ConfigError, match=f"store.json {found}"):
             Store.open(path)

@@ -19,7 +19,9 @@ REPO = Path(__file__).parent.parent
 TEXTS = [
     f"def f_{i}(x):\n    return x * {i}  # the sum of {i} parts <s>{i}</s></s><fim_prefix><0x41>\n" * 3
     for i in range(200)
-] + [" ".join(f"{a}{b}{a}" for a in "abcdefghij" for b in "klmnopqrst"), "é ü 日本"]
+]
+TEXTS += [" ".join(f"{a}{b}{a}" for a in "abcdefghij" for b in "klmnopqrst"), "é ü 日本"]
+TEXTS += ["</s>\n<s>\n<fim_prefix>\n" * 500]
 SPECIAL = (*tk.CONTROL_TOKENS, *tk.K2_SPECIAL_TOKENS)
 
 
@@ -67,6 +69,11 @@ def test_a_document_cannot_forge_a_special_token(trained, parts):
     assert not set(ids) & {trained.token_to_id(token) for token in SPECIAL}
     assert trained.token_to_id("<0x41>") not in ids
     assert trained.decode(ids) == text
+
+
+def test_no_merge_spells_a_special_token_however_often_the_texts_hold_it(trained):
+    merges = {"".join(pair) for pair in json.loads(trained.to_str())["model"]["merges"]}
+    assert len(merges) > 100 and not merges & {*SPECIAL, *tk.BYTE_TOKENS}
 
 
 def test_special_tokens_decode_and_are_left_out_on_request(trained):

@@ -43,11 +43,11 @@ def _parse(line: bytes, where: str) -> Entry:
     except ValueError as error:
         raise ConfigError(f"{where}: not a JSON object ({error}): restore the line from a copy") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
-        raise ConfigError(f"{where}: expected a JSON object with a \"kind\": restore the line from a copy")
+        raise ConfigError(f'{where}: expected a JSON object with a "kind": restore the line from a copy')
     if entry["kind"] in ("skip", "defer"):
         positions = entry.get("positions")
         if not (isinstance(positions, list) and [type(p) for p in positions] == [int, int]):
-            raise ConfigError(f"{where}: \"positions\" is {positions}: expected two whole numbers [a, b)")
+            raise ConfigError(f'{where}: "positions" is {positions}: expected two whole numbers [a, b)')
     return entry
 
 
@@ -118,10 +118,17 @@ def check_resume(journal: list[Entry], saved_order: str, order: Order, step: int
     since = next((i for i, entry in enumerate(journal) if entry.get("order_before") == saved_order), None)
     late = [] if since is None else [e for e in journal[since:] if "positions" in e and e["at_step"] < step]
     if since is None or late:
-        why = f"the journal's decision at step {late[0]['at_step']} changes rows that it has read" if late else (
-            f"it has order {saved_order[:12]}, which no entry of the journal starts from (now {order.digest()[:12]})")
-        raise ConfigError(f"checkpoint {step}: made under another data order: {why}; bring the journal and the "
-                          f"manifest back, or move checkpoints after the decision to abandoned/")
+        why = (
+            f"the journal's decision at step {late[0]['at_step']} changes rows that it has read"
+            if late
+            else (
+                f"it has order {saved_order[:12]}, from which no entry of the journal leads to {order.digest()[:12]}"
+            )
+        )
+        raise ConfigError(
+            f"checkpoint {step}: made under another data order: {why}; bring the journal and the "
+            f"manifest back, or move checkpoints after the decision to abandoned/"
+        )
 
 
 def check_journal(journal: list[Entry], order: Order) -> None:

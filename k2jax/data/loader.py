@@ -17,9 +17,8 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-import grain
 import numpy as np
 import numpy.typing as npt
 from absl import flags
@@ -135,6 +134,8 @@ def make_loader(
 
     Raises what the stores raise, and RunError if a worker dies.
     """
+    import grain  # here, as it imports JAX and Orbax, which who wants a few batches does without
+
     source = BatchSource(
         order,
         stores,
@@ -154,7 +155,7 @@ def make_loader(
     return _iterate(dataset, first_step, last_step)
 
 
-def _iterate(dataset: grain.IterDataset, first_step: int, last_step: int) -> Iterator[tuple[int, Batch]]:
+def _iterate(dataset: Iterable[Batch], first_step: int, last_step: int) -> Iterator[tuple[int, Batch]]:
     iterator = iter(dataset)
     try:
         for step in range(first_step, last_step + 1):
@@ -183,9 +184,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def validation_rows(
-    store: Store, sequence_length: int, label_shift: str, max_windows: int
-) -> np.ndarray:
+def validation_rows(store: Store, sequence_length: int, label_shift: str, max_windows: int) -> np.ndarray:
     """Up to `max_windows` windows, evenly spaced, of a store's held-out tokens.
 
     Returns int32 (windows, T + 1), or (windows, T) with label_shift "inside". No windows if the store holds

@@ -7,7 +7,6 @@ its subsets. What comes out depends on that and the documents alone, not on thre
 import contextlib
 import difflib
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -17,14 +16,14 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from k2jax.data import sources
+from k2jax.data.sources import Document
 from k2jax.data.store import Store, StoreWriter
 from k2jax.data.tokenizer import EOS, NUM_FIXED, load_tokenizer, tokenizer_sha256, train_bpe
 from k2jax.errors import ConfigError, StorageError
@@ -73,7 +72,7 @@ def load_config(path: str) -> ConfigDict:
             raise ConfigError(f"--config={path} does not define get_config(); see experiments/data/smoke.py")
         config = names["get_config"]()
     except (AttributeError, KeyError, TypeError, SyntaxError) as error:
-        message = str(error.args[0] if error.args else error).strip().partition("\n")[0]
+        message = str(error.args[0] if isinstance(error, KeyError) else error).partition("\n")[0]
         raise ConfigError(f"--config={path}: {type(error).__name__}: {message}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(
@@ -136,54 +135,12 @@ def describe(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class Document(NamedTuple):
-    """A text, the SHA-256 (hex) of its UTF-8 bytes, their number, and where it came from."""
-
-    text: str
-    id: str
-    num_bytes: int
-    source: str
-
-
-def documents(chosen: ConfigDict, *, seed: int, seen: set[bytes], left_out: Counter) -> Iterator[Document]:
-    """A subset's documents in an order drawn by `seed`, each text once, up to `max_bytes`.
-
-    The order is by a keyed hash of the source, so that any part of the subset, such as its held-out end, is a
-    fair sample of it. `seen` holds the digests of the texts given so far, by any subset; `left_out` counts
-    the documents that were not taken, by reason.
-    """
-    key = hashlib.sha256(str(seed).encode()).digest()
-    found = sources.candidates(chosen.source)
-    found.sort(key=lambda candidate: hashlib.blake2b(candidate.source.encode(), key=key).digest())
-    total = 0
-    for i, candidate in enumerate(found):
-        text = sources.read(candidate)
-        if text is None:
-            left_out["unreadable"] += 1
-            continue
-        raw = text.encode()
-        digest = hashlib.sha256(raw)
-        if len(raw) < chosen.min_document_bytes:
-            left_out["too short"] += 1
-        elif chosen.max_document_bytes and len(raw) > chosen.max_document_bytes:
-            left_out["too long"] += 1
-        elif digest.digest() in seen:
-            left_out["duplicate"] += 1
-        elif chosen.max_bytes and total + len(raw) > chosen.max_bytes:
-            left_out["over max_bytes"] = len(found) - i
-            return
-        else:
-            seen.add(digest.digest())
-            total += len(raw)
-            yield Document(text, digest.hexdigest(), len(raw), candidate.source)
-
-
 def _make(config: ConfigDict, out: Path) -> dict[str, Any]:
     """Reads each document once: those that the tokenizer learns from are kept until they are stored."""
     seen: set[bytes] = set()
     left_out = {name: Counter() for name in config.subsets}
     streams = {
-        name: documents(chosen, seed=config.seed, seen=seen, left_out=left_out[name])
+        name: sources.documents(chosen, seed=config.seed, seen=seen, left_out=left_out[name])
         for name, chosen in config.subsets.items()
     }
     samples = {}
@@ -246,7 +203,7 @@ def _write_documents(
         texts = [document.text for document in batch]
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for document, encoding in zip(batch, encodings, strict=True):
-            writer.add(np.array(encoding.ids, np.uint32), id=document.id, source=document.source)
+            writer.add(encoding.ids, id=document.id, source=document.source)
             size += document.num_bytes
     return size
 
@@ -290,11 +247,13 @@ def _finished(config: ConfigDict, out: Path) -> dict[str, Any]:
     wanted = json.loads(json.dumps(config.to_dict()))
     if made != wanted:
         changes = "; ".join(
-            f"{key} was {made.get(key)}, now {wanted.get(key)}"
+            f"{key} was {made.get(key)}, asked for is {wanted.get(key)}"
             for key in sorted(made | wanted)
             if made.get(key) != wanted.get(key)
         )
-        raise ConfigError(f"--out={out} was made by another configuration ({changes}): choose another folder")
+        raise ConfigError(
+            f"--out={out} was made by another configuration ({changes}): remove it or choose another folder"
+        )
     for name, digest in expected.items():
         path = out / name
         found = tokenizer_sha256(path) if name == "tokenizer.json" else Store.open(str(path)).root_digest
@@ -330,11 +289,9 @@ def _key_problems(prefix: str, found: ConfigDict, expected: ConfigDict) -> list[
 
 def _subset_problems(name: str, chosen: ConfigDict) -> list[str]:
     where = f"subsets.{name}"
-    problems = (
-        []
-        if SUBSET_NAME.fullmatch(name)
-        else [f"{where}: the name is a folder's: use lower-case letters, digits, - and _"]
-    )
+    problems = []
+    if not SUBSET_NAME.fullmatch(name):
+        problems.append(f"{where}: the name is a folder's: use lower-case letters, digits, - and _")
     if not isinstance(chosen, ConfigDict):
         return problems + [f"{where}={chosen!r}: must be made by subset()"]
     if keys := _key_problems(f"{where}.", chosen, subset("")):

@@ -35,6 +35,7 @@ class Run(NamedTuple):
 class DocumentPart(NamedTuple):
     """The tokens of a row that come from one document: where they are in the document and in the row."""
 
+    index: int  # the document's number in the store
     id: str
     source: str
     in_document: Range
@@ -118,7 +119,8 @@ def which_docs(run: Run, step: int, row: int | None = None, *, text: bool = Fals
             in_row = (span.start - start, span.stop - start)
             in_document = (span.start - document["start"], span.stop - document["start"])
             words = decode(tokens[slice(*in_row)]) if decode else None
-            parts.append(DocumentPart(document["id"], document["source"], in_document, in_row, words))
+            name = (span.index, document["id"], document["source"])
+            parts.append(DocumentPart(*name, in_document, in_row, words))
         origins.append(RowOrigin(number, positions[number], subset, found.epoch, found.window, parts))
     return origins
 
@@ -128,7 +130,8 @@ def _decoder(run: Run) -> Any:
     tokenizer, found = load_tokenizer(path), tokenizer_sha256(path)
     expected = run.manifest["tokenizer_sha256"]
     if found != expected:
-        raise ConfigError(f"{path} has SHA-256 {found[:12]}, the stores were made with {expected[:12]}: restore it")
+        found, expected = found[:12], expected[:12]
+        raise ConfigError(f"{path} has SHA-256 {found}, the stores were made with {expected}: restore it")
     return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
 
 

@@ -16,10 +16,13 @@ import itertools
 import os
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from email import message_from_string
 from pathlib import Path
 from typing import NamedTuple
+
+from ml_collections import ConfigDict
 
 CHOICES = "python:code, python:docstrings, python:documents or text:GLOB"
 
@@ -45,6 +48,15 @@ class Candidate(NamedTuple):
     reader: Reader
 
 
+class Document(NamedTuple):
+    """A text, the SHA-256 (hex) of its UTF-8 bytes, their number, and where it came from."""
+
+    text: str
+    id: str
+    num_bytes: int
+    source: str
+
+
 def known(source: str) -> bool:
     """Whether `source` is one of the forms above."""
     return source in _PYTHON or (source.startswith("text:") and source != "text:")
@@ -65,6 +77,39 @@ def read(candidate: Candidate) -> str | None:
         return text
     except (OSError, UnicodeError):
         return None
+
+
+def documents(chosen: ConfigDict, *, seed: int, seen: set[bytes], left_out: Counter) -> Iterator[Document]:
+    """The documents that a subset (`prepare.subset()`) takes, each text once, in an order drawn by `seed`.
+
+    The order is by a keyed hash of the source, so that any part of the subset, such as its held-out end, is a
+    fair sample of it. `seen` holds the digests of the texts given so far, by any subset; `left_out` counts
+    the documents that were not taken, by reason.
+    """
+    key = hashlib.sha256(str(seed).encode()).digest()
+    found = candidates(chosen.source)
+    found.sort(key=lambda candidate: hashlib.blake2b(candidate.source.encode(), key=key).digest())
+    total = 0
+    for i, candidate in enumerate(found):
+        text = read(candidate)
+        if text is None:
+            left_out["unreadable"] += 1
+            continue
+        raw = text.encode()
+        digest = hashlib.sha256(raw)
+        if len(raw) < chosen.min_document_bytes:
+            left_out["too short"] += 1
+        elif chosen.max_document_bytes and len(raw) > chosen.max_document_bytes:
+            left_out["too long"] += 1
+        elif digest.digest() in seen:
+            left_out["duplicate"] += 1
+        elif chosen.max_bytes and total + len(raw) > chosen.max_bytes:
+            left_out["over max_bytes"] = len(found) - i
+            return
+        else:
+            seen.add(digest.digest())
+            total += len(raw)
+            yield Document(text, digest.hexdigest(), len(raw), candidate.source)
 
 
 def docstrings_of(text: str, source: str) -> str | None:
@@ -183,7 +228,9 @@ def _text_files(pattern: str) -> Iterator[Candidate]:
     root = Path(*fixed) if len(fixed) < len(parts) else Path(pattern).parent
     for file in glob.iglob(pattern, recursive=True):
         if os.path.isfile(file):
-            yield Candidate(Path(file).relative_to(root).as_posix(), file, _whole)
+            name = Path(file).relative_to(root).as_posix()
+            name = os.fsencode(name).decode("utf-8", "replace")  # not every file's name is UTF-8
+            yield Candidate(name, file, _whole)
 
 
 _PYTHON: dict[str, Callable[[], Iterator[Candidate]]] = {

@@ -234,7 +234,8 @@ class Store:
     @cached_property
     def _tokens(self) -> ts.TensorStore:
         layout = [self.info[key] for key in ("dtype", "num_tokens", "shard_tokens", "chunk_tokens")]
-        return storage.open_array(storage.array_spec(f"{self.path}/tokens", *layout))
+        with storage_errors(f"cannot read the store {self.path}"):
+            return storage.open_array(storage.array_spec(f"{self.path}/tokens", *layout))
 
     @cached_property
     def _starts(self) -> ts.TensorStore:

@@ -1,0 +1,60 @@
+"""Whether a resumed run is the one that was saved: which keys may change, and which differ.
+
+A key that would change what the run computes is drift, and is refused unless the user allows it by name.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from k2jax.config import flatten, to_dict
+
+# Keys that a resumed run may change freely: they change where and how fast it runs, never what it computes
+# (beyond the order of floating-point sums). Everything else is drift: see `differences`.
+FREE_KEYS = (
+    "mesh",
+    "log",
+    "checkpoint",
+    "eval",
+    "allow_drift",
+    "data.root",
+    "data.tokenizer",
+    "data.verify",
+    "data.threads",
+    "data.workers",
+    "data.prefetch",
+    "model.remat",
+    "stages.*.microbatches",
+)
+
+
+def config_digest(config: ConfigDict) -> str:
+    """SHA-256 of what the run computes: the free keys do not enter."""
+    fixed = {key: value for key, value in flatten(to_dict(config)).items() if not _matches(key, FREE_KEYS)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys that differ between two `to_dict` configurations and are not free: {key: (old, new)}."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    return {
+        key: (old_flat.get(key), new_flat.get(key))
+        for key in sorted(old_flat.keys() | new_flat.keys())
+        if old_flat.get(key) != new_flat.get(key) and not _matches(key, FREE_KEYS)
+    }
+
+
+def not_allowed(found: dict[str, tuple[Any, Any]], allowed: Iterable[str]) -> list[str]:
+    """The keys of `differences` that no entry of `allow_drift` names (an entry names a key or all keys below it)."""
+    return [key for key in found if not _matches(key, tuple(allowed))]
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    def match(pattern: str) -> bool:
+        parts, wanted = key.split("."), pattern.split(".")
+        return len(parts) >= len(wanted) and all(w in ("*", p) for p, w in zip(parts, wanted, strict=False))
+
+    return any(match(pattern) for pattern in patterns)

@@ -1,0 +1,38 @@
+"""K2-65B's data mixes as LLM360 published them ("-" for the "." in their names); the family's experiments share them.
+
+Stage one: the repeats are those of the released preparation code (k2-data-prep, gather.py), which spread them over 360
+chunks. Stage two: only shares of 69.3B tokens were published, so each subset's weight is left to its store: one pass
+over what the store holds, which reproduces the shares when the stores hold the published amounts.
+"""
+
+STAGE1_MIX = {
+    "refinedweb": 1,
+    "redpajama-wikipedia": 6,
+    "s2orc": 1,
+    "redpajama-book": 3,
+    "pile-of-law": 1,
+    "starcoder": 0.5,
+    "redpajama-stackexchange": 3,
+    "starcoder-fim": 0.5,
+    "starcoder-spm": 0.5,
+    "redpajama-arxiv": 1,
+    "pubmed-central": 1,
+    "pubmed-abstracts": 3,
+    "uspto": 3,
+    "dm-math": 3,
+}
+
+STAGE2_MIX = {
+    "stage2-python": 1,
+    "stage2-open-web-math": 1,
+    "stage2-algebraic-stack": 1,
+    "stage2-books": 1,
+    "stage2-simple-wiki": 1,
+    "stage2-pes2o": 1,
+    "stage2-arxiv": 1,
+    "stage2-book": 1,
+    "stage2-wikipedia": 1,
+    "stage2-pile-of-law": 1,
+    "stage2-pubmed-central": 1,
+    "stage2-s2orc": 1,
+}

@@ -1,0 +1,101 @@
+"""What every test sees: eight virtual CPU devices, one compilation cache, and a tiny run's data.
+
+The settings go through the environment, before JAX is imported, so that the programs that tests start have them too.
+"""
+
+import hashlib
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiled programs are shared by tests, workers, subprocesses and later sessions; `make clean` removes them.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".jax_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from k2jax import config as configuration  # noqa: E402
+from k2jax.data.store import StoreWriter  # noqa: E402
+from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256, train_bpe  # noqa: E402
+
+flags.FLAGS.mark_as_parsed()  # Grain's worker processes and chex read absl's flags
+
+VOCAB_SIZE = 512
+SUBSETS = ("books", "code", "web")
+EXPERIMENT = '''"""Tiny: two stages, 25 steps, for tests."""
+
+from k2jax import config
+
+
+def get_config():
+    c = config.base()
+    c.name = "tiny"
+    c.model.vocab_size = {vocab_size}
+    c.model.dim = 32
+    c.model.num_layers = 2
+    c.model.num_heads = c.model.num_kv_heads = 8
+    c.model.head_dim = 4
+    c.model.ffn_dim = 96
+    c.data.root = {root!r}
+    c.data.tokenizer = {root!r} + "/tokenizer.json"
+    c.eval.windows = 8
+    c.log.every_steps = 1
+    c.log.tensorboard = False
+    c.stages = (
+        config.stage(name="stage1", sequence_length=32, rows_per_step=8, steps_per_chunk=10, chunks=2,
+                     lr_peak=1e-2, lr_final=2e-3, warmup_steps=5, mix={{"books": 2, "code": 1, "web": 1}}),
+        config.stage(name="stage2", sequence_length=64, rows_per_step=8, steps_per_chunk=5, chunks=1,
+                     rope_base=500_000.0, lr_peak=2e-3, lr_final=2e-4, warmup_steps=0,
+                     mix={{"code": 3, "web": 1}}),
+    )
+    return c
+'''
+
+
+def make_data(root: Path, seed: int = 0) -> Path:
+    """A folder with a store for each of SUBSETS, their tokenizer.json, and tiny.py, an experiment on them."""
+    root.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(200)]
+    texts = {
+        name: [" ".join(draw.choices(words, range(200, 0, -1), k=draw.randint(20, 120))) for _ in range(60)]
+        for name in SUBSETS
+    }
+    tokenizer = train_bpe([text for name in SUBSETS for text in texts[name]], VOCAB_SIZE)
+    tokenizer.save(str(root / "tokenizer.json"))
+    identity = tokenizer_sha256(root / "tokenizer.json")
+    encoder = load_tokenizer(root / "tokenizer.json")
+    for name in SUBSETS:
+        options = {"tokenizer_sha256": identity, "vocab_size": VOCAB_SIZE, "shard_tokens": 4096, "chunk_tokens": 512}
+        with StoreWriter(root / name, **options, eos_id=encoder.token_to_id(EOS)) as writer:
+            for i, text in enumerate(texts[name]):
+                ids = encoder.encode(text, add_special_tokens=False).ids
+                writer.add(ids, id=hashlib.sha256(text.encode()).hexdigest(), source=f"{name}/{i}.txt")
+            writer.finish(validation_fraction=0.1)
+    (root / "tiny.py").write_text(EXPERIMENT.format(vocab_size=VOCAB_SIZE, root=str(root)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `make_data`. Tests read it; one that changes it makes its own."""
+    return make_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_data: Path) -> Callable[..., ConfigDict]:
+    """`tiny_config(**{"mesh.fsdp": 4, "stages.0.microbatches": 2})`: the tiny experiment, overridden, locked."""
+
+    def load(**overrides: object) -> ConfigDict:
+        return configuration.load(
+            str(tiny_data / "tiny.py"), [f"{key}={value}" for key, value in overrides.items()]
+        )
+
+    return load

@@ -1,0 +1,37 @@
+"""Fixtures of the fault suite."""
+
+import faulthandler
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from faults.runs import Command, Trainer, trainers
+
+LIMIT_S = 240  # of one test, in process or not; a hung collective can be ended only from outside Python
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def start(tiny_data: Path) -> Iterator[Callable[..., Trainer]]:
+    with trainers(tiny_data) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of an undisturbed run on two devices. Read it, or copy it."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    with trainers(tiny_data) as start:
+        start(workdir).wait(0)
+    return workdir
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Command:
+    return Command(capsys, monkeypatch)

@@ -1,0 +1,236 @@
+"""Runs for the fault tests: the trainer as a program that a test starts, watches and kills; or called in process."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from conftest import REPOSITORY
+
+from k2jax import distributed
+from k2jax.chunks import chunk_of_step
+from k2jax.data.journal import read_journal
+from k2jax.data.manifest import load_manifest
+from k2jax.data.order import Order
+from k2jax.errors import run_main
+from k2jax.ledger import Ledger
+from k2jax.train import main
+
+WAIT_S = 120  # for a line or an end; the machine may be busy
+# `patch` runs before the real main, in the program's own process.
+PATCHED = "import sys\n{patch}\nfrom k2jax import train\nfrom k2jax.errors import run_main\nrun_main(train.main)\n"
+
+
+def arguments(data: Path, workdir: Path, overrides: dict[str, Any]) -> list[str]:
+    keys = [f"--config.{key}={value}" for key, value in overrides.items()]
+    return [f"--config={data / 'tiny.py'}", f"--workdir={workdir}", *keys]
+
+
+class Trainer:
+    """`python -m k2jax.train` in a process group of its own. Output goes to files: an orphan cannot hold us by a pipe."""
+
+    def __init__(
+        self,
+        data: Path,
+        workdir: Path,
+        overrides: dict[str, Any] | None = None,
+        *,
+        devices: int = 2,
+        environment: dict[str, str] | None = None,
+        patch: str = "",
+        file_bytes: int | None = None,
+    ):
+        number = len(list(workdir.parent.glob(f"{workdir.name}.out*")))
+        self.output = workdir.parent / f"{workdir.name}.out{number}"
+        self.errors = workdir.parent / f"{workdir.name}.err{number}"
+        start = ["-c", PATCHED.format(patch=patch)] if patch else ["-m", "k2jax.train"]
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(REPOSITORY)}
+        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes,) * 2)) if file_bytes else None
+        with self.output.open("wb") as out, self.errors.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, *start, *arguments(data, workdir, overrides or {})],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                env={**os.environ, **flags, **(environment or {})},
+                preexec_fn=limit,
+            )
+
+    def lines(self) -> list[str]:
+        """The whole lines printed up to now."""
+        return self.output.read_text().splitlines(keepends=False)
+
+    def told(self) -> str:
+        """Both outputs, to show when a test fails."""
+        return self.output.read_text() + self.errors.read_text()
+
+    def error_lines(self) -> list[str]:
+        """What stderr holds besides the C++ libraries' log lines (I0000 00:00:..., W..., E...)."""
+        lines = self.errors.read_text().splitlines()
+        return [line for line in lines if not (line[:1] in "IWE" and line[1:5].isdigit())]
+
+    def wait_for(self, start: str) -> str:
+        """The first line printed that begins with `start`."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            ended = self.process.poll() is not None
+            for line in self.lines():
+                if line.startswith(start):
+                    return line
+            assert not ended, f"ended with {self.process.returncode} before it said {start!r}:\n{self.told()}"
+            assert time.monotonic() < deadline, f"said no {start!r} in {WAIT_S} s:\n{self.told()}"
+            time.sleep(0.002)
+
+    def signal(self, number: int) -> None:
+        """To the trainer alone, not to its workers."""
+        self.process.send_signal(number)
+
+    def wait(self, code: int, timeout_s: float = WAIT_S) -> list[str]:
+        """Waits for the end, which must have this exit code; the lines printed."""
+        try:
+            found = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.told()}") from None
+        assert found == code, f"ended with {found}, expected {code}:\n{self.told()}"
+        return self.lines()
+
+    def wait_for_error(self, code: int) -> str:
+        """The one line of an expected end on stderr; anything besides, such as a traceback, fails."""
+        self.wait(code)
+        lines = self.error_lines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.told()
+        return lines[0]
+
+    def left_behind(self) -> bool:
+        """Whether any process of the group is still alive."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def end(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+
+@contextmanager
+def trainers(data: Path) -> Iterator[Callable[..., Trainer]]:
+    """`start(workdir, overrides, ...)`: trainers that do not outlive the block."""
+    with ExitStack() as stack:
+
+        def start(*args: Any, **kwargs: Any) -> Trainer:
+            trainer = Trainer(data, *args, **kwargs)
+            stack.callback(trainer.end)
+            return trainer
+
+        yield start
+
+
+def pair(start: Callable[..., Trainer], workdir: Path, *args: Any, **kwargs: Any) -> list[Trainer]:
+    """Two processes of one run over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [
+        start(workdir, *args, environment={**common, "JAX_PROCESS_ID": str(index)}, **kwargs) for index in (0, 1)
+    ]
+
+
+class Ended(NamedTuple):
+    code: int
+    lines: list[str]  # of stdout
+    error: str  # stderr
+
+
+class Command:
+    """`main()` in this process with its exit code; without `jax.distributed`, which a process can join only once."""
+
+    def __init__(self, capsys: Any, monkeypatch: Any):
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+        monkeypatch.setattr(distributed, "initialize", lambda: None)
+
+    def __call__(self, *argv: str) -> Ended:
+        self.capsys.readouterr()
+        self.monkeypatch.setattr(sys, "argv", ["k2jax.train", *argv])
+        try:
+            run_main(main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        out, err = self.capsys.readouterr()
+        return Ended(code, out.splitlines(), err)
+
+    def train(self, data: Path, workdir: Path, overrides: dict[str, Any] | None = None) -> Ended:
+        return self(*arguments(data, workdir, overrides or {}))
+
+    def refuse(self, code: int, *argv: str) -> str:
+        """The one line of an expected refusal."""
+        ended = self(*argv)
+        assert ended.code == code, ended
+        assert ended.error.startswith("error: ") and ended.error.count("\n") == 1, ended.error
+        return ended.error
+
+
+# ---- what a run left ---------------------------------------------------------------------------------------------------
+
+
+def ledger(workdir: Path) -> Ledger:
+    order = order_of(workdir)
+    return Ledger(workdir / "ledger", lambda step: chunk_of_step(order, step))
+
+
+def order_of(workdir: Path) -> Order:
+    return Order(load_manifest(workdir / "manifest.json"), read_journal(workdir / "journal.jsonl"))
+
+
+def ledger_rows(workdir: Path) -> list[dict[str, Any]]:
+    """Losses and norms as hexadecimal bits: equal rows are equal bits."""
+    return list(ledger(workdir).steps.rows())
+
+
+def metric_rows(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics/ less what a clock or the machine decides."""
+    measured = ("_s", "_bytes", "per_s", "per_device", "mfu_causal", "mfu_noncausal")
+    files = sorted((workdir / "metrics").glob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.endswith(measured)} for row in rows]
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """Steps on disk that Orbax has committed: the rename to the plain number is its last act."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def leftovers(workdir: Path) -> list[str]:
+    """Half-written or half-deleted things in a run directory."""
+    found = [str(path.relative_to(workdir)) for path in workdir.rglob("*") if "tmp" in path.name]
+    trash = workdir / "checkpoints" / "trash"
+    return found + ([f"trash/{path.name}" for path in trash.iterdir()] if trash.exists() else [])
+
+
+def meta(workdir: Path, step: int) -> dict[str, Any]:
+    return json.loads((workdir / "checkpoints" / str(step) / "meta" / "meta.json").read_text())
+
+
+def copy_run(workdir: Path, to: Path, last_step: int | None = None) -> Path:
+    """A copy of a run that stands still, as if it had ended at the checkpoint of `last_step`."""
+    shutil.copytree(workdir, to)
+    for step in checkpoint_steps(to):
+        if last_step is not None and step > last_step:
+            shutil.rmtree(to / "checkpoints" / str(step))
+    return to

@@ -1,0 +1,101 @@
+"""SIGKILL: nothing that a run has computed changes, and nothing half-written is taken for a checkpoint."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+from faults import runs
+
+from k2jax.errors import StorageError
+
+
+def test_kill_and_resume_give_the_same_bits(tiny_data, straight, start, tmp_path):
+    """Ledger, chain and metrics of a killed and resumed run are those of an undisturbed one, byte for byte.
+
+    Seen to fail: with data_order shifted by one step on resume; with `updates` left out of the restored state.
+    """
+    workdir, overrides = tmp_path / "run", {"data.workers": 1}
+    killed = start(workdir, overrides)
+    killed.wait_for("saved 10")
+    killed.signal(signal.SIGKILL)
+    killed.wait(-signal.SIGKILL)
+    assert [10] == runs.checkpoint_steps(workdir)[:1]
+
+    told = start(workdir, overrides).wait(0)
+    newest = max(step for step in (10, 20, 25) if any(line == f"resuming after step {step} of 25" for line in told))
+    assert f"saved {newest}" not in told
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+    assert [row["step"] for row in runs.ledger_rows(workdir)] == list(range(1, 26))
+    assert runs.metric_rows(workdir) == runs.metric_rows(straight)
+    assert runs.ledger(workdir).records() == runs.ledger(straight).records()
+    for run in (workdir, straight):
+        runs.ledger(run).verify()
+        assert not runs.leftovers(run)
+
+    # The killed trainer's worker process ended with it.
+    deadline = time.monotonic() + 15
+    while killed.left_behind():
+        assert time.monotonic() < deadline, "a worker outlived its killed trainer"
+        time.sleep(0.05)
+
+
+def test_kills_at_random_moments(straight, start, tmp_path):
+    """Every restart goes on from the newest complete checkpoint, and what the run computes never changes.
+
+    Moments: compiling, between any two lines, in the middle of saves (fixed seed; timing adds chance of its own).
+    """
+    workdir, draw = tmp_path / "run", random.Random(7)
+    overrides = {"checkpoint.every_steps": 2}
+    moments = [f"saving {2 * draw.randint(1, 3)}", f"step {draw.randint(7, 9)}", "saving 10", "compiling", "saving 16"]
+    expected = 0
+    for moment in [*moments, None]:
+        trainer = start(workdir, overrides)
+        begun = f"resuming after step {expected} of 25" if expected else "starting at step 1"
+        trainer.wait_for(begun)
+        if moment is None:
+            trainer.wait(0)
+            break
+        trainer.wait_for(moment if moment == "compiling" else f"{moment}")
+        time.sleep(draw.uniform(0, 0.15))
+        trainer.signal(signal.SIGKILL)
+        trainer.wait(-signal.SIGKILL)
+        expected = max(runs.checkpoint_steps(workdir), default=0)
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+    assert runs.meta(workdir, 25)["digests"] == runs.meta(straight, 25)["digests"]
+    runs.ledger(workdir).verify()
+    assert not runs.leftovers(workdir)
+
+
+def test_a_changed_ledger_is_found(straight, tmp_path):
+    """`verify` names the record over a changed row, a removed row, and a changed record."""
+    bits = runs.ledger_rows(straight)[13]["loss"]
+    changes = {
+        "a loss": ("chunk-00002.jsonl", bits, f"{int(bits, 16) ^ 1:08x}", "record of step 20"),
+        "a missing row": ("chunk-00003.jsonl", '{"step": 23', '{"step": 99', "record of step 25"),
+        "a record": ("records.jsonl", '"num_rows":5', '"num_rows":6', "record of step 25"),
+    }
+    for name, (file, old, new, named) in changes.items():
+        workdir = runs.copy_run(straight, tmp_path / name)
+        path = workdir / "ledger" / file
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+        with pytest.raises(StorageError, match=named):
+            runs.ledger(workdir).verify()
+
+
+def test_half_written_last_lines_are_dropped(straight, command, tiny_data, tmp_path):
+    """A full disk or a power cut leaves half a line: the resumed run drops it and computes it again."""
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
+    for file in ("ledger/chunk-00003.jsonl", "metrics/chunk-00003.jsonl", "ledger/records.jsonl"):
+        path = workdir / file
+        path.write_bytes(path.read_bytes()[:-20])
+    with (workdir / "ledger" / "records.jsonl").open("rb") as file:
+        assert len(file.read().splitlines()) == 3
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0, ended
+    runs.ledger(workdir).verify()
+    records = (workdir / "ledger" / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line)["last_step"] for line in records] == [10, 20, 25]
+    assert [row["step"] for row in runs.ledger_rows(workdir)] == list(range(1, 26))

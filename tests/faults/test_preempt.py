@@ -1,0 +1,55 @@
+"""SIGTERM: the step ends, the state is saved, the exit code says restart me."""
+
+import shutil
+import signal
+
+from faults import runs
+
+
+def test_sigterm_saves_and_the_run_goes_on_with_the_same_bits(straight, start, tmp_path):
+    """Also when the signal comes twice, the second time in the middle of the save."""
+    workdir = tmp_path / "run"
+    stopped = start(workdir)
+    stopped.wait_for("step 12 ")
+    stopped.signal(signal.SIGTERM)
+    stopped.wait_for("saving 1")
+    stopped.signal(signal.SIGTERM)
+    error = stopped.wait_for_error(75)
+    step = runs.checkpoint_steps(workdir)[-1]
+    told = stopped.lines()
+    assert 12 <= step < 25 and f"saved {step}" in told
+    assert error == f"error: stopped by SIGTERM after step {step}, which is saved: run the same command to go on"
+    assert not any(line.startswith(f"step {step + 1} ") for line in told)
+    assert not stopped.left_behind()
+
+    told = start(workdir).wait(0)
+    assert f"resuming after step {step} of 25" in told
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+    assert runs.metric_rows(workdir) == runs.metric_rows(straight)
+    assert runs.meta(workdir, 25)["digests"] == runs.meta(straight, 25)["digests"]
+    runs.ledger(workdir).verify()
+
+
+def test_sigterm_before_the_first_step(straight, start, tmp_path):
+    """Nothing new to save: 75 without a checkpoint, and an older one stays as it is."""
+    fresh = start(tmp_path / "fresh")
+    resumed = start(runs.copy_run(straight, tmp_path / "resumed", last_step=10))
+    for trainer in (fresh, resumed):
+        trainer.wait_for("compiling the step of stage1")
+        trainer.signal(signal.SIGTERM)
+    assert fresh.wait_for_error(75) == "error: stopped by SIGTERM before the first step: run the same command to start"
+    assert runs.checkpoint_steps(tmp_path / "fresh") == []
+    assert "stopped by SIGTERM after step 10, which is saved" in resumed.wait_for_error(75)
+    assert runs.checkpoint_steps(tmp_path / "resumed") == [10]
+    assert "saving" not in fresh.told() + resumed.told()
+    assert runs.meta(tmp_path / "resumed", 10) == runs.meta(straight, 10)
+
+
+def test_a_finished_run_stays_as_it_is(straight, tiny_data, command, tmp_path):
+    """Started once more it validates again and ends with 0: a restart script may do so."""
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0 and "resuming after step 25 of 25" in ended.lines, ended
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+    assert runs.checkpoint_steps(workdir) == [10, 20, 25]

@@ -1,0 +1,122 @@
+"""The configuration: unknown keys, wrong types and bad values are refused, all problems at once; drift is named."""
+
+from pathlib import Path
+
+import pytest
+
+from k2jax import config as configuration
+from k2jax import drift
+from k2jax.errors import ConfigError
+
+SMOKE = str(Path(__file__).parent.parent / "experiments" / "smoke.py")
+
+
+def test_overrides_take_the_type_of_what_they_replace():
+    c = configuration.load(
+        SMOKE,
+        [
+            "model.dim=64",
+            "optimizer.clip_norm=2",
+            "model.tie_embeddings=true",
+            "name=x=y",
+            "stages.1.chunks=7",
+            "stages.0.mix.code=2",
+            "allow_drift=seed",
+            "eval.prompts=('a','b')",
+        ],
+    )
+    assert (c.model.dim, c.optimizer.clip_norm, c.model.tie_embeddings, c.name) == (64, 2.0, True, "x=y")
+    assert (c.stages[1].chunks, c.stages[0].mix.code, c.allow_drift, c.eval.prompts) == (
+        7,
+        2.0,
+        ("seed",),
+        ("a", "b"),
+    )
+    assert isinstance(c.optimizer.clip_norm, float)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.dmi=64", "unknown key; did you mean 'model.dim'"),
+        ("stages.0.chunk=2", "did you mean 'stages.0.chunks'"),
+        ("stages.9.chunks=2", "unknown key"),
+        ("model.dim=wide", "expected int, such as"),
+        ("model.dim=1.5", "expected int"),
+        ("model.tie_embeddings=3", "expected bool"),
+        ("model.dim", "write --config.model.dim=VALUE"),
+    ],
+)
+def test_a_bad_override_is_refused_naming_the_closest_key(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        configuration.load(SMOKE, [override])
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("c.modle = 3", "did you mean|Did you mean"),
+        ("c.model.dims = 3", "did you mean|Did you mean"),
+        ("c.optimizer.b1 = 'high'", "TypeError"),
+        ("c.stages = (config.stage(chunk=1),)", "unknown key 'chunk'; did you mean 'chunks'"),
+        ("c.stages = (config.stage(mix={'a.b': 1}),)", "dot"),
+    ],
+)
+def test_a_bad_experiment_file_is_refused_in_one_line(tmp_path: Path, line: str, message: str):
+    path = tmp_path / "bad.py"
+    path.write_text(
+        f"from k2jax import config\ndef get_config():\n    c = config.base()\n    {line}\n    return c\n"
+    )
+    with pytest.raises(ConfigError, match=message) as raised:
+        configuration.load(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_and_a_file_without_get_config_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no such experiment file; that folder has .*smoke.py"):
+        configuration.load(str(Path(SMOKE).with_name("smok.py")))
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="does not define get_config"):
+        configuration.load(str(tmp_path / "empty.py"))
+
+
+def test_validate_reports_all_problems_at_once():
+    overrides = ["model.head_dim=7", "model.num_kv_heads=3", "model.remat=some", "stages.0.microbatches=3"]
+    with pytest.raises(ConfigError) as raised:
+        configuration.load(SMOKE, overrides)
+    for key in (
+        "4 problem(s)",
+        "model.head_dim=7",
+        "model.num_kv_heads=3",
+        "model.remat='some'",
+        "stages.0.microbatches",
+    ):
+        assert key in str(raised.value)
+
+
+def test_to_dict_and_from_dict_are_inverse():
+    c = configuration.load(SMOKE)
+    again = configuration.from_dict(configuration.to_dict(c))
+    assert configuration.to_dict(again) == configuration.to_dict(c)
+    assert again.eval.prompts == c.eval.prompts
+    with pytest.raises(ConfigError, match="unknown key model.width"):
+        configuration.from_dict({"model": {"width": 3}, "stages": []})
+
+
+def test_drift_names_keys_and_leaves_free_ones_alone():
+    old = configuration.to_dict(configuration.load(SMOKE))
+    changed = configuration.load(
+        SMOKE, ["model.dim=64", "mesh.tensor=2", "data.workers=3", "stages.0.chunks=9"]
+    )
+    found = drift.differences(old, configuration.to_dict(changed))
+    assert found == {"model.dim": (224, 64), "stages.0.chunks": (4, 9)}
+    assert drift.not_allowed(found, ("stages",)) == ["model.dim"]
+    assert drift.not_allowed(found, ("stages.0.chunks", "model")) == []
+    assert drift.not_allowed(found, ("model.di",)) == ["model.dim", "stages.0.chunks"]
+
+
+def test_the_digest_is_of_what_the_run_computes():
+    c = configuration.load(SMOKE)
+    same = configuration.load(SMOKE, ["mesh.tensor=2", "log.every_steps=3", "stages.1.microbatches=2"])
+    other = configuration.load(SMOKE, ["seed=1"])
+    assert drift.config_digest(c) == drift.config_digest(same) != drift.config_digest(other)

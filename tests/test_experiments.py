@@ -1,0 +1,125 @@
+"""Every experiment file trains a step when shrunk, and what it resolves to is under test as text.
+
+A change of an experiment, or of a default that it has, shows as a difference of tests/golden/: look at it, and write
+the new text with `UPDATE_GOLDEN=1 make test`.
+"""
+
+import ast
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from k2jax import chunks, sharding
+from k2jax import config as configuration
+from k2jax.ledger import Ledger, StepLog, bits_float
+from k2jax.model import num_params, parameter_table
+from k2jax.train import train
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def check_golden(path: Path, text: str) -> None:
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert path.read_text() == text, f"{path.name} has changed: if that is meant, UPDATE_GOLDEN=1 make test"
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_resolves_to_the_golden_text(path: Path):
+    values = configuration.flatten(configuration.to_dict(configuration.load(str(path))))
+    check_golden(GOLDEN / f"{path.stem}.txt", "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
+
+
+def test_k2_65b_parameters_are_the_golden_ones():
+    c = configuration.load(str(ROOT / "experiments" / "k2_65b.py"))
+    assert num_params(c.model) == 65_286_184_960
+    table = parameter_table(c.model)
+    lines = [f"{name} {p.shape} {sharding.spec(p.axes)} std {p.std} {p.group}\n" for name, p in table.items()]
+    check_golden(GOLDEN / "k2_65b_parameters.txt", "".join(lines))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_is_a_lab_note(path: Path):
+    text = path.read_text()
+    note = ast.get_docstring(ast.parse(text))
+    for part in ("Purpose:", "Data:", "Command:", "Hardware:", "Tokens", "Expect"):
+        assert part in note, f"{path.name}: the docstring says nothing of {part}"
+    assert len(text.splitlines()) <= 80
+
+
+def shrink(c: ConfigDict, data: Path, root: Path) -> ConfigDict:
+    """The same experiment on a tiny model, with a store of tiny data under each name that its mix has."""
+    for name in {name for stage in c.stages for name in stage.mix}:
+        shutil.copytree(data / "code", root / name)
+    with c.unlocked():
+        c.model.update(
+            vocab_size=512, dim=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, ffn_dim=48
+        )
+        c.data.root, c.data.tokenizer = str(root), str(data / "tokenizer.json")
+        c.mesh.replica, c.mesh.fsdp, c.mesh.tensor = 1, -1, 1
+        c.eval.windows, c.eval.new_tokens = 2, 4
+        for stage in c.stages:
+            stage.sequence_length //= 32
+            stage.microbatches = min(stage.microbatches, 2)
+            stage.rows_per_step = 8 * stage.microbatches
+            stage.steps_per_chunk, stage.chunks, stage.warmup_steps = 2, 1, min(stage.warmup_steps, 1)
+    configuration.validate(c)
+    return c.lock()
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_trains_when_shrunk(path: Path, tiny_data: Path, tmp_path: Path):
+    c = shrink(configuration.load(str(path)), tiny_data, tmp_path / "data")
+    train(c, tmp_path / "run")
+    rows = list(StepLog(tmp_path / "run" / "metrics", None).rows())
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["stage"] for row in rows] == ["stage1"] * 2 + ["stage2"] * 2
+    ledger = Ledger(tmp_path / "run" / "ledger", None)
+    ledger.verify()
+    assert [record["last_step"] for record in ledger.records()] == [2, 4]
+    assert [bits_float(row["loss"]) for row in ledger.steps.rows()] == [row["loss"] for row in rows]
+    validation = json.loads((tmp_path / "run" / "validation.json").read_text())
+    assert sorted(validation["subsets"]) == sorted(c.stages[-1].mix)
+
+
+def test_one_checkpoint_is_one_chunk_is_one_range_of_steps(tiny_config):
+    """K2-65B has 360 + 20 checkpoints, every 941 and 882 steps."""
+    from k2jax.data.order import Order, StagePlan
+
+    c = configuration.load(str(ROOT / "experiments" / "k2_65b.py"))
+    order, step = object.__new__(Order), 1
+    order.stages = []
+    for i, s in enumerate(c.stages):
+        last = step - 1 + s.chunks * s.steps_per_chunk
+        fields = (
+            s.name,
+            i,
+            s.sequence_length,
+            s.rows_per_step,
+            s.steps_per_chunk,
+            s.chunks,
+            0,
+            0,
+            step,
+            last,
+        )
+        order.stages.append(StagePlan(*fields))
+        step = last + 1
+    order.num_steps = step - 1
+    saved = chunks.checkpoint_steps(order)
+    assert len(saved) == 380 and saved[:2] == [941, 1882] and saved[359:361] == [338_760, 338_760 + 882]
+    assert [chunks.chunk_of_step(order, s) for s in (1, 941, 942, 338_760, 338_761)] == [1, 1, 2, 360, 361]
+    assert chunks.tokens_before(order, 338_761) == 1_415_312_179_200
+
+
+def test_devices_of_this_process_are_eight():
+    """What the tests above assume of conftest.py."""
+    assert jax.device_count() == 8

@@ -1,0 +1,150 @@
+"""The same mathematics on every mesh, and a mesh that does not fit refused before anything is compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from k2jax import config as configuration
+from k2jax import launch, sharding
+from k2jax.data.order import StagePlan
+from k2jax.errors import ConfigError
+from k2jax.model import parameter_table
+
+ROWS, LENGTH, STEPS = 16, 16, 10
+MESHES = {
+    "replica 8": (8, 1, 1),
+    "fsdp 8": (1, 8, 1),
+    "tensor 8": (1, 1, 8),
+    "fsdp 4 x tensor 2": (1, 4, 2),
+    "replica 2 x fsdp 4": (2, 4, 1),
+    "replica 2 x fsdp 2 x tensor 2": (2, 2, 2),
+}
+
+
+def small(microbatches: int = 1) -> tuple:
+    c = configuration.base().copy_and_resolve_references()
+    with c.unlocked():
+        c.model.update(
+            vocab_size=64, dim=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, ffn_dim=48
+        )
+        c.stages = (
+            configuration.stage(
+                sequence_length=LENGTH,
+                rows_per_step=ROWS,
+                microbatches=microbatches,
+                steps_per_chunk=STEPS,
+                chunks=1,
+                lr_peak=1e-2,
+                lr_final=1e-3,
+                warmup_steps=2,
+                mix={"a": 1, "b": 1},
+            ),
+        )
+        c.model.mask_documents = True  # uneven numbers of targets, so that microbatches weigh unequally
+    return c.lock(), StagePlan("stage1", 0, LENGTH, ROWS, STEPS, 1, 0, ROWS * STEPS, 1, STEPS)
+
+
+def losses(shape: tuple[int, int, int], microbatches: int = 1) -> list[float]:
+    """Of the first ten steps, through the trainer's own placement and jit, on the first devices."""
+    c, plan = small(microbatches)
+    devices = jax.devices()[: int(np.prod(shape))]
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
+        shardings = launch.place_state(c, shapes, mesh)
+        state = launch.make_state(c, shardings)
+        step = launch.step_function(c, plan, shardings, mesh, eos_id=2, num_subsets=2)
+        placement = launch.place_batches(c.stages[0], mesh)
+        draw, found = np.random.default_rng(0), []
+        for _ in range(STEPS):
+            tokens = draw.integers(0, 64, (ROWS, LENGTH + 1), np.int32) ** 2 // 63
+            rows = {"tokens": tokens, "subset": np.arange(ROWS, dtype=np.int32) % 2}
+            rows["digest"] = draw.integers(0, 2**32, (ROWS, 8), np.uint32)
+            state, metrics = step(state, placement.globalize(rows))
+            found.append(float(metrics["loss"]))
+        assert step._cache_size() == 1, "the second step compiled again"
+        expected_digest = rows["digest"].sum(axis=0, dtype=np.uint32)
+        np.testing.assert_array_equal(metrics["batch_digest"], expected_digest)
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_device_losses() -> list[float]:
+    return losses((1, 1, 1))
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_first_ten_losses_are_the_same_on_every_mesh(
+    mesh: str, microbatches: int, one_device_losses: list[float]
+):
+    found = losses(MESHES[mesh], microbatches)
+    assert found[-1] < found[0] - 0.05, "nothing was learned: the comparison would show nothing"
+    np.testing.assert_allclose(found, one_device_losses, rtol=0, atol=1e-5)
+
+
+def test_parameters_are_split_as_the_table_says():
+    c, _ = small()
+    mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
+    shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
+    state = launch.make_state(c, launch.place_state(c, shapes, mesh))
+    wq = state.params["layers.wq_LDNH"]
+    assert wq.addressable_shards[0].data.shape == (2, 32 // 2, 8 // 2, 4)
+
+
+@pytest.mark.parametrize("shape", list(MESHES.values()))
+def test_moments_are_split_over_every_data_axis(shape: tuple[int, int, int]):
+    """Also where the parameters are copied: with replica 8 each device holds an eighth of every matrix's moments."""
+    c, _ = small()
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)))
+    shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
+    shardings = launch.place_state(c, shapes, mesh)
+    for name, p in parameter_table(c.model).items():
+        if p.std is not None:
+            part = shardings.mu[name].shard_shape(p.shape)
+            assert np.prod(part) * 8 == np.prod(p.shape), f"{name}: {part} of {p.shape}"
+
+
+def test_activations_are_pinned_on_cpu_too():
+    """A constraint that did nothing on CPU could hide a wrong table from every test here."""
+    mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        x = jax.jit(lambda x: sharding.shard(x, "q_BTNH"))(jnp.zeros((8, 4, 8, 4)))
+    assert x.addressable_shards[0].data.shape == (2, 4, 4, 4)
+
+
+def test_one_mesh_axis_may_take_what_is_left():
+    assert dict(sharding.make_mesh({"replica": 2, "fsdp": -1, "tensor": 2}).shape) == {
+        "replica": 2,
+        "fsdp": 2,
+        "tensor": 2,
+    }
+
+
+def test_a_mesh_larger_than_the_devices_is_refused():
+    with pytest.raises(ConfigError, match="needs 16 devices, this run has 8"):
+        sharding.make_mesh({"replica": 2, "fsdp": 4, "tensor": 2})
+    with pytest.raises(ConfigError, match="needs a multiple of 3 devices, this run has 8"):
+        sharding.make_mesh({"replica": 3, "fsdp": -1, "tensor": 1})
+
+
+def test_a_mesh_that_does_not_divide_is_refused_naming_parameter_dimension_and_axis():
+    c, _ = small()
+    with c.unlocked():
+        c.model.ffn_dim = 50
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": 8})
+    with pytest.raises(ConfigError, match="layers.w_gate_LDF: its dimension 'ffn' of 50 .* mesh.tensor=8"):
+        launch.check_mesh(c, mesh)
+
+
+def test_a_batch_that_the_data_axes_do_not_divide_is_refused():
+    c, _ = small(microbatches=4)
+    mesh = sharding.make_mesh({"replica": 2, "fsdp": 4, "tensor": 1})
+    with pytest.raises(ConfigError, match="rows_per_step=16 in 4 microbatch.* gives 4 rows"):
+        launch.check_mesh(c, mesh)
+
+
+def test_a_mesh_axis_is_never_used_twice():
+    with pytest.raises(AssertionError, match="used twice"):
+        sharding.spec(("heads", "ffn"))
