@@ -8,10 +8,11 @@ The metrics of a step are read before its state is saved, and never before the n
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
@@ -66,16 +67,10 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         with closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
                 if distributed.preempted(step):
-                    if saved < step - 1:
-                        save(state, step - 1)
-                    recorder.saved(checkpoints.wait())
-                    raise Preempted(
-                        f"stopped by SIGTERM, step {step - 1} is saved: run the same command to go on"
-                    )
+                    stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
                 state, metrics = run_step(state, batch)
-                recorder.push(
-                    step, plan, metrics, data_wait_s
-                )  # reads the step before: the device is not waited for
+                # Reads the metrics of the step before this one, so that the device is not waited for.
+                recorder.push(step, plan, metrics, data_wait_s)
                 if step in save_steps or is_multiple(step, config.checkpoint.every_steps):
                     save(state, step)
                     saved = step
@@ -123,6 +118,21 @@ def save_checkpoint(
         data={"next_step": step + 1, "order": order.digest()},
         meta={**meta, "tokens_seen": recorder.tokens_seen},
     )
+
+
+def stop(
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    save: Callable[[TrainState, int], None] | None,
+    state: TrainState,
+    step: int,
+) -> NoReturn:
+    """After a SIGTERM to any process: makes `step` a checkpoint if it is none, and ends the run."""
+    if save is not None:
+        save(state, step)
+    recorder.saved(checkpoints.wait())
+    recorder.close()
+    raise Preempted(f"stopped by SIGTERM; step {step} is saved: run the same command to go on")
 
 
 def report(

@@ -18,7 +18,7 @@ def test_sigterm_saves_and_the_run_goes_on_with_the_same_bits(straight, start, t
     step = runs.checkpoint_steps(workdir)[-1]
     told = stopped.lines()
     assert 12 <= step < 25 and f"saved {step}" in told
-    assert error == f"error: stopped by SIGTERM after step {step}, which is saved: run the same command to go on"
+    assert f"step {step} is saved" in error and "run the same command" in error
     assert not any(line.startswith(f"step {step + 1} ") for line in told)
     assert not stopped.left_behind()
 
@@ -37,9 +37,10 @@ def test_sigterm_before_the_first_step(straight, start, tmp_path):
     for trainer in (fresh, resumed):
         trainer.wait_for("compiling the step of stage1")
         trainer.signal(signal.SIGTERM)
-    assert fresh.wait_for_error(75) == "error: stopped by SIGTERM before the first step: run the same command to start"
+    error = fresh.wait_for_error(75)
+    assert "stopped by SIGTERM" in error and "is saved" not in error  # there is nothing yet
     assert runs.checkpoint_steps(tmp_path / "fresh") == []
-    assert "stopped by SIGTERM after step 10, which is saved" in resumed.wait_for_error(75)
+    assert "step 10 is saved" in resumed.wait_for_error(75)
     assert runs.checkpoint_steps(tmp_path / "resumed") == [10]
     assert "saving" not in fresh.told() + resumed.told()
     assert runs.meta(tmp_path / "resumed", 10) == runs.meta(straight, 10)

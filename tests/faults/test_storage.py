@@ -1,0 +1,177 @@
+"""Damaged checkpoints and full disks: named, gone around, never taken for good, never a start from scratch."""
+
+import json
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from faults import runs
+
+from k2jax import launch, sharding
+from k2jax.checkpoint import Checkpoints
+from k2jax.errors import StorageError
+from k2jax.optimizer import init_state
+
+
+class Reader:
+    """`Checkpoints` of a workdir with what `restore` needs, on all eight devices."""
+
+    def __init__(self, config):
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+        self.shardings = launch.place_state(config, self.shapes, self.mesh)
+
+    def restore(self, workdir, step):
+        with jax.set_mesh(self.mesh):
+            return Checkpoints(workdir, [10, 20, 25]).restore(step, self.shardings, self.shapes)
+
+    def restore_newest(self, workdir):
+        said = []
+        with jax.set_mesh(self.mesh):
+            state = Checkpoints(workdir, [10, 20, 25], log=said.append).restore_newest(self.shardings, self.shapes)
+        return int(state.step), said
+
+
+@pytest.fixture(scope="module")
+def reader(tiny_config):
+    return Reader(tiny_config())
+
+
+def array_files(step: Path) -> list[Path]:
+    """The files that hold the arrays' bytes."""
+    return [path for path in sorted(step.glob("state/**/d/*")) if path.stat().st_size > 10_000]
+
+
+def flip(path: Path, byte: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_every_flipped_bit_is_found(straight, reader, tmp_path):
+    """One bit, in each array file over 10 KB, at both ends and at random places: all are refused, by name.
+
+    Orbax restores every one of them without a word.
+    """
+    workdir, draw = runs.copy_run(straight, tmp_path / "run"), random.Random(3)
+    assert int(reader.restore(workdir, 25).step) == 25
+    files = array_files(workdir / "checkpoints" / "25")
+    assert files and sum(path.stat().st_size for path in files) > 500_000
+    for path in files:
+        good, size = path.read_bytes(), path.stat().st_size
+        for byte in [0, size - 1, *(draw.randrange(size) for _ in range(6))]:
+            flip(path, byte, draw.randrange(8))
+            with pytest.raises(StorageError, match="checkpoint 25: "):
+                reader.restore(workdir, 25)
+            path.write_bytes(good)
+    assert int(reader.restore(workdir, 25).step) == 25
+
+
+def damages(step: Path) -> dict[str, callable]:
+    """{name: what to do to the newest checkpoint}"""
+    largest = max(array_files(step), key=lambda path: path.stat().st_size)
+    meta, data = step / "meta" / "meta.json", step / "data" / "metadata"
+    index = step / "state" / "manifest.ocdbt"
+    return {
+        "truncated array file": lambda: largest.write_bytes(largest.read_bytes()[:-100]),
+        "empty array file": lambda: largest.write_bytes(b""),
+        "deleted array file": largest.unlink,
+        "deleted state": lambda: shutil.rmtree(step / "state"),
+        "deleted meta": lambda: shutil.rmtree(step / "meta"),
+        "half-deleted step": lambda: [shutil.rmtree(step / part) for part in ("state", "data")],
+        "nothing left": lambda: [shutil.rmtree(step), step.mkdir()],
+        "damaged index": lambda: flip(index, index.stat().st_size // 2, 3),
+        "cut meta": lambda: meta.write_text(meta.read_text()[:-30]),
+        "meta no JSON": lambda: meta.write_text("x" + meta.read_text()),
+        "meta of other type": lambda: meta.write_text("[]"),
+        "meta without digests": lambda: edit_json(meta, lambda m: m.pop("digests")),
+        "meta lacks a digest": lambda: edit_json(meta, lambda m: m["digests"].pop("params/head_DV")),
+        "meta lacks arrays": lambda: edit_json(meta, lambda m: m.pop("arrays")),
+        "a digit of meta": lambda: meta.write_text(meta.read_text().replace('"step": 25', '"step": 35')),
+        "a digit of a shape": lambda: meta.write_text(meta.read_text().replace("512", "513", 1)),
+        "cut data": lambda: data.write_text(data.read_text()[:-5]),
+        "data lacks order": lambda: edit_json(data, lambda d: d.pop("order")),
+        "a digit of the order": lambda: edit_json(data, lambda d: d.update(order="0" + d["order"][1:])),
+    }
+
+
+def edit_json(path: Path, change: callable) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_damage_is_named_and_gone_around(straight, reader, tmp_path):
+    """Whatever is done to the newest step: it is named, moved to abandoned/, and the step before it is used."""
+    names = list(damages(straight / "checkpoints" / "25"))
+    for name in names:
+        workdir = runs.copy_run(straight, tmp_path / name)
+        damages(workdir / "checkpoints" / "25")[name]()
+        step, said = reader.restore_newest(workdir)
+        assert step == 20, (name, said)
+        assert said[0].startswith("refused: checkpoint 25: ") and "\n" not in said[0], (name, said)
+        assert "moved checkpoint 25" in said[1], (name, said)
+        assert runs.checkpoint_steps(workdir) == [10, 20], name
+        [kept] = (workdir / "abandoned").iterdir()
+        assert kept.name.startswith("25-"), name
+
+
+def test_training_goes_on_before_the_damage(straight, tiny_data, command, tmp_path):
+    """The two newest steps are bad: the run resumes before them, saves both again, and ends as it would have."""
+    workdir = runs.copy_run(straight, tmp_path / "run")
+    path = array_files(workdir / "checkpoints" / "25")[0]
+    flip(path, path.stat().st_size // 2, 5)
+    shutil.rmtree(workdir / "checkpoints" / "20" / "state")
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0, ended
+    assert [line.split(":")[1] for line in ended.lines if line.startswith("refused")] == [
+        " checkpoint 25", " checkpoint 20"]
+    assert {"resuming after step 10 of 25", "15 step(s) after the checkpoint are run again"} <= set(ended.lines)
+    assert {"saved 20", "saved 25"} <= set(ended.lines)
+    assert sorted(path.name.split("-")[0] for path in (workdir / "abandoned").iterdir()) == ["20", "25"]
+    rows, expected = runs.ledger_rows(workdir), runs.ledger_rows(straight)
+    assert [row["batch"] for row in rows] == [row["batch"] for row in expected]
+    assert rows[:10] == expected[:10]  # what follows was computed on eight devices, not two
+    runs.ledger(workdir).verify()
+
+
+def test_no_good_checkpoint_stops_the_run(straight, tiny_data, command, tmp_path):
+    """74 with all of them named; nothing is trained, nothing is moved or deleted."""
+    workdir = runs.copy_run(straight, tmp_path / "run")
+    for step in (10, 20, 25):
+        (workdir / "checkpoints" / str(step) / "meta" / "meta.json").write_text("{")
+    error = command.refuse(74, *runs.arguments(tiny_data, workdir, {}))
+    assert all(f"checkpoint {step}: " in error for step in (10, 20, 25))
+    assert runs.checkpoint_steps(workdir) == [10, 20, 25]
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+
+
+def test_full_disk(straight, start, tmp_path):
+    """A limit on file sizes stands for the full disk: 74, one line, earlier checkpoints good, no litter after restart."""
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=10)
+    full = start(workdir, file_bytes=60_000)  # less than the arrays, more than everything else
+    at_start = start(tmp_path / "new", file_bytes=4_000)  # less than the tokenizer
+    assert "checkpoint 20 could not be saved" in full.wait_for_error(74)
+    assert runs.checkpoint_steps(workdir) == [10]
+    assert at_start.wait_for_error(74)
+
+    told = start(workdir).wait(0)
+    assert "resuming after step 10 of 25" in told
+    assert not runs.leftovers(workdir)
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+    assert runs.ledger(workdir).records() == runs.ledger(straight).records()
+
+
+def test_full_disk_for_a_row(tiny_data, command, tmp_path, monkeypatch):
+    """No room for a step's row of metrics: 74 and one line, not a traceback."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        stages = {"stages.0.steps_per_chunk": 30, "checkpoint.every_steps": 0}
+        error = command.refuse(74, *runs.arguments(tiny_data, tmp_path / "run", stages))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in error and "metrics" in error
