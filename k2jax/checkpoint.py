@@ -7,6 +7,7 @@ Orbax restores flipped bits in silence and lists half-deleted steps, so a step i
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from k2jax import digest
+from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError, RunError, StorageError
 from k2jax.model import LAYOUT_VERSION
 from k2jax.optimizer import TrainState
@@ -28,15 +30,22 @@ FORMAT = 1  # of the three parts; LAYOUT_VERSION is of the arrays' names and sha
 
 
 class _LateJson(ocp.JsonCheckpointHandler):
-    """Writes the JSON that a function returns, called in the background: the digests need not be ready at the save."""
+    """Writes the JSON that a function returns, called in the background: the digests need not be ready at the save.
+
+    With its own SHA-256, so that a damaged meta is never taken for another configuration, or for damaged arrays.
+    """
 
     async def _save_fn(self, item: Callable[[], dict], directory: epath.Path) -> None:
         values = item()
         if jax.process_index() == 0:
-            (directory / "meta.json").write_text(json.dumps(values, indent=1))
+            text = json.dumps({**values, "meta_sha256": sha256_json(values)}, indent=1)
+            (directory / "meta.json").write_text(text)
 
     def restore(self, directory: epath.Path, item: None = None, args: None = None) -> dict:
-        return json.loads((directory / "meta.json").read_text())
+        values = json.loads((directory / "meta.json").read_text())
+        if values.pop("meta_sha256") != sha256_json(values):
+            raise ValueError("meta.json does not have the SHA-256 that it records")
+        return values
 
 
 @ocp.args.register_with_handler(_LateJson, for_save=True, for_restore=True)
@@ -131,6 +140,7 @@ class Checkpoints:
                 "layout": LAYOUT_VERSION,
                 "step": step,
                 "parent": parent,
+                "data": data,
                 **meta,
                 "arrays": described,
                 "digests": values,
@@ -215,6 +225,8 @@ class Checkpoints:
                 f"checkpoint {step}: damaged array(s) {', '.join(wrong[:5])}: digest "
                 f"{int(found[wrong[0]]):08x}, recorded {meta['digests'][wrong[0]]:08x}"
             )
+        if data != meta["data"]:
+            raise StorageError(f"checkpoint {step}: its data part is not the one that its meta records")
         self.last_meta, self.last_data = meta, data
         return unflat(arrays)
 
@@ -279,9 +291,6 @@ def _cannot_save(step: int, directory: Path, error: Exception) -> StorageError:
 
 
 def _one_line(error: Exception) -> str:
-    """Storage errors come with many lines of source locations: the first says what happened."""
-    return (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
-        if str(error).strip()
-        else repr(error)
-    )
+    """Storage errors are long: their first line says what happened, its end why, less source locations in brackets."""
+    text = re.split(r" \[[\w ]+='", (str(error).strip() or repr(error)).splitlines()[0])[0]
+    return f"{type(error).__name__}: {text if len(text) < 300 else f'{text[:100]} ... {text[-180:]}'}"

@@ -7,6 +7,8 @@ before any device is touched; after it no other code checks configuration.
 
 import ast
 import difflib
+import importlib.util
+import re
 import runpy
 from collections.abc import Iterable
 from pathlib import Path
@@ -232,6 +234,13 @@ def validate(config: ConfigDict) -> None:
         "axis sizes must be positive, at most one may be -1",
     )
     need(len(config.stages) > 0, "stages", (), "the experiment needs at least one row; see config.stage()")
+    has_wandb = not config.log.wandb_project or importlib.util.find_spec("wandb") is not None
+    need(
+        has_wandb,
+        "log.wandb_project",
+        config.log.wandb_project,
+        "wandb is not installed: pip install 'k2jax[wandb]'",
+    )
     names = [row.name for row in config.stages]
     need(len(set(names)) == len(names), "stages", names, "each stage needs a name of its own")
     for i, row in enumerate(config.stages):
@@ -263,6 +272,13 @@ def _validate_stage(need: Any, prefix: str, row: ConfigDict) -> None:
     )
     need(len(row.mix) > 0, prefix + "mix", {}, "names no subset: set {subset: repeats}")
     for name, repeats in row.mix.items():
+        plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) is not None
+        need(
+            plain,
+            prefix + "mix",
+            name,
+            "a subset's name has only letters, digits, - and _: it is a folder's name",
+        )
         need(
             repeats > 0,
             f"{prefix}mix.{name}",

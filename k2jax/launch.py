@@ -1,5 +1,6 @@
 """What a run needs before and between its steps: data opened and identified, state placed, steps compiled and fed."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -75,6 +77,20 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
                 f"stages.{i}: rows_per_step={stage.rows_per_step} in {stage.microbatches} microbatch(es) gives "
                 f"{rows} rows, not divisible by mesh.replica x mesh.fsdp = {data_parallel} devices"
             )
+
+
+def check_processes_agree(config: ConfigDict, order: Order) -> None:
+    """Raises ConfigError on every process, naming those whose configuration or data order is not process 0's."""
+    mine = hashlib.sha256((drift.config_digest(config) + order.digest()).encode()).digest()
+    all_processes = multihost_utils.process_allgather(np.frombuffer(mine, np.uint32)).reshape(
+        jax.process_count(), -1
+    )
+    odd = [i for i, fingerprint in enumerate(all_processes) if (fingerprint != all_processes[0]).any()]
+    if odd:
+        raise ConfigError(
+            f"process(es) {odd} have another configuration or data order than process 0: start all of them with the "
+            f"same command, code and data"
+        )
 
 
 def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:

@@ -51,7 +51,9 @@ class StepLog:
         dropped = 0
         for path in sorted(self.directory.glob("chunk-*.jsonl")):
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n") and _parse(line, path)["step"] <= last_step]
+            kept = [
+                line for line in lines if line.endswith(b"\n") and _parse(line, path)["step"] <= last_step
+            ]
             dropped += len(lines) - len(kept)
             if not kept:
                 path.unlink()

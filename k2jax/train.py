@@ -44,6 +44,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         journal = run.begin(config, manifest, dict(mesh.shape))
         order = Order(manifest, journal)
         check_journal(journal, order)
+        launch.check_processes_agree(config, order)
         say(describe(manifest))
         say(launch.describe_run(config, order, mesh))
 

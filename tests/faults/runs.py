@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -47,14 +46,12 @@ class Trainer:
         devices: int = 2,
         environment: dict[str, str] | None = None,
         patch: str = "",
-        file_bytes: int | None = None,
     ):
         number = len(list(workdir.parent.glob(f"{workdir.name}.out*")))
         self.output = workdir.parent / f"{workdir.name}.out{number}"
         self.errors = workdir.parent / f"{workdir.name}.err{number}"
         start = ["-c", PATCHED.format(patch=patch)] if patch else ["-m", "k2jax.train"]
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(REPOSITORY)}
-        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes,) * 2)) if file_bytes else None
         with self.output.open("wb") as out, self.errors.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, *start, *arguments(data, workdir, overrides or {})],
@@ -63,7 +60,6 @@ class Trainer:
                 stderr=err,
                 start_new_session=True,
                 env={**os.environ, **flags, **(environment or {})},
-                preexec_fn=limit,
             )
 
     def lines(self) -> list[str]:
