@@ -4,9 +4,13 @@
 Anything else that is raised is a bug: it keeps its traceback and ends with 70.
 """
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
+
+# What the machine's storage does to any write, wherever it happens.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class RunError(Exception):
@@ -48,6 +52,9 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            print(f"error: {error}: make room or access, then run the same command", file=sys.stderr, flush=True)
+            sys.exit(StorageError.exit_code)
         traceback.print_exc()
         sys.exit(70)

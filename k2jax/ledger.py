@@ -9,6 +9,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ class StepLog:
 
     def append(self, row: dict[str, Any]) -> None:
         path = self.path(self.chunk_of_step(row["step"]))
-        if path != self._path:
-            self.close()
-            self._file, self._path = path.open("ab"), path
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
+        with _writing(path):
+            if path != self._path:
+                self.close()
+                self._file, self._path = path.open("ab"), path
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
 
     def rows(self, first_step: int = 1, last_step: int | None = None) -> Iterator[dict[str, Any]]:
         """Rows of steps in [first_step, last_step], in order."""
@@ -96,7 +98,7 @@ class Ledger:
         """Closes the steps since the last record with the checkpoint of `step`."""
         records = self.records()
         record = self._record(records[-1] if records else None, step, checkpoint_digest, order_digest)
-        with self.path.open("ab") as file:
+        with _writing(self.path), self.path.open("ab") as file:
             file.write(canonical_json(record) + b"\n")
 
     def _record(
@@ -141,6 +143,14 @@ class Ledger:
                     f"{record.get(key)!r}, recomputed {expected[key]!r}"
                 )
             previous = record
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _parse(line: bytes, path: Path) -> dict[str, Any]:

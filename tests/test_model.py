@@ -162,8 +162,8 @@ def test_norm_is_computed_in_float32_from_bfloat16():
     expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * weight
     found = rms_norm(x16, jnp.asarray(weight, jnp.float32), 1e-5)
     assert found.dtype == jnp.bfloat16
-    half_ulp = 2.0**-9  # bfloat16 keeps 8 bits: one rounding, at the end, is all that may be lost
-    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1.01 * half_ulp)
+    one_rounding = 2.0**-8  # of bfloat16's 8 bits, at the end, is all that may be lost
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1.001 * one_rounding)
 
 
 def test_rope_angles_are_exact_to_the_last_position():
@@ -201,7 +201,7 @@ def mean_loss(m, dtype, params, tokens):
     return sums.loss / sums.targets
 
 
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 61, (2, 13)), jnp.int32)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 61, (2, 14)), jnp.int32)
 
 
 @cache
@@ -275,6 +275,8 @@ def test_in_bfloat16_gradients_are_float32_and_not_rounded_before():
     grads = jax.jit(jax.grad(partial(mean_loss, m, jnp.bfloat16)))(init_params(m, seed=1), TOKENS)
     for name, g in grads.items():
         assert g.dtype == jnp.float32, name
+        if name == "embed_VD":  # a row that is read once has the gradient of a bfloat16 activation
+            continue
         rounded = np.asarray(g.astype(jnp.bfloat16).astype(jnp.float32))
         share = (rounded != np.asarray(g))[np.asarray(g) != 0].mean()
         assert share > 0.9, f"{name}: {1 - share:.0%} of the gradient's numbers are bfloat16 numbers"
@@ -285,8 +287,10 @@ def test_in_bfloat16_softmax_norms_and_loss_are_float32():
     for primitive, at_least in {"exp": 3, "rsqrt": 3, "log": 1, "reduce_max": 2, "reduce_sum": 4}.items():
         types = [e.invars[0].aval.dtype for e in found if e.primitive.name == primitive]
         assert len(types) >= at_least and set(types) == {jnp.dtype(jnp.float32)}, (primitive, types)
-    scores = [e for e in found if e.primitive.name == "dot_general" and e.outvars[0].aval.shape[-2:] == (12, 12)]
+    scores = [e for e in found if e.primitive.name == "dot_general" and e.outvars[0].aval.shape[-2:] == (13, 13)]
     assert jnp.dtype(jnp.float32) in {e.outvars[0].aval.dtype for e in scores}, "scores are rounded to bfloat16"
+    (embedding,) = [e for e in found if e.primitive.name == "scatter-add"]
+    assert embedding.outvars[0].aval.dtype == jnp.float32, "rows read often are added up in bfloat16"
 
 
 def test_bfloat16_stays_near_float32():

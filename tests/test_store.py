@@ -105,6 +105,15 @@ def test_validation_split_at_a_document(tmp_path, documents, fraction):
     assert info["num_train_tokens"] == min(b for b in bounds if b >= (1 - fraction) * bounds[-1])
 
 
+def test_validation_fraction_is_exact(tmp_path):
+    """Documents start at 0, 3, 6 of 10 tokens: 0.7 starts at 3; 0.65, which is 3.5 tokens, and 0.69 after it."""
+    for fraction, expected in ((0.7, 3), (0.65, 6), (0.69, 6), (0.4, 6), (0.39, 10)):
+        info = write(
+            tmp_path / "s", [[5, 6], [7, 8], [9, 10, 11]], validation_fraction=fraction, overwrite=True
+        )
+        assert info["num_train_tokens"] == expected
+
+
 def test_summary_makes_a_manifest(path):
     """The store's summary is all that a manifest needs; open_stores finds the stores of a manifest again."""
     summary = Store.open(path).summary()
@@ -121,18 +130,20 @@ def test_summary_makes_a_manifest(path):
     assert "'a store'" in one_line(error) and "cdcdcd" in one_line(error)
 
 
-def test_documents_in(path, documents, monkeypatch):
+def test_documents_in(tmp_path, documents, monkeypatch):
     """Every range of tokens names its documents, also when document_start is bisected, not read whole."""
-    monkeypatch.setattr(storage, "LAST_SLICE", 4)
-    opened = Store.open(path)
+    monkeypatch.setattr(storage, "LAST_SLICE", 2)
+    documents = [*documents[:10], [], [], *documents[10:12]]
+    write(tmp_path / "s", documents)
+    opened = Store.open(tmp_path / "s")
     owner = np.repeat(np.arange(len(documents)), [len(d) + 1 for d in documents])
-    for start in range(0, len(owner), 7):
-        for stop in (start + 1, min(start + 30, len(owner)), len(owner)):
+    for start in range(len(owner)):
+        for stop in {start + 1, min(start + 30, len(owner)), len(owner)}:
             spans = opened.documents_in(start, stop)
-            np.testing.assert_array_equal(
-                np.concatenate([np.full(s.stop - s.start, s.index) for s in spans]), owner[start:stop]
-            )
-            assert spans[0].start == start and spans[-1].stop == stop
+            assert all(span.start < span.stop for span in spans)
+            assert (spans[0].start, spans[-1].stop) == (start, stop)
+            found = np.concatenate([np.full(span.stop - span.start, span.index) for span in spans])
+            np.testing.assert_array_equal(found, owner[start:stop])
 
 
 def test_find_documents_over_row_groups(tmp_path, documents, monkeypatch):
