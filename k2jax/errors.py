@@ -5,9 +5,11 @@ Anything else that is raised is a bug: it keeps its traceback and ends with 70.
 """
 
 import errno
+import logging
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 # What the machine's storage does to any write, wherever it happens.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -45,6 +47,10 @@ class Preempted(RunError):
 
 def run_main(main: Callable[[], None]) -> None:
     """Runs a command's `main` and exits: 0, or a RunError's one line on stderr and its exit code."""
+    # A failed save is one line of ours; without this there are hundreds: Orbax logs, with tracebacks, what it then
+    # raises, and TensorStore calls back into an event loop that Orbax has closed.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _hide_closed_loops
     try:
         main()
     except RunError as error:
@@ -58,3 +64,8 @@ def run_main(main: Callable[[], None]) -> None:
             sys.exit(StorageError.exit_code)
         traceback.print_exc()
         sys.exit(70)
+
+
+def _hide_closed_loops(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

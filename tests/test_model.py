@@ -34,7 +34,9 @@ def logits_of(m, params, tokens, dtype=jnp.float32, rope_base=1e4, documents=Non
 
 def test_k2s_numbers_give_k2s_parameter_count():
     shapes = jax.eval_shape(partial(init_params, config.base().model, seed=0))
-    assert sum(math.prod(s.shape) for s in shapes.values()) == 65_286_184_960 == num_params(config.base().model)
+    assert (
+        sum(math.prod(s.shape) for s in shapes.values()) == 65_286_184_960 == num_params(config.base().model)
+    )
     assert {s.dtype for s in shapes.values()} == {jnp.dtype(jnp.float32)}
     a_layer = sum(math.prod(s.shape[1:]) for name, s in shapes.items() if name.startswith("layers."))
     assert a_layer == 809_517_056
@@ -95,7 +97,9 @@ def test_initialisation_is_the_same_on_every_mesh(sizes):
 # ---- who sees whom -------------------------------------------------------------------------------------------------
 
 T = 10
-DISTINCT = jnp.arange(3, 3 + T)[None]  # every position a token of its own: a row of the embedding is a position
+DISTINCT = jnp.arange(3, 3 + T)[
+    None
+]  # every position a token of its own: a row of the embedding is a position
 
 
 def influence(m, documents=None) -> np.ndarray:
@@ -178,7 +182,9 @@ def equations(jaxpr, times=1) -> Iterator[tuple[jax.extend.core.JaxprEqn, int]]:
     """Every equation of a jaxpr and of those inside it, with how often it runs."""
     for eqn in jaxpr.eqns:
         yield eqn, times
-        inner = [x for value in eqn.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+        inner = [
+            x for value in eqn.params.values() for x in (value if isinstance(value, tuple) else (value,))
+        ]
         for x in inner:
             x = getattr(x, "jaxpr", x)
             if hasattr(x, "eqns"):
@@ -226,7 +232,9 @@ def test_layers_are_one_loop_however_many_they_are():
 
 def saved_floats(remat) -> int:
     """How many numbers the forward loop keeps of each layer for the backward loop."""
-    forward = next(e for e, _ in equations(gradient_jaxpr(jnp.float32, remat=remat)) if e.primitive.name == "scan")
+    forward = next(
+        e for e, _ in equations(gradient_jaxpr(jnp.float32, remat=remat)) if e.primitive.name == "scan"
+    )
     stacked = [v.aval for v in forward.outvars[forward.params["num_carry"] :]]
     return sum(math.prod(a.shape) for a in stacked) // 3
 
@@ -235,7 +243,11 @@ def test_remat_policies_save_what_they_say():
     tokens, D, NH, KH, F = TOKENS[:, 1:].size, 24, 4 * 8, 2 * 8, 40
     assert saved_floats("full") == tokens * D, "only a layer's input is to be kept"
     products = tokens * (D + NH + 2 * KH + F + F)  # wo's; q; k and v; gate and up
-    assert saved_floats("full") + products <= saved_floats("dots") <= saved_floats("full") + products + tokens * D
+    assert (
+        saved_floats("full") + products
+        <= saved_floats("dots")
+        <= saved_floats("full") + products + tokens * D
+    )
     assert saved_floats("none") > 1.5 * saved_floats("dots")
 
 
@@ -287,8 +299,12 @@ def test_in_bfloat16_softmax_norms_and_loss_are_float32():
     for primitive, at_least in {"exp": 3, "rsqrt": 3, "log": 1, "reduce_max": 2, "reduce_sum": 4}.items():
         types = [e.invars[0].aval.dtype for e in found if e.primitive.name == primitive]
         assert len(types) >= at_least and set(types) == {jnp.dtype(jnp.float32)}, (primitive, types)
-    scores = [e for e in found if e.primitive.name == "dot_general" and e.outvars[0].aval.shape[-2:] == (13, 13)]
-    assert jnp.dtype(jnp.float32) in {e.outvars[0].aval.dtype for e in scores}, "scores are rounded to bfloat16"
+    scores = [
+        e for e in found if e.primitive.name == "dot_general" and e.outvars[0].aval.shape[-2:] == (13, 13)
+    ]
+    assert jnp.dtype(jnp.float32) in {e.outvars[0].aval.dtype for e in scores}, (
+        "scores are rounded to bfloat16"
+    )
     (embedding,) = [e for e in found if e.primitive.name == "scatter-add"]
     assert embedding.outvars[0].aval.dtype == jnp.float32, "rows read often are added up in bfloat16"
 

@@ -24,6 +24,8 @@ from k2jax.errors import run_main
 from k2jax.ledger import Ledger
 from k2jax.train import main
 
+# JAX writes cache entries in place: a program that is killed or short of disk must not leave half of one.
+READ_ONLY_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000000"}
 WAIT_S = 120  # for a line or an end; the machine may be busy
 # `patch` runs before the real main, in the program's own process.
 PATCHED = "import sys\n{patch}\nfrom k2jax import train\nfrom k2jax.errors import run_main\nrun_main(train.main)\n"
@@ -159,6 +161,7 @@ class Command:
     def __init__(self, capsys: Any, monkeypatch: Any):
         self.capsys, self.monkeypatch = capsys, monkeypatch
         monkeypatch.setattr(distributed, "initialize", lambda: None)
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # run_main's own goes with the test
 
     def __call__(self, *argv: str) -> Ended:
         self.capsys.readouterr()

@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import shutil
 from pathlib import Path
 
@@ -160,34 +159,29 @@ def test_no_good_checkpoint_stops_the_run(straight, tiny_data, command, tmp_path
     assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
 
 
-# What warnings say here is that Orbax leaves failed reads' futures unread.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+# Less than the tokenizer; less than a chunk's metrics; less than the arrays, more than all else.
+LIMITS = (4_000, 30_000, 60_000)
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
 
 def test_full_disk(straight, start, tmp_path):
     """A limit on file sizes stands for the full disk: 74, one line, earlier checkpoints good, no litter after restart."""
-    workdir = runs.copy_run(straight, tmp_path / "run", last_step=10)
-    full = start(workdir, patch=LIMIT.format(60_000))  # less than the arrays, more than everything else
-    at_start = start(tmp_path / "new", patch=LIMIT.format(4_000))  # less than the tokenizer
-    assert "checkpoint 20 could not be saved" in full.wait_for_error(74)
-    assert runs.checkpoint_steps(workdir) == [10]
-    assert at_start.wait_for_error(74)
+    workdirs = [tmp_path / name for name in ("start", "row", "save")]
+    for workdir in workdirs[1:]:
+        runs.copy_run(straight, workdir, last_step=10)
+    rows = workdirs[1] / "metrics" / "chunk-00002.jsonl"
+    rows.write_text((json.dumps({"step": 10, "filler": "x" * 979}) + "\n") * 28)  # as if the chunk were long
+    full = [
+        start(workdir, patch=LIMITED.format(limit), environment=runs.READ_ONLY_CACHE)
+        for workdir, limit in zip(workdirs, LIMITS, strict=True)
+    ]
+    for trainer, named in zip(full, ("tokenizer.json", f"{rows}: cannot be", "checkpoint 20 could not"), strict=True):
+        error = trainer.wait_for_error(74)
+        assert named in error and "File too large" in error
+    assert runs.checkpoint_steps(workdirs[2]) == [10]
 
-    told = start(workdir).wait(0)
+    told = start(workdirs[2]).wait(0)
     assert "resuming after step 10 of 25" in told
-    assert not runs.leftovers(workdir)
-    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
-    assert runs.ledger(workdir).records() == runs.ledger(straight).records()
-
-
-def test_full_disk_for_a_row(tiny_data, command, tmp_path, monkeypatch):
-    """No room for a step's row of metrics: 74 and one line, not a traceback."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
-    try:
-        stages = {"stages.0.steps_per_chunk": 30, "checkpoint.every_steps": 0}
-        error = command.refuse(74, *runs.arguments(tiny_data, tmp_path / "run", stages))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "File too large" in error and "metrics" in error
+    assert not runs.leftovers(workdirs[2])
+    assert runs.ledger_rows(workdirs[2]) == runs.ledger_rows(straight)
+    assert runs.ledger(workdirs[2]).records() == runs.ledger(straight).records()

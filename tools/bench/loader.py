@@ -70,7 +70,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the loader")
     args = parser.parse_args()
     core = min(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {core})  # before TensorStore starts its threads, which inherit it
+    for thread in os.listdir("/proc/self/task"):  # those that imports started, too; later ones inherit it
+        os.sched_setaffinity(int(thread), {core})
 
     with tempfile.TemporaryDirectory() as folder:
         store, plain = write_store(Path(folder) / "random", args.tokens, args.chunk_tokens)

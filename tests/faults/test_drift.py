@@ -1,0 +1,276 @@
+"""What differs between save and resume: places change freely, contents are refused unless allowed by name."""
+
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import SUBSETS, VOCAB_SIZE
+from faults import runs
+
+from k2jax import launch, sharding
+from k2jax.checkpoint import Checkpoints
+from k2jax.data.journal import append_entry, decide, read_journal
+from k2jax.data.manifest import load_manifest, sha256_json
+from k2jax.data.store import Store, StoreWriter
+from k2jax.data.tokenizer import tokenizer_sha256
+from k2jax.ledger import bits_float
+from k2jax.optimizer import init_state
+
+SAVED_ON = {"mesh.fsdp": 4, "mesh.tensor": 2}
+OTHER_MESHES = [
+    ({"mesh.replica": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, 8),
+    ({"mesh.fsdp": 8, "mesh.tensor": 1}, 8),
+    ({"mesh.fsdp": 1, "mesh.tensor": 1}, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def stopped(straight, tmp_path_factory):
+    """A run that ended after its first chunk."""
+    return runs.copy_run(straight, tmp_path_factory.mktemp("stopped") / "run", last_step=10)
+
+
+# ---- other places ------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_are_the_same_on_any_mesh(tiny_data, tiny_config, command, tmp_path):
+    """Saved on one mesh, restored on others and saved from there: equal digests of every array in the metas."""
+    assert command.train(tiny_data, tmp_path / "run", SAVED_ON).code == 0
+    expected = runs.meta(tmp_path / "run", 25)["digests"]
+    assert len(expected) == 3 * 12 + 3
+    for i, (sizes, num_devices) in enumerate(OTHER_MESHES):
+        config = tiny_config(**sizes)
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[:num_devices])
+        shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+        with jax.set_mesh(mesh):
+            shardings = launch.place_state(config, shapes, mesh)
+            state = Checkpoints(tmp_path / "run").restore(25, shardings, shapes)
+            assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {num_devices}
+            again = Checkpoints(tmp_path / f"again{i}", [25])
+            again.save(state, 25, data={"next_step": 26, "order": "x"}, meta={})
+            again.wait()
+        assert runs.meta(tmp_path / f"again{i}", 25)["digests"] == expected
+
+
+@pytest.mark.parametrize("sizes", [sizes for sizes, num_devices in OTHER_MESHES if num_devices == 8] + [SAVED_ON])
+def test_another_mesh_goes_on_within_rounding(tiny_data, straight, stopped, command, tmp_path, sizes):
+    """A run on two devices goes on on eight, whatever the mesh: same batches, losses within 1e-4."""
+    workdir = runs.copy_run(stopped, tmp_path / "run")
+    ended = command.train(tiny_data, workdir, sizes)
+    assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended
+    compare_within_rounding(workdir, straight)
+
+
+def test_one_device_goes_on_within_rounding(straight, stopped, start, tmp_path):
+    workdir = runs.copy_run(stopped, tmp_path / "run")
+    start(workdir, devices=1).wait(0)
+    compare_within_rounding(workdir, straight)
+
+
+def compare_within_rounding(workdir, other):
+    rows, expected = runs.ledger_rows(workdir), runs.ledger_rows(other)
+    assert [row["batch"] for row in rows] == [row["batch"] for row in expected]
+    assert rows[:10] == expected[:10]
+    losses = np.array([[bits_float(row["loss"]) for row in run] for run in (rows, expected)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-4)
+
+
+def test_free_keys_may_change(tiny_data, straight, stopped, command, tmp_path):
+    """Where, how fast and how talkative: no word about them, the same batches."""
+    workdir = runs.copy_run(stopped, tmp_path / "run")
+    free = {
+        "mesh.tensor": 4, "log.every_steps": 5, "log.tensorboard": True, "data.workers": 1, "data.threads": 1,
+        "data.prefetch": 2, "data.verify": "sha256", "checkpoint.every_steps": 4, "checkpoint.keep_between": 1,
+        "eval.windows": 4, "model.remat": "full", "stages.0.microbatches": 2,
+    }  # fmt: skip
+    ended = command.train(tiny_data, workdir, free)
+    assert ended.code == 0, ended
+    assert read_journal(workdir / "journal.jsonl") == []
+    compare_within_rounding(workdir, straight)
+
+
+# ---- other contents ----------------------------------------------------------------------------------------------------
+
+
+DRIFTS = {
+    "model.norm_eps": ({"model.norm_eps": 1e-6}, ["model.norm_eps: 1e-05 -> 1e-06"]),
+    "model.dim": ({"model.dim": 64}, ["model.dim: 32 -> 64"]),
+    "optimizer": ({"optimizer.b2": 0.99, "optimizer.eps": 1e-6}, ["optimizer.b2: 0.95 -> 0.99", "optimizer.eps"]),
+    "seed": ({"seed": 1}, ["seed: 22238 -> 1"]),
+    "batch": ({"stages.0.rows_per_step": 16}, ["stages.0.rows_per_step: 8 -> 16"]),
+    "schedule": ({"stages.1.lr_peak": 3e-3}, ["stages.1.lr_peak: 0.002 -> 0.003"]),
+    "mix": ({"stages.1.mix.web": 2.0}, ["stages.1.mix.web: 1.0 -> 2.0"]),
+    "labels": ({"data.label_shift": "inside"}, ["data.label_shift: 'next' -> 'inside'"]),
+}
+
+
+@pytest.mark.parametrize("name", DRIFTS)
+def test_drift_is_refused_key_by_key(tiny_data, stopped, command, tmp_path, name):
+    workdir, (overrides, differences) = runs.copy_run(stopped, tmp_path / "run"), DRIFTS[name]
+    before = contents(workdir)
+    error = command.refuse(78, *runs.arguments(tiny_data, workdir, overrides))
+    assert all(difference in error for difference in differences), error
+    assert "allow_drift" in error
+    assert contents(workdir) == before
+
+
+def contents(workdir):
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def other_data(source, to, *, swap_tokens=False, change=None):
+    """A copy of a data folder: with two tokens of the tokenizer swapped, or one token of a store changed."""
+    to.mkdir()
+    text = (source / "tokenizer.json").read_text()
+    if swap_tokens:
+        vocab = json.loads(text)["model"]["vocab"]
+        one, two = sorted(vocab, key=vocab.get)[-40:-38]
+        content = json.loads(text)
+        content["model"]["vocab"] |= {one: vocab[two], two: vocab[one]}
+        text = json.dumps(content)
+    (to / "tokenizer.json").write_text(text)
+    for name in SUBSETS:
+        old = Store.open(source / name)
+        options = {"tokenizer_sha256": tokenizer_sha256(to / "tokenizer.json"), "vocab_size": VOCAB_SIZE,
+                   "eos_id": old.info["eos_id"], "shard_tokens": 4096, "chunk_tokens": 512}  # fmt: skip
+        with StoreWriter(to / name, **options) as writer:
+            for i in range(old.num_documents):
+                document = old.document(i)
+                tokens = old.read([document["start"]], document["num_tokens"] - 1)[0]
+                if (name, i) == (change, 7):
+                    tokens[3] ^= 1
+                writer.add(tokens, id=document["id"], source=document["source"])
+            writer.finish(validation_fraction=0.1)
+    (to / "tiny.py").write_text((source / "tiny.py").read_text().replace(str(source), str(to)))
+    return to
+
+
+def test_another_tokenizer_or_store_is_refused(tiny_data, stopped, command, tmp_path):
+    """Same sizes, same counts: two tokens have changed places, or one token of one document is another."""
+    swapped = other_data(tiny_data, tmp_path / "swapped", swap_tokens=True)
+    changed = other_data(tiny_data, tmp_path / "changed", change="code")
+    same = other_data(tiny_data, tmp_path / "same")
+    workdir = runs.copy_run(stopped, tmp_path / "run")
+    error = command.refuse(78, *runs.arguments(swapped, workdir, {}))
+    assert "manifest.tokenizer_sha256" in error and "manifest.stores.books" in error
+    error = command.refuse(78, *runs.arguments(changed, workdir, {}))
+    assert "manifest.stores.code" in error and "manifest.stores.web" not in error
+    # The run's own tokenizer file replaced, the stores as they were.
+    other = {"data.tokenizer": swapped / "tokenizer.json"}
+    error = command.refuse(78, *runs.arguments(tiny_data, workdir, other))
+    assert "tokenizer" in error and "SHA-256" in error
+    # A copy of the data at another place is the same data.
+    assert command.train(same, workdir).code == 0
+
+
+def test_drift_allowed_by_name_is_recorded(tiny_data, straight, stopped, command, tmp_path):
+    """Allowed: it runs, the journal says what was allowed, the chain of orders holds, a restart needs no more leave."""
+    workdir = runs.copy_run(stopped, tmp_path / "run")
+    drift = {"seed": 5, "optimizer.b2": 0.99}
+    error = command.refuse(78, *runs.arguments(tiny_data, workdir, {**drift, "allow_drift": "('seed',)"}))
+    assert "optimizer.b2" in error and "seed:" not in error
+
+    allowed = {**drift, "allow_drift": "('seed','optimizer')"}
+    ended = command.train(tiny_data, workdir, allowed)
+    assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended
+    [entry] = read_journal(workdir / "journal.jsonl")
+    assert entry["kind"] == "allow_drift"
+    assert entry["changes"] == {"seed": [22238, 5], "optimizer.b2": [0.95, 0.99]}
+    assert entry["order_before"] != entry["order_after"] == runs.order_of(workdir).digest()
+    rows, expected = runs.ledger_rows(workdir), runs.ledger_rows(straight)
+    assert rows[:10] == expected[:10]
+    assert not {row["batch"] for row in rows[10:]} & {row["batch"] for row in expected}
+    runs.ledger(workdir).verify()
+
+    shutil.rmtree(workdir / "checkpoints" / "25")
+    ended = command.train(tiny_data, workdir, drift)
+    assert ended.code == 0 and "resuming after step 20 of 25" in ended.lines, ended
+    assert len(read_journal(workdir / "journal.jsonl")) == 1
+    assert runs.ledger_rows(workdir) == rows
+    assert "seed: 5 -> 22238" in command.refuse(78, *runs.arguments(tiny_data, workdir, {}))
+
+
+def test_kill_while_drift_is_recorded(tiny_data, stopped, command, tmp_path, monkeypatch):
+    """The journal is written and the rest is not: the same command goes on, with one entry."""
+    workdir = runs.copy_run(stopped, tmp_path / "run")
+    drift = runs.arguments(tiny_data, workdir, {"seed": 5, "allow_drift": "('seed',)"})
+    with monkeypatch.context() as patch:
+        patch.setattr("k2jax.rundir.save_manifest", lambda *_: 1 / 0)
+        assert command(*drift).code == 70
+    assert len(read_journal(workdir / "journal.jsonl")) == 1
+    ended = command(*drift)
+    assert ended.code == 0, ended
+    assert len(read_journal(workdir / "journal.jsonl")) == 1
+
+
+def test_drift_that_does_not_fit_changes_nothing(tiny_data, stopped, command, tmp_path):
+    """Leave to change the model's width cannot help: 78, and the run can still go on as it was."""
+    workdir = runs.copy_run(stopped, tmp_path / "run")
+    wide = {"model.dim": 64, "allow_drift": "('model',)"}
+    error = command.refuse(78, *runs.arguments(tiny_data, workdir, wide))
+    assert "array" in error and "[512, 64]" in error and "[512, 32]" in error
+    assert command.train(tiny_data, workdir).code == 0
+
+
+CHANGED_METAS = {
+    "dtype": lambda meta: meta["arrays"]["mu/head_DV"].__setitem__(1, "bfloat16"),
+    "shape": lambda meta: meta["arrays"]["mu/head_DV"].__setitem__(0, [32, 513]),
+    "name": lambda meta: meta["arrays"].update(extra=meta["arrays"].pop("mu/head_DV")),
+    "layout": lambda meta: meta.update(layout=2),
+    "format": lambda meta: meta.update(format=7),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_METAS)
+def test_another_layout_is_refused(tiny_data, stopped, command, tmp_path, name):
+    """A checkpoint that is whole but of other arrays or another version: 78, no cast, no fall-back."""
+    workdir = runs.copy_run(stopped, tmp_path / "run")
+    path = workdir / "checkpoints" / "10" / "meta" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["meta_sha256"]
+    CHANGED_METAS[name](meta)
+    path.write_text(json.dumps({**meta, "meta_sha256": sha256_json(meta)}))
+    error = command.refuse(78, *runs.arguments(tiny_data, workdir, {}))
+    assert "checkpoint 10: " in error and ("mu/head_DV" in error or f"{name} " in error)
+    assert runs.checkpoint_steps(workdir) == [10]
+
+
+# ---- decisions of the journal ------------------------------------------------------------------------------------------
+
+
+def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
+    """Decided at a checkpoint: skipped rows are never read, deferred rows last in their stage, all else as it was."""
+    workdir = runs.copy_run(stopped, tmp_path / "run")
+    manifest, path = load_manifest(workdir / "manifest.json"), workdir / "journal.jsonl"
+    old = runs.order_of(workdir)
+    for kind, step in (("defer", 12), ("skip", 16)):
+        positions = old.positions(step)
+        entry = decide(manifest, read_journal(path), kind=kind, positions=(positions[0], positions[-1] + 1),
+                       at_step=10, by="test", why="a test")  # fmt: skip
+        append_entry(path, {**entry, "positions": [int(p) for p in entry["positions"]]})
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0 and "resuming after step 10 of 24" in ended.lines, ended
+
+    expected = [row["batch"] for row in runs.ledger_rows(straight)]
+    found = [row["batch"] for row in runs.ledger_rows(workdir)]
+    stage_one = [*range(1, 12), 13, 14, 15, 17, 18, 19, 20, 12]
+    assert found == [expected[step - 1] for step in [*stage_one, *range(21, 26)]]
+    assert runs.checkpoint_steps(workdir) == [10, 19, 24]
+    runs.ledger(workdir).verify()
+    assert math.isfinite(bits_float(runs.ledger_rows(workdir)[-1]["loss"]))
+
+
+def test_a_decision_on_rows_already_read_is_refused(tiny_data, straight, command, tmp_path):
+    """It holds from step 10 on, the newest checkpoint is of step 20: that one must go first."""
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
+    manifest, path = load_manifest(workdir / "manifest.json"), workdir / "journal.jsonl"
+    entry = decide(manifest, [], kind="defer", positions=(96, 104), at_step=10, by="test", why="a test")
+    append_entry(path, entry)
+    error = command.refuse(78, *runs.arguments(tiny_data, workdir, {}))
+    assert "checkpoint 20" in error and "at step 10 changes rows that it has read" in error
+    shutil.move(workdir / "checkpoints" / "20", tmp_path)
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended

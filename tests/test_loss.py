@@ -1,0 +1,154 @@
+"""k2jax.loss: the value and gradient of cross-entropy, which targets count, and the loss by subset."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_model import logits_of, small_model
+
+from k2jax import config
+from k2jax.loss import cross_entropy, targets_and_weights
+from k2jax.model import init_params
+from k2jax.step import loss_sums
+
+EOS = 2
+
+
+def reference(logits, targets, weights):
+    """(nats of every position, gradient of their weighted sum), in float64."""
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_softmax = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    nats = -np.take_along_axis(log_softmax, targets[..., None], axis=-1)[..., 0]
+    one_hot = np.eye(logits.shape[-1])[targets]
+    return nats, weights[..., None] * (np.exp(log_softmax) - one_hot)
+
+
+def draw(scale, shape=(2, 5, 33)):
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(random.normal(0, scale, shape), jnp.float32)
+    return logits, random.integers(0, shape[-1], shape[:-1]), random.uniform(0, 2, shape[:-1])
+
+
+def value_and_gradient(logits, targets, weights):
+    weights = jnp.asarray(weights, jnp.float32)
+    total = jax.grad(lambda x: (cross_entropy(x, jnp.asarray(targets)) * weights).sum())
+    return cross_entropy(logits, jnp.asarray(targets)), jax.jit(total)(logits)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4, 1e30])
+def test_cross_entropy_and_its_gradient_are_float64s(scale):
+    """1e4 overflows exp() without the shift by the largest logit; a float32 sum of exp's is as exact as its log."""
+    logits, targets, weights = draw(scale)
+    nats, gradient = value_and_gradient(logits, targets, weights)
+    expected_nats, expected_gradient = reference(logits, targets, weights)
+    assert nats.dtype == gradient.dtype == jnp.float32
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5 if scale == 1.0 else 1e-3, atol=1e-6)
+
+
+def test_cross_entropy_of_one_certain_and_of_all_equal_logits():
+    logits = jnp.zeros((1, 2, 7)).at[0, 0, 3].set(200.0)
+    nats, gradient = value_and_gradient(logits, np.array([[3, 3]]), np.ones((1, 2)))
+    np.testing.assert_allclose(nats, [[0.0, np.log(7)]], rtol=1e-6)
+    np.testing.assert_allclose(gradient[0, 0], 0.0, atol=1e-12)
+    np.testing.assert_allclose(gradient.sum(axis=-1), 0.0, atol=1e-6)
+
+
+def test_cross_entropy_of_bfloat16_logits_is_summed_in_float32():
+    logits, targets, weights = draw(3.0, (2, 3, 4000))
+    nats, gradient = value_and_gradient(logits.astype(jnp.bfloat16), targets, weights)
+    expected_nats, expected_gradient = reference(logits.astype(jnp.bfloat16), targets, weights)
+    assert nats.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), expected_gradient, rtol=2.0**-8, atol=1e-9)
+
+
+# ---- which targets count -------------------------------------------------------------------------------------------
+
+
+def test_next_gives_every_position_the_token_after_it():
+    tokens = jnp.array([[5, 6, 7, 8], [9, 4, 3, 5]])
+    inputs, targets, weights = targets_and_weights(tokens, "next")
+    assert inputs.tolist() == [[5, 6, 7], [9, 4, 3]]
+    assert targets.tolist() == [[6, 7, 8], [4, 3, 5]]
+    assert weights.tolist() == [[1.0] * 3] * 2
+
+
+def test_inside_is_k2s_shift_which_loses_the_last_position():
+    tokens = jnp.array([[5, 6, 7, 8], [9, 4, 3, 5]])
+    inputs, targets, weights = targets_and_weights(tokens, "inside")
+    assert inputs.tolist() == tokens.tolist()
+    assert targets[:, :-1].tolist() == [[6, 7, 8], [4, 3, 5]]
+    assert weights.tolist() == [[1.0, 1.0, 1.0, 0.0]] * 2
+
+
+@pytest.mark.parametrize("label_shift", ["next", "inside"])
+def test_a_target_in_another_document_than_its_input_is_dropped(label_shift):
+    tokens = jnp.array([[5, EOS, 7, 8, EOS, 9]])
+    inputs = tokens[:, :-1] if label_shift == "next" else tokens
+    weights = targets_and_weights(tokens, label_shift, inputs == EOS)[2]
+    assert weights[0].tolist() == [1, 0, 1, 1, 0] + ([0] if label_shift == "inside" else [])
+
+
+# ---- the loss of a batch -------------------------------------------------------------------------------------------
+
+
+def sums_of(tokens, subset=None, label_shift="next", masked=False, num_subsets=1):
+    c = config.base().unlock()
+    c.model, c.data.label_shift = small_model(mask_documents=masked), label_shift
+    subset = jnp.zeros(len(tokens), jnp.int32) if subset is None else jnp.asarray(subset, jnp.int32)
+    arguments = {"config": c, "stage": config.stage(), "eos_id": EOS, "num_subsets": num_subsets}
+    run = jax.jit(partial(loss_sums, **arguments, compute_dtype=jnp.float32))
+    loss, sums = run(init_params(c.model, seed=1), jnp.asarray(tokens), subset)
+    assert loss == sums.loss
+    return sums
+
+
+def tokens_of(rows, length=13):
+    return np.random.default_rng(rows).integers(3, 61, (rows, length)).astype(np.int32)
+
+
+def test_inside_is_the_mean_over_t_minus_1_targets_of_each_row():
+    tokens, m = tokens_of(3), small_model()
+    sums = sums_of(tokens, label_shift="inside")
+    assert sums.targets == 3 * (13 - 1)
+    logits = logits_of(m, init_params(m, seed=1), jnp.asarray(tokens))
+    nats = reference(logits[:, :-1], tokens[:, 1:], np.ones((3, 12)))[0]
+    assert float(sums.loss / sums.targets) == pytest.approx(nats.mean(), rel=1e-6)
+
+
+def test_next_is_the_mean_over_all_t_targets():
+    tokens, m = tokens_of(3), small_model()
+    sums = sums_of(tokens)
+    logits = logits_of(m, init_params(m, seed=1), jnp.asarray(tokens[:, :-1]))
+    assert sums.targets == 3 * 12
+    nats = reference(logits, tokens[:, 1:], np.ones((3, 12)))[0]
+    assert float(sums.loss / sums.targets) == pytest.approx(nats.mean(), rel=1e-6)
+    same_inputs = sums_of(tokens[:, :-1], label_shift="inside")
+    assert same_inputs.loss < sums.loss and same_inputs.targets == 3 * 11
+
+
+def test_the_subsets_losses_add_up_to_the_loss():
+    tokens, subset = tokens_of(5), [2, 0, 2, 1, 2]
+    sums = sums_of(tokens, subset, num_subsets=4)
+    assert sums.subset_targets.tolist() == [12, 12, 36, 0] and sums.subset_loss[3] == 0
+    assert float(sums.subset_loss.sum()) == pytest.approx(float(sums.loss), rel=1e-6)
+    for number in range(3):
+        alone = sums_of(tokens[np.array(subset) == number])
+        assert float(sums.subset_loss[number]) == pytest.approx(float(alone.loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("label_shift", ["next", "inside"])
+def test_masked_rows_have_the_loss_of_their_documents_alone(label_shift):
+    """Without the mask the loss of the same row is another one, or this would prove nothing."""
+    tokens = tokens_of(1, 20)
+    tokens[0, [6, 13]] = EOS
+    masked = sums_of(tokens, label_shift=label_shift, masked=True)
+    alone = [sums_of(tokens[:, a:b], label_shift=label_shift) for a, b in ((0, 7), (7, 14), (14, 20))]
+    assert masked.targets == sum(part.targets for part in alone) == 6 + 6 + 5
+    assert float(masked.loss) == pytest.approx(sum(float(part.loss) for part in alone), rel=1e-5)
+    packed = sums_of(tokens, label_shift=label_shift)
+    assert packed.targets == 19 and abs(packed.loss / 19 - masked.loss / 17) > 1e-3
