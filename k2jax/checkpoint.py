@@ -11,12 +11,15 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
@@ -101,17 +104,26 @@ class Checkpoints:
             todelete_subdir=None if read_only else "trash",
             enable_async_checkpointing=True,
         )
-        handlers = {
+        self.handlers = {
             "state": ocp.PyTreeCheckpointHandler(),
             "meta": _LateJson(),
             "data": ocp.JsonCheckpointHandler(),
         }
         self.manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers
+            self.directory, options=options, item_names=tuple(self.handlers), item_handlers=self.handlers
         )
         self._saving: int | None = None
         self.last_meta: dict | None = None  # of the newest checkpoint that is known to be good
         self.last_data: dict | None = None  # of the checkpoint that was restored
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """A run that stops for another reason completes the save under way: it may be of the last good state."""
+        if error is not None:
+            with suppress(StorageError):
+                self.wait()
 
     def _empty_trash(self) -> None:
         """Orbax moves old steps to the trash folder, so that no kill leaves one half deleted; nothing else empties it."""
@@ -192,32 +204,25 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """What the checkpoint of a step says of itself."""
-        return self.manager.restore(step, args=ocp.args.Composite(meta=_LateJsonArgs()))["meta"]
+        return self._part(step, "meta")
 
     def restore(self, step: int, shardings: TrainState, shapes: TrainState) -> TrainState:
         """State of one step on the mesh of `shardings`, every array checked against its digest.
 
         Raises ConfigError when the arrays are not those of this model, StorageError when they are damaged.
         """
+        problem = read = None
         try:
-            meta = self.meta(step)
-            wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(shapes).items()}
-            _check_layout(step, meta, wanted)
-            restore_args = {
-                name: ocp.ArrayRestoreArgs(sharding=s, global_shape=tuple(wanted[name][0]))
-                for name, s in flat(shardings).items()
-            }
-            target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat(shapes).items()}
-            args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
-            parts = ocp.args.Composite(state=args, data=ocp.args.JsonRestore())
-            restored = self.manager.restore(step, args=parts)
-            arrays, data = restored["state"], restored["data"]
+            read = self._read(step, shardings, shapes)
         except RunError:
             raise
-        except (
-            Exception
-        ) as error:  # Orbax and TensorStore raise ValueError, KeyError, JSONDecodeError, ... for damage
-            raise StorageError(f"checkpoint {step}: cannot be read: {_one_line(error)}") from error
+        except Exception as error:  # for damage Orbax and TensorStore raise ValueError, KeyError, JSONDecodeError, ...
+            problem = _one_line(error)
+        # Damage in what one process reads is met by that one alone; the others would wait for it for ever.
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(problem is not None)))
+        if failed.size:
+            raise StorageError(f"checkpoint {step}: cannot be read: {problem or f'by process(es) {failed}'}")
+        meta, arrays, data = read
         found = jax.device_get(jax.jit(digest.tree_digests)(arrays))
         wrong = [name for name, value in found.items() if int(value) != meta["digests"].get(name)]
         if wrong:
@@ -229,6 +234,23 @@ class Checkpoints:
             raise StorageError(f"checkpoint {step}: its data part is not the one that its meta records")
         self.last_meta, self.last_data = meta, data
         return unflat(arrays)
+
+    def _read(self, step: int, shardings: TrainState, shapes: TrainState) -> tuple[dict, dict[str, jax.Array], dict]:
+        """(meta, arrays, data) of a step, the arrays not yet checked."""
+        meta = self.meta(step)
+        wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(shapes).items()}
+        _check_layout(step, meta, wanted)
+        restore_args = {
+            name: ocp.ArrayRestoreArgs(sharding=s, global_shape=tuple(wanted[name][0]))
+            for name, s in flat(shardings).items()
+        }
+        target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat(shapes).items()}
+        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+        return meta, self._part(step, "state", args=args), self._part(step, "data")
+
+    def _part(self, step: int, name: str, **kwargs: Any) -> Any:
+        """Without the manager, whose barriers hang the other processes when one fails to read."""
+        return self.handlers[name].restore(epath.Path(self.directory) / str(step) / name, **kwargs)
 
     def restore_newest(self, shardings: TrainState, shapes: TrainState) -> TrainState | None:
         """The newest good checkpoint; None when there is none at all. Newer bad ones are named and moved away.
@@ -262,6 +284,7 @@ class Checkpoints:
             self.abandoned.mkdir(exist_ok=True)
             (self.directory / str(step)).rename(target)
             self.log(f"moved checkpoint {step} to {target}")
+        multihost_utils.sync_global_devices(f"abandon {step}")  # the others list the directory after the move
         self.manager.reload()
 
     def close(self) -> None:

@@ -24,7 +24,8 @@ class StepLog:
 
     def __init__(self, directory: Path, chunk_of_step: Any):
         self.directory, self.chunk_of_step = directory, chunk_of_step
-        directory.mkdir(exist_ok=True)
+        with _writing(directory):
+            directory.mkdir(exist_ok=True)
         self._file, self._path = None, None
 
     def path(self, chunk: int) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import k2jax
@@ -27,6 +28,7 @@ from k2jax.data.journal import append_entry, read_journal
 from k2jax.data.manifest import load_manifest, manifest_digest, save_manifest
 from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
+from k2jax.model import parameter_table
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 ENVIRONMENT = (
@@ -85,16 +87,21 @@ class RunDirectory:
         `allow_drift` does not name the keys; what it names is written to the journal.
         """
         new = configuration.to_dict(config)
+        allowed = self._allowed_drift(new, manifest, config.allow_drift)  # every process refuses, and ends, by itself
         if jax.process_index() == 0:
-            if (self.path / "config.json").exists():
-                self._check_drift(new, manifest, config.allow_drift)
+            if allowed:
+                append_entry(self.path / "journal.jsonl", allowed)
             shutil.copyfile(config.data.tokenizer, self.path / "tokenizer.json")
             save_manifest(manifest, self.path / "manifest.json")
             write_json(self.path / "config.json", {"digest": drift.config_digest(config), "config": new})
             self._add_environment(mesh_shape)
+        multihost_utils.sync_global_devices("run directory written")
         return read_journal(self.path / "journal.jsonl")
 
-    def _check_drift(self, new: dict, manifest: dict, allowed: tuple[str, ...]) -> None:
+    def _allowed_drift(self, new: dict, manifest: dict, allowed: tuple[str, ...]) -> dict[str, Any] | None:
+        """The entry that the journal lacks of what has changed and may; ConfigError for what may not."""
+        if not (self.path / "config.json").exists():
+            return None
         old_config = read_json(self.path / "config.json")["config"]
         old_manifest = load_manifest(self.path / "manifest.json")
         old_identity, new_identity = _identity(old_manifest), _identity(manifest)
@@ -108,22 +115,21 @@ class RunDirectory:
                 f"--workdir={self.path} holds another run, {len(refused)} key(s) differ: {shown}. Use "
                 f"another workdir, undo the change, or allow it: --config.allow_drift='{tuple(refused)!r}'"
             )
-        if differences:
-            journal = read_journal(self.path / "journal.jsonl")
-            append_entry(
-                self.path / "journal.jsonl",
-                {
-                    "time": _now(),
-                    "by": "k2jax.train",
-                    "why": "allow_drift",
-                    "kind": "allow_drift",
-                    "changes": {key: list(pair) for key, pair in differences.items()},
-                    "manifest_before": manifest_digest(old_manifest),
-                    "manifest_after": manifest_digest(manifest),
-                    "order_before": Order(old_manifest, journal).digest(),
-                    "order_after": Order(manifest, journal).digest(),
-                },
-            )
+        _check_same_arrays(old_config, new)
+        journal = read_journal(self.path / "journal.jsonl")
+        entry = {
+            "by": "k2jax.train",
+            "why": "allow_drift",
+            "kind": "allow_drift",
+            "changes": {key: list(pair) for key, pair in differences.items()},
+            "manifest_before": manifest_digest(old_manifest),
+            "manifest_after": manifest_digest(manifest),
+        }
+        # A kill after the entry and before the files that it tells of: it is there already.
+        if not differences or (journal and entry.items() <= journal[-1].items()):
+            return None
+        before, after = Order(old_manifest, journal).digest(), Order(manifest, journal).digest()
+        return {"time": _now(), **entry, "order_before": before, "order_after": after}
 
     def _add_environment(self, mesh_shape: dict[str, int]) -> None:
         """One entry a launch: a run may move between machines."""
@@ -183,6 +189,18 @@ def git_commit() -> str | None:
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def _check_same_arrays(old_config: dict, new_config: dict) -> None:
+    """No leave helps a model that cannot hold what the checkpoints hold: refused before anything is written."""
+    tables = [parameter_table(configuration.from_dict(config).model) for config in (old_config, new_config)]
+    old, new = ({name: p.shape for name, p in table.items()} for table in tables)
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise ConfigError(
+                f"the model's keys have changed: its array {name} was {old.get(name, 'absent')}, is now "
+                f"{new.get(name, 'absent')}: allow_drift cannot allow that; undo the change, or use another workdir"
+            )
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,11 @@ The order within a step is fixed: preempted? -> batch -> step -> the previous st
 The metrics of a step are read before its state is saved, and never before the next step is under way otherwise.
 """
 
+from k2jax.host_memory import keep_freed_memory
+
+if __name__ == "__main__":
+    keep_freed_memory()  # before the imports below, some of which start threads
+
 import argparse
 import sys
 from collections.abc import Callable

@@ -1,7 +1,6 @@
 """What differs between save and resume: places change freely, contents are refused unless allowed by name."""
 
 import json
-import math
 import shutil
 
 import jax
@@ -211,7 +210,7 @@ def test_drift_that_does_not_fit_changes_nothing(tiny_data, stopped, command, tm
     workdir = runs.copy_run(stopped, tmp_path / "run")
     wide = {"model.dim": 64, "allow_drift": "('model',)"}
     error = command.refuse(78, *runs.arguments(tiny_data, workdir, wide))
-    assert "array" in error and "[512, 64]" in error and "[512, 32]" in error
+    assert "array" in error and "(512, 32)" in error and "(512, 64)" in error
     assert command.train(tiny_data, workdir).code == 0
 
 
@@ -234,7 +233,7 @@ def test_another_layout_is_refused(tiny_data, stopped, command, tmp_path, name):
     CHANGED_METAS[name](meta)
     path.write_text(json.dumps({**meta, "meta_sha256": sha256_json(meta)}))
     error = command.refuse(78, *runs.arguments(tiny_data, workdir, {}))
-    assert "checkpoint 10: " in error and ("mu/head_DV" in error or f"{name} " in error)
+    assert "checkpoint 10: " in error and any(word in error for word in ("mu/head_DV", "extra", f"{name} "))
     assert runs.checkpoint_steps(workdir) == [10]
 
 
@@ -247,10 +246,9 @@ def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
     manifest, path = load_manifest(workdir / "manifest.json"), workdir / "journal.jsonl"
     old = runs.order_of(workdir)
     for kind, step in (("defer", 12), ("skip", 16)):
-        positions = old.positions(step)
-        entry = decide(manifest, read_journal(path), kind=kind, positions=(positions[0], positions[-1] + 1),
-                       at_step=10, by="test", why="a test")  # fmt: skip
-        append_entry(path, {**entry, "positions": [int(p) for p in entry["positions"]]})
+        first, *_, last = old.positions(step).tolist()
+        decision = {"kind": kind, "positions": (first, last + 1), "at_step": 10, "by": "test", "why": "a test"}
+        append_entry(path, decide(manifest, read_journal(path), **decision))
     ended = command.train(tiny_data, workdir)
     assert ended.code == 0 and "resuming after step 10 of 24" in ended.lines, ended
 
@@ -260,7 +258,6 @@ def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
     assert found == [expected[step - 1] for step in [*stage_one, *range(21, 26)]]
     assert runs.checkpoint_steps(workdir) == [10, 19, 24]
     runs.ledger(workdir).verify()
-    assert math.isfinite(bits_float(runs.ledger_rows(workdir)[-1]["loss"]))
 
 
 def test_a_decision_on_rows_already_read_is_refused(tiny_data, straight, command, tmp_path):

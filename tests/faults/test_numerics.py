@@ -1,0 +1,133 @@
+"""Numbers that are not finite: the step is skipped, nothing is lost, and nothing broken is ever saved."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from faults import runs
+
+from k2jax import checkpoint, launch, step
+from k2jax.optimizer import init_state
+from k2jax.step import Batch
+
+ROW = 3  # of eight, on eight devices: one device meets the fault
+FAULTS = {
+    "nan": lambda loss_T, on: loss_T * jnp.where(on, jnp.nan, 1.0),
+    "inf": lambda loss_T, on: loss_T * jnp.where(on, jnp.inf, 1.0),
+    # sqrt at 0: the loss stays what it is, its gradient is 0 * inf
+    "gradient": lambda loss_T, on: loss_T + jnp.sqrt(loss_T * 0 + jnp.where(on, 0.0, 1.0)) - jnp.where(on, 0.0, 1.0),
+}
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """`poison({7: "nan"})`: from here on, the loss of one row of step 7 is poisoned."""
+
+    def poison(faults, monkeypatch=monkeypatch):
+        real_step, real_loss, tracing = step.train_step, step.cross_entropy, []
+
+        def train_step(state, batch, **kwargs):
+            tracing.append(state.step + 1)
+            try:
+                return real_step(state, batch, **kwargs)
+            finally:
+                tracing.clear()
+
+        def cross_entropy(logits_BTV, targets_BT):
+            loss_BT = real_loss(logits_BTV, targets_BT)
+            if tracing:  # not in the validation
+                for number, kind in faults.items():
+                    loss_BT = loss_BT.at[ROW].set(FAULTS[kind](loss_BT[ROW], tracing[0] == number))
+            return loss_BT
+
+        monkeypatch.setattr(launch, "train_step", train_step)
+        monkeypatch.setattr(step, "cross_entropy", cross_entropy)
+        return train_step
+
+    return poison
+
+
+def test_a_fault_on_one_device_costs_one_step(tiny_data, command, poison, tmp_path):
+    """NaN, Inf, and a bad gradient under a good loss; in the warm-up and after, alone and two in a row.
+
+    Parameters and moments keep their bits, which the digests of a checkpoint a step show; all others move.
+    """
+    poison({3: "nan", 7: "inf", 8: "gradient"})
+    short = {"stages.0.chunks": 1, "stages.0.steps_per_chunk": 10, "stages.1.steps_per_chunk": 1}
+    every = {"checkpoint.every_steps": 1, "checkpoint.keep_between": 20, "log.every_steps": 5}
+    ended = command.train(tiny_data, tmp_path / "run", short | every)
+    assert ended.code == 0, ended
+    skipped = {3, 7, 8}
+    rows = runs.metric_rows(tmp_path / "run")
+    assert {row["step"] for row in rows if not row["applied"]} == skipped
+    assert {row["step"] for row in runs.ledger_rows(tmp_path / "run") if not row["applied"]} == skipped
+    told = [line for line in ended.lines if "no update was made" in line]
+    assert [int(line.split()[1].rstrip(":")) for line in told] == sorted(skipped)
+    digests = {number: runs.meta(tmp_path / "run", number)["digests"] for number in range(1, 12)}
+    for number in range(2, 12):
+        same = {name for name, value in digests[number].items() if value == digests[number - 1][name]}
+        arrays = {name for name in digests[number] if "/" in name}
+        assert same & arrays == (arrays if number in skipped else set()), number
+        assert ("updates" in same) == (number in skipped)
+    assert [row["update_norm"] for row in rows if row["step"] in skipped] == [0.0] * 3
+
+
+def test_skipped_parameters_keep_every_bit(tiny_config, poison):
+    """Also the sign of a zero."""
+    config = tiny_config()
+    state = init_state(config.model, config.seed)
+    state = state._replace(params={**state.params, "head_DV": -0.0 * jnp.ones_like(state.params["head_DV"])})
+    tokens = jax.random.randint(jax.random.key(0), (1, 8, 33), 0, 512, jnp.int32)
+    batch = Batch(tokens, jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8, 8), jnp.uint32))
+    train_step = poison({1: "nan"})
+    options = {"first_step": 1, "eos_id": 2, "num_subsets": 1, "compute_dtype": jnp.float32}
+    new, metrics = jax.jit(
+        lambda state: train_step(state, batch, config=config, stage=config.stages[0], **options)
+    )(state)
+    assert not metrics["finite"] and np.isnan(metrics["loss"])
+    assert (int(new.step), int(new.updates), int(new.skips_in_a_row)) == (1, 0, 1)
+    for before, after in ((state.params, new.params), (state.mu, new.mu), (state.nu, new.nu)):
+        changed = [name for name in before if before[name].tobytes() != after[name].tobytes()]
+        assert not changed
+
+
+def test_three_in_a_row_stop_the_run(tiny_data, command, poison, monkeypatch, tmp_path):
+    """65, naming the steps; two in a row do not. The save that is under way then is of the last good state: it is kept.
+
+    From it the run goes on, without the fault.
+    """
+    workdir, real = tmp_path / "run", checkpoint._LateJson._save_fn
+
+    async def save_slowly(self, item, directory):
+        time.sleep(1)
+        await real(self, item, directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint._LateJson, "_save_fn", save_slowly)
+        poison({8: "nan", 9: "inf", 11: "nan", 12: "inf", 13: "nan"}, patch)
+        error = command.refuse(65, *runs.arguments(tiny_data, workdir, {}))
+        assert "3 steps in a row, up to step 13" in error
+        assert runs.checkpoint_steps(workdir) == [10]
+    skipped = [row["step"] for row in runs.ledger_rows(workdir) if not row["applied"]]
+    assert skipped == [8, 9, 11, 12, 13]
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended
+    assert [row["step"] for row in runs.ledger_rows(workdir) if not row["applied"]] == [8, 9]
+    runs.ledger(workdir).verify()
+
+
+def test_broken_parameters_are_never_saved(tiny_data, command, monkeypatch, tmp_path):
+    """An update that ruins the parameters at the very step of a checkpoint: 65 and nothing saved."""
+    real = step.adamw
+
+    def adamw(config, state, grads):
+        direction, mu, nu = real(config, state, grads)
+        bad = jnp.where(state.step + 1 == 10, jnp.inf, 1.0)
+        return {**direction, "head_DV": direction["head_DV"] * bad}, mu, nu
+
+    monkeypatch.setattr(step, "adamw", adamw)
+    error = command.refuse(65, *runs.arguments(tiny_data, tmp_path / "run", {}))
+    assert "step 10: parameters are not finite" in error
+    assert runs.checkpoint_steps(tmp_path / "run") == []
