@@ -126,7 +126,7 @@ class Checkpoints:
                 self.wait()
 
     def _empty_trash(self) -> None:
-        """Orbax moves old steps to the trash folder, so that no kill leaves one half deleted; nothing else empties it."""
+        """Orbax moves old steps to this folder, so that no kill leaves one half deleted; nothing else empties it."""
         if jax.process_index() == 0 and (self.directory / "trash").exists():
             shutil.rmtree(self.directory / "trash")
 

@@ -48,8 +48,9 @@ class Preempted(RunError):
 def run_main(main: Callable[[], None]) -> None:
     """Runs a command's `main` and exits: 0, or a RunError's one line on stderr and its exit code."""
     # A failed save is one line of ours; without this there are hundreds: Orbax logs, with tracebacks, what it then
-    # raises, and TensorStore calls back into an event loop that Orbax has closed.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # raises, leaves tasks that nobody waits for, and closes an event loop that TensorStore calls back into.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _hide_closed_loops
     try:
         main()

@@ -73,7 +73,12 @@ def make_data(root: Path, seed: int = 0) -> Path:
     identity = tokenizer_sha256(root / "tokenizer.json")
     encoder = load_tokenizer(root / "tokenizer.json")
     for name in SUBSETS:
-        options = {"tokenizer_sha256": identity, "vocab_size": VOCAB_SIZE, "shard_tokens": 4096, "chunk_tokens": 512}
+        options = {
+            "tokenizer_sha256": identity,
+            "vocab_size": VOCAB_SIZE,
+            "shard_tokens": 4096,
+            "chunk_tokens": 512,
+        }
         with StoreWriter(root / name, **options, eos_id=encoder.token_to_id(EOS)) as writer:
             for i, text in enumerate(texts[name]):
                 ids = encoder.encode(text, add_special_tokens=False).ids

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from faults.runs import Command, Trainer, trainers
 
 LIMIT_S = 240  # of one test, in process or not; a hung collective can be ended only from outside Python

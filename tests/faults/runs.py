@@ -28,7 +28,9 @@ from k2jax.train import main
 READ_ONLY_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000000"}
 WAIT_S = 120  # for a line or an end; the machine may be busy
 # `patch` runs before the real main, in the program's own process.
-PATCHED = "import sys\n{patch}\nfrom k2jax import train\nfrom k2jax.errors import run_main\nrun_main(train.main)\n"
+PATCHED = (
+    "import sys\n{patch}\nfrom k2jax import train\nfrom k2jax.errors import run_main\nrun_main(train.main)\n"
+)
 
 
 def arguments(data: Path, workdir: Path, overrides: dict[str, Any]) -> list[str]:
@@ -37,7 +39,7 @@ def arguments(data: Path, workdir: Path, overrides: dict[str, Any]) -> list[str]
 
 
 class Trainer:
-    """`python -m k2jax.train` in a process group of its own. Output goes to files: an orphan cannot hold us by a pipe."""
+    """`python -m k2jax.train` in a process group of its own. Output goes to files: no orphan holds us by a pipe."""
 
     def __init__(
         self,
@@ -53,7 +55,10 @@ class Trainer:
         self.output = workdir.parent / f"{workdir.name}.out{number}"
         self.errors = workdir.parent / f"{workdir.name}.err{number}"
         start = ["-c", PATCHED.format(patch=patch)] if patch else ["-m", "k2jax.train"]
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(REPOSITORY)}
+        flags = {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(REPOSITORY),
+        }
         with self.output.open("wb") as out, self.errors.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, *start, *arguments(data, workdir, overrides or {})],
@@ -145,7 +150,8 @@ def pair(start: Callable[..., Trainer], workdir: Path, *args: Any, **kwargs: Any
         address = f"127.0.0.1:{free.getsockname()[1]}"
     common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     return [
-        start(workdir, *args, environment={**common, "JAX_PROCESS_ID": str(index)}, **kwargs) for index in (0, 1)
+        start(workdir, *args, environment={**common, "JAX_PROCESS_ID": str(index)}, **kwargs)
+        for index in (0, 1)
     ]
 
 
@@ -185,7 +191,7 @@ class Command:
         return ended.error
 
 
-# ---- what a run left ---------------------------------------------------------------------------------------------------
+# ---- what a run left ---------------------------------------------------------------------------------------
 
 
 def ledger(workdir: Path) -> Ledger:

@@ -5,8 +5,8 @@ import re
 import shutil
 
 import pytest
-from faults import runs
 
+from faults import runs
 from k2jax.data.manifest import sha256_json
 
 KEYS = {
@@ -56,7 +56,10 @@ EXPERIMENTS = {
     "missing": (None, ["experiment.py: no such experiment file", "tiny.py"]),
     "without get_config": ("x = 1\n", ["experiment.py does not define get_config()"]),
     "no Python": ("def get_config(:\n", ["experiment.py: SyntaxError"]),
-    "misspelt key": ("c = config.base()\n    c.model.num_layer = 3", ["experiment.py", "num_layer", "num_layers"]),
+    "misspelt key": (
+        "c = config.base()\n    c.model.num_layer = 3",
+        ["experiment.py", "num_layer", "num_layers"],
+    ),
     "misspelt section": ("c = config.base()\n    c.optimiser.b1 = 0.5", ["optimiser", "optimizer"]),
     "misspelt stage key": ("config.stage(lr_peek=1.0)", ["lr_peek", "did you mean 'lr_peak'?"]),
     "wrong type": ("c = config.base()\n    c.model.dim = 'wide'", ["dim", "int"]),
@@ -76,7 +79,7 @@ def test_experiment_files(tiny_data, command, tmp_path, name):
     assert all(word in error for word in words), error
 
 
-# ---- the data ----------------------------------------------------------------------------------------------------------
+# ---- the data ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -105,7 +108,9 @@ def flip(path):
 def test_stores(data, command, tmp_path):
     """One after the other: a file changed, cut, or lost; store.json changed, lost; another tokenizer's store."""
     books, argv = data / "books", runs.arguments(data, tmp_path / "run", {"data.verify": "sha256"})
-    tokens = next(path for path in (books / "tokens").rglob("*") if path.is_file() and path.name != "zarr.json")
+    tokens = next(
+        path for path in (books / "tokens").rglob("*") if path.is_file() and path.name != "zarr.json"
+    )
     good = tokens.read_bytes()
 
     flip(tokens)
@@ -153,7 +158,7 @@ def test_damage_found_while_reading(data, command, tmp_path, workers):
     assert str(data / "books") in error and "cannot read the window" in error, error
 
 
-# ---- the run directory -------------------------------------------------------------------------------------------------
+# ---- the run directory -------------------------------------------------------------------------------------
 
 
 def test_unwritable_workdir(tiny_data, command, tmp_path):
@@ -192,12 +197,15 @@ def test_two_runs_in_one_workdir(tiny_data, start, command, tmp_path):
     first.wait(0)
 
 
-# ---- the command line --------------------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------------------
 
 
 def test_command_line(command, start, tiny_data, tmp_path):
     """Missing and unknown arguments are argparse's: usage and 2. The program itself gives our codes, too."""
-    for argv, word in (([], "--config"), (["--config=x", "--workdir=y", "--steps=3"], "unknown argument --steps=3")):
+    for argv, word in (
+        ([], "--config"),
+        (["--config=x", "--workdir=y", "--steps=3"], "unknown argument --steps=3"),
+    ):
         ended = command(*argv)
         assert ended.code == 2 and word in ended.error and "Traceback" not in ended.error
     trainer = start(tmp_path / "run", {"model.dmi": 3})

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from conftest import SUBSETS, VOCAB_SIZE
-from faults import runs
 
+from faults import runs
 from k2jax import launch, sharding
 from k2jax.checkpoint import Checkpoints
 from k2jax.data.journal import append_entry, decide, read_journal
@@ -32,7 +33,7 @@ def stopped(straight, tmp_path_factory):
     return runs.copy_run(straight, tmp_path_factory.mktemp("stopped") / "run", last_step=10)
 
 
-# ---- other places ------------------------------------------------------------------------------------------------------
+# ---- other places ------------------------------------------------------------------------------------------
 
 
 def test_arrays_are_the_same_on_any_mesh(tiny_data, tiny_config, command, tmp_path):
@@ -43,7 +44,7 @@ def test_arrays_are_the_same_on_any_mesh(tiny_data, tiny_config, command, tmp_pa
     for i, (sizes, num_devices) in enumerate(OTHER_MESHES):
         config = tiny_config(**sizes)
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:num_devices])
-        shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+        shapes = jax.eval_shape(partial(init_state, config.model, config.seed))
         with jax.set_mesh(mesh):
             shardings = launch.place_state(config, shapes, mesh)
             state = Checkpoints(tmp_path / "run").restore(25, shardings, shapes)
@@ -54,7 +55,9 @@ def test_arrays_are_the_same_on_any_mesh(tiny_data, tiny_config, command, tmp_pa
         assert runs.meta(tmp_path / f"again{i}", 25)["digests"] == expected
 
 
-@pytest.mark.parametrize("sizes", [sizes for sizes, num_devices in OTHER_MESHES if num_devices == 8] + [SAVED_ON])
+@pytest.mark.parametrize(
+    "sizes", [sizes for sizes, num_devices in OTHER_MESHES if num_devices == 8] + [SAVED_ON]
+)
 def test_another_mesh_goes_on_within_rounding(tiny_data, straight, stopped, command, tmp_path, sizes):
     """A run on two devices goes on on eight, whatever the mesh: same batches, losses within 1e-4."""
     workdir = runs.copy_run(stopped, tmp_path / "run")
@@ -91,13 +94,16 @@ def test_free_keys_may_change(tiny_data, straight, stopped, command, tmp_path):
     compare_within_rounding(workdir, straight)
 
 
-# ---- other contents ----------------------------------------------------------------------------------------------------
+# ---- other contents ----------------------------------------------------------------------------------------
 
 
 DRIFTS = {
     "model.norm_eps": ({"model.norm_eps": 1e-6}, ["model.norm_eps: 1e-05 -> 1e-06"]),
     "model.dim": ({"model.dim": 64}, ["model.dim: 32 -> 64"]),
-    "optimizer": ({"optimizer.b2": 0.99, "optimizer.eps": 1e-6}, ["optimizer.b2: 0.95 -> 0.99", "optimizer.eps"]),
+    "optimizer": (
+        {"optimizer.b2": 0.99, "optimizer.eps": 1e-6},
+        ["optimizer.b2: 0.95 -> 0.99", "optimizer.eps"],
+    ),
     "seed": ({"seed": 1}, ["seed: 22238 -> 1"]),
     "batch": ({"stages.0.rows_per_step": 16}, ["stages.0.rows_per_step: 8 -> 16"]),
     "schedule": ({"stages.1.lr_peak": 3e-3}, ["stages.1.lr_peak: 0.002 -> 0.003"]),
@@ -237,7 +243,7 @@ def test_another_layout_is_refused(tiny_data, stopped, command, tmp_path, name):
     assert runs.checkpoint_steps(workdir) == [10]
 
 
-# ---- decisions of the journal ------------------------------------------------------------------------------------------
+# ---- decisions of the journal ------------------------------------------------------------------------------
 
 
 def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
@@ -247,7 +253,13 @@ def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
     old = runs.order_of(workdir)
     for kind, step in (("defer", 12), ("skip", 16)):
         first, *_, last = old.positions(step).tolist()
-        decision = {"kind": kind, "positions": (first, last + 1), "at_step": 10, "by": "test", "why": "a test"}
+        decision = {
+            "kind": kind,
+            "positions": (first, last + 1),
+            "at_step": 10,
+            "by": "test",
+            "why": "a test",
+        }
         append_entry(path, decide(manifest, read_journal(path), **decision))
     ended = command.train(tiny_data, workdir)
     assert ended.code == 0 and "resuming after step 10 of 24" in ended.lines, ended

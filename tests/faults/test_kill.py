@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-from faults import runs
 
+from faults import runs
 from k2jax.errors import StorageError
 
 
@@ -24,7 +24,9 @@ def test_kill_and_resume_give_the_same_bits(tiny_data, straight, start, tmp_path
     assert [10] == runs.checkpoint_steps(workdir)[:1]
 
     told = start(workdir, overrides).wait(0)
-    newest = max(step for step in (10, 20, 25) if any(line == f"resuming after step {step} of 25" for line in told))
+    newest = max(
+        step for step in (10, 20, 25) if any(line == f"resuming after step {step} of 25" for line in told)
+    )
     assert f"saved {newest}" not in told
     assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
     assert [row["step"] for row in runs.ledger_rows(workdir)] == list(range(1, 26))
@@ -48,7 +50,13 @@ def test_kills_at_random_moments(straight, start, tmp_path):
     """
     workdir, draw = tmp_path / "run", random.Random(7)
     overrides = {"checkpoint.every_steps": 2}
-    moments = [f"saving {2 * draw.randint(1, 3)}", f"step {draw.randint(7, 9)}", "saving 10", "compiling", "saving 16"]
+    moments = [
+        f"saving {2 * draw.randint(1, 3)}",
+        f"step {draw.randint(7, 9)}",
+        "saving 10",
+        "compiling",
+        "saving 16",
+    ]
     expected = 0
     for moment in [*moments, None]:
         trainer = start(workdir, overrides, environment=runs.READ_ONLY_CACHE)

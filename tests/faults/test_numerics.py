@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import runs
 
+from faults import runs
 from k2jax import checkpoint, launch, step
 from k2jax.optimizer import init_state
 from k2jax.step import Batch
@@ -17,7 +17,9 @@ FAULTS = {
     "nan": lambda loss_T, on: loss_T * jnp.where(on, jnp.nan, 1.0),
     "inf": lambda loss_T, on: loss_T * jnp.where(on, jnp.inf, 1.0),
     # sqrt at 0: the loss stays what it is, its gradient is 0 * inf
-    "gradient": lambda loss_T, on: loss_T + jnp.sqrt(loss_T * 0 + jnp.where(on, 0.0, 1.0)) - jnp.where(on, 0.0, 1.0),
+    "gradient": lambda loss_T, on: (
+        loss_T + jnp.sqrt(loss_T * 0 + jnp.where(on, 0.0, 1.0)) - jnp.where(on, 0.0, 1.0)
+    ),
 }
 
 

@@ -4,61 +4,57 @@ import json
 import signal
 
 import pytest
+
 from faults import runs
 
-@pytest.fixture(scope="module")
-def killed(tiny_data, tmp_path_factory):
-    """The workdir of a run of two processes, one device each, both killed after their first checkpoint."""
-    workdir = tmp_path_factory.mktemp("pair") / "run"
-    with runs.trainers(tiny_data) as start:
-        pair = runs.pair(start, workdir, devices=1)
-        pair[0].wait_for("saved 10")
-        for trainer in pair:
-            trainer.signal(signal.SIGKILL)
-        for trainer in pair:
-            trainer.wait(-signal.SIGKILL)
-    return workdir
 
+def test_two_processes_are_one_run(straight, start, tmp_path):
+    """Both are killed; resumed by two processes, or by one, the run is the undisturbed one of one process, bit for bit.
 
-@pytest.fixture(scope="module")
-def resumed(killed, tiny_data, tmp_path_factory):
-    """The killed run resumed by two processes to its end, and what the second of them printed."""
-    workdir = runs.copy_run(killed, tmp_path_factory.mktemp("resumed") / "run")
-    with runs.trainers(tiny_data) as start:
-        pair = runs.pair(start, workdir, devices=1)
-        told = pair[0].wait(0)
-        pair[1].wait(0)
-    assert any(line.startswith("resuming after step") for line in told)
-    return workdir, pair[1].lines()
-
-
-def test_two_processes_compute_what_one_does(straight, resumed):
-    """Killed and resumed, they give the bits of one process with as many devices: batches, losses, state.
-
-    With two devices a sum over them has one order only, whoever adds it up: Gloo or XLA.
+    As many devices in all, that is. With two of them a sum has one order only, whoever adds up: Gloo or XLA.
     """
-    workdir, _ = resumed
-    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
-    assert runs.ledger(workdir).records() == runs.ledger(straight).records()
-    assert runs.meta(workdir, 25)["digests"] == runs.meta(straight, 25)["digests"]
-    runs.ledger(workdir).verify()
-    assert not runs.leftovers(workdir)
+    workdir = tmp_path / "run"
+    pair = runs.pair(start, workdir, devices=1)
+    pair[0].wait_for("saved 10")
+    for trainer in pair:
+        trainer.signal(signal.SIGKILL)
+    for trainer in pair:
+        trainer.wait(-signal.SIGKILL)
+    alone = runs.copy_run(workdir, tmp_path / "alone", last_step=10)
 
+    told = start(alone).wait(0)
+    assert "resuming after step 10 of 25" in told
+    told, told_by_second = (trainer.wait(0) for trainer in runs.pair(start, workdir, devices=1))
+    assert any(line.startswith("resuming after step") for line in told)
+    for run in (alone, workdir):
+        assert runs.ledger_rows(run) == runs.ledger_rows(straight)
+        assert runs.ledger(run).records() == runs.ledger(straight).records()
+        assert runs.meta(run, 25)["digests"] == runs.meta(straight, 25)["digests"]
+        runs.ledger(run).verify()
+        assert not runs.leftovers(run)
 
-def test_only_the_first_process_writes_and_speaks(resumed):
-    workdir, told_by_second = resumed
+    # Only the first writes and speaks.
     assert [line for line in told_by_second if not line.startswith("[Gloo]")] == []
     assert [row["step"] for row in runs.metric_rows(workdir)] == list(range(1, 26))
     launches = json.loads((workdir / "environment.json").read_text())["launches"]
     assert [launch["devices"]["processes"] for launch in launches] == [2, 2]
 
+    # Damage that only the second reads: both go back to the step before, neither waits for the other.
+    files = (workdir / "checkpoints" / "25" / "state" / "ocdbt.process_1" / "d").iterdir()
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    told, _ = (trainer.wait(0) for trainer in runs.pair(start, workdir, devices=1))
+    assert any(line.startswith("refused: checkpoint 25: ") for line in told)
+    assert {"resuming after step 20 of 25", "saved 25"} <= set(told)
+    [kept] = (workdir / "abandoned").iterdir()
+    assert kept.name.startswith("25-")
 
-def test_one_process_goes_on(straight, killed, start, tmp_path):
-    """What two processes saved, one restores, and the bits are still the same."""
-    workdir = runs.copy_run(killed, tmp_path / "run", last_step=10)
-    assert "resuming after step 10 of 25" in start(workdir).wait(0)
-    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
-    assert runs.meta(workdir, 25)["digests"] == runs.meta(straight, 25)["digests"]
+
+def test_drift_ends_both(straight, start, tmp_path):
+    """Each refuses by itself: none is left waiting for the other."""
+    pair = runs.pair(start, runs.copy_run(straight, tmp_path / "run"), {"seed": 3}, devices=1)
+    for trainer in pair:
+        assert "seed: 22238 -> 3" in trainer.wait_for_error(78)
 
 
 def test_sigterm_to_one_stops_both(start, tmp_path):
@@ -74,21 +70,6 @@ def test_sigterm_to_one_stops_both(start, tmp_path):
     assert [row["step"] for row in runs.ledger_rows(workdir)] == list(range(1, step + 1))
     runs.ledger(workdir).verify()
     assert not runs.leftovers(workdir)
-
-
-def test_damage_that_one_process_meets(resumed, start, tmp_path):
-    """Only the second reads the damaged file: both go back to the step before, neither waits for the other."""
-    workdir = runs.copy_run(resumed[0], tmp_path / "run")
-    files = (workdir / "checkpoints" / "25" / "state" / "ocdbt.process_1" / "d").iterdir()
-    largest = max(files, key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    pair = runs.pair(start, workdir, devices=1)
-    told = pair[0].wait(0)
-    pair[1].wait(0)
-    assert any(line.startswith("refused: checkpoint 25: ") for line in told)
-    assert {"resuming after step 20 of 25", "saved 25"} <= set(told)
-    [kept] = (workdir / "abandoned").iterdir()
-    assert kept.name.startswith("25-")
 
 
 @pytest.mark.slow
