@@ -126,7 +126,8 @@ def matmul(x_XI: jax.Array, w_IO: jax.Array, compute_dtype: jnp.dtype) -> jax.Ar
 
 
 def _matmul_forward(x_XI: jax.Array, w_IO: jax.Array, compute_dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
-    return x_XI @ w_IO.astype(compute_dtype), (x_XI, w_IO)  # no call of `matmul`: remat's "dots" would not see a product
+    # Not a call of `matmul`: remat's "dots" would not see a product in it.
+    return x_XI @ w_IO.astype(compute_dtype), (x_XI, w_IO)
 
 
 def _matmul_backward(compute_dtype: jnp.dtype, saved: tuple, dy_XO: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,8 +2,9 @@
 
     python tools/bench/train_step.py [--dtype=fp32|bf16] [--rounds=5] [--steps=4] [--skip-torch] [--skip-trainer]
 
-trainer: k2jax.train on a synthetic store, with metrics, ledger and TensorBoard on, timed by its own metrics' step_s. bare: the step that it compiles, on one batch that stays on the device. torch: transformers'
-LlamaForCausalLM, torch.optim.AdamW and clipping, eager, on the same work.
+trainer: k2jax.train on a synthetic store, with metrics, ledger and TensorBoard on, timed by its own metrics' step_s.
+bare: the step that it compiles, on one batch that stays on the device. torch: transformers' LlamaForCausalLM,
+torch.optim.AdamW and clipping, eager, on the same work.
 
 Each is a process of its own, and all are stopped but the one whose turn it is: a round gives each of them `--steps`
 steps, so that what else this machine does falls on all alike. Medians over all rounds; time to first step is from the
