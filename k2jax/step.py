@@ -119,7 +119,7 @@ def train_step(
         step=step,
         updates=state.updates + finite,
         skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1),
-        params=jax.tree.map(jnp.add, state.params, update),
+        params=keep(jax.tree.map(jnp.add, state.params, update), state.params),
         mu=keep(mu, state.mu),
         nu=keep(nu, state.nu),
     )

@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         work = launch.work(
             config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say
         )
-        with closing(work), progress_bar(order.num_steps, step) as bar:
+        with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
                 if distributed.preempted(step):
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
@@ -138,7 +138,8 @@ def stop(
         save(state, step)
     recorder.saved(checkpoints.wait())
     recorder.close()
-    raise Preempted(f"stopped by SIGTERM; step {step} is saved: run the same command to go on")
+    done = f"; step {step} is saved" if step else " before the first step"
+    raise Preempted(f"stopped by SIGTERM{done}: run the same command to go on")
 
 
 def report(

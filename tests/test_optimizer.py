@@ -204,9 +204,6 @@ def test_a_loss_that_is_not_finite_leaves_every_bit_of_the_state(run_step, train
     assert (int(mended.step), int(mended.updates)) == (4, 2) and bits(mended) != bits(trained)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="train_step adds +0.0: where(finite, -lr * d, -0.0) would keep the sign"
-)
 def test_a_skipped_step_keeps_a_minus_zero(run_step, trained):
     step, _ = run_step
     minus_zero = {"head_DV": trained.params["head_DV"].at[0, 0].set(-0.0)}

@@ -174,16 +174,16 @@ def test_another_tokenizer_or_store_is_refused(tiny_data, stopped, command, tmp_
 def test_drift_allowed_by_name_is_recorded(tiny_data, straight, stopped, command, tmp_path):
     """Allowed: it runs, the journal says what was allowed, the chain of orders holds, a restart needs no more leave."""
     workdir = runs.copy_run(stopped, tmp_path / "run")
-    drift = {"seed": 5, "optimizer.b2": 0.99}
+    drift = {"seed": 5, "optimizer.max_skips_in_a_row": 4}
     error = command.refuse(78, *runs.arguments(tiny_data, workdir, {**drift, "allow_drift": "('seed',)"}))
-    assert "optimizer.b2" in error and "seed:" not in error
+    assert "optimizer.max_skips" in error and "seed:" not in error
 
     allowed = {**drift, "allow_drift": "('seed','optimizer')"}
     ended = command.train(tiny_data, workdir, allowed)
     assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended
     [entry] = read_journal(workdir / "journal.jsonl")
     assert entry["kind"] == "allow_drift"
-    assert entry["changes"] == {"seed": [22238, 5], "optimizer.b2": [0.95, 0.99]}
+    assert entry["changes"] == {"seed": [22238, 5], "optimizer.max_skips_in_a_row": [3, 4]}
     assert entry["order_before"] != entry["order_after"] == runs.order_of(workdir).digest()
     rows, expected = runs.ledger_rows(workdir), runs.ledger_rows(straight)
     assert rows[:10] == expected[:10]

@@ -95,11 +95,21 @@ def test_skipped_parameters_keep_every_bit(tiny_config, poison):
         assert not changed
 
 
-def test_three_in_a_row_stop_the_run(tiny_data, command, poison, monkeypatch, tmp_path):
-    """65, naming the steps; two in a row do not. The save that is under way then is of the last good state: it is kept.
+STOPPED = {8: "nan", 9: "inf", 11: "nan", 12: "inf", 13: "nan"}  # two in a row do not stop a run
 
-    From it the run goes on, without the fault.
-    """
+
+def test_three_in_a_row_stop_the_run(tiny_data, command, poison, tmp_path):
+    """65, naming the steps; the only checkpoint, if there is one already, is from before them."""
+    poison(STOPPED)
+    error = command.refuse(65, *runs.arguments(tiny_data, tmp_path / "run", {}))
+    assert "3 steps in a row, up to step 13" in error
+    assert runs.checkpoint_steps(tmp_path / "run") in ([], [10])
+    rows = runs.ledger_rows(tmp_path / "run")
+    assert [row["step"] for row in rows if not row["applied"]] == list(STOPPED)
+
+
+def test_a_stop_completes_the_save_under_way(tiny_data, command, poison, monkeypatch, tmp_path):
+    """On a slow disk the save of step 10 is under way then, the last good state: it is kept, and the run goes on."""
     workdir, real = tmp_path / "run", checkpoint._LateJson._save_fn
 
     async def save_slowly(self, item, directory):
@@ -108,12 +118,9 @@ def test_three_in_a_row_stop_the_run(tiny_data, command, poison, monkeypatch, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint._LateJson, "_save_fn", save_slowly)
-        poison({8: "nan", 9: "inf", 11: "nan", 12: "inf", 13: "nan"}, patch)
-        error = command.refuse(65, *runs.arguments(tiny_data, workdir, {}))
-        assert "3 steps in a row, up to step 13" in error
+        poison(STOPPED, patch)
+        command.refuse(65, *runs.arguments(tiny_data, workdir, {}))
         assert runs.checkpoint_steps(workdir) == [10]
-    skipped = [row["step"] for row in runs.ledger_rows(workdir) if not row["applied"]]
-    assert skipped == [8, 9, 11, 12, 13]
     ended = command.train(tiny_data, workdir)
     assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended
     assert [row["step"] for row in runs.ledger_rows(workdir) if not row["applied"]] == [8, 9]

@@ -37,8 +37,7 @@ def test_sigterm_before_the_first_step(straight, start, tmp_path):
     for trainer in (fresh, resumed):
         trainer.wait_for("compiling the step of stage1")
         trainer.signal(signal.SIGTERM)
-    error = fresh.wait_for_error(75)
-    assert "stopped by SIGTERM" in error and "is saved" not in error  # there is nothing yet
+    assert "stopped by SIGTERM" in fresh.wait_for_error(75)
     assert runs.checkpoint_steps(tmp_path / "fresh") == []
     assert "step 10 is saved" in resumed.wait_for_error(75)
     assert runs.checkpoint_steps(tmp_path / "resumed") == [10]
