@@ -1,5 +1,6 @@
 """Processes of one run: start-up, and stopping together when one of them is preempted."""
 
+import itertools
 import os
 import socket
 
@@ -36,6 +37,13 @@ def initialize() -> None:
     jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address, **common)
 
 
-def preempted(step: int) -> bool:
-    """True on every process at the same step, after a SIGTERM to any of them. Call it once a step."""
-    return multihost_utils.reached_preemption_sync_point(step)
+_calls = itertools.count(1)
+
+
+def preempted() -> bool:
+    """True on every process before the same step, after a SIGTERM to any of them. Call it once a step.
+
+    JAX stops at one number, the highest that a process had given it when the signal came, plus one; before the first
+    call that is 1. So calls are counted here: with the steps of a resumed run, an early signal would be lost.
+    """
+    return multihost_utils.reached_preemption_sync_point(next(_calls))

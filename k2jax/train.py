@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         )
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
-                if distributed.preempted(step):
+                if distributed.preempted():
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
                 state, metrics = run_step(state, batch)
                 # Reads the metrics of the step before this one, so that the device is not waited for.

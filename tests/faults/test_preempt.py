@@ -5,11 +5,25 @@ import signal
 
 from faults import runs
 
+# JAX looks for the signal once a second, and the tiny runs would be over by then.
+SLOW_STEPS = """
+import time
+from k2jax import metrics
+push = metrics.Recorder.push
+metrics.Recorder.push = lambda *arguments: (time.sleep(0.4), push(*arguments))[1]
+"""
+SLOW_COMPILING = """
+import time
+from k2jax import launch
+step_function = launch.step_function
+launch.step_function = lambda *arguments: (time.sleep(5), step_function(*arguments))[1]
+"""
+
 
 def test_sigterm_saves_and_the_run_goes_on_with_the_same_bits(straight, start, tmp_path):
     """Also when the signal comes twice, the second time in the middle of the save."""
     workdir = tmp_path / "run"
-    stopped = start(workdir)
+    stopped = start(workdir, patch=SLOW_STEPS)
     stopped.wait_for("step 12 ")
     stopped.signal(signal.SIGTERM)
     stopped.wait_for("saving 1")
@@ -32,8 +46,8 @@ def test_sigterm_saves_and_the_run_goes_on_with_the_same_bits(straight, start, t
 
 def test_sigterm_before_the_first_step(straight, start, tmp_path):
     """Nothing new to save: 75 without a checkpoint, and an older one stays as it is."""
-    fresh = start(tmp_path / "fresh")
-    resumed = start(runs.copy_run(straight, tmp_path / "resumed", last_step=10))
+    fresh = start(tmp_path / "fresh", patch=SLOW_COMPILING)
+    resumed = start(runs.copy_run(straight, tmp_path / "resumed", last_step=10), patch=SLOW_COMPILING)
     for trainer in (fresh, resumed):
         trainer.wait_for("compiling the step of stage1")
         trainer.signal(signal.SIGTERM)
