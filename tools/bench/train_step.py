@@ -31,6 +31,7 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax import config  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
+from k2jax.host_memory import keep_freed_memory  # noqa: E402
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 SEQUENCE, ROWS = 512, 8
@@ -53,6 +54,7 @@ def get_config() -> ConfigDict:
 
 def bare_steps(dtype: str) -> Iterator[None]:
     """One training step of k2jax at each turn, on one batch on one device."""
+    keep_freed_memory()  # as k2jax.train does
     import jax
     import numpy as np
 
@@ -128,6 +130,7 @@ def work(name: str, dtype: str, folder: Path) -> None:
 
 def run_trainer(dtype: str, folder: Path) -> None:
     """What `python -m k2jax.train` does, on a store of random tokens; its times are in the metrics that it writes."""
+    keep_freed_memory()
     from k2jax import distributed
     from k2jax.train import train
 
