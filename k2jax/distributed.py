@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from k2jax.errors import RunError
 
 HEARTBEAT_S = 60  # a peer that is gone this long ends the others
+ALONE_S = 7 * 86_400
 
 
 def initialize() -> None:
@@ -34,7 +35,8 @@ def initialize() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address, **common)
+    # Alone there is no peer to miss, and a process stopped for a while (Ctrl-Z) would end itself when it goes on.
+    jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address, heartbeat_timeout_seconds=ALONE_S)
 
 
 _calls = itertools.count(1)
