@@ -45,10 +45,15 @@ class _LateJson(ocp.JsonCheckpointHandler):
             (directory / "meta.json").write_text(text)
 
     def restore(self, directory: epath.Path, item: None = None, args: None = None) -> dict:
-        values = json.loads((directory / "meta.json").read_text())
-        if values.pop("meta_sha256") != sha256_json(values):
-            raise ValueError("meta.json does not have the SHA-256 that it records")
-        return values
+        return read_meta(directory)
+
+
+def read_meta(directory: epath.PathLike) -> dict[str, Any]:
+    """The meta part of a checkpoint, found whole; raises ValueError, KeyError or OSError when it is damaged."""
+    values = json.loads((epath.Path(directory) / "meta.json").read_text())
+    if values.pop("meta_sha256") != sha256_json(values):
+        raise ValueError("meta.json does not have the SHA-256 that it records")
+    return values
 
 
 @ocp.args.register_with_handler(_LateJson, for_save=True, for_restore=True)

@@ -276,6 +276,7 @@ def checkpoint_meta(config: ConfigDict, manifest: dict[str, Any], mesh: Mesh) ->
         "config_digest": drift.config_digest(config),
         "manifest_digest": manifest_digest(manifest),
         "tokenizer_sha256": manifest["tokenizer_sha256"],
+        "eos_id": manifest["eos_id"],
         "versions": here["versions"],
         "commit": here["commit"],
         "devices": here["devices"],

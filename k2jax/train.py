@@ -122,7 +122,7 @@ def save_checkpoint(
         state,
         step,
         data={"next_step": step + 1, "order": order.digest()},
-        meta={**meta, "tokens_seen": recorder.tokens_seen},
+        meta={**meta, "tokens_seen": recorder.tokens_seen, "stage": order.stage_of_step(step).index},
     )
 
 

@@ -1,0 +1,229 @@
+"""Hugging Face's LLaMA and ours: which tensor is which, and config.json both ways.
+
+A matrix of ours is (in..., out...), one of theirs (out, in), one tensor a layer. Both turn the pairs (i, i + H/2) in
+RoPE (the split-half form), so that no head is permuted. Letters as in model.py.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from k2jax import config as configuration
+from k2jax.errors import ConfigError
+from k2jax.model import parameter_table
+
+# Their names, by the name in parameter_table; {} is the layer's number.
+NAMES = {
+    "embed_VD": "model.embed_tokens.weight",
+    "layers.attention_norm_LD": "model.layers.{}.input_layernorm.weight",
+    "layers.wq_LDNH": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.wk_LDKH": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.wv_LDKH": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.wo_LNHD": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.mlp_norm_LD": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.w_gate_LDF": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.w_up_LDF": "model.layers.{}.mlp.up_proj.weight",
+    "layers.w_down_LFD": "model.layers.{}.mlp.down_proj.weight",
+    "final_norm_D": "model.norm.weight",
+    "head_DV": "lm_head.weight",
+}
+INPUTS = {"layers.wo_LNHD": 2}  # leading dimensions that a product contracts (after L), where they are not one
+AS_THEY_ARE = {"embed_VD"}  # a look-up, and no product
+
+
+class Tensor(NamedTuple):
+    """One tensor of theirs and the array, or the layer of an array, that holds it here."""
+
+    name: str  # theirs
+    shape: tuple[int, ...]  # theirs: (out, in) of a matrix
+    array: str  # ours, as in parameter_table
+    layer: int | None  # the index along L
+    our_shape: tuple[int, ...]  # of the layer
+
+    def to_hf(self, ours: np.ndarray) -> np.ndarray:
+        """`our_shape` to `shape`; a view, not contiguous in general."""
+        if self.array in AS_THEY_ARE or ours.ndim == 1:
+            return ours
+        return ours.reshape(self.shape[::-1]).T
+
+    def from_hf(self, theirs: np.ndarray) -> np.ndarray:
+        """`shape` to `our_shape`: the inverse of `to_hf`."""
+        if self.array in AS_THEY_ARE or theirs.ndim == 1:
+            return theirs
+        return theirs.T.reshape(self.our_shape)
+
+
+def tensors(m: ConfigDict) -> list[Tensor]:
+    """Every tensor of a model, in the order of a forward pass."""
+    table = parameter_table(m)
+    first = [_tensor("embed_VD", table["embed_VD"].shape, None)]
+    layers = [
+        _tensor(array, p.shape[1:], layer)
+        for layer in range(m.num_layers)
+        for array, p in table.items()
+        if array.startswith("layers.")
+    ]
+    last = [_tensor(array, table[array].shape, None) for array in ("final_norm_D", "head_DV") if array in table]
+    return [*first, *layers, *last]
+
+
+def _tensor(array: str, our_shape: tuple[int, ...], layer: int | None) -> Tensor:
+    inputs = INPUTS.get(array, 1)
+    matrix = (math.prod(our_shape[inputs:]), math.prod(our_shape[:inputs]))
+    shape = our_shape if array in AS_THEY_ARE or len(our_shape) == 1 else matrix
+    return Tensor(NAMES[array].format(layer), shape, array, layer, our_shape)
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+def config_to_hf(m: ConfigDict, stage: ConfigDict, *, dtype: str, bos_id: int | None, eos_id: int) -> dict[str, Any]:
+    """config.json of a LlamaForCausalLM; `stage` gives rope base and context, `dtype` is the weights' ("bfloat16").
+
+    RoPE is written in both spellings: transformers 5 reads `rope_parameters`, older ones and other servers `rope_theta`
+    and `rope_scaling`.
+    """
+    scaling = None
+    if m.rope_scaling.factor != 1.0:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": m.rope_scaling.factor,
+            "low_freq_factor": m.rope_scaling.low_freq_factor,
+            "high_freq_factor": m.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": m.rope_scaling.original_context,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": m.vocab_size,
+        "hidden_size": m.dim,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "head_dim": m.head_dim,
+        "intermediate_size": m.ffn_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": m.norm_eps,
+        "initializer_range": m.init_std,
+        "max_position_embeddings": stage.sequence_length,
+        "rope_theta": stage.rope_base,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": stage.rope_base, **(scaling or {"rope_type": "default"})},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "tie_word_embeddings": m.tie_embeddings,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "use_cache": True,
+    }
+
+
+# Keys of config.json that must have this value, or be absent: anything else is another computation.
+REQUIRED = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "pretraining_tp": (1,),
+    "quantization_config": (None,),
+    "auto_map": (None,),  # code of the folder's author
+}
+# Keys that name or tune what a forward pass in inference does not depend on.
+IGNORED = {
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
+    "initializer_range", "pad_token_id", "torch_dtype", "transformers_version", "use_cache", "tokenizer_class",
+    "return_dict", "output_hidden_states", "output_attentions", "torchscript", "chunk_size_feed_forward",
+    "is_encoder_decoder", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
+}  # fmt: skip
+READ = {
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
+    "tie_word_embeddings",
+}  # fmt: skip
+
+
+class HfModel(NamedTuple):
+    """What config.json says, in our terms."""
+
+    model: ConfigDict  # a whole model section
+    rope_base: float
+    context: int  # max_position_embeddings
+
+
+def config_from_hf(values: dict[str, Any]) -> HfModel:
+    """Our model section from a config.json; the inverse of `config_to_hf`. Data only: no key names code or a path.
+
+    Raises ConfigError listing every key that is missing, unknown or asks for another computation than LLaMA's.
+    """
+    problems = _unsupported(values)
+    base = configuration.base()
+    m = base.model
+    try:
+        with base.unlocked():
+            m.vocab_size, m.dim = _count(values, "vocab_size"), _count(values, "hidden_size")
+            m.num_layers, m.num_heads = _count(values, "num_hidden_layers"), _count(values, "num_attention_heads")
+            m.num_kv_heads = _count(values, "num_key_value_heads", m.num_heads)
+            m.head_dim = _count(values, "head_dim", m.dim // m.num_heads)
+            m.ffn_dim = _count(values, "intermediate_size")
+            m.norm_eps = _number(values, "rms_norm_eps", 1e-6)  # LlamaConfig's default
+            m.init_std = _number(values, "initializer_range", 0.02)
+            m.tie_embeddings = bool(values.get("tie_word_embeddings", False))
+            rope = values.get("rope_parameters") or {}
+            scaling = values.get("rope_scaling") or rope
+            rope_base = _number({**values, **rope}, "rope_theta", 10000.0)
+            context = _count(values, "max_position_embeddings", 2048)
+            _read_scaling(m, scaling, context)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError(f"config.json is not of a model that k2jax has: {'; '.join(problems)}")
+    return HfModel(m, rope_base, context)
+
+
+def _unsupported(values: dict[str, Any]) -> list[str]:
+    problems = []
+    architectures = values.get("architectures") or ["LlamaForCausalLM"]
+    if architectures != ["LlamaForCausalLM"]:
+        problems.append(f"architectures is {architectures!r}, only LlamaForCausalLM is supported")
+    if "model_type" not in values:
+        problems.append("model_type is missing, expected 'llama'")
+    for key, allowed in REQUIRED.items():
+        if key in values and values[key] not in allowed:
+            problems.append(f"{key} is {values[key]!r}, only {allowed[0]!r} is supported")
+    unknown = sorted(values.keys() - READ - IGNORED - REQUIRED.keys())
+    if unknown:
+        problems.append(f"unknown key(s) {', '.join(unknown[:10])}: they may change what the model computes")
+    return problems
+
+
+def _read_scaling(m: ConfigDict, scaling: dict[str, Any], context: int) -> None:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ConfigError(f"rope_scaling is of type {kind!r}, only 'default' and 'llama3' are supported")
+    if kind == "llama3":
+        m.rope_scaling.factor = _number(scaling, "factor")
+        m.rope_scaling.low_freq_factor = _number(scaling, "low_freq_factor")
+        m.rope_scaling.high_freq_factor = _number(scaling, "high_freq_factor")
+        m.rope_scaling.original_context = _count(scaling, "original_max_position_embeddings", context)
+
+
+def _count(values: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = values.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ConfigError(f"{key} is {value!r}, expected a positive integer")
+    return value
+
+
+def _number(values: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = values.get(key)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise ConfigError(f"{key} is {value!r}, expected a positive number")
+    return float(value)

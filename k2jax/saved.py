@@ -1,0 +1,135 @@
+"""A saved step as its readers see it: what it is, and its parameters, on any mesh or as numpy slices.
+
+Generation, evaluation and conversion need a run directory and nothing else: not the experiment file, not the mesh that
+trained, not the optimizer's state. Arrays are read through TensorStore from where Orbax put them.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tensorstore as ts
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from k2jax import config as configuration
+from k2jax import digest, sharding
+from k2jax.checkpoint import FORMAT, read_meta
+from k2jax.errors import ConfigError, StorageError
+from k2jax.model import LAYOUT_VERSION, Params, parameter_table
+
+
+class SavedStep(NamedTuple):
+    """One checkpoint of a run."""
+
+    workdir: Path
+    step: int
+    meta: dict[str, Any]  # as checkpoint.py wrote it: digests, lineage, versions, eos_id, ...
+    config: ConfigDict  # the experiment as it was at this step
+    stage: ConfigDict  # the row of config.stages that the step belongs to: rope base and sequence length
+
+    @property
+    def digest(self) -> str:
+        """Of the whole checkpoint (SHA-256, hex): its identity in evaluations, exports and lineage."""
+        return self.meta["digest"]
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.workdir / "tokenizer.json"
+
+
+def saved_steps(workdir: str | Path) -> list[int]:
+    """The steps with a complete checkpoint, oldest first. ConfigError when the folder is no run."""
+    folder = Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        raise ConfigError(f"--workdir={workdir}: no run, there is no checkpoints folder in it")
+    # Orbax writes a step under another name and renames it when it is complete.
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta" / "meta.json").exists())
+
+
+def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
+    """The checkpoint of a step, by default the newest. Nothing of its arrays is read yet.
+
+    Raises ConfigError, listing the steps that there are, when it is missing or of another format; StorageError when
+    its meta is damaged.
+    """
+    steps = saved_steps(workdir)
+    if not steps or (step is not None and step not in steps):
+        raise ConfigError(f"--workdir={workdir} has no checkpoint{f' of step {step}' if step else ''}: {_listed(steps)}")
+    step = steps[-1] if step is None else step
+    try:
+        meta = read_meta(Path(workdir) / "checkpoints" / str(step) / "meta")
+    except (OSError, ValueError, KeyError) as error:
+        raise StorageError(f"checkpoint {step} of {workdir}: its meta is damaged: {error}") from error
+    for key, known in (("format", FORMAT), ("layout", LAYOUT_VERSION)):
+        if meta[key] != known:
+            raise ConfigError(
+                f"checkpoint {step} of {workdir}: {key} {meta[key]!r}, this k2jax reads {key} {known}: use the "
+                f"version that wrote it ({meta['versions']['k2jax']})"
+            )
+    config = configuration.from_dict(meta["config"])
+    return SavedStep(Path(workdir), step, meta, config, config.stages[meta["stage"]])
+
+
+def open_array(saved: SavedStep, name: str) -> ts.TensorStore:
+    """One array of the state, such as "params/layers.wq_LDNH": `open_array(...)[l].read().result()` is a layer of it.
+
+    Raises StorageError when it is missing or its shape is not the recorded one.
+    """
+    path = saved.workdir.absolute() / "checkpoints" / str(saved.step) / "state"
+    base = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
+    try:
+        array = ts.open({"driver": "zarr", "kvstore": base}, open=True, read=True).result()
+    except Exception as error:  # TensorStore raises ValueError, KeyError, ... for what it finds on disk
+        raise StorageError(f"checkpoint {saved.step}: cannot open array {name}: {_one_line(error)}") from error
+    found, expected = [list(array.shape), array.dtype.name], saved.meta["arrays"].get(name)
+    if found != expected:
+        raise StorageError(f"checkpoint {saved.step}: array {name} is {found}, its meta records {expected}")
+    return array
+
+
+def restore_params(saved: SavedStep, mesh: Mesh) -> Params:
+    """The parameters (float32) on a mesh, each laid out as the table of sharding.py says and checked by its digest.
+
+    Raises StorageError naming an array that is damaged.
+    """
+    table = parameter_table(saved.config.model)
+
+    def load(name: str) -> jax.Array:
+        store = open_array(saved, f"params/{name}")
+        return jax.make_array_from_callback(
+            store.shape, sharding.named(mesh, table[name].axes), lambda index: store[index].read().result()
+        )
+
+    try:
+        with ThreadPoolExecutor(4) as pool:  # TensorStore reads and decodes outside of Python's lock
+            params = dict(zip(table, pool.map(load, table), strict=True))
+    except StorageError:
+        raise
+    except Exception as error:
+        raise StorageError(f"checkpoint {saved.step}: cannot be read: {_one_line(error)}") from error
+    check_digests(saved, {name: int(d) for name, d in jax.jit(digest.tree_digests)(params).items()})
+    return params
+
+
+def check_digests(saved: SavedStep, found: dict[str, int]) -> None:
+    """Compares {parameter: digest} with what the checkpoint recorded; StorageError naming those that differ."""
+    recorded = saved.meta["digests"]
+    wrong = [name for name, value in found.items() if value != recorded[f"params/{name}"]]
+    if wrong:
+        raise StorageError(
+            f"checkpoint {saved.step}: damaged array(s) {', '.join(wrong[:5])}: digest {found[wrong[0]]:08x}, "
+            f"recorded {recorded[f'params/{wrong[0]}']:08x}: use another step, or a copy"
+        )
+
+
+def _listed(steps: list[int]) -> str:
+    shown = [str(s) for s in steps] if len(steps) <= 12 else [*map(str, steps[:5]), "...", *map(str, steps[-5:])]
+    return f"it has steps {', '.join(shown)}" if steps else "nothing was saved yet"
+
+
+def _one_line(error: Exception) -> str:
+    text = (str(error).strip() or repr(error)).splitlines()[0]
+    return text if len(text) < 300 else f"{text[:100]} ... {text[-180:]}"
