@@ -11,11 +11,13 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -29,6 +31,7 @@ from k2jax.errors import ConfigError, RunError, StorageError
 from k2jax.model import LAYOUT_VERSION
 from k2jax.optimizer import TrainState
 
+CHUNK_BYTES = 1 << 26  # of an array on disk, at most: read, checked and decoded as a whole
 FORMAT = 1  # of the three parts; LAYOUT_VERSION is of the arrays' names and shapes
 
 
@@ -81,6 +84,11 @@ def unflat(arrays: dict[str, jax.Array]) -> TrainState:
         else:
             fields[field] = value
     return TrainState(**fields)
+
+
+def _chunks(name: str) -> ocp.SaveArgs:
+    """A chunk on disk is at most one layer of a stacked array, so that readers may go layer by layer."""
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if "/layers." in name else ())
 
 
 class Checkpoints:
@@ -144,14 +152,13 @@ class Checkpoints:
         """
         self.wait()
         arrays = flat(state)
-        mesh = jax.tree.leaves(arrays)[0].sharding.mesh
-        replicated = NamedSharding(mesh, PartitionSpec())
-        digests = jax.jit(digest.tree_digests, out_shardings=replicated)(arrays)
         parent = {key: self.last_meta[key] for key in ("step", "digest")} if self.last_meta else None
         described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
 
+        digests: Future[dict[str, jax.Array]] = Future()
+
         def finish_meta() -> dict:
-            values = {name: int(value) for name, value in digests.items()}
+            values = {name: int(value) for name, value in digests.result().items()}
             self._saved_meta = {
                 "format": FORMAT,
                 "layout": LAYOUT_VERSION,
@@ -166,7 +173,7 @@ class Checkpoints:
             return self._saved_meta
 
         parts = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(arrays),
+            state=ocp.args.PyTreeSave(arrays, {name: _chunks(name) for name in arrays}),
             data=ocp.args.JsonSave(data),
             meta=_LateJsonArgs(finish_meta),
         )
@@ -174,6 +181,10 @@ class Checkpoints:
             saved = self.manager.save(step, args=parts)
         except Exception as error:
             raise _cannot_save(step, self.directory, error) from error
+        finally:
+            # Under way only now, after Orbax has its copies: on a CPU they would share the cores.
+            replicated = NamedSharding(jax.tree.leaves(arrays)[0].sharding.mesh, PartitionSpec())
+            digests.set_result(jax.jit(digest.tree_digests, out_shardings=replicated)(arrays))
         if not saved:
             raise StorageError(
                 f"checkpoint {step}: Orbax refused to save it: {self.directory} already holds "
@@ -238,11 +249,13 @@ class Checkpoints:
         if data != meta["data"]:
             raise StorageError(f"checkpoint {step}: its data part is not the one that its meta records")
         self.last_meta, self.last_data = meta, data
-        return unflat(arrays)
+        return unflat(arrays if _has_moments(meta) else {**arrays, **_zero_moments(shardings, shapes)})
 
     def _read(self, step: int, shardings: TrainState, shapes: TrainState) -> tuple[dict, dict[str, jax.Array], dict]:
         """(meta, arrays, data) of a step, the arrays not yet checked."""
         meta = self.meta(step)
+        if not _has_moments(meta):
+            shardings, shapes = (state._replace(mu={}, nu={}) for state in (shardings, shapes))
         wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(shapes).items()}
         _check_layout(step, meta, wanted)
         restore_args = {
@@ -294,6 +307,17 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _has_moments(meta: dict) -> bool:
+    """False for a checkpoint of weights only, as an import leaves it."""
+    return any(name.startswith(("mu/", "nu/")) for name in meta.get("arrays", ()))
+
+
+def _zero_moments(shardings: TrainState, shapes: TrainState) -> dict[str, jax.Array]:
+    """AdamW's moments before the first step."""
+    wanted, places = ({n: x for n, x in flat(s).items() if n.startswith(("mu/", "nu/"))} for s in (shapes, shardings))
+    return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), wanted), out_shardings=places)()
 
 
 def _check_layout(step: int, meta: dict, wanted: dict[str, list]) -> None:

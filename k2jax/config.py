@@ -40,6 +40,7 @@ def base() -> ConfigDict:
     c.model.tie_embeddings = False        # True: the head is the embedding transposed
     c.model.mask_documents = False        # True: attention and loss stop at document ends (K2: packed, unmasked)
     c.model.remat = "none"                # what backward keeps: "none" all, "dots" matrix products, "full" layer inputs
+    c.model.unroll = 1                    # layers in one turn of the scan over layers: more compile slower, run faster
     c.model.rope_scaling = ConfigDict()   # LLaMA-3 style; factor 1.0 is off
     c.model.rope_scaling.factor = 1.0     # by how much low frequencies are slowed
     c.model.rope_scaling.low_freq_factor = 1.0 # wavelengths above original_context / this are scaled in full
@@ -48,7 +49,7 @@ def base() -> ConfigDict:
 
     c.precision = ConfigDict()
     c.precision.compute = "auto"          # of matrix products: "bfloat16", "float32"; "auto": float32 on CPU only
-    c.precision.logits = "float32"        # of the head's products' result and the loss
+    c.precision.logits = "float32"        # of the head's product, of its result: the loss is float32
 
     c.stages = ()                         # the run, a row a stage: see `stage()`
 
@@ -196,7 +197,7 @@ def validate(config: ConfigDict) -> None:
         if not ok:
             problems.append(f"{key}={value!r}: {what}")
 
-    for key in ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):
+    for key in ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "unroll"):
         need(m[key] > 0, f"model.{key}", m[key], "must be positive")
     need(
         m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads == 0,

@@ -27,6 +27,7 @@ FREE_KEYS = (
     "data.workers",
     "data.prefetch",
     "model.remat",
+    "model.unroll",
     "stages.*.microbatches",
 )
 

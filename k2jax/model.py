@@ -10,6 +10,7 @@ are stacked along L and scanned.
 
 import math
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from k2jax.attention import attend
+from k2jax.attention import attend_causally
 from k2jax.sharding import shard
 
 Params = dict[str, jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH to (B, T, N, H)
 LAYOUT_VERSION = 1  # of the names and shapes of parameter_table, recorded in every checkpoint
 
 
@@ -109,30 +111,33 @@ def _scale_llama3(frequency: jax.Array, r: ConfigDict) -> jax.Array:
 
 
 def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs (i, i + H/2): the split-half form, as in K2 and in Hugging Face's LLaMA."""
-    cos, sin = (t.astype(x_BTNH.dtype)[None, :, None, :] for t in (cos, sin))
+    """Turns the pairs (i, i + H/2): the split-half form, as in K2 and in Hugging Face's LLaMA.
+
+    `cos` and `sin` are rows of `rope_table`: (T, H/2) when all rows of `x` have the same positions, else (B, T, H/2).
+    """
+    cos, sin = (jnp.expand_dims(t.astype(x_BTNH.dtype), (0, -2) if t.ndim == 2 else -2) for t in (cos, sin))
     a, b = jnp.split(x_BTNH, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x_XI: jax.Array, w_IO: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
-    """x . w with `w` (float32) cast to `compute_dtype`, and a gradient for `w` that is float32 from the first sum on.
+def matmul(x_XI: jax.Array, w_IO: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """x . w with `w` (float32) cast to the type of `x`, a result in `out_dtype`, and a float32 gradient for `w`.
 
     Differentiated by JAX, a bfloat16 product has a bfloat16 weight gradient, and the devices would add up rounded
     numbers; K2 accumulated and reduced in float32.
     """
-    return x_XI @ w_IO.astype(compute_dtype)
+    return _matmul_forward(x_XI, w_IO, out_dtype)[0]
 
 
-def _matmul_forward(x_XI: jax.Array, w_IO: jax.Array, compute_dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
-    # Not a call of `matmul`: remat's "dots" would not see a product in it.
-    return x_XI @ w_IO.astype(compute_dtype), (x_XI, w_IO)
+def _matmul_forward(x_XI: jax.Array, w_IO: jax.Array, out_dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
+    return jnp.matmul(x_XI, w_IO.astype(x_XI.dtype), preferred_element_type=out_dtype), (x_XI, w_IO)
 
 
-def _matmul_backward(compute_dtype: jnp.dtype, saved: tuple, dy_XO: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _matmul_backward(out_dtype: jnp.dtype, saved: tuple, dy_XO: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_XI, w_IO = saved
-    dx_XI = dy_XO @ w_IO.astype(compute_dtype).T
+    dy_XO = dy_XO.astype(x_XI.dtype)
+    dx_XI = dy_XO @ w_IO.astype(x_XI.dtype).T
     dw_IO = jax.lax.dot_general(x_XI, dy_XO, (((0,), (0,)), ((), ())), preferred_element_type=w_IO.dtype)
     return dx_XI, dw_IO
 
@@ -140,16 +145,17 @@ def _matmul_backward(compute_dtype: jnp.dtype, saved: tuple, dy_XO: jax.Array) -
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def dense(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
-    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x`, `contract` counting the in-dimensions.
+def dense(x: jax.Array, w: jax.Array, contract: int = 1, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x` or in `out_dtype`.
 
-    Written as one matrix product over flattened tokens: with batch and position left apart, XLA's CPU backend takes
-    a slow path for bfloat16 weight gradients (12 times slower on jax 0.11), and elsewhere it is the same product.
+    `contract` counts the in-dimensions. Written as one matrix product over flattened tokens: with batch and position
+    left apart, XLA's CPU backend takes a slow path for bfloat16 weight gradients (12 times slower on jax 0.11), and
+    elsewhere it is the same product.
     """
     B, T = x.shape[:2]
     out = w.shape[contract:]
-    y = matmul(x.reshape(B * T, -1), w.reshape(math.prod(w.shape[:contract]), -1), x.dtype)
-    return y.reshape(B, T, *out)
+    flat = w.reshape(math.prod(w.shape[:contract]), -1)
+    return matmul(x.reshape(B * T, -1), flat, out_dtype or x.dtype).reshape(B, T, *out)
 
 
 class Block(nnx.Module):
@@ -160,15 +166,14 @@ class Block(nnx.Module):
         for name, value in params.items():
             setattr(self, name, nnx.Param(value))
 
-    def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], document_BT: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
+        """`attend(q, k, v)` decides whom a position sees: training and generation differ in nothing else."""
         y_BTD = rms_norm(x_BTD, self.attention_norm_LD[...], self.m.norm_eps)
         # y[B_data, T, D] . wq[D_fsdp, N_tensor, H] -> q[B_data, T, N_tensor, H]: wq is gathered over fsdp
         q_BTNH = shard(apply_rope(dense(y_BTD, self.wq_LDNH[...]), *rope), "q_BTNH")
         k_BTKH = shard(apply_rope(dense(y_BTD, self.wk_LDKH[...]), *rope), "k_BTKH")
         v_BTKH = shard(dense(y_BTD, self.wv_LDKH[...]), "k_BTKH")
-        a_BTNH = shard(attend(q_BTNH, k_BTKH, v_BTKH, document_BT), "q_BTNH")
+        a_BTNH = shard(attend(q_BTNH, k_BTKH, v_BTKH), "q_BTNH")
         # a[B_data, T, N_tensor, H] . wo[N_tensor, H, D_fsdp] -> [B_data, T, D]: summed over tensor
         x_BTD = shard(x_BTD + dense(a_BTNH, self.wo_LNHD[...], contract=2), "x_BTD")
         y_BTD = rms_norm(x_BTD, self.mlp_norm_LD[...], self.m.norm_eps)
@@ -201,18 +206,20 @@ class Decoder(nnx.Module):
         """(B, T) int32 to hidden states (B, T, D). `document_BT` masks attention to each document; None: to the row."""
         rope = rope_table(self.m, rope_base, tokens_BT.shape[1])
         x_BTD = shard(self.embed_VD[...][tokens_BT].astype(self.compute_dtype), "x_BTD")
+        attend = partial(attend_causally, document_BT=document_BT)
         graph, stacked = nnx.split(self.layers)
 
         def layer(x_BTD: jax.Array, arrays: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, arrays)(x_BTD, rope, document_BT), None
+            return nnx.merge(graph, arrays)(x_BTD, rope, attend), None
 
         if self.m.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.m.remat], prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked, unroll=self.m.unroll)
         return rms_norm(x_BTD, self.final_norm_D[...], self.m.norm_eps)
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        return dense(x_BTD, self.head_DV[...])
+    def logits(self, x_BTD: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """Final hidden states to (B, T, V); `dtype` is that of the product's result, its inputs keep theirs."""
+        return dense(x_BTD, self.head_DV[...], out_dtype=dtype)
 
 
 def document_ids(tokens_BT: jax.Array, eos_id: int) -> jax.Array:

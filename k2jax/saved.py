@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import tensorstore as ts
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -57,7 +56,8 @@ def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
     """
     steps = saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
-        raise ConfigError(f"--workdir={workdir} has no checkpoint{f' of step {step}' if step else ''}: {_listed(steps)}")
+        wanted = "" if step is None else f" of step {step}"
+        raise ConfigError(f"--workdir={workdir} has no checkpoint{wanted}: {_listed(steps)}")
     step = steps[-1] if step is None else step
     try:
         meta = read_meta(Path(workdir) / "checkpoints" / str(step) / "meta")

@@ -46,6 +46,24 @@ def loss_sums(
     compute_dtype: jnp.dtype,
 ) -> tuple[jax.Array, Sums]:
     """The loss summed over the targets of (R, T+1) tokens, and its parts; nothing is divided yet."""
+    loss_B, targets_B = row_losses(
+        params, tokens, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype
+    )
+    subset_BX = jax.nn.one_hot(subset, num_subsets, dtype=jnp.float32)
+    loss = loss_B.sum()
+    return loss, Sums(loss, targets_B.sum(), loss_B @ subset_BX, targets_B @ subset_BX)
+
+
+def row_losses(
+    params: Params,
+    tokens: jax.Array,
+    *,
+    config: ConfigDict,
+    stage: ConfigDict,
+    eos_id: int,
+    compute_dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """(loss summed over the targets, how many targets) of each row of (R, T+1) tokens, float32."""
     inputs_BT = tokens[:, :-1] if config.data.label_shift == "next" else tokens
     masked = config.model.mask_documents
     inputs_BT, targets_BT, weights_BT = targets_and_weights(
@@ -54,12 +72,8 @@ def loss_sums(
     inputs_BT = shard(inputs_BT, "tokens_BT")
     decoder = Decoder(config.model, params, compute_dtype)
     hidden_BTD = decoder(inputs_BT, stage.rope_base, document_ids(inputs_BT, eos_id) if masked else None)
-    logits_BTV = decoder.logits(hidden_BTD).astype(config.precision.logits)
-    loss_B = (cross_entropy(logits_BTV, targets_BT) * weights_BT).sum(axis=1)
-    targets_B = weights_BT.sum(axis=1)
-    subset_BX = jax.nn.one_hot(subset, num_subsets, dtype=jnp.float32)
-    loss = loss_B.sum()
-    return loss, Sums(loss, targets_B.sum(), loss_B @ subset_BX, targets_B @ subset_BX)
+    logits_BTV = decoder.logits(hidden_BTD, jnp.dtype(config.precision.logits))
+    return (cross_entropy(logits_BTV, targets_BT) * weights_BT).sum(axis=1), weights_BT.sum(axis=1)
 
 
 def mean_gradients(params: Params, batch: Batch, **loss_arguments) -> tuple[Params, Sums]:

@@ -314,3 +314,11 @@ def test_bfloat16_stays_near_float32():
     params = init_params(m, seed=1)
     exact, half = (jax.jit(partial(mean_loss, m, t))(params, TOKENS) for t in (jnp.float32, jnp.bfloat16))
     assert half.dtype == jnp.float32 and 0 < abs(half - exact) < 0.01 * exact
+
+
+def test_in_bfloat16_logits_are_not_rounded():
+    m = small_model()
+    logits = jax.jit(partial(logits_of, m, dtype=jnp.bfloat16))(init_params(m, seed=1), TOKENS)
+    assert logits.dtype == jnp.float32
+    share = float(jnp.mean(logits != logits.astype(jnp.bfloat16).astype(jnp.float32)))
+    assert share > 0.9, f"{1 - share:.0%} of the logits are bfloat16 numbers"

@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     c = config.base()
     c.name = "bench"
     c.model.vocab_size, c.model.dim, c.model.num_layers = 32000, 512, 8
+    c.model.unroll = 8
     c.model.num_heads, c.model.num_kv_heads, c.model.head_dim, c.model.ffn_dim = 8, 8, 64, 1376
     stage = {"sequence_length": SEQUENCE, "rows_per_step": ROWS, "steps_per_chunk": 100_000, "chunks": 1}
     c.stages = (config.stage(mix={"synthetic": 1}, **stage),)
