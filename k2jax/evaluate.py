@@ -1,80 +1,128 @@
-"""Validation loss by subset on held-out windows, beside what the unigram distribution would score on them."""
+"""Evaluates checkpoints of a run: held-out loss, memorization, and tasks of the lm-evaluation-harness.
 
-from functools import partial
-from typing import NamedTuple
+    python -m k2jax.evaluate --workdir=runs/k2 --steps=every:3 --tasks=validation,k2
+    python -m k2jax.evaluate --workdir=runs/k2 --watch
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
+Reads the run directory and the stores that its manifest names, and writes evals/ in it: a result that is there is never
+made again or changed.
+"""
 
-from k2jax import sharding
-from k2jax.data.loader import validation_rows
-from k2jax.data.store import Store
-from k2jax.model import Params
-from k2jax.step import loss_sums
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
 
-UNIGRAM_TOKENS = 4_000_000  # training tokens of a subset that its unigram distribution is counted on, at most
+from k2jax.errors import run_main
+
+EPILOG = """\
+tasks:
+  validation     loss, perplexity and bits per byte by subset, on windows that training never reads
+  memorization   share of tokens recited of what the run read, by chunk (LLM360: 32 tokens after 32)
+  k2             the 22 metrics of K2-65B's evaluation, beside its published values
+  anything else  a task, group or tag of lm-evaluation-harness (pip install 'k2jax[eval]'), or of --task-dir
+
+A task, group or tag of the harness may name data on the Hugging Face hub, which is downloaded, and its file may name
+Python functions, which are run: that goes for --task-dir, too.
+Exit codes: 0 done, 74 a checkpoint or the storage is damaged, 78 asked for what is not there, 130 Ctrl-C, 70 a bug.
+"""
 
 
-class Validation(NamedTuple):
-    """Nats per token over the held-out windows of one subset."""
-
-    loss: float
-    unigram_loss: float  # cross-entropy under the training tokens' unigram distribution, add-one smoothed
-    tokens: int
-
-
-def validate(
-    config: ConfigDict,
-    stage: ConfigDict,
-    params: Params,
-    mesh: Mesh,
-    stores: dict[str, Store],
-    compute_dtype: jnp.dtype,
-    eos_id: int,
-) -> dict[str, Validation]:
-    """Validation of every subset of the stage's mix at its sequence length; {} for subsets without held-out windows."""
-    rows = _rows_per_batch(stage, mesh)
-    sums = jax.jit(
-        partial(
-            loss_sums, config=config, stage=stage, eos_id=eos_id, num_subsets=2, compute_dtype=compute_dtype
-        )
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m k2jax.evaluate",
+        description="Evaluates checkpoints of a run; results go to evals/ in it and are never overwritten.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.DATA_AXES))
-    found = {}
-    for name in stage.mix:
-        windows = validation_rows(
-            stores[name], stage.sequence_length, config.data.label_shift, config.eval.windows
-        )
-        if not len(windows):
-            continue
-        total = np.zeros(2)
-        for first in range(0, len(windows), rows):
-            batch = windows[first : first + rows]
-            padding = np.arange(rows) >= len(
-                batch
-            )  # rows that fill up the last batch count as another subset
-            batch = np.concatenate([batch, np.repeat(batch[:1], padding.sum(), axis=0)])
-            tokens = jax.make_array_from_callback(
-                batch.shape, placed, lambda index, batch=batch: batch[index]
-            )
-            _, part = sums(params, tokens, jnp.asarray(padding.astype(np.int32)))
-            total += [float(part.subset_loss[0]), float(part.subset_targets[0])]
-        unigram = unigram_loss(stores[name], windows, config.model.vocab_size)
-        found[name] = Validation(total[0] / total[1], unigram, int(total[1]))
-    return found
+    add = p.add_argument
+    add("--workdir", required=True, type=Path, metavar="DIR", help="run directory")
+    add("--steps", metavar="WHICH", help="newest (default), all (default with --watch), every:3 (every third "
+        "checkpoint counted from the run's beginning, as K2's), or 10,20")  # fmt: skip
+    add("--tasks", default="validation", metavar="A,B", help="see below (default: validation)")
+    add("--task-dir", metavar="DIR", help="folder of the harness's task files (YAML) of your own")
+    add("--limit", type=_positive, metavar="N", help="only the first N examples of each harness task")
+    add("--num-fewshot", type=_count, metavar="N", help="examples before each question, for harness tasks named in "
+        "--tasks; k2 has its own")  # fmt: skip
+    add("--windows", type=_positive, metavar="N", help="held-out windows of each subset, evenly spaced (default: all)")
+    add("--memorization-steps", default="chunks", metavar="A,B", help="steps to take rows from (default: chunks: "
+        "four of every chunk up to the checkpoint)")  # fmt: skip
+    add("--memorization-rows", type=_positive, default=64, metavar="N", help="rows of each chunk, or of each step "
+        "named (default: 64)")  # fmt: skip
+    add("--allow-code-execution", action="store_true", help="run what the model writes for HumanEval and MBPP, on this "
+        "machine and with your rights")  # fmt: skip
+    add("--batch-tokens", type=_positive, default=16384, metavar="N", help="tokens in one call of the model, over all "
+        "devices (default: 16384)")  # fmt: skip
+    add("--seed", type=_count, default=1234, metavar="N", help="of few-shot examples and of sampling (default: the "
+        "harness's, 1234)")  # fmt: skip
+    add("--watch", action="store_true", help="evaluate each checkpoint as it appears, to the run's last; may run "
+        "beside the training")  # fmt: skip
+    add("--poll-s", type=float, default=10.0, metavar="S", help="seconds between looks with --watch (default: 10)")
+    add("--json", action="store_true", help="print all results of the steps and tasks as JSON at the end")
+    return p
 
 
-def _rows_per_batch(stage: ConfigDict, mesh: Mesh) -> int:
-    data_parallel = mesh.shape["replica"] * mesh.shape["fsdp"]
-    return max(stage.rows_per_step // stage.microbatches, data_parallel)
+def main() -> None:
+    p = parser()
+    args = p.parse_args()
+    steps = args.steps or ("all" if args.watch else "newest")
+    if args.watch and steps == "newest":
+        p.error("--watch waits for steps: --steps is all, every:N or steps with commas between them")
+    chosen = None if args.memorization_steps == "chunks" else _steps(p, args.memorization_steps)
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # the harness's and its libraries' bars; read when tqdm is imported
+
+    from k2jax.evals.session import Session, Wanted  # here, as JAX takes its time, and --help should not
+
+    wanted = Wanted(
+        workdir=args.workdir,
+        steps=steps,
+        tasks=tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
+        task_dir=args.task_dir,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        windows=args.windows,
+        memorization_steps=chosen,
+        memorization_rows=args.memorization_rows,
+        allow_code=args.allow_code_execution,
+        batch_tokens=args.batch_tokens,
+        seed=args.seed,
+    )
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    session = Session(wanted, say)
+    if args.watch:
+        # What is measured is stored: a scheduler that ends the job loses at most the task under way.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        session.watch(args.poll_s)
+    else:
+        session.run()
+    say(f"{session.num_new} new, {len(session.results) - session.num_new} stored before: {args.workdir / 'evals'}")
+    if args.json:
+        print(session.as_json())
 
 
-def unigram_loss(store: Store, windows: np.ndarray, vocab_size: int) -> float:
-    """Nats per target token of `windows` under add-one smoothed counts of the store's training tokens."""
-    piece = min(65_536, store.num_train_tokens)
-    starts = np.arange(0, min(store.num_train_tokens, UNIGRAM_TOKENS) - piece + 1, piece)
-    counts = np.bincount(store.read(starts, piece).ravel(), minlength=vocab_size) + 1.0
-    return float(-np.log(counts / counts.sum())[windows[:, 1:]].mean())
+def _steps(p: argparse.ArgumentParser, text: str) -> tuple[int, ...]:
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        p.error(f"--memorization-steps={text}: expected chunks, or steps with commas between them")
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be 1 or more")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}: must be 0 or more")
+    return value
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,28 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
                 f"stages.{i}: rows_per_step={stage.rows_per_step} in {stage.microbatches} microbatch(es) gives "
                 f"{rows} rows, not divisible by mesh.replica x mesh.fsdp = {data_parallel} devices"
             )
+
+
+def mesh_for(config: ConfigDict) -> Mesh:
+    """For readers of a run: the experiment's mesh where it fits the devices here, else all of them on fsdp.
+
+    Or as many of them as divide the parameters: one always does.
+    """
+    devices = jax.devices()
+    table = parameter_table(config.model)
+
+    def fitting(sizes: Mapping[str, int], count: int) -> Mesh | None:
+        try:
+            mesh = sharding.make_mesh(sizes, devices[:count])
+            for name, p in table.items():
+                sharding.check_divisible(name, p.shape, p.axes, mesh)
+        except ConfigError:
+            return None
+        return mesh
+
+    everywhere = {"replica": 1, "fsdp": -1, "tensor": 1}
+    fewer = (fitting(everywhere, count) for count in range(len(devices), 0, -1))
+    return fitting(config.mesh, len(devices)) or next(mesh for mesh in fewer if mesh)
 
 
 def check_processes_agree(config: ConfigDict, order: Order) -> None:

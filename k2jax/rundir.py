@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 import k2jax
 from k2jax import config as configuration
 from k2jax import drift
+from k2jax.checkpoint import read_meta
 from k2jax.data.journal import append_entry, read_journal
 from k2jax.data.manifest import load_manifest, manifest_digest, save_manifest
 from k2jax.data.order import Order
@@ -91,7 +92,8 @@ class RunDirectory:
         if jax.process_index() == 0:
             if allowed:
                 append_entry(self.path / "journal.jsonl", allowed)
-            shutil.copyfile(config.data.tokenizer, self.path / "tokenizer.json")
+            if not _is_same_file(config.data.tokenizer, self.path / "tokenizer.json"):
+                shutil.copyfile(config.data.tokenizer, self.path / "tokenizer.json")
             save_manifest(manifest, self.path / "manifest.json")
             write_json(self.path / "config.json", {"digest": drift.config_digest(config), "config": new})
             self._add_environment(mesh_shape)
@@ -103,18 +105,12 @@ class RunDirectory:
         if not (self.path / "config.json").exists():
             return None
         old_config = read_json(self.path / "config.json")["config"]
+        if is_import(old_config):
+            return self._difference_from_import(old_config, new, manifest, allowed)
         old_manifest = load_manifest(self.path / "manifest.json")
         old_identity, new_identity = _identity(old_manifest), _identity(manifest)
         differences = drift.differences(old_config, new) | drift.differences(old_identity, new_identity)
-        refused = drift.not_allowed(differences, allowed)
-        if refused:
-            shown = "; ".join(
-                f"{key}: {differences[key][0]!r} -> {differences[key][1]!r}" for key in refused[:20]
-            )
-            raise ConfigError(
-                f"--workdir={self.path} holds another run, {len(refused)} key(s) differ: {shown}. Use "
-                f"another workdir, undo the change, or allow it: --config.allow_drift='{tuple(refused)!r}'"
-            )
+        self._refuse(differences, allowed, "holds another run")
         _check_same_arrays(old_config, new)
         journal = read_journal(self.path / "journal.jsonl")
         entry = {
@@ -131,11 +127,65 @@ class RunDirectory:
         before, after = Order(old_manifest, journal).digest(), Order(manifest, journal).digest()
         return {"time": _now(), **entry, "order_before": before, "order_after": after}
 
+    def _difference_from_import(
+        self, old: dict, new: dict, manifest: dict[str, Any], allowed: tuple[str, ...]
+    ) -> dict[str, Any] | None:
+        """The same for the start of a run on imported weights: only the model and its tokens must be theirs.
+
+        The rope base may differ, as stages of one run do; the journal says so.
+        """
+        meta = read_import(self.path)
+        differences = drift.differences({"model": old["model"]}, {"model": new["model"]})
+        for key in ("eos_id", "tokenizer_sha256"):
+            if meta[key] != manifest[key]:
+                differences[f"manifest.{key}"] = meta[key], manifest[key]
+        self._refuse(differences, allowed, "holds weights imported from another model")
+        _check_same_arrays(old, new)
+        bases = old["stages"][0]["rope_base"], new["stages"][0]["rope_base"]
+        if bases[0] != bases[1]:
+            differences["stages.0.rope_base"] = bases
+        changes = {key: list(pair) for key, pair in differences.items()}
+        entry = {"by": "k2jax.train", "why": "not as imported", "kind": "import", "at_step": 0, "changes": changes}
+        journal = read_journal(self.path / "journal.jsonl")
+        # A kill after the entry and before the files that end this state: it is there already.
+        if not changes or (journal and entry.items() <= journal[-1].items()):
+            return None
+        return {"time": _now(), **entry}
+
+    def _refuse(self, differences: dict[str, tuple], allowed: tuple[str, ...], what: str) -> None:
+        """ConfigError for keys that differ and may not."""
+        refused = drift.not_allowed(differences, allowed)
+        if refused:
+            shown = "; ".join(f"{key}: {differences[key][0]!r} -> {differences[key][1]!r}" for key in refused[:20])
+            raise ConfigError(
+                f"--workdir={self.path} {what}, {len(refused)} key(s) differ: {shown}. Use "
+                f"another workdir, undo the change, or allow it: --config.allow_drift='{tuple(refused)!r}'"
+            )
+
     def _add_environment(self, mesh_shape: dict[str, int]) -> None:
         """One entry a launch: a run may move between machines."""
         path = self.path / "environment.json"
         launches = read_json(path)["launches"] if path.exists() else []
         write_json(path, {"launches": [*launches, environment(mesh_shape)]})
+
+
+def is_import(config: dict[str, Any]) -> bool:
+    """Whether a saved configuration is of imported weights, before a run on them: its one stage has no data."""
+    return not any(stage["mix"] for stage in config["stages"])
+
+
+def read_import(path: Path) -> dict[str, Any]:
+    """The meta of the imported checkpoint; StorageError when it is missing or damaged."""
+    try:
+        return read_meta(path / "checkpoints" / "0" / "meta")
+    except (OSError, ValueError, KeyError) as error:
+        raise StorageError(
+            f"--workdir={path} holds an import, but its checkpoint 0 cannot be read ({error}): import again"
+        ) from error
+
+
+def _is_same_file(a: str, b: Path) -> bool:
+    return b.exists() and Path(a).samefile(b)
 
 
 def environment(mesh_shape: dict[str, int]) -> dict[str, Any]:

@@ -37,8 +37,10 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "x_BTD": ("batch", "position", "width"),
     "q_BTNH": ("batch", "position", "heads", "head_dim"),
     "k_BTKH": ("batch", "position", "kv_heads", "head_dim"),
+    "cache_BKSH": ("batch", "kv_heads", "position", "head_dim"),
     "h_BTF": ("batch", "position", "ffn"),
     "tokens_BT": ("batch", "position"),
+    "scores_BV": ("batch", "width"),  # whole rows: one gather before sampling and not one for each of its sums
 }
 
 

@@ -31,12 +31,12 @@ from k2jax.data.journal import check_journal, check_resume
 from k2jax.data.manifest import describe
 from k2jax.data.order import Order
 from k2jax.errors import Preempted, run_main
-from k2jax.evaluate import validate
 from k2jax.ledger import Ledger, StepLog
 from k2jax.metrics import Recorder
 from k2jax.optimizer import TrainState, init_state
 from k2jax.rundir import RunDirectory, write_json
 from k2jax.sample import sample_text
+from k2jax.validation import validate
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -57,7 +57,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
         shardings = launch.place_state(config, shapes, mesh)
         save_steps = set(checkpoint_steps(order))
-        checkpoints = Checkpoints(run.path, sorted(save_steps), config.checkpoint.keep_between, say)
+        # 0: of imported weights
+        checkpoints = Checkpoints(run.path, [0, *sorted(save_steps)], config.checkpoint.keep_between, say)
         state = checkpoints.restore_newest(shardings, shapes) or launch.make_state(config, shardings)
         step = saved = int(state.step)
         if step:
@@ -99,7 +100,8 @@ def open_records(
         dropped = ledger.resume(
             step, checkpoints.last_meta and checkpoints.last_meta["digest"], order.digest()
         )
-        say(f"resuming after step {step} of {order.num_steps}" if step else "starting at step 1")
+        imported = " from imported weights" if checkpoints.last_meta and not step else ""
+        say(f"resuming after step {step} of {order.num_steps}" if step else f"starting at step 1{imported}")
         if dropped:
             say(f"{dropped} step(s) after the checkpoint are run again")
     return Recorder(config, workdir, order, subsets, metrics, ledger, say, tokens_before(order, step + 1))
@@ -152,7 +154,8 @@ def report(
 ) -> None:
     """The end of a run: validation loss by subset, sampled text, and where things are."""
     stage, dtype, eos_id = config.stages[-1], launch.compute_dtype(config), manifest["eos_id"]
-    found = validate(config, stage, state.params, mesh, stores, dtype, eos_id)
+    windows = config.eval.windows
+    found = validate(config, stage, state.params, mesh, stores, dtype, eos_id, max_windows=windows)
     for name, v in found.items():
         say(
             f"validation {name:16} loss {v.loss:.4f}   unigram {v.unigram_loss:.4f}   ({v.tokens:,} held-out tokens)"

@@ -190,8 +190,15 @@ def validation_rows(store: Store, sequence_length: int, label_shift: str, max_wi
     Returns int32 (windows, T + 1), or (windows, T) with label_shift "inside". No windows if the store holds
     out fewer tokens than one needs.
     """
-    available = num_windows(store.num_tokens - store.num_train_tokens, sequence_length, label_shift)
-    count = min(available, max_windows)
-    windows = np.arange(count) * available // max(1, count)
-    starts = store.num_train_tokens + windows * sequence_length
+    starts = validation_starts(store, sequence_length, label_shift, max_windows)
     return store.read(starts, row_length(sequence_length, label_shift)).view(np.int32)
+
+
+def validation_starts(
+    store: Store, sequence_length: int, label_shift: str, max_windows: int | None = None
+) -> np.ndarray:
+    """Where in the store the windows of `validation_rows` start, int64 (windows,); all of them without a limit."""
+    available = num_windows(store.num_tokens - store.num_train_tokens, sequence_length, label_shift)
+    count = available if max_windows is None else min(available, max_windows)
+    windows = np.arange(count) * available // max(1, count)
+    return store.num_train_tokens + windows * sequence_length

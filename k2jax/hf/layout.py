@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax.errors import ConfigError
+from k2jax.hf.untrusted import short
 from k2jax.model import parameter_table
 
 # Their names, by the name in parameter_table; {} is the layer's number.
@@ -131,6 +132,7 @@ REQUIRED = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "pretraining_tp": (1,),
+    "rope_interleaved": (False,),
     "quantization_config": (None,),
     "auto_map": (None,),  # code of the folder's author
 }
@@ -140,11 +142,16 @@ IGNORED = {
     "initializer_range", "pad_token_id", "torch_dtype", "transformers_version", "use_cache", "tokenizer_class",
     "return_dict", "output_hidden_states", "output_attentions", "torchscript", "chunk_size_feed_forward",
     "is_encoder_decoder", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
+    "is_llama_config", "max_sequence_length", "transformers.js_config", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
 READ = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
     "tie_word_embeddings",
+}  # fmt: skip
+ROPE_KEYS = {
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings",
 }  # fmt: skip
 
 
@@ -173,12 +180,12 @@ def config_from_hf(values: dict[str, Any]) -> HfModel:
             m.ffn_dim = _count(values, "intermediate_size")
             m.norm_eps = _number(values, "rms_norm_eps", 1e-6)  # LlamaConfig's default
             m.init_std = _number(values, "initializer_range", 0.02)
-            m.tie_embeddings = bool(values.get("tie_word_embeddings", False))
-            rope = values.get("rope_parameters") or {}
-            scaling = values.get("rope_scaling") or rope
-            rope_base = _number({**values, **rope}, "rope_theta", 10000.0)
+            m.tie_embeddings = _flag(values, "tie_word_embeddings")
             context = _count(values, "max_position_embeddings", 2048)
-            _read_scaling(m, scaling, context)
+            rope_base = _read_rope(m, values, context)
+        if m.num_heads % m.num_kv_heads or m.head_dim % 2:
+            raise ConfigError(f"{m.num_kv_heads} kv heads for {m.num_heads} heads of {m.head_dim}: expected an even "
+                              f"head_dim, and num_key_value_heads to divide num_attention_heads")
     except ConfigError as error:
         problems.append(str(error))
     if problems:
@@ -190,40 +197,65 @@ def _unsupported(values: dict[str, Any]) -> list[str]:
     problems = []
     architectures = values.get("architectures") or ["LlamaForCausalLM"]
     if architectures != ["LlamaForCausalLM"]:
-        problems.append(f"architectures is {architectures!r}, only LlamaForCausalLM is supported")
+        problems.append(f"architectures is {short(architectures)}, only LlamaForCausalLM is supported")
     if "model_type" not in values:
         problems.append("model_type is missing, expected 'llama'")
     for key, allowed in REQUIRED.items():
         if key in values and values[key] not in allowed:
-            problems.append(f"{key} is {values[key]!r}, only {allowed[0]!r} is supported")
-    unknown = sorted(values.keys() - READ - IGNORED - REQUIRED.keys())
+            problems.append(f"{key} is {short(values[key])}, only {allowed[0]!r} is supported")
+    unknown = ", ".join(map(short, sorted(values.keys() - READ - IGNORED - REQUIRED.keys())[:10]))
     if unknown:
-        problems.append(f"unknown key(s) {', '.join(unknown[:10])}: they may change what the model computes")
+        problems.append(f"unknown key(s) {unknown}: they may change what the model computes")
     return problems
 
 
-def _read_scaling(m: ConfigDict, scaling: dict[str, Any], context: int) -> None:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+def _read_rope(m: ConfigDict, values: dict[str, Any], context: int) -> float:
+    """Sets the scaling and returns the base. transformers 5 has both in `rope_parameters`, older ones in two keys."""
+    ropes = [values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None]
+    for rope in ropes:
+        if not isinstance(rope, dict) or rope.keys() - ROPE_KEYS:
+            raise ConfigError(f"{short(rope)} is none of the ways to scale RoPE that k2jax has: 'default' and 'llama3'")
+    bases = {_number(d, "rope_theta") for d in (values, *ropes) if d.get("rope_theta") is not None}
+    scalings = {_scaling(m.rope_scaling, rope, context) for rope in ropes}
+    if len(bases) > 1 or len(scalings) > 1:
+        raise ConfigError("rope_theta, rope_scaling and rope_parameters contradict each other")
+    if scalings:
+        r, found = m.rope_scaling, scalings.pop()
+        r.factor, r.low_freq_factor, r.high_freq_factor, r.original_context = found
+    return bases.pop() if bases else 10000.0
+
+
+def _scaling(off: ConfigDict, rope: dict[str, Any], context: int) -> tuple[float, float, float, int]:
+    """(factor, low_freq_factor, high_freq_factor, original_context)."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ConfigError(f"rope_scaling is of type {kind!r}, only 'default' and 'llama3' are supported")
-    if kind == "llama3":
-        m.rope_scaling.factor = _number(scaling, "factor")
-        m.rope_scaling.low_freq_factor = _number(scaling, "low_freq_factor")
-        m.rope_scaling.high_freq_factor = _number(scaling, "high_freq_factor")
-        m.rope_scaling.original_context = _count(scaling, "original_max_position_embeddings", context)
+        raise ConfigError(f"rope_scaling is of type {short(kind)}, only 'default' and 'llama3' are supported")
+    if kind == "default":
+        return off.factor, off.low_freq_factor, off.high_freq_factor, off.original_context
+    factors = [_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor")]
+    if factors[1] >= factors[2]:
+        raise ConfigError(f"rope_scaling: low_freq_factor {factors[1]} must be below high_freq_factor {factors[2]}")
+    return *factors, _count(rope, "original_max_position_embeddings", context)
+
+
+def _flag(values: dict[str, Any], key: str) -> bool:
+    value = values.get(key)
+    if value not in (None, False, True):
+        raise ConfigError(f"{key} is {short(value)}, expected true or false")
+    return bool(value)
 
 
 def _count(values: dict[str, Any], key: str, default: int | None = None) -> int:
     value = values.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value < 2**31:
-        raise ConfigError(f"{key} is {value!r}, expected a positive integer")
+        raise ConfigError(f"{key} is {short(value)}, expected a positive integer")
     return value
 
 
 def _number(values: dict[str, Any], key: str, default: float | None = None) -> float:
     value = values.get(key)
     value = default if value is None else value
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise ConfigError(f"{key} is {value!r}, expected a positive number")
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ConfigError(f"{key} is {short(value)}, expected a positive number")
     return float(value)

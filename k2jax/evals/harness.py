@@ -1,0 +1,165 @@
+"""EleutherAI's lm-evaluation-harness (extra `eval`), straight on a checkpoint: an adapter of its `LM` class.
+
+Texts become tokens as the harness's own `hf` model makes them of an export of the checkpoint, so that numbers agree.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from k2jax.data.tokenizer import load_tokenizer
+from k2jax.errors import ConfigError
+from k2jax.evals.progress import bar
+from k2jax.evals.scoring import Row
+from k2jax.evals.subject import Subject
+from k2jax.generation import Sampling
+
+DEFAULT_NEW_TOKENS = 256  # as the harness's own models
+GENERATED_AT_ONCE = 64  # prompts in one call of the generator, at most
+# What a task may ask of generation, besides `until` and the number of tokens.
+SAMPLING_KEYS = {"do_sample", "temperature", "top_k", "top_p", "num_beams"}
+
+LogLikelihood = tuple[float, bool]
+
+
+class CheckpointLM(TemplateLM):
+    """A checkpoint as the harness sees it."""
+
+    def __init__(self, subject: Subject):
+        super().__init__()
+        self._subject = subject
+        self._encoder = load_tokenizer(subject.saved.tokenizer)
+        # As transformers reads the same file: "<fim_prefix>" in a task's text is the token, "</s>" is EOS.
+        self._encoder.encode_special_tokens = False
+        before_a_text = self._encoder.encode("").ids  # an imported tokenizer may put BOS there; ours puts nothing
+        self._prefix = before_a_text[0] if before_a_text else subject.eos_id
+        self._prefix_text = self.tok_decode([self._prefix])
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._subject.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has nothing before it."""
+        return self._prefix
+
+    @property
+    def max_length(self) -> int:
+        return self._subject.saved.stage.sequence_length
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self._prefix_text)
+        return self._encoder.encode(string, add_special_tokens=add_special_tokens).ids
+
+    def tok_decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        return self._encoder.decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    # ---- log-likelihoods -------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[LogLikelihood]:
+        """The harness splits context and continuation and calls `_loglikelihood_tokens`; its own bars stay off."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Of whole texts: windows of the model's length that meet end to end, every token predicted once."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((request.args, *make_disjoint_window(pair)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[i] += logprob
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True
+    ) -> list[LogLikelihood]:
+        """Requests with the same input share its row: the choices of a question, when each is one token."""
+        rows: dict[tuple[int, ...], Row] = {}
+        places = []  # of each request: its row's input, and where in the row's wanted tokens its own are
+        for _, context, continuation in requests:
+            tokens, wanted = self._row(context, continuation)
+            row = rows.setdefault(tokens, Row(tokens, []))
+            places.append((tokens, slice(len(row.wanted), len(row.wanted) + len(wanted))))
+            row.wanted.extend(wanted)
+        with bar("log-likelihood", len(rows), "row") as done:
+            scores = dict(zip(rows, self._subject.scorer(list(rows.values()), done.update), strict=True))
+        found = [(scores[tokens].logprobs[part], scores[tokens].is_greedy[part]) for tokens, part in places]
+        return [(float(logprobs.sum()), bool(is_greedy.all())) for logprobs, is_greedy in found]
+
+    def _row(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        """Input and wanted tokens; what is too long loses its beginning."""
+        if len(continuation) > self.max_length:
+            raise ConfigError(
+                f"a task's continuation has {len(continuation)} tokens, the model's context is {self.max_length}: "
+                f"leave the task out"
+            )
+        whole = ((context or [self.prefix_token_id]) + continuation)[-(self.max_length + 1) :]
+        first = len(whole) - 1 - len(continuation)
+        return tuple(whole[:-1]), [(first + i, token) for i, token in enumerate(continuation)]
+
+    # ---- generation ------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Requests that sample alike go together, those of about one length in one call."""
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
+        texts = [""] * len(requests)
+        calls = 0
+        with bar("generation", len(requests), "prompt") as done:
+            for indices in groups.values():
+                wish = wish_of(requests[indices[0]].args[1], self.tok_decode([self.eot_token_id]))
+                prompts = {i: self._prompt(requests[i].args[0], wish) for i in indices}
+                indices = sorted(indices, key=lambda i: -len(prompts[i]))
+                for first in range(0, len(indices), GENERATED_AT_ONCE):
+                    some = indices[first : first + GENERATED_AT_ONCE]
+                    seed = self._subject.seed + calls
+                    for i, text in zip(some, self._generate([prompts[i] for i in some], wish, seed), strict=True):
+                        texts[i] = text
+                    calls += 1
+                    done.update(len(some))
+        return texts
+
+    def _prompt(self, context: str, wish: "Wish") -> list[int]:
+        room = self.max_length - wish.new_tokens
+        if room <= 0:
+            raise ConfigError(
+                f"a task asks for {wish.new_tokens} new tokens, the model's context is {self.max_length}: leave it out"
+            )
+        return self.tok_encode(context)[-room:] or [self.prefix_token_id]
+
+    def _generate(self, prompts: list[list[int]], wish: "Wish", seed: int) -> list[str]:
+        tokens = self._subject.generator.generate(prompts, wish.new_tokens, sampling=wish.sampling, seed=seed)
+        texts = [self.tok_decode(new, skip_special_tokens=True) for new in tokens]
+        return [postprocess_generated_text(text, wish.until, None) for text in texts]
+
+
+class Wish(NamedTuple):
+    """How a task wants its texts."""
+
+    until: list[str]  # ends of a text, with that of EOS
+    new_tokens: int
+    sampling: Sampling
+
+
+def wish_of(arguments: dict[str, Any], eos: str) -> Wish:
+    """A task's `generation_kwargs` in our terms. Raises ConfigError for what the generator does not do."""
+    wanted = dict(normalize_gen_kwargs(arguments, DEFAULT_NEW_TOKENS))
+    until, new_tokens = handle_stop_sequences(wanted.pop("until"), eos=eos), wanted.pop("max_gen_toks")
+    unknown = sorted(wanted.keys() - SAMPLING_KEYS)
+    if unknown or wanted.get("num_beams", 1) != 1:
+        raise ConfigError(
+            f"a task generates with {', '.join(unknown) or 'num_beams'}, which k2jax does not: leave it out"
+        )
+    if not wanted["do_sample"]:
+        return Wish(until, new_tokens, Sampling())
+    chosen = {key: wanted[key] for key in ("temperature", "top_k", "top_p") if key in wanted}
+    return Wish(until, new_tokens, Sampling(**{"temperature": 1.0, **chosen}))

@@ -1,0 +1,241 @@
+"""One call of `python -m k2jax.evaluate`: which steps, which tasks, what is missing, what is told at the end."""
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from k2jax import launch
+from k2jax.chunks import checkpoint_steps
+from k2jax.data.journal import read_journal
+from k2jax.data.manifest import load_manifest
+from k2jax.data.order import Order
+from k2jax.errors import ConfigError, StorageError
+from k2jax.evals import suites
+from k2jax.evals.held_out import Validation
+from k2jax.evals.memorization import Memorization
+from k2jax.evals.results import Identity, Outcome, Results
+from k2jax.evals.subject import Subject, check_tokenizer
+from k2jax.saved import SavedStep, open_step, saved_steps
+
+
+class Evaluation(Protocol):
+    """One task under one setting."""
+
+    name: str
+    version: Any
+    unsafe: bool  # runs code that the model writes
+
+    def settings(self, saved: SavedStep) -> dict[str, Any]:
+        """All that changes its numbers, besides the checkpoint and the seed."""
+
+    def evaluate(self, subject: Subject) -> Outcome: ...
+
+
+class Wanted(NamedTuple):
+    """What the command line asks for."""
+
+    workdir: Path
+    steps: str  # newest, all, every:N, or steps with commas between them
+    tasks: tuple[str, ...]
+    task_dir: str | None
+    num_fewshot: int | None
+    limit: int | None
+    windows: int | None
+    memorization_steps: tuple[int, ...] | None
+    memorization_rows: int
+    allow_code: bool
+    batch_tokens: int
+    seed: int
+
+
+class Session:
+    """The tasks of a call, and what it has found: `results` of every evaluation, done now or stored before."""
+
+    def __init__(self, wanted: Wanted, say: Callable[[str], None]):
+        """Raises ConfigError for a task that is not there, before any checkpoint is touched."""
+        if int(os.environ.get("JAX_NUM_PROCESSES", "1")) > 1:
+            raise ConfigError("evaluation runs in one process, JAX_NUM_PROCESSES says there are more: unset it")
+        self.wanted, self.say = wanted, say
+        self.skipped: list[dict[str, str]] = []
+        self.suite: dict[str, Evaluation] = {}  # by the metric's name
+        self.evaluations = self._evaluations()
+        self.results: list[dict[str, Any]] = []
+        self.tables: dict[int, list[suites.Line]] = {}
+        self.num_new = 0
+        self._store = Results(wanted.workdir)
+
+    def _evaluations(self) -> list[Evaluation]:
+        w = self.wanted
+        own = {
+            "validation": lambda: Validation(w.windows),
+            "memorization": lambda: Memorization(w.memorization_steps, w.memorization_rows),
+        }
+        others = [name for name in w.tasks if name not in own]
+        if not others:
+            return [own[name]() for name in dict.fromkeys(w.tasks)]
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ConfigError(f"--tasks: {others[0]} needs lm_eval, which is not installed: pip install 'k2jax[eval]'")
+        from k2jax.evals import tasks  # here, as it takes seconds and needs the extra
+
+        suite = suites.SUITE if "k2" in others else ()
+        named = [name for name in others if name != "k2"]
+        manager = tasks.open_manager([*named, *(m.task for m in suite)], w.task_dir)
+        found: list[Evaluation] = [own[name]() for name in dict.fromkeys(w.tasks) if name in own]
+        for name in dict.fromkeys(named):
+            task = tasks.HarnessTask(
+                manager, name, num_fewshot=w.num_fewshot, limit=w.limit, allow_code=w.allow_code
+            )
+            found += self._unless_unsafe(name, task)
+        for m in suite:
+            pass_at = m.pass_at and tasks.PassAt(**m.pass_at)
+            task = tasks.HarnessTask(
+                manager,
+                m.task,
+                num_fewshot=m.num_fewshot,
+                limit=w.limit,
+                pass_at=pass_at,
+                allow_code=w.allow_code,
+            )
+            kept = self._unless_unsafe(m.name, task)
+            if kept:
+                self.suite[m.name] = task
+            found += kept
+        return found
+
+    def _unless_unsafe(self, name: str, task: Evaluation) -> list[Evaluation]:
+        """Nothing, and an entry of what is skipped, where a task runs code and may not."""
+        if not task.unsafe or self.wanted.allow_code:
+            return [task]
+        reason = "it runs the code that the model writes on this machine: --allow-code-execution allows it"
+        self.say(f"skipped {name}: {reason}")
+        self.skipped.append({"task": name, "reason": reason})
+        return []
+
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Evaluates the steps asked for."""
+        for step in select_steps(self.wanted.workdir, self.wanted.steps):
+            self.evaluate_step(step)
+
+    def watch(self, poll_s: float) -> None:
+        """Evaluates each step as it appears, to the last that the run will have."""
+        workdir, done = self.wanted.workdir, set()
+        if not workdir.is_dir():
+            raise ConfigError(f"--workdir={workdir}: no such folder")
+        while True:
+            expected = expected_steps(workdir, self.wanted.steps) if (workdir / "manifest.json").exists() else None
+            there = saved_steps(workdir) if (workdir / "checkpoints").is_dir() else []
+            new = [
+                step
+                for step in there
+                if step not in done and (self.wanted.steps == "all" or (expected and step in expected))
+            ]
+            for step in new:
+                self.evaluate_step(step)
+                done.add(step)
+            if expected and expected[-1] in done:
+                return
+            if not new:
+                time.sleep(poll_s)
+
+    def evaluate_step(self, step: int) -> None:
+        """What of one step is not stored yet; nothing for a step whose checkpoint has been deleted meanwhile."""
+        try:
+            saved = open_step(self.wanted.workdir, step)
+            check_tokenizer(saved)
+            self._evaluate(saved)
+        except (ConfigError, StorageError):
+            # A run keeps only the newest of the checkpoints between chunks.
+            if step in saved_steps(self.wanted.workdir):
+                raise
+            self.say(f"step {step}: skipped, its checkpoint has been deleted")
+
+    def _evaluate(self, saved: SavedStep) -> None:
+        subject = None
+        stored: dict[Evaluation, dict[str, Any]] = {}
+        for task in self.evaluations:
+            identity = Identity(
+                task.name, task.version, task.settings(saved), self.wanted.seed, saved.digest
+            )
+            result, verb = self._store.find(saved.step, identity), "already evaluated: "
+            if result is None:
+                if subject is None:
+                    w, mesh = self.wanted, launch.mesh_for(saved.config)
+                    subject = Subject(saved, mesh, batch_tokens=w.batch_tokens, seed=w.seed)
+                result, verb = self._measure(task, identity, subject), ""
+                self.num_new += 1
+            self.say(f"step {saved.step} {task.name}: {verb}{result['headline']}")
+            stored[task] = result
+            self.results.append(result)
+        if self.suite:
+            found = {name: stored[task]["metrics"] for name, task in self.suite.items()}
+            self.tables[saved.step] = suites.compare(found)
+            for line in suites.as_text(self.tables[saved.step]):
+                self.say(line)
+
+    def _measure(self, task: Evaluation, identity: Identity, subject: Subject) -> dict[str, Any]:
+        started = time.time()
+        with jax.set_mesh(subject.mesh):
+            outcome = task.evaluate(subject)
+        when = datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
+        about = {**subject.about(), "time": when, "seconds": round(time.time() - started, 1)}
+        return self._store.add(subject.saved.step, identity, outcome, about)
+
+    def as_json(self) -> str:
+        """Everything found, with what was stored before."""
+        return json.dumps(
+            {
+                "workdir": str(self.wanted.workdir),
+                "new": self.num_new,
+                "results": self.results,
+                "skipped": self.skipped,
+                "k2": {step: [line._asdict() for line in lines] for step, lines in self.tables.items()},
+            }
+        )
+
+
+def select_steps(workdir: Path, text: str) -> list[int]:
+    """The saved steps that --steps names. ConfigError, listing those there are, for others, or where there is none."""
+    there = saved_steps(workdir)
+    if text == "newest" or not there:
+        return [open_step(workdir).step]
+    if text == "all":
+        return there
+    expected = expected_steps(workdir, text)
+    if text.startswith("every:"):
+        found = [step for step in expected if step in there]
+        if not found:
+            shown = ", ".join(map(str, expected[:5])) or "none"
+            raise ConfigError(
+                f"--steps={text}: that is {shown}{', ...' if len(expected) > 5 else ''} of this run, and there are "
+                f"checkpoints of steps {', '.join(map(str, there[-5:]))}: name others"
+            )
+        return found
+    return [open_step(workdir, step).step for step in expected]
+
+
+def expected_steps(workdir: Path, text: str) -> list[int]:
+    """The steps that --steps names in a run that has ended; every:N counts the chunks' checkpoints, as K2 did."""
+    kind, _, number = text.partition(":")
+    parts = text.split(",")
+    if kind == "every" and number.isdigit() and int(number) > 0:
+        every = int(number)
+        return checkpoint_steps(_order(workdir))[every - 1 :: every]
+    if text == "all":
+        return [_order(workdir).num_steps]
+    if all(part.strip().isdigit() for part in parts):
+        return sorted({int(part) for part in parts})
+    raise ConfigError(f"--steps={text}: expected newest, all, every:N, or steps with commas between them")
+
+
+def _order(workdir: Path) -> Order:
+    return Order(load_manifest(workdir / "manifest.json"), read_journal(workdir / "journal.jsonl"))
+

@@ -1,0 +1,77 @@
+"""A checkpoint under evaluation: its parts are read when an evaluation first asks for them, and shared by all."""
+
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from k2jax import launch
+from k2jax.data.provenance import Run, open_run
+from k2jax.data.tokenizer import tokenizer_sha256
+from k2jax.errors import ConfigError
+from k2jax.evals.scoring import Scorer
+from k2jax.generation import Generator
+from k2jax.model import Params
+from k2jax.rundir import git_commit
+from k2jax.saved import SavedStep, restore_params
+
+
+class Subject:
+    """One saved step on a mesh."""
+
+    def __init__(self, saved: SavedStep, mesh: Mesh, *, batch_tokens: int, seed: int):
+        """`batch_tokens`: of one call of the model, padding included. `seed`: of sampling and few-shot examples."""
+        self.saved, self.mesh, self.batch_tokens, self.seed = saved, mesh, batch_tokens, seed
+        self.eos_id: int = saved.meta["eos_id"]
+        self.compute_dtype: jnp.dtype = launch.compute_dtype(saved.config)
+
+    @cached_property
+    def params(self) -> Params:
+        """Verified. Raises StorageError when they are damaged."""
+        return restore_params(self.saved, self.mesh)
+
+    @cached_property
+    def run(self) -> Run:
+        """The run's data."""
+        return open_run(self.saved.workdir)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        saved = self.saved
+        return Scorer(
+            saved.config.model, saved.stage.rope_base, self.params, self.mesh, self.compute_dtype, self.batch_tokens
+        )
+
+    @cached_property
+    def generator(self) -> Generator:
+        saved = self.saved
+        return Generator(
+            saved.config.model, saved.stage.rope_base, self.params, self.mesh, self.compute_dtype, eos_id=self.eos_id
+        )
+
+    def about(self) -> dict[str, Any]:
+        """What a result says of how it was made."""
+        device = self.mesh.devices.flat[0]
+        return {
+            "versions": self._versions(),
+            "devices": {"kind": device.device_kind, "count": self.mesh.devices.size, "mesh": dict(self.mesh.shape)},
+            "compute": str(self.compute_dtype),
+        }
+
+    @staticmethod
+    def _versions() -> dict[str, Any]:
+        import k2jax
+
+        return {"k2jax": k2jax.__version__, "commit": git_commit(), "jax": jax.__version__}
+
+
+def check_tokenizer(saved: SavedStep) -> None:
+    """Raises ConfigError when the run's tokenizer.json is not the one that the checkpoint was trained with."""
+    found, expected = tokenizer_sha256(saved.tokenizer), saved.meta["tokenizer_sha256"]
+    if found != expected:
+        raise ConfigError(
+            f"{saved.tokenizer} has SHA-256 {found[:12]}, checkpoint {saved.step} was trained with {expected[:12]}: "
+            f"put the run's own tokenizer.json back"
+        )

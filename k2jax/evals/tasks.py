@@ -1,0 +1,209 @@
+"""Tasks of the lm-evaluation-harness as evaluations of ours: found, loaded, run, their results put in order."""
+
+import contextlib
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from k2jax.errors import ConfigError
+from k2jax.evals.harness import CheckpointLM
+from k2jax.evals.results import Outcome
+from k2jax.evals.subject import Subject
+from k2jax.saved import SavedStep
+
+VERSION = importlib.metadata.version("lm_eval")
+BOOTSTRAPS = 1000  # draws for the standard error of metrics that are no mean
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+class PassAt(NamedTuple):
+    """Sampled solutions of each problem, and how many of them are drawn for the metric."""
+
+    k: int
+    samples: int
+    temperature: float
+    top_p: float
+
+
+class HarnessTask:
+    """A task, group or tag of the harness under one setting."""
+
+    def __init__(
+        self,
+        manager: TaskManager,
+        name: str,
+        *,
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+        pass_at: PassAt | None = None,
+        allow_code: bool = False,
+    ):
+        """`num_fewshot` None leaves the task's own. Nothing is loaded or downloaded yet."""
+        self.name, self._manager = name, manager
+        self._num_fewshot, self._limit, self._pass_at, self._allow_code = num_fewshot, limit, pass_at, allow_code
+        self._configs = task_configs(manager, name)
+        own = manager.task_index[name].cfg or {}
+        self.version = (own.get("metadata") or {}).get("version")
+
+    @property
+    def unsafe(self) -> bool:
+        """Whether it runs the code that the model writes."""
+        return any(config.get("unsafe_code") for config in self._configs.values())
+
+    def settings(self, saved: SavedStep) -> dict[str, Any]:
+        """Its configuration's digest stands for the prompts: a version is not always raised when they change."""
+        return {
+            "num_fewshot": self._num_fewshot,
+            "limit": self._limit,
+            "pass_at": self._pass_at and self._pass_at._asdict(),
+            "configs_sha256": configs_digest(self._manager, self._configs),
+        }
+
+    def evaluate(self, subject: Subject) -> Outcome:
+        # For bootstrapped errors the harness forks a pool, and a fork of a process with JAX's threads may hang.
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        if self._allow_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+        if not sys.stderr.isatty():
+            import datasets
+
+            datasets.disable_progress_bars()
+        random.seed(0)  # as the harness's command line
+        np.random.seed(subject.seed)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for our results
+            loaded = self._load(subject.seed)
+            found = evaluate(
+                CheckpointLM(subject),
+                loaded,
+                limit=self._limit,
+                bootstrap_iters=BOOTSTRAPS,
+                confirm_run_unsafe_code=self._allow_code,
+            )
+        samples = [{"task": task, **sample} for task, rows in found["samples"].items() for sample in rows]
+        kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
+        details = {"harness": {"version": VERSION, **{key: found[key] for key in kept if key in found}}}
+        metrics = found["results"].get(self.name) or found["results"]
+        return Outcome(headline(metrics), metrics, samples, details)
+
+    def _load(self, seed: int) -> dict[str, Any]:
+        """Its tasks with their data. Raises ConfigError where the data cannot be had."""
+        try:
+            spec = pass_at_spec(self.name, self._configs[self.name], self._pass_at) if self._pass_at else self.name
+            loaded = self._manager.load([spec])
+        except Exception as error:  # datasets and the harness raise of every kind: no network, no file, a bad YAML
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ConfigError(f"task {self.name}: cannot be loaded: {type(error).__name__}: {reason[:300]}") from error
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            # As the harness does: a task that says 0 is never given examples.
+            if self._num_fewshot is not None and own != 0:
+                task.set_config("num_fewshot", self._num_fewshot)
+            elif own is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(seed=seed)
+        return loaded
+
+
+def open_manager(names: list[str], task_dir: str | Path | None) -> TaskManager:
+    """The tasks that there are: those of `task_dir` and the harness's own.
+
+    Raises ConfigError for a name that is none of them, with the closest.
+    """
+    if task_dir is not None and not Path(task_dir).is_dir():
+        raise ConfigError(f"--task-dir={task_dir}: no such folder")
+    include = task_dir and str(Path(task_dir).resolve())
+    # The harness's own are listed only where they are needed: that takes five seconds.
+    manager = TaskManager(include_path=include, include_defaults=False) if include else None
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include) if include else _own_tasks()
+    check_names(names, manager, task_dir)
+    return manager
+
+
+_own_tasks = cache(TaskManager)
+
+
+def check_names(names: Iterable[str], manager: TaskManager, task_dir: str | Path | None) -> None:
+    """Raises ConfigError for a name that the manager does not have, with the closest of those it has."""
+    known = set(manager.all_tasks)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, "validation", "memorization", "k2"], n=3, cutoff=0.6)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(
+                f"--tasks: no task {name!r} in lm_eval {VERSION}{f' or {task_dir}' if task_dir else ''}{hint}"
+            )
+
+
+def task_configs(manager: TaskManager, name: str) -> dict[str, dict[str, Any]]:
+    """{name: configuration} of a task, or of every task of a group or tag, as written; nothing of it is run."""
+    entry = manager.task_index[name]
+    members = sorted(entry.tags) if entry.cfg is None else entry.cfg.get("task", [])
+    if isinstance(members, str) or not members:
+        return {name: entry.cfg or {}}
+    found = {}
+    for member in members:
+        child = member if isinstance(member, str) else member.get("task", member.get("group"))
+        inside = task_configs(manager, child) if child in manager.task_index else {str(child): {}}
+        own = {} if isinstance(member, str) else {key: member[key] for key in member if key not in ("task", "group")}
+        found.update({task: {**config, **own} for task, config in inside.items()})
+    return found
+
+
+def configs_digest(manager: TaskManager, configs: dict[str, dict[str, Any]]) -> str:
+    """SHA-256 (hex) of configurations, whatever folder they lie in."""
+    text = json.dumps(configs, sort_keys=True, default=str)
+    folders = {str(e.yaml_path.parent) for n in configs if (e := manager.task_index.get(n)) and e.yaml_path}
+    for folder in sorted(folders, key=len, reverse=True):  # of functions, which are named by their files' paths
+        text = text.replace(folder, "")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """A task's numbers in a line, or how many tasks a tag has."""
+    numbers = {key: value for key, value in metrics.items() if "," in key and isinstance(value, float)}
+    if not numbers:
+        return f"{len(metrics)} tasks"
+    shown = [
+        f"{key.removesuffix(',none')} {value:.4f}" for key, value in numbers.items() if "_stderr" not in key
+    ]
+    return " ".join(shown)
+
+
+def pass_at_spec(name: str, config: dict[str, Any], p: PassAt) -> dict[str, Any]:
+    """The harness's task of code, with pass@k over sampled solutions in the place of its own metric."""
+
+    def pass_at(references: list[str], predictions: list[list[str]]) -> dict[str, float]:
+        return _code_eval().compute(references=references, predictions=predictions, k=[p.k])[0]
+
+    sampling = {"do_sample": True, "temperature": p.temperature, "top_p": p.top_p}
+    changed = {
+        "repeats": p.samples,
+        "metric_list": [{"metric": pass_at, "aggregation": "mean", "higher_is_better": True}],
+        "generation_kwargs": {**config["generation_kwargs"], **sampling},
+    }
+    if "filter_list" not in config:  # the harness would keep the first solution alone
+        changed["filter_list"] = [{"name": "all", "filter": [{"function": "take_first_k", "k": p.samples}]}]
+    return {"group": f"{name}_pass_at_{p.k}", "task": [{"task": name, **changed}]}
+
+
+@cache
+def _code_eval() -> Any:
+    """Hugging Face's metric that runs solutions against their tests; it asks for HF_ALLOW_CODE_EVAL itself."""
+    from evaluate import load
+
+    return load("code_eval")

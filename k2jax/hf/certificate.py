@@ -1,0 +1,152 @@
+"""The certificate of an export: logits of k2jax beside those of the written files, on fixed tokens.
+
+k2jax's come from its own model code and the checkpoint, the files' from reference.py: two paths that share no layout,
+no names and no mathematics. Weights are rounded to the export's type in both, and all computing is float32, so that
+nothing but rounding may lie between them. Letters as in model.py.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from k2jax.attention import attend_causally
+from k2jax.errors import NumericsError
+from k2jax.hf.reference import llama_logits
+from k2jax.model import Block, dense, parameter_table, rms_norm, rope_table
+
+FORMAT = 1  # of parity.json
+ROWS, POSITIONS = 2, 32
+# Measured over 200 random models (tests/test_convert_to_hf.py draws some): the difference was 0.2 to 4 times the noise.
+TIMES_NOISE = 32
+MOST, LEAST = 1e-3, 1e-6  # of the largest logit: bounds of the tolerance, whatever the noise
+
+Weight = tuple[str, np.ndarray]  # name in parameter_table; an array, a layer of it, or some of V's rows or columns
+
+
+class Comparison(NamedTuple):
+    """How far the two sets of logits are apart, and how far they may be."""
+
+    largest_difference: float
+    tolerance: float
+    noise: float  # see reference.Logits
+    largest_logit: float
+
+
+def probe_tokens(m: ConfigDict, context: int) -> np.ndarray:
+    """(B, T) int32 over the whole vocabulary: fixed for ever, whatever a library's random numbers do."""
+    length = min(POSITIONS, context)
+    hashes = [
+        [hashlib.sha256(f"k2jax parity {row} {t}".encode()).digest() for t in range(length)] for row in range(ROWS)
+    ]
+    return np.array([[int.from_bytes(h[:8], "big") % m.vocab_size for h in row] for row in hashes], np.int32)
+
+
+class _Pulled:
+    """Stands for a weight of a Block: taken from the stream when the Block uses it, and dropped after."""
+
+    def __init__(self, name: str, weights: Iterator[Weight]):
+        self._name, self._weights = name, weights
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return _take(self._name, self._weights)
+
+
+def _take(name: str, weights: Iterator[Weight]) -> jax.Array:
+    found, value = next(weights)
+    assert found == name, f"the model uses {name}, the stream has {found}: layout.tensors is not in the model's order"
+    return jnp.asarray(value)
+
+
+def checkpoint_logits(
+    m: ConfigDict, rope_base: float, tokens_BT: np.ndarray, weights: Iterator[Weight]
+) -> np.ndarray:
+    """k2jax's logits, float32 (B, T, V), of weights that come one at a time in the order of the forward pass."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.default_matmul_precision("float32"):
+        x_BTD = jnp.asarray(_lookup(m, tokens_BT, weights))
+        rope = rope_table(m, rope_base, tokens_BT.shape[1])
+        names = [name for name in parameter_table(m) if name.startswith("layers.")]
+        for _ in range(m.num_layers):
+            block = Block(m, {})
+            for name in names:
+                setattr(block, name.removeprefix("layers."), _Pulled(name, weights))
+            x_BTD = block(x_BTD, rope, attend_causally)
+        x_BTD = rms_norm(x_BTD, _take("final_norm_D", weights), m.norm_eps)
+        logits: list[np.ndarray] = []
+        while sum(part.shape[-1] for part in logits) < m.vocab_size:
+            head_DV = _take("embed_VD", weights).T if m.tie_embeddings else _take("head_DV", weights)
+            logits.append(np.asarray(dense(x_BTD, head_DV)))
+    assert next(weights, None) is None, "the stream has more than the model uses"
+    return np.concatenate(logits, axis=-1)
+
+
+def _lookup(m: ConfigDict, tokens_BT: np.ndarray, weights: Iterator[Weight]) -> np.ndarray:
+    x_BTD, first = np.empty((*tokens_BT.shape, m.dim), np.float32), 0
+    while first < m.vocab_size:
+        embed_VD = np.asarray(_take("embed_VD", weights))
+        inside = (tokens_BT >= first) & (tokens_BT < first + len(embed_VD))
+        x_BTD[inside] = embed_VD[tokens_BT[inside] - first].astype(np.float32)
+        first += len(embed_VD)
+    return x_BTD
+
+
+def compare_logits(folder: Path, tokens_BT: np.ndarray, logits_BTV: np.ndarray) -> Comparison:
+    """k2jax's logits against those of the files in `folder`; NumericsError when they differ by more than rounding."""
+    try:
+        found = llama_logits(folder, tokens_BT)
+    except (ValueError, KeyError, IndexError) as error:
+        raise NumericsError(f"the exported files are not of a LLaMA that can be computed: {error}") from error
+    if found.logits.shape != logits_BTV.shape:
+        shapes = f"{found.logits.shape}, k2jax's {logits_BTV.shape}"
+        raise NumericsError(f"the exported files do not compute what k2jax does: their logits are {shapes}")
+    difference_BTV = np.abs(found.logits - logits_BTV)
+    largest = float(np.abs(logits_BTV).max())
+    tolerance = min(max(TIMES_NOISE * found.noise, LEAST * largest), MOST * largest)
+    result = Comparison(float(difference_BTV.max()), tolerance, found.noise, largest)
+    if not result.largest_difference <= tolerance:  # not, too, when either is NaN
+        worst = np.nan_to_num(difference_BTV, nan=np.inf).argmax()
+        row, position, token = np.unravel_index(worst, difference_BTV.shape)
+        raise NumericsError(
+            f"the exported files do not compute what k2jax does: at row {row}, position {position}, token {token} "
+            f"their logit is {found.logits[row, position, token]:.7g}, k2jax's {logits_BTV[row, position, token]:.7g}, "
+            f"a difference of {difference_BTV[row, position, token]:.3g} where rounding explains {tolerance:.2g}: "
+            f"the conversion is wrong, do not use them"
+        )
+    return result
+
+
+def describe(tokens_BT: np.ndarray, logits_BTV: np.ndarray, comparison: Comparison) -> dict[str, Any]:
+    """The part `logits` of parity.json. With the best token of each position, its logit and the log of the sum of
+    exponentials, a third party can check its own implementation without ours and without the checkpoint."""
+    best_BT = logits_BTV.argmax(axis=-1)
+    top_BT = np.take_along_axis(logits_BTV, best_BT[..., None], axis=-1)[..., 0].astype(np.float64)
+    sums_BT = np.log(np.exp(logits_BTV - top_BT[..., None]).sum(axis=-1, dtype=np.float64)) + top_BT
+    return {
+        **comparison._asdict(),
+        "paths": {
+            "k2jax": "its own model code over the checkpoint's arrays",
+            "files": "LLaMA in plain numpy over the written files",
+            "both": "weights rounded to the export's type, computed in float32, no document mask",
+        },
+        "tokens": tokens_BT.tolist(),
+        "best_token": best_BT.tolist(),
+        "best_logit": top_BT.tolist(),
+        "log_sum_exp": sums_BT.tolist(),
+    }
+
+
+def compare_recorded(recorded: dict[str, Any], logits_BTV: np.ndarray) -> None:
+    """The best tokens' logits in a certificate are those of `logits_BTV`; NumericsError when they are not."""
+    best_BT = np.array(recorded["best_token"])
+    found_BT = np.take_along_axis(logits_BTV, best_BT[..., None], axis=-1)[..., 0]
+    difference = float(np.abs(found_BT - np.array(recorded["best_logit"])).max())
+    if not difference <= recorded["tolerance"]:
+        raise NumericsError(
+            f"the logits that the certificate records differ from k2jax's by {difference:.3g}, where rounding explains "
+            f"{recorded['tolerance']:.2g}"
+        )

@@ -1,0 +1,241 @@
+"""A checkpoint to a folder in Hugging Face's format, with its certificate (parity.json).
+
+The folder is written beside its place and renamed when everything is on the disk and the certificate's logits agree.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from k2jax import __version__
+from k2jax.data.manifest import sha256_json
+from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
+from k2jax.errors import ConfigError, NumericsError, StorageError
+from k2jax.hf import card, certificate
+from k2jax.hf.layout import config_from_hf, config_to_hf, tensors
+from k2jax.hf.safetensors_io import CODES, DTYPES, INDEX, Entry, ShardWriter, index_json, plan_shards
+from k2jax.hf.stream import Converted, stream
+from k2jax.saved import SavedStep
+
+CERTIFICATE = "parity.json"
+# Of the checkpoint's meta, what the certificate repeats; a run that was imported has not all of it.
+RECORDED = (
+    "parent", "tokens_seen", "config_digest", "manifest_digest", "tokenizer_sha256", "commit", "versions", "imported",
+)  # fmt: skip
+NOT_INFERENCE = ("remat", "unroll", "mask_documents")  # keys of the model section that config.json does not hold
+
+
+def export(
+    saved: SavedStep, out: Path, dtype: str, shard_bytes: int, progress: Callable[[int], None]
+) -> dict[str, Any]:
+    """Writes the folder `out`; returns its certificate. `progress` is told of each piece's bytes.
+
+    Raises ConfigError when `out` is not empty or the tokenizer is not the run's, StorageError when the checkpoint is
+    damaged or the folder cannot be written, NumericsError when a weight is not finite or the logits do not agree. In
+    every case nothing is left of the folder.
+    """
+    m, rope_base = saved.config.model, saved.stage.rope_base
+    texts = small_files(saved, dtype)
+    shards = plan_shards([Entry(t.name, dtype, t.shape) for t in tensors(m)], shard_bytes)
+    if len(shards) > 1:
+        texts[INDEX] = as_json(index_json(shards))
+    tokens_BT = certificate.probe_tokens(m, saved.stage.sequence_length)
+    sums: dict[str, TensorSums] = {}
+    with new_folder(out) as folder:
+        write_files(folder, texts)
+        with ShardWriter(folder, shards) as writer:
+            weights = tally(stream(saved, DTYPES[dtype]), sums, writer.write, progress)
+            logits_BTV = certificate.checkpoint_logits(m, rope_base, tokens_BT, weights)
+        refuse_nonfinite(saved, dtype, sums)
+        comparison = certificate.compare_logits(folder, tokens_BT, logits_BTV)
+        parity = {
+            "format": certificate.FORMAT,
+            "k2jax": __version__,
+            "checkpoint": lineage(saved),
+            "dtype": dtype,
+            "files": {name: hashlib.sha256(data).hexdigest() for name, data in texts.items()},
+            "tensors": {
+                entry.name: {"file": file, **entry_json(entry), **sums[entry.name].json()}
+                for file, shard in shards.items()
+                for entry in shard
+            },
+            "logits": certificate.describe(tokens_BT, logits_BTV, comparison),
+        }
+        parity["certificate_sha256"] = sha256_json(parity)
+        readme = card.model_card(saved, dtype, parity).encode()
+        write_files(folder, {CERTIFICATE: as_json(parity), "README.md": readme})
+    return parity
+
+
+class TensorSums:
+    """What the certificate says of a tensor's values, added up over its pieces."""
+
+    def __init__(self) -> None:
+        self.sha256, self.square, self.num_nonfinite = hashlib.sha256(), 0.0, 0
+
+    def add(self, item: Converted) -> None:
+        self.sha256.update(item.theirs.reshape(-1).view(np.uint8))
+        self.square += item.square
+        self.num_nonfinite += item.num_nonfinite
+
+    def json(self) -> dict[str, Any]:
+        return {"sha256": self.sha256.hexdigest(), "norm": self.square**0.5, "nonfinite": self.num_nonfinite}
+
+
+def tally(
+    items: Iterator[Converted],
+    sums: dict[str, TensorSums],
+    write: Callable[[np.ndarray], None],
+    progress: Callable[[int], None],
+) -> Iterator[certificate.Weight]:
+    """Adds each piece to `sums`, hands it to `write`, and passes on what the forward pass takes of it."""
+    for item in items:
+        if not item.piece.is_head_of_tied:
+            sums.setdefault(item.piece.tensor.name, TensorSums()).add(item)
+            write(item.theirs)
+            progress(item.theirs.nbytes)
+        yield item.piece.tensor.array, item.ours
+
+
+def entry_json(entry: Entry) -> dict[str, Any]:
+    """Type and shape of a tensor, as a safetensors header has them."""
+    return {"dtype": CODES[entry.dtype], "shape": list(entry.shape)}
+
+
+def refuse_nonfinite(saved: SavedStep, dtype: str, sums: dict[str, TensorSums]) -> None:
+    bad = {name: s.num_nonfinite for name, s in sums.items() if s.num_nonfinite}
+    if bad:
+        name, count = next(iter(bad.items()))
+        raise NumericsError(
+            f"checkpoint {saved.step}: {len(bad)} tensor(s) have values that are not finite as {dtype}, the first "
+            f"{name} with {count:,}: export another step" + (", or as bfloat16" if dtype == "float16" else "")
+        )
+
+
+def lineage(saved: SavedStep) -> dict[str, Any]:
+    """Which checkpoint it is, and what it records of where it came from."""
+    recorded = {key: saved.meta[key] for key in RECORDED if key in saved.meta}
+    return {"name": saved.config.name, "step": saved.step, "digest": saved.digest, **recorded}
+
+
+# ---- the small files -------------------------------------------------------------------------------------------------
+
+
+def small_files(saved: SavedStep, dtype: str) -> dict[str, bytes]:
+    """{file name: bytes} of what the run determines besides the weights."""
+    eos_id, context = saved.meta["eos_id"], saved.stage.sequence_length
+    tokenizer = check_tokenizer(saved)
+    tokens = card.special_tokens(tokenizer, eos_id)
+    values = config_to_hf(saved.config.model, saved.stage, dtype=dtype, bos_id=None, eos_id=eos_id)
+    check_config(values, saved.config.model, saved.stage)
+    return {
+        "config.json": as_json(values),
+        "generation_config.json": as_json(card.generation_config(tokenizer, tokens, eos_id)),
+        "tokenizer.json": saved.tokenizer.read_bytes(),
+        "tokenizer_config.json": as_json(card.tokenizer_config(tokens, context)),
+        "special_tokens_map.json": as_json(tokens),
+    }
+
+
+def check_tokenizer(saved: SavedStep) -> Tokenizer:
+    """The run's tokenizer; ConfigError when it is not the one that the checkpoint was trained with."""
+    found, expected = tokenizer_sha256(saved.tokenizer), saved.meta["tokenizer_sha256"]
+    if found != expected:
+        raise ConfigError(
+            f"{saved.tokenizer} has SHA-256 {found[:16]}..., checkpoint {saved.step} was trained with "
+            f"{expected[:16]}...: put the run's own tokenizer.json back"
+        )
+    return load_tokenizer(saved.tokenizer)
+
+
+def check_config(values: dict[str, Any], m: ConfigDict, stage: ConfigDict) -> None:
+    """Reads config.json's values back: ConfigError when they do not give the model that the run has."""
+    read = config_from_hf(json.loads(json.dumps(values)))
+    found = {**read.model, "rope_base": read.rope_base, "sequence_length": read.context}
+    expected = {**m, "rope_base": stage.rope_base, "sequence_length": stage.sequence_length}
+    for key in expected.keys() - set(NOT_INFERENCE):
+        off = key == "rope_scaling" and found[key].factor == expected[key].factor == 1.0
+        if found[key] != expected[key] and not off:
+            raise ConfigError(f"config.json says {key} = {found[key]}, the run has {expected[key]}")
+
+
+def as_json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` at the end, or is removed when anything fails."""
+    check_free(out)
+    folder = out.parent / f"{out.name}.partial-{socket.gethostname()}-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        folder.mkdir()
+        yield folder
+        sync_folder(folder)
+        check_free(out)  # another conversion may have been faster
+        folder.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise StorageError(
+            f"--out={out}: cannot be written: {error.strerror}; nothing is left of it: make room or access, then "
+            f"run the same command"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_free(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out={out} is there and not empty: name a new folder, or remove it")
+
+
+def _remove_stale(out: Path) -> None:
+    """What killed conversions on this host have left."""
+    prefix = f"{out.name}.partial-{socket.gethostname()}-"
+    for path in out.parent.iterdir():
+        pid = path.name.removeprefix(prefix)
+        if path.name.startswith(prefix) and pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(path)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_files(folder: Path, texts: dict[str, bytes]) -> None:
+    """Writes small files through to the disk."""
+    for name, data in texts.items():
+        with (folder / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Its entries, too, are on the disk then."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""The run directory that an import leaves: checkpoint 0, what explains it, and an experiment to train on with."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from k2jax import config as configuration
+from k2jax import drift
+from k2jax.checkpoint import Checkpoints
+from k2jax.data.tokenizer import tokenizer_sha256
+from k2jax.errors import ConfigError
+from k2jax.hf.layout import HfModel
+from k2jax.hf.untrusted import StoredTensor
+from k2jax.optimizer import TrainState
+from k2jax.rundir import environment, write_json
+
+MAX_SEQUENCE_LENGTH = 8192  # that experiment.py proposes, however long the model's context
+DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class Source(NamedTuple):
+    """A folder that was found to be what its config.json says; no weight is read yet."""
+
+    folder: Path
+    config: dict[str, Any]  # config.json as found
+    hf: HfModel
+    weights: dict[str, StoredTensor]
+    eos_id: int
+    tokenizer: Path
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights: "bfloat16", or "bfloat16, float32" where they are mixed."""
+        return ", ".join(sorted({DTYPE_NAMES[stored.dtype] for stored in self.weights.values()}))
+
+
+def write_run(
+    run: Path, source: Source, params: dict[str, jax.Array], files: dict[str, str], name: str
+) -> dict[str, Any]:
+    """All of the run directory, in the folder `run`; returns the checkpoint's meta."""
+    shutil.copyfile(source.tokenizer, run / "tokenizer.json")
+    identity = tokenizer_sha256(run / "tokenizer.json")
+    if identity != files["tokenizer.json"]:
+        raise ConfigError(f"{source.tokenizer} has changed while it was read: import again once it stands still")
+    config = saved_config(source.hf, name)
+    here = environment({})
+    imported = {"source": source.folder.resolve().name, "files": files, "config": source.config, "dtype": source.dtype}
+    meta = {
+        "config": configuration.to_dict(config),
+        "config_digest": drift.config_digest(config),
+        "tokenizer_sha256": identity,
+        "eos_id": source.eos_id,
+        "stage": 0,
+        "versions": here["versions"],
+        "commit": here["commit"],
+        "imported": imported,
+    }
+    write_json(run / "config.json", {"digest": meta["config_digest"], "config": meta["config"]})
+    write_json(run / "environment.json", {"launches": [here]})
+    (run / "experiment.py").write_text(experiment(source, name))
+    zero = jax.device_put(np.int32(0), params["embed_VD"].sharding)
+    with Checkpoints(run, [0], log=lambda _: None) as checkpoints:
+        state = TrainState(zero, zero, zero, params, {}, {})
+        checkpoints.save(state, 0, data={"next_step": 1, "order": None}, meta=meta)
+        saved = checkpoints.wait()
+        checkpoints.close()
+    return saved
+
+
+def saved_config(hf: HfModel, name: str) -> ConfigDict:
+    """The configuration of checkpoint 0: one stage of no data, that gives rope base and context to readers."""
+    config = configuration.base().unlock()
+    config.name, config.model = name, hf.model
+    config.stages = (configuration.stage(name="imported", rope_base=hf.rope_base, sequence_length=hf.context),)
+    return config.lock()
+
+
+EXPERIMENT = '''"""{name}: trains on from weights that were imported from Hugging Face's format.
+
+Fill in what is marked below: the data, how long, how fast. The stores must be made with the tokenizer.json beside this
+file, and end each document with token {eos_id}.
+Command: python -m k2jax.train --config=THIS FILE --workdir=THIS FOLDER
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from k2jax import config
+
+
+def get_config() -> ConfigDict:
+    c = config.base()
+    c.name = "{name}"
+    # The model that was imported: these keys stay.
+{model}
+    c.data.root = "data"  # fill in: the folder with a store for each subset of the mix
+    c.data.tokenizer = str(Path(__file__).resolve().parent / "tokenizer.json")
+    c.stages = (
+        config.stage(
+            name="stage1",
+            sequence_length={sequence_length},  # the model's context is {context}
+            rope_base={rope_base!r},
+            rows_per_step=64,  # fill in, as the four below: our choice, known to be good for nothing
+            steps_per_chunk=100,
+            chunks=10,
+            lr_peak=1e-5,
+            lr_final=1e-6,
+            warmup_steps=50,
+            mix={{}},  # fill in: {{subset: repeats}}, such as {{"web": 1, "code": 2}}
+        ),
+    )
+    return c
+'''
+
+
+def experiment(source: Source, name: str) -> str:
+    """The text of experiment.py. It is code: of the folder's own, only numbers and flags enter."""
+    hf = source.hf
+    keys = configuration.flatten(configuration.to_dict(hf.model))
+    return EXPERIMENT.format(
+        name=name,
+        eos_id=source.eos_id,
+        model="\n".join(f"    c.model.{key} = {value!r}" for key, value in keys.items()),
+        sequence_length=min(hf.context, MAX_SEQUENCE_LENGTH),
+        context=hf.context,
+        rope_base=hf.rope_base,
+    )

@@ -1,0 +1,117 @@
+"""Loss on held-out windows by subset, beside what the unigram distribution would score on them.
+
+Held-out are a store's tokens from `num_train_tokens` on: the order has no window there, so no step reads one.
+"""
+
+import json
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from k2jax import sharding
+from k2jax.config import from_dict, to_dict
+from k2jax.data.loader import row_length, validation_starts
+from k2jax.data.store import Store
+from k2jax.model import Params
+from k2jax.step import row_losses
+
+UNIGRAM_TOKENS = 4_000_000  # training tokens of a subset that its unigram distribution is counted on, at most
+
+
+class Validation(NamedTuple):
+    """Nats per token over the held-out windows of one subset."""
+
+    loss: float
+    unigram_loss: float  # cross-entropy under the training tokens' unigram distribution, add-one smoothed
+    tokens: int
+
+
+class HeldOutBatch(NamedTuple):
+    """Some held-out windows of a subset and their losses."""
+
+    subset: str
+    starts: np.ndarray  # (rows,): first token of each in the store
+    rows: np.ndarray  # int32 (rows, T + 1), or (rows, T) with label_shift "inside"
+    losses: np.ndarray  # (rows,): nats, summed over a window's targets
+    targets: np.ndarray  # (rows,): how many
+
+
+def validate(
+    config: ConfigDict,
+    stage: ConfigDict,
+    params: Params,
+    mesh: Mesh,
+    stores: dict[str, Store],
+    compute_dtype: jnp.dtype,
+    eos_id: int,
+    *,
+    max_windows: int | None,
+    on_batch: Callable[[HeldOutBatch], None] | None = None,
+) -> dict[str, Validation]:
+    """Validation of every subset of the stage's mix, at its sequence length; without those that hold out no window.
+
+    Args:
+        max_windows: of each subset, evenly spaced; None for all.
+        on_batch: is given every batch as it is done.
+    """
+    texts = [json.dumps(to_dict(x), sort_keys=True) for x in (config, stage)]
+    losses_of = _program(*texts, jnp.dtype(compute_dtype), eos_id, mesh)
+    found = {}
+    for name in stage.mix:
+        store, shift = stores[name], config.data.label_shift
+        starts = validation_starts(store, stage.sequence_length, shift, max_windows)
+        if not len(starts):
+            continue
+        unigram = unigram_losses(store, config.model.vocab_size)
+        loss = unigram_loss = targets = predicted = 0
+        for first in range(0, len(starts), _rows_per_batch(stage, mesh)):
+            some = starts[first : first + _rows_per_batch(stage, mesh)]
+            rows = store.read(some, row_length(stage.sequence_length, shift)).view(np.int32)
+            batch = HeldOutBatch(name, some, rows, *_run(losses_of, params, rows, stage, mesh))
+            loss, targets = loss + batch.losses.sum(), targets + batch.targets.sum()
+            unigram_loss, predicted = unigram_loss + unigram[rows[:, 1:]].sum(), predicted + rows[:, 1:].size
+            if on_batch:
+                on_batch(batch)
+        found[name] = Validation(float(loss / targets), float(unigram_loss / predicted), int(targets))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _program(config: str, stage: str, compute_dtype: jnp.dtype, eos_id: int, mesh: Mesh) -> Callable:
+    """`row_losses` compiled: once for all checkpoints of a stage. `config` and `stage` are JSON."""
+    sections = {"config": from_dict(json.loads(config)), "stage": ConfigDict(json.loads(stage))}
+    run = partial(row_losses, **sections, eos_id=eos_id, compute_dtype=compute_dtype)
+    return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _run(
+    losses_of: Callable, params: Params, rows: np.ndarray, stage: ConfigDict, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses and targets of each row, float64; a short batch is filled up so that one shape is compiled."""
+    count, full = len(rows), _rows_per_batch(stage, mesh)
+    rows = np.concatenate([rows, np.repeat(rows[:1], full - count, axis=0)])
+    placed = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXES))
+    tokens = jax.make_array_from_callback(rows.shape, placed, lambda index: rows[index])
+    losses, targets = losses_of(params, tokens)
+    return np.asarray(losses, np.float64)[:count], np.asarray(targets, np.float64)[:count]
+
+
+def _rows_per_batch(stage: ConfigDict, mesh: Mesh) -> int:
+    """Those of a microbatch, which the run has memory for; on another mesh a multiple of what it needs."""
+    data_parallel = mesh.shape["replica"] * mesh.shape["fsdp"]
+    rows = stage.rows_per_step // stage.microbatches
+    return max(rows // data_parallel, 1) * data_parallel
+
+
+def unigram_losses(store: Store, vocab_size: int) -> np.ndarray:
+    """-log probability of each token (V,) under add-one smoothed counts of the store's training tokens."""
+    piece = min(65_536, store.num_train_tokens)
+    starts = np.arange(0, min(store.num_train_tokens, UNIGRAM_TOKENS) - piece + 1, piece)
+    counts = np.bincount(store.read(starts, piece).ravel(), minlength=vocab_size) + 1.0
+    return -np.log(counts / counts.sum())
