@@ -19,12 +19,15 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax import config as configuration  # noqa: E402
 from k2jax.data.store import StoreWriter  # noqa: E402
 from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256, train_bpe  # noqa: E402
 
+settings.register_profile("k2jax", deadline=None)  # the machine may be busy
+settings.load_profile("k2jax")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes and chex read absl's flags
 
 VOCAB_SIZE = 512
