@@ -32,7 +32,7 @@ EXTRAS = {
     "hf": [TRANSFORMERS],
     "wandb": ["wandb>=0.19,<1"],
     "data": ["datatrove[io]>=0.10.1,<0.11"],
-    "eval": ["lm_eval>=0.4.9,<0.5"],
+    "eval": ["lm_eval>=0.4.13,<0.5"],
     "seqio": ["seqio>=0.0.20,<0.1"],
     "test": [
         "pytest>=8,<10",

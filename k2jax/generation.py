@@ -1,58 +1,53 @@
 """Generation: prompts of different lengths go on together from a cache of keys and values, sampled on the device.
 
-Each row's prompt but its last token is put in the cache (prefill, in pieces of at most PREFILL tokens); then one
-compiled loop feeds every row's last token, samples the next, and goes on until all rows have ended or the call's limit
-is reached. The limit is an argument of the program, so that streaming calls the same program for a few tokens at a time.
+Every token of the prompts but the last is put in the cache (prefill, at most PREFILL of a row at a time). Then one
+compiled loop feeds each row's last token and draws the next, until all rows have ended or the call's limit is reached;
+the limit is an argument of the program, so that streaming calls the same program for a few tokens at a time.
 
-Shorter prompts are padded on the right, and all rows write their new tokens to the same slot of the cache, behind the
-longest prompt: attention does not mind the gap, which `visible_BS` hides, and positions are each row's own.
+Shorter prompts are padded on the right, and all rows write a new token to the same slot of the cache, behind the
+longest prompt. Attention does not mind the gap, which `visible_BS` hides; positions are each row's own.
 
 Axes as in model.py; S counts the slots of the cache.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from k2jax import sharding
+from k2jax import launch, sharding
 from k2jax.attention import attend_where
-from k2jax.errors import ConfigError
-from k2jax.launch import compute_dtype
-from k2jax.model import Block, Params, dense, document_ids, parameter_table, rms_norm, rope_table
+from k2jax.model import Block, Params, parameter_table, rms_norm, rope_table
+from k2jax.sampling import GREEDY, Sampling, check_sampling, draw
 from k2jax.saved import SavedStep, restore_params
 from k2jax.sharding import shard
 
-PREFILL = 512  # tokens of each row that one call of the prefill takes, at most: bounds its attention's memory
+PREFILL = 512  # tokens of a row in one call: bounds the memory of attention and of activations
 PIECE = 8  # tokens between two calls of `on_tokens`
+SMALLEST = 16  # bucket
 
-
-class Sampling(NamedTuple):
-    """How a token is drawn: the temperature first, then top-k, then top-p of what that leaves."""
-
-    temperature: float = 0.0  # 0: greedy, the other two do not matter
-    top_k: int = 0  # the k likeliest and what ties with the last of them; 0: all
-    top_p: float = 1.0  # the fewest tokens that have this probability together, and ties; 1: all
+Weights = dict[str, Any]  # as in parameter_table, with "layers" a list of each layer's, and head_VD for head_DV
 
 
 class State(NamedTuple):
-    """The rows of a call between two tokens; on the device, donated from call to call."""
+    """The rows of a call between two tokens, on the device."""
 
-    cache: list[tuple[jax.Array, jax.Array]]  # of each layer: keys and values (B, K, S, H)
-    visible_BS: jax.Array  # the slots that the next token sees, besides its own
+    cache: list[tuple[jax.Array, jax.Array]]  # of each layer: keys and values (B, K, S, H); (K, S, H) where B is 1
+    visible_BS: jax.Array  # bool: the slots that the next token sees
     token_B: jax.Array  # each row's last token, not in the cache yet
-    position_B: jax.Array  # of that token in its row
-    slot: jax.Array  # where in the cache that token goes, in every row
-    ended_B: jax.Array
+    position_B: jax.Array  # that token's, in its row
+    slot: jax.Array  # in the cache, where that token goes: the same in all rows
+    ended_B: jax.Array  # bool
 
 
 class Generator:
-    """A model ready to generate: layers unstacked, matrices in the type that products are computed in."""
+    """A model made ready: its layers unstacked, its matrices in the type that products are computed in."""
 
     def __init__(
         self,
@@ -65,9 +60,241 @@ class Generator:
         eos_id: int,
         keep_params: bool = True,
     ):
-        """`params` as parameter_table names them. `keep_params=False` empties the dictionary on the way, so that
-        memory peaks at the parameters and one array more."""
-        self.m, self.mesh, self.dtype, self.eos_id = m, mesh, jnp.dtype(compute_dtype), eos_id
-        self.weights = _unstack(m, dict(params) if keep_params else params, self.dtype)
-        self._prefill = jax.jit(partial(_prefill, m, rope_base), donate_argnums=1)
-        self._decode = jax.jit(partial(_decode, m, rope_base, eos_id), donate_argnums=1)
+        """`params` as parameter_table names them, on `mesh`.
+
+        With `keep_params=False` the dictionary is emptied on the way: memory peaks at the parameters and one array.
+        """
+        self.m, self.rope_base, self.mesh, self.eos_id = FrozenConfigDict(m), rope_base, mesh, eos_id
+        self.weights = _unstack(m, dict(params) if keep_params else params, mesh, jnp.dtype(compute_dtype))
+
+    @classmethod
+    def of_step(cls, saved: SavedStep, mesh: Mesh) -> "Generator":
+        """The model of a checkpoint, its arrays verified. ConfigError when the mesh does not divide them."""
+        for name, p in parameter_table(saved.config.model).items():
+            sharding.check_divisible(name, p.shape, p.axes, mesh)
+        return cls(
+            saved.config.model,
+            saved.stage.rope_base,
+            restore_params(saved, mesh),
+            mesh,
+            launch.compute_dtype(saved.config),
+            eos_id=saved.meta["eos_id"],
+            keep_params=False,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+        first_row: int = 0,
+    ) -> list[list[int]]:
+        """The new ids of each prompt, without the EOS that ended it. An empty prompt is a document's beginning.
+
+        `on_tokens(row, ids)` is called with every piece as it comes. What a row draws depends on the seed, its number
+        (`first_row` is that of the first prompt here) and the position: not on the other rows.
+        """
+        check_sampling(sampling)
+        rows = [list(ids) or [self.eos_id] for ids in prompts]
+        new: list[list[int]] = [[] for _ in rows]
+        going, left = set(range(len(rows))), max_new_tokens
+        if not rows or left <= 0:
+            return new
+        with jax.set_mesh(self.mesh):
+            state, number_B = self._begin(rows, max_new_tokens, first_row)
+            while going and left:
+                limit = min(left, PIECE) if on_tokens else left
+                left -= limit
+                rest = np.uint32(seed % 2**32), np.int32(limit), sampling, np.bool_(stop_at_eos)
+                model = self.m, self.rope_base, self.eos_id
+                out_BS, state = _decode(*model, self.weights, state, number_B, *rest)
+                pieces = np.asarray(out_BS)[: len(rows), :limit].tolist()
+                for row in sorted(going):
+                    ids = pieces[row]
+                    if stop_at_eos and self.eos_id in ids:
+                        ids = ids[: ids.index(self.eos_id)]
+                        going.remove(row)
+                    new[row] += ids
+                    if on_tokens and ids:
+                        on_tokens(row, ids)
+        return new
+
+    def _begin(self, rows: list[list[int]], max_new_tokens: int, first_row: int) -> tuple[State, jax.Array]:
+        """The prompts in the cache, and the rows' numbers."""
+        data_parallel = math.prod(self.mesh.shape[axis] for axis in sharding.DATA_AXES)
+        B = data_parallel * (1 << (-(-len(rows) // data_parallel) - 1).bit_length())
+        longest = max(map(len, rows)) - 1
+        calls = -(-longest // PREFILL)
+        C = bucket(-(-longest // calls)) if calls else 0  # tokens a call
+        S = bucket(calls * C + max_new_tokens)
+        length_B = np.ones(B, np.int32)  # rows that fill up the batch have one token and have ended
+        tokens_BS = np.zeros((B, S), np.int32)
+        for row, ids in enumerate(rows):
+            length_B[row], tokens_BS[row, : len(ids)] = len(ids), ids
+        ends_BS = (tokens_BS == self.eos_id).astype(np.int32) if self.m.mask_documents else np.zeros_like(tokens_BS)
+        document_BS = np.cumsum(ends_BS, axis=1, dtype=np.int32) - ends_BS
+        last_B = (np.arange(B), length_B - 1)
+        visible_BS = (np.arange(S) < length_B[:, None] - 1) & (document_BS == document_BS[last_B][:, None])
+
+        cache = self._empty_cache(B, S)
+        documents = self._place(document_BS)
+        for first in range(0, calls * C, C or 1):
+            tokens_BC = self._place(tokens_BS[:, first : first + C])
+            cache = _prefill(self.m, self.rope_base, self.weights, cache, tokens_BC, documents, np.int32(first))
+        token_B, position_B = tokens_BS[last_B], length_B - 1
+        parts = map(self._place, (visible_BS, token_B, position_B))
+        ended_B = self._place(np.arange(B) >= len(rows))
+        state = State(cache, *parts, jnp.int32(calls * C), ended_B)
+        return state, self._place(np.arange(first_row, first_row + B, dtype=np.int32))
+
+    def _empty_cache(self, B: int, S: int) -> list[tuple[jax.Array, jax.Array]]:
+        m, place = self.m, sharding.named(self.mesh, sharding.ACTIVATIONS["cache_BKSH"])
+        shape = B, m.num_kv_heads, S, m.head_dim
+        if B == 1:  # without it: XLA's CPU backend would copy the cache at every token
+            shape, place = shape[1:], sharding.named(self.mesh, sharding.ACTIVATIONS["cache_BKSH"][1:])
+        zeros = partial(jnp.zeros, shape, self.weights["embed_VD"].dtype, device=place)
+        return [(zeros(), zeros()) for _ in range(m.num_layers)]
+
+    def _place(self, array_BX: np.ndarray) -> jax.Array:
+        """An array of the host, the same in every process, split over the batch."""
+        place = sharding.named(self.mesh, ("batch", "position")[: array_BX.ndim])
+        return jax.make_array_from_callback(array_BX.shape, place, lambda index: array_BX[index])
+
+
+def bucket(size: int) -> int:
+    """`size` rounded up to one of a few sizes (2^n and 1.5 * 2^n), so that few programs are compiled."""
+    power = 1 << max(size - 1, SMALLEST - 1).bit_length()
+    return power * 3 // 4 if size <= power * 3 // 4 and power > SMALLEST else power
+
+
+def _unstack(m: ConfigDict, params: Params, mesh: Mesh, dtype: jnp.dtype) -> Weights:
+    """Takes every array out of `params`: layers apart, and matrices in `dtype`.
+
+    Layers stay apart because a loop over stacked ones copies each layer's weights before it uses them.
+    """
+    weights: Weights = {"layers": [{} for _ in range(m.num_layers)]}
+    for name, p in parameter_table(m).items():
+        array, axes = params.pop(name), p.axes
+        kind = array.dtype if p.std is None else dtype  # norms are computed in float32
+        if name.startswith("layers."):
+            place = sharding.named(mesh, axes[1:])
+            for number, layer in enumerate(weights["layers"]):
+                layer[name.removeprefix("layers.")] = _take_layer(array, number, kind, place)
+        elif name == "head_DV":
+            place = sharding.named(mesh, axes[::-1])
+            weights["head_VD"] = _transpose(array, dtype, place)
+        else:
+            weights[name] = array.astype(kind)
+    weights.setdefault("head_VD", weights["embed_VD"])
+    return weights
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _take_layer(w_LX: jax.Array, number: int, dtype: jnp.dtype, place: NamedSharding) -> jax.Array:
+    layer = jax.lax.dynamic_index_in_dim(w_LX, number, keepdims=False).astype(dtype)
+    return jax.lax.with_sharding_constraint(layer, place)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _transpose(w_DV: jax.Array, dtype: jnp.dtype, place: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(w_DV.T.astype(dtype), place)
+
+
+# ---- the two programs ------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    m: ConfigDict,
+    weights: Weights,
+    cache: list[tuple[jax.Array, jax.Array]],
+    tokens_BT: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    slot: jax.Array,
+    allowed_BTS: jax.Array,
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    """Hidden states of T tokens that go to the slots from `slot` on, and the cache with them in it."""
+    written: list[tuple[jax.Array, jax.Array]] = []
+
+    def attend(q_BTNH: jax.Array, *kv: jax.Array) -> jax.Array:
+        B, _, K, H = kv[0].shape
+        written.append(tuple(_write(old, new, slot) for old, new in zip(cache[len(written)], kv, strict=True)))
+        return attend_where(q_BTNH, *(c.reshape(B, K, -1, H) for c in written[-1]), allowed_BTS)
+
+    x_BTD = shard(weights["embed_VD"][tokens_BT], "x_BTD")
+    for arrays in weights["layers"]:
+        x_BTD = Block(m, arrays)(x_BTD, rope, attend)
+    return rms_norm(x_BTD, weights["final_norm_D"], m.norm_eps), written
+
+
+def _write(cache: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
+    """The cache of keys or of values with new ones from `slot` on."""
+    new = new_BTKH.transpose(0, 2, 1, 3).reshape(*cache.shape[:-2], -1, cache.shape[-1])
+    return jax.lax.dynamic_update_slice(cache, new, (*[0] * (cache.ndim - 2), slot, 0))
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _prefill(
+    m: FrozenConfigDict,
+    rope_base: float,
+    weights: Weights,
+    cache: list[tuple[jax.Array, jax.Array]],
+    tokens_BC: jax.Array,
+    document_BS: jax.Array,
+    first: jax.Array,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """The cache with the prompts' tokens from position `first` on; there, slots and positions are the same."""
+    S, C = document_BS.shape[1], tokens_BC.shape[1]
+    position_C = first + jnp.arange(C)
+    document_BC = jax.lax.dynamic_slice_in_dim(document_BS, first, C, axis=1)
+    allowed_BCS = (jnp.arange(S)[None, None, :] <= position_C[None, :, None]) & (
+        document_BS[:, None, :] == document_BC[:, :, None]
+    )
+    rope = tuple(t[position_C] for t in rope_table(m, rope_base, S))
+    return _forward(m, weights, cache, tokens_BC, rope, first, allowed_BCS)[1]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _decode(
+    m: FrozenConfigDict,
+    rope_base: float,
+    eos_id: int,
+    weights: Weights,
+    state: State,
+    number_B: jax.Array,
+    seed: jax.Array,
+    limit: jax.Array,
+    sampling: Sampling,
+    stop_at_eos: jax.Array,
+) -> tuple[jax.Array, State]:
+    """At most `limit` tokens of each row: (B, S), filled from the left, and the state after them."""
+    tables = rope_table(m, rope_base, state.visible_BS.shape[1])
+    key_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(number_B)
+
+    def more(carry: tuple[jax.Array, jax.Array, State]) -> jax.Array:
+        return (carry[0] < limit) & ~carry[2].ended_B.all()
+
+    def one(carry: tuple[jax.Array, jax.Array, State]) -> tuple[jax.Array, jax.Array, State]:
+        i, out_BS, s = carry
+        own = jnp.ones_like(s.visible_BS[:, :1])
+        visible_BS = jax.lax.dynamic_update_slice(s.visible_BS, own, (0, s.slot))
+        rope = tuple(t[s.position_B[:, None]] for t in tables)
+        x_BTD, cache = _forward(
+            m, weights, s.cache, s.token_B[:, None], rope, s.slot, visible_BS[:, None, :]
+        )
+        # The larger array first: XLA's CPU backend reads it twice as fast so.
+        scores_VB = jnp.einsum("VD,BD->VB", weights["head_VD"], x_BTD[:, 0], preferred_element_type=jnp.float32)
+        uniform_B = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(key_B, s.position_B + 1))
+        token_B = draw(shard(scores_VB.T, "scores_BV"), uniform_B, sampling)
+        if m.mask_documents:
+            visible_BS = visible_BS & (s.token_B != eos_id)[:, None]
+        ended_B = s.ended_B | (stop_at_eos & (token_B == eos_id))
+        out_BS = jax.lax.dynamic_update_slice(out_BS, token_B[:, None], (0, i))
+        return i + 1, out_BS, State(cache, visible_BS, token_B, s.position_B + 1, s.slot + 1, ended_B)
+
+    out_BS = jnp.zeros(state.visible_BS.shape, jnp.int32)
+    _, out_BS, state = jax.lax.while_loop(more, one, (jnp.int32(0), out_BS, state))
+    return jax.lax.with_sharding_constraint(out_BS, PartitionSpec()), state

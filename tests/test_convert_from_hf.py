@@ -375,7 +375,8 @@ def copied(imported: Path, tmp_path: Path) -> Path:
 def test_training_goes_on_from_the_imported_weights(imported, tiny_data, tmp_path, capsys):
     """At a learning rate of zero the weights stay, bit for bit, and the moments fill; all of it in the chain."""
     run = copied(imported, tmp_path)
-    config = experiment_of(run, tiny_data, **{"stages.0.lr_peak": 0.0, "stages.0.lr_final": 0.0})
+    still = {"stages.0.lr_peak": 0.0, "stages.0.lr_final": 0.0, "checkpoint.keep_between": 0}
+    config = experiment_of(run, tiny_data, **still)
     train(config, run)
     assert "starting at step 1 from imported weights" in capsys.readouterr().out
     steps = {step: open_step(run, step) for step in (0, 2, 4)}

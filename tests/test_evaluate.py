@@ -292,6 +292,12 @@ def test_without_lm_eval_only_harness_tasks_are_refused(copy: Path, monkeypatch:
     session(copy, tasks=("validation", "memorization"))
 
 
+def test_a_run_without_data_is_told_what_can_be_evaluated(copy: Path):
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="has no manifest.json, .* name harness tasks"):
+        session(copy).run()
+
+
 def test_several_processes_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(ConfigError, match="one process"):
@@ -469,7 +475,7 @@ def test_rows_are_those_that_the_run_read(run: Path):
     assert [(w.step, w.row) for w in windows] == [(21, 0), (21, 2), (21, 5), (25, 0), (25, 2), (25, 5)]
     assert {w.chunk for w in windows} == {3}
     for step in (21, 25):
-        [batch] = BatchSource(data.order, data.stores, label_shift="next", first_step=step, last_step=step)
+        batch = BatchSource(data.order, data.stores, label_shift="next", first_step=step, last_step=step)[0]
         for w in windows:
             if w.step == step:
                 assert batch["tokens"][w.row, :64].tolist() == w.tokens.tolist()
@@ -477,7 +483,7 @@ def test_rows_are_those_that_the_run_read(run: Path):
 
 def test_rows_too_short_for_prompt_and_answer_are_refused_by_name(run: Path):
     subject = Subject(open_step(run, 20), launch.mesh_for(open_step(run).config), batch_tokens=512, seed=0)
-    with pytest.raises(ConfigError, match="steps 1 to 20 read are shorter than 64 tokens"):
+    with pytest.raises(ConfigError, match="steps 1 to 20 read no row of 64 tokens"):
         memorization.Memorization().evaluate(subject)
     with pytest.raises(ConfigError, match="rows of step 3 have 32 tokens, 64 are needed"):
         memorization.Memorization(steps=(3,)).evaluate(subject)

@@ -248,6 +248,7 @@ HEADERS = {
 }
 FILES = {
     "header longer than the file": (b"\xff" * 7 + b"\x7f" + b"{}", "no safetensors file, or cut short"),
+    "header of 100 bytes": (b"\x64" + b"\0" * 7 + b"{}", "no safetensors file, or cut short"),
     "header of 2^40 bytes": ((2**40).to_bytes(8, "little") + b"{}", "no safetensors file, or cut short"),
     "seven bytes": (b"\0" * 7, "no safetensors file, or cut short"),
     "nothing": (b"", "no safetensors file, or cut short"),
@@ -307,6 +308,10 @@ def huge_folders(make) -> dict[Path, str]:
     for kind, (data, word) in FILES.items():
         folders[make(kind)] = word
         (list(folders)[-1] / "model.safetensors").write_bytes(data)
+    for kind, length in (("cut short", -4), ("more at the end", 4)):
+        folders[make(kind)] = "its tensors end at byte"
+        file = list(folders)[-1] / "model.safetensors"
+        os.truncate(file, file.stat().st_size + length)
     folders[make("sparse")] = "'more' is no tensor"
     sparse(list(folders)[-1])
     for kind, more, word in (("full", 0, "expected dtype, shape"), ("too full", 10, "no safetensors file")):

@@ -113,7 +113,7 @@ class CheckpointLM(TemplateLM):
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
         texts = [""] * len(requests)
-        calls = 0
+        number = 0  # of a prompt among all: what it draws depends on it
         with bar("generation", len(requests), "prompt") as done:
             for indices in groups.values():
                 wish = wish_of(requests[indices[0]].args[1], self.tok_decode([self.eot_token_id]))
@@ -121,10 +121,9 @@ class CheckpointLM(TemplateLM):
                 indices = sorted(indices, key=lambda i: -len(prompts[i]))
                 for first in range(0, len(indices), GENERATED_AT_ONCE):
                     some = indices[first : first + GENERATED_AT_ONCE]
-                    seed = self._subject.seed + calls
-                    for i, text in zip(some, self._generate([prompts[i] for i in some], wish, seed), strict=True):
+                    for i, text in zip(some, self._generate([prompts[i] for i in some], wish, number), strict=True):
                         texts[i] = text
-                    calls += 1
+                    number += len(some)
                     done.update(len(some))
         return texts
 
@@ -136,9 +135,24 @@ class CheckpointLM(TemplateLM):
             )
         return self.tok_encode(context)[-room:] or [self.prefix_token_id]
 
-    def _generate(self, prompts: list[list[int]], wish: "Wish", seed: int) -> list[str]:
-        tokens = self._subject.generator.generate(prompts, wish.new_tokens, sampling=wish.sampling, seed=seed)
-        texts = [self.tok_decode(new, skip_special_tokens=True) for new in tokens]
+    def _generate(self, prompts: list[list[int]], wish: "Wish", first_row: int) -> list[str]:
+        texts = [""] * len(prompts)
+        tokens: list[list[int]] = [[] for _ in prompts]
+
+        def take(row: int, ids: list[int]) -> bool:
+            """Whether the row's text has come to an end of the task's; the generator need not go on then."""
+            tokens[row] += ids
+            texts[row] = self.tok_decode(tokens[row], skip_special_tokens=True)
+            return any(end in texts[row] for end in wish.until)
+
+        self._subject.generator.generate(
+            prompts,
+            wish.new_tokens,
+            sampling=wish.sampling,
+            seed=self._subject.seed,
+            on_tokens=take,
+            first_row=first_row,
+        )
         return [postprocess_generated_text(text, wish.until, None) for text in texts]
 
 

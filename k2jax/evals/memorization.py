@@ -50,8 +50,8 @@ class Memorization:
         windows = [w for steps in self._steps(run.order, last) for w in read_windows(run, steps, self.rows)]
         if not windows:
             raise ConfigError(
-                f"memorization: the rows that steps 1 to {last} read are shorter than {PROMPT + NEW} tokens: name "
-                f"steps of a longer stage, or leave the task out"
+                f"memorization: steps 1 to {last} read no row of {PROMPT + NEW} tokens or more: name steps of a longer "
+                f"stage, or leave the task out"
             )
         windows += held_out_windows(run, subject.saved.stage.mix.keys(), self.rows)
         recited = recite(subject, windows)

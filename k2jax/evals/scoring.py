@@ -5,21 +5,19 @@ block of them at a time. Inputs are padded to a few lengths, so that few shapes 
 wanted positions of a row.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from k2jax import sharding
-from k2jax.config import to_dict
-from k2jax.model import Decoder, Params
+from k2jax.model import Decoder, Params, document_ids
 
 LENGTHS = (64, 2)  # inputs are padded to 64, 128, 256, ... tokens
 WANTED = (16, 4)  # wanted positions are padded to 16, 64, 256, ...
@@ -53,10 +51,19 @@ class Scorer:
     """Scores rows on a mesh, the batch split over the data axes."""
 
     def __init__(
-        self, m: ConfigDict, rope_base: float, params: Params, mesh: Mesh, compute_dtype: jnp.dtype, batch_tokens: int
+        self,
+        m: ConfigDict,
+        rope_base: float,
+        params: Params,
+        mesh: Mesh,
+        compute_dtype: jnp.dtype,
+        *,
+        eos_id: int,
+        batch_tokens: int,
     ):
+        """`batch_tokens`: of one call of the model, at most, padding included."""
         self._params, self._mesh, self._batch_tokens = params, mesh, batch_tokens
-        self._score = _program(json.dumps(to_dict(m)), rope_base, jnp.dtype(compute_dtype), mesh)
+        self._score = partial(_score, FrozenConfigDict(m), rope_base, jnp.dtype(compute_dtype), eos_id)
 
     def __call__(self, rows: list[Row], progress: Callable[[int], None]) -> list[Scores]:
         """The scores of each row, in the order given; `progress` is told how many rows are done."""
@@ -84,26 +91,21 @@ class Scorer:
         progress(len(indices))
 
 
-@lru_cache(maxsize=4)
-def _program(model: str, rope_base: float, compute_dtype: jnp.dtype, mesh: Mesh) -> Callable:
-    """`score` compiled: once for all checkpoints of a stage. `model` is the model section as JSON."""
-    run = partial(score, m=ConfigDict(json.loads(model)), rope_base=rope_base, compute_dtype=compute_dtype)
-    return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def score(
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))  # compiled once for all checkpoints of a stage
+def _score(
+    m: FrozenConfigDict,
+    rope_base: float,
+    compute_dtype: jnp.dtype,
+    eos_id: int,
     params: Params,
     tokens_BT: jax.Array,
     positions_BC: jax.Array,
     targets_BC: jax.Array,
-    *,
-    m: ConfigDict,
-    rope_base: float,
-    compute_dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probability float32 (B, C), is it the likeliest (B, C)) of each target after the token at its position."""
     decoder = Decoder(m, params, compute_dtype)
-    hidden_BTD = decoder(sharding.shard(tokens_BT, "tokens_BT"), rope_base)
+    document_BT = document_ids(tokens_BT, eos_id) if m.mask_documents else None
+    hidden_BTD = decoder(sharding.shard(tokens_BT, "tokens_BT"), rope_base, document_BT)
     hidden_BCD = jnp.take_along_axis(hidden_BTD, positions_BC[..., None], axis=1)
     B, C = positions_BC.shape
     block = C
@@ -119,7 +121,7 @@ def score(
 
     blocks = (hidden_BCD.reshape(B, C // block, block, -1), targets_BC.reshape(B, C // block, block))
     logprobs, greedy = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks))
-    return (jnp.moveaxis(logprobs, 0, 1).reshape(B, C), jnp.moveaxis(greedy, 0, 1).reshape(B, C))
+    return jnp.moveaxis(logprobs, 0, 1).reshape(B, C), jnp.moveaxis(greedy, 0, 1).reshape(B, C)
 
 
 def make_batches(rows: list[Row], batch_tokens: int, multiple: int) -> Iterator[Batch]:

@@ -34,22 +34,24 @@ class Subject:
 
     @cached_property
     def run(self) -> Run:
-        """The run's data."""
+        """The run's data. ConfigError where it has none."""
+        if not (self.saved.workdir / "manifest.json").exists():
+            raise ConfigError(
+                f"{self.saved.workdir} has no manifest.json, as an imported model that has not trained: it has no data "
+                f"to be evaluated on; name harness tasks"
+            )
         return open_run(self.saved.workdir)
 
     @cached_property
     def scorer(self) -> Scorer:
-        saved = self.saved
-        return Scorer(
-            saved.config.model, saved.stage.rope_base, self.params, self.mesh, self.compute_dtype, self.batch_tokens
-        )
+        m, rope_base = self.saved.config.model, self.saved.stage.rope_base
+        parts = (m, rope_base, self.params, self.mesh, self.compute_dtype)
+        return Scorer(*parts, eos_id=self.eos_id, batch_tokens=self.batch_tokens)
 
     @cached_property
     def generator(self) -> Generator:
-        saved = self.saved
-        return Generator(
-            saved.config.model, saved.stage.rope_base, self.params, self.mesh, self.compute_dtype, eos_id=self.eos_id
-        )
+        m, rope_base = self.saved.config.model, self.saved.stage.rope_base
+        return Generator(m, rope_base, self.params, self.mesh, self.compute_dtype, eos_id=self.eos_id)
 
     def about(self) -> dict[str, Any]:
         """What a result says of how it was made."""

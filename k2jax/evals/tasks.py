@@ -62,7 +62,7 @@ class HarnessTask:
     @property
     def unsafe(self) -> bool:
         """Whether it runs the code that the model writes."""
-        return any(config.get("unsafe_code") for config in self._configs.values())
+        return any(own.get("unsafe_code") for own in self._configs.values())
 
     def settings(self, saved: SavedStep) -> dict[str, Any]:
         """Its configuration's digest stands for the prompts: a version is not always raised when they change."""
@@ -152,9 +152,10 @@ def check_names(names: Iterable[str], manager: TaskManager, task_dir: str | Path
 def task_configs(manager: TaskManager, name: str) -> dict[str, dict[str, Any]]:
     """{name: configuration} of a task, or of every task of a group or tag, as written; nothing of it is run."""
     entry = manager.task_index[name]
-    members = sorted(entry.tags) if entry.cfg is None else entry.cfg.get("task", [])
-    if isinstance(members, str) or not members:
-        return {name: entry.cfg or {}}
+    written = entry.cfg or {"task": sorted(entry.tags)}  # a tag has no file of its own
+    members = written.get("task")
+    if not isinstance(members, list):
+        return {name: written}
     found = {}
     for member in members:
         child = member if isinstance(member, str) else member.get("task", member.get("group"))

@@ -22,9 +22,10 @@ from k2jax.model import Block, dense, parameter_table, rms_norm, rope_table
 
 FORMAT = 1  # of parity.json
 ROWS, POSITIONS = 2, 32
-# Measured over 200 random models (tests/test_convert_to_hf.py draws some): the difference was 0.2 to 4 times the noise.
-TIMES_NOISE = 32
-MOST, LEAST = 1e-3, 1e-6  # of the largest logit: bounds of the tolerance, whatever the noise
+# Measured over 200 random models, of 1 to 16 layers and weights small to large: the difference was 0.2 to 4.4 times the
+# noise, and 2e-7 to 2e-3 of the largest logit (median 1e-6): a fixed tolerance would refuse some, or miss mistakes.
+TIMES_NOISE = 16
+MOST, LEAST = 1e-2, 1e-6  # of the largest logit: bounds of the tolerance, whatever the noise
 
 Weight = tuple[str, np.ndarray]  # name in parameter_table; an array, a layer of it, or some of V's rows or columns
 

@@ -130,9 +130,9 @@ def check_optional(hf: HfModel, name: str, weights: dict[str, StoredTensor]) -> 
         raise ConfigError(f"{name} is not {other}: one of the two is wrong")
 
 
-def read_eos_id(folder: Path, config: dict[str, Any], vocab_size: int) -> int:
-    """From config.json, else generation_config.json; the first where there is a list. Raises ConfigError."""
-    found = config.get("eos_token_id")
+def read_eos_id(folder: Path, values: dict[str, Any], vocab_size: int) -> int:
+    """From config.json's values, else generation_config.json; the first of a list. Raises ConfigError."""
+    found = values.get("eos_token_id")
     if found is None and has(folder, "generation_config.json"):
         found = read_json(folder, "generation_config.json").get("eos_token_id")
     eos_id = found[0] if isinstance(found, list) and found else found

@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
             name="stage1",
             sequence_length={sequence_length},  # the model's context is {context}
             rope_base={rope_base!r},
-            rows_per_step=64,  # fill in, as the four below: our choice, known to be good for nothing
+            rows_per_step=64,  # fill in, as the five below: nothing of this is known to be good
             steps_per_chunk=100,
             chunks=10,
             lr_peak=1e-5,
@@ -121,11 +121,11 @@ def get_config() -> ConfigDict:
 def experiment(source: Source, name: str) -> str:
     """The text of experiment.py. It is code: of the folder's own, only numbers and flags enter."""
     hf = source.hf
-    keys = configuration.flatten(configuration.to_dict(hf.model))
+    keys = configuration.flatten({"model": configuration.to_dict(hf.model)})
     return EXPERIMENT.format(
         name=name,
         eos_id=source.eos_id,
-        model="\n".join(f"    c.model.{key} = {value!r}" for key, value in keys.items()),
+        model="\n".join(f"    c.{key} = {value!r}" for key, value in keys.items() if key not in drift.FREE_KEYS),
         sequence_length=min(hf.context, MAX_SEQUENCE_LENGTH),
         context=hf.context,
         rope_base=hf.rope_base,
