@@ -30,6 +30,7 @@ from k2jax.data.manifest import load_manifest, manifest_digest, save_manifest
 from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model import parameter_table
+from k2jax.saved import saved_steps
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 ENVIRONMENT = (
@@ -117,6 +118,7 @@ class RunDirectory:
             "by": "k2jax.train",
             "why": "allow_drift",
             "kind": "allow_drift",
+            "at_step": _newest_step(self.path),
             "changes": {key: list(pair) for key, pair in differences.items()},
             "manifest_before": manifest_digest(old_manifest),
             "manifest_after": manifest_digest(manifest),
@@ -182,6 +184,11 @@ def read_import(path: Path) -> dict[str, Any]:
         raise StorageError(
             f"--workdir={path} holds an import, but its checkpoint 0 cannot be read ({error}): import again"
         ) from error
+
+
+def _newest_step(path: Path) -> int:
+    """Of the checkpoints that are there; 0 without any."""
+    return max(saved_steps(path), default=0) if (path / "checkpoints").is_dir() else 0
 
 
 def _is_same_file(a: str, b: Path) -> bool:

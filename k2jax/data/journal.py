@@ -1,8 +1,9 @@
 """The journal: decisions that change a run after it began, one JSON object a line of journal.jsonl.
 
-Every entry has "time" (ISO 8601, UTC), "by" (who or what decided), "why", "kind", "at_step" (the step after
-which it holds), and the order's digest before and after it ("order_before", "order_after"). Entries of kind
-"skip" and "defer" have "positions": [a, b) and change the order (order.py); other kinds do not.
+Every entry has "time" (ISO 8601, UTC), "by" (who or what decided), "why", "kind" and "at_step" (the step after which it
+holds). Entries of kind "skip" and "defer" have "positions": [a, b) and change the order (order.py); they and
+"allow_drift" have the order's digest before and after ("order_before", "order_after"). "import" says how a run on
+imported weights differs from them.
 """
 
 import errno

@@ -182,7 +182,7 @@ def test_drift_allowed_by_name_is_recorded(tiny_data, straight, stopped, command
     ended = command.train(tiny_data, workdir, allowed)
     assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended
     [entry] = read_journal(workdir / "journal.jsonl")
-    assert entry["kind"] == "allow_drift"
+    assert entry["kind"] == "allow_drift" and entry["at_step"] == 10
     assert entry["changes"] == {"seed": [22238, 5], "optimizer.max_skips_in_a_row": [3, 4]}
     assert entry["order_before"] != entry["order_after"] == runs.order_of(workdir).digest()
     rows, expected = runs.ledger_rows(workdir), runs.ledger_rows(straight)
