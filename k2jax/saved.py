@@ -12,10 +12,12 @@ import jax
 import tensorstore as ts
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer
 
 from k2jax import config as configuration
 from k2jax import digest, sharding
 from k2jax.checkpoint import FORMAT, read_meta
+from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model import LAYOUT_VERSION, Params, parameter_table
 
@@ -71,6 +73,17 @@ def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
             )
     config = configuration.from_dict(meta["config"])
     return SavedStep(Path(workdir), step, meta, config, config.stages[meta["stage"]])
+
+
+def check_tokenizer(saved: SavedStep) -> Tokenizer:
+    """The run's tokenizer; ConfigError when it is not the one that the checkpoint was trained with."""
+    found, expected = tokenizer_sha256(saved.tokenizer), saved.meta["tokenizer_sha256"]
+    if found != expected:
+        raise ConfigError(
+            f"{saved.tokenizer} has SHA-256 {found[:12]}, checkpoint {saved.step} was trained with {expected[:12]}: "
+            f"put the run's own tokenizer.json back"
+        )
+    return load_tokenizer(saved.tokenizer)
 
 
 def open_array(saved: SavedStep, name: str) -> ts.TensorStore:

@@ -30,12 +30,15 @@ from k2jax.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.journal import check_journal, check_resume
 from k2jax.data.manifest import describe
 from k2jax.data.order import Order
+from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import Preempted, run_main
+from k2jax.generate import text_after
+from k2jax.generation import Generator
 from k2jax.ledger import Ledger, StepLog
 from k2jax.metrics import Recorder
 from k2jax.optimizer import TrainState, init_state
 from k2jax.rundir import RunDirectory, write_json
-from k2jax.sample import sample_text
+from k2jax.sampling import Sampling
 from k2jax.validation import validate
 
 
@@ -160,9 +163,13 @@ def report(
         say(
             f"validation {name:16} loss {v.loss:.4f}   unigram {v.unigram_loss:.4f}   ({v.tokens:,} held-out tokens)"
         )
-    texts = sample_text(config, stage.rope_base, state.params, workdir / "tokenizer.json", dtype, eos_id)
-    for prompt, text in texts:
-        say(f"sample: {prompt}|{text}")
+    encoder = load_tokenizer(workdir / "tokenizer.json")
+    starts = [encoder.encode(prompt, add_special_tokens=False).ids for prompt in config.eval.prompts]
+    if starts:
+        generator = Generator(config.model, stage.rope_base, state.params, mesh, dtype, eos_id=eos_id)
+        new = generator.generate(starts, config.eval.new_tokens, sampling=Sampling(0.8), seed=config.seed)
+        for prompt, start, tokens in zip(config.eval.prompts, starts, new, strict=True):
+            say(f"sample: {prompt}|{text_after(encoder.decode, start, tokens)}")
     if is_main():
         values = {name: v._asdict() for name, v in found.items()}
         write_json(workdir / "validation.json", {"step": int(state.step), "subsets": values})

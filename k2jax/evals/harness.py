@@ -118,9 +118,11 @@ class CheckpointLM(TemplateLM):
             for indices in groups.values():
                 wish = wish_of(requests[indices[0]].args[1], self.tok_decode([self.eot_token_id]))
                 prompts = {i: self._prompt(requests[i].args[0], wish) for i in indices}
-                indices = sorted(indices, key=lambda i: -len(prompts[i]))
-                for first in range(0, len(indices), GENERATED_AT_ONCE):
-                    some = indices[first : first + GENERATED_AT_ONCE]
+                waiting = sorted(indices, key=lambda i: -len(prompts[i]))
+                while waiting:
+                    longest = len(prompts[waiting[0]]) + wish.new_tokens
+                    size = min(GENERATED_AT_ONCE, max(1, self._subject.batch_tokens // longest))
+                    some, waiting = waiting[:size], waiting[size:]
                     for i, text in zip(some, self._generate([prompts[i] for i in some], wish, number), strict=True):
                         texts[i] = text
                     number += len(some)

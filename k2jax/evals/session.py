@@ -21,8 +21,8 @@ from k2jax.evals import suites
 from k2jax.evals.held_out import Validation
 from k2jax.evals.memorization import Memorization
 from k2jax.evals.results import Identity, Outcome, Results
-from k2jax.evals.subject import Subject, check_tokenizer
-from k2jax.saved import SavedStep, open_step, saved_steps
+from k2jax.evals.subject import Subject
+from k2jax.saved import SavedStep, check_tokenizer, open_step, saved_steps
 
 
 class Evaluation(Protocol):

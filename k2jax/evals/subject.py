@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from k2jax import launch
 from k2jax.data.provenance import Run, open_run
-from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.evals.scoring import Scorer
 from k2jax.generation import Generator
@@ -67,13 +66,3 @@ class Subject:
         import k2jax
 
         return {"k2jax": k2jax.__version__, "commit": git_commit(), "jax": jax.__version__}
-
-
-def check_tokenizer(saved: SavedStep) -> None:
-    """Raises ConfigError when the run's tokenizer.json is not the one that the checkpoint was trained with."""
-    found, expected = tokenizer_sha256(saved.tokenizer), saved.meta["tokenizer_sha256"]
-    if found != expected:
-        raise ConfigError(
-            f"{saved.tokenizer} has SHA-256 {found[:12]}, checkpoint {saved.step} was trained with {expected[:12]}: "
-            f"put the run's own tokenizer.json back"
-        )

@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tokenizers import Tokenizer
 
 from k2jax import __version__
 from k2jax.data.manifest import sha256_json
-from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, NumericsError, StorageError
 from k2jax.hf import card, certificate
 from k2jax.hf.layout import config_from_hf, config_to_hf, tensors
 from k2jax.hf.safetensors_io import CODES, DTYPES, INDEX, Entry, ShardWriter, index_json, plan_shards
 from k2jax.hf.stream import Converted, stream
-from k2jax.saved import SavedStep
+from k2jax.saved import SavedStep, check_tokenizer
 
 CERTIFICATE = "parity.json"
 # Of the checkpoint's meta, what the certificate repeats; a run that was imported has not all of it.
@@ -145,17 +143,6 @@ def small_files(saved: SavedStep, dtype: str) -> dict[str, bytes]:
         "tokenizer_config.json": as_json(card.tokenizer_config(tokens, context)),
         "special_tokens_map.json": as_json(tokens),
     }
-
-
-def check_tokenizer(saved: SavedStep) -> Tokenizer:
-    """The run's tokenizer; ConfigError when it is not the one that the checkpoint was trained with."""
-    found, expected = tokenizer_sha256(saved.tokenizer), saved.meta["tokenizer_sha256"]
-    if found != expected:
-        raise ConfigError(
-            f"{saved.tokenizer} has SHA-256 {found[:16]}..., checkpoint {saved.step} was trained with "
-            f"{expected[:16]}...: put the run's own tokenizer.json back"
-        )
-    return load_tokenizer(saved.tokenizer)
 
 
 def check_config(values: dict[str, Any], m: ConfigDict, stage: ConfigDict) -> None:

@@ -1,0 +1,216 @@
+"""Generation: the cache changes no token, rows do not feel each other, and the command says what it did."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src import test_util as jtu
+from test_model import small_model
+
+from k2jax import generate, sharding
+from k2jax.data.tokenizer import load_tokenizer
+from k2jax.errors import ConfigError
+from k2jax.generation import Generator
+from k2jax.model import Decoder, document_ids, init_params
+from k2jax.sampling import Sampling, draw
+from k2jax.train import train
+
+EOS = 2
+MODELS = {
+    "grouped": {},
+    "all_heads": {"num_kv_heads": 4},
+    "tied": {"tie_embeddings": True, "num_kv_heads": 1},
+    "masked": {"mask_documents": True},
+}
+PROMPTS = [[5, 9, 2, 11, 40, 3, 7], [8], [], [3, 3, 2, 17, 30, 31, 32, 33, 34, 35, 36, 6, 2, 12]]
+NEW = 9
+
+
+def one_device() -> jax.sharding.Mesh:
+    return sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+
+
+def generator(m, mesh=None) -> Generator:
+    mesh = mesh or one_device()
+    with jax.set_mesh(mesh):
+        params = jax.jit(lambda: init_params(m, seed=3))()
+        return Generator(m, 1e4, params, mesh, jnp.dtype("float32"), eos_id=EOS)
+
+
+def cacheless(m, prompt: list[int], count: int) -> list[int]:
+    """The likeliest token again and again, the whole row computed anew each time."""
+    decoder, row = Decoder(m, init_params(m, seed=3)), list(prompt) or [EOS]
+
+    @jax.jit
+    def scores(tokens, last):
+        documents = document_ids(tokens, EOS) if m.mask_documents else None
+        return decoder.logits(decoder(tokens, 1e4, documents)[:, last][:, None])[0, 0]
+
+    for _ in range(count):
+        padded = jnp.zeros((1, 32), jnp.int32).at[0, : len(row)].set(jnp.array(row))
+        row.append(int(scores(padded, len(row) - 1).argmax()))
+    return row[-count:]
+
+
+@pytest.fixture(scope="module")
+def grouped() -> Generator:
+    return generator(small_model())
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_greedy_tokens_are_those_of_a_cacheless_forward(changes: dict):
+    m = small_model(**changes)
+    found = generator(m).generate(PROMPTS, NEW, stop_at_eos=False)
+    assert found == [cacheless(m, prompt, NEW) for prompt in PROMPTS]
+
+
+def test_a_sharded_model_gives_the_same_tokens(grouped: Generator):
+    m = small_model(vocab_size=64, num_kv_heads=2)
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": 4, "tensor": 2})
+    expected = generator(m).generate(PROMPTS, NEW, stop_at_eos=False)
+    assert generator(m, mesh).generate(PROMPTS, NEW, stop_at_eos=False) == expected
+
+
+def test_eos_ends_a_row_and_not_the_others(grouped: Generator):
+    whole = grouped.generate(PROMPTS, NEW, stop_at_eos=False)
+    eos = whole[1][3]
+    stops = Generator(grouped.m, 1e4, init_params(grouped.m, seed=3), one_device(), jnp.float32, eos_id=eos)
+    found = stops.generate(PROMPTS[:2], NEW)
+    assert found == [row[: row.index(eos)] if eos in row else row for row in whole[:2]]
+    assert len(found[1]) <= 3
+
+
+def test_pieces_join_to_the_whole_and_nothing_recompiles(grouped: Generator):
+    expected = grouped.generate(PROMPTS, 20, stop_at_eos=False)
+    pieces: list[list[int]] = [[] for _ in PROMPTS]
+    calls = []
+
+    def add(row: int, ids: list[int]) -> None:
+        calls.append(row)
+        pieces[row] += ids
+
+    with jtu.count_jit_and_pmap_lowerings() as lowered:
+        found = grouped.generate(PROMPTS, 20, stop_at_eos=False, on_tokens=add)
+    assert found == expected == pieces
+    assert len(calls) > len(PROMPTS), "all came at once"
+    assert lowered() == 0
+
+
+def test_what_a_row_draws_depends_on_seed_row_and_position_alone(grouped: Generator):
+    sampling = Sampling(temperature=1.0)
+    found = grouped.generate(PROMPTS, NEW, sampling=sampling, seed=7, stop_at_eos=False)
+    assert found == grouped.generate(PROMPTS, NEW, sampling=sampling, seed=7, stop_at_eos=False)
+    assert found != grouped.generate(PROMPTS, NEW, sampling=sampling, seed=8, stop_at_eos=False)
+    alone = grouped.generate(PROMPTS[3:], NEW, sampling=sampling, seed=7, stop_at_eos=False, first_row=3)
+    assert alone == found[3:]
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+
+def draws(scores: np.ndarray, sampling: Sampling, count: int = 4000) -> np.ndarray:
+    uniform = (np.arange(count) + 0.5).astype(np.float32) / count
+    rows = jnp.broadcast_to(jnp.asarray(scores, jnp.float32), (count, len(scores)))
+    return np.bincount(np.asarray(jax.jit(draw)(rows, jnp.asarray(uniform), sampling)), minlength=len(scores)) / count
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3])
+@pytest.mark.parametrize("top_p", [1.0, 0.7, 0.05])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_distribution_is_the_one_that_is_asked_for(temperature: float, top_k: int, top_p: float):
+    """Temperature, then the k likeliest, then the fewest that have the share: by sorting, in numpy."""
+    scores = np.array([0.3, 2.0, -1.0, 1.1, 0.7, -3.0, 1.9])
+    p = np.exp(scores / temperature)
+    order = np.argsort(-p)
+    keep = order[: top_k or len(p)]
+    share = np.cumsum(p[keep]) / p[keep].sum()
+    keep = keep[: int(np.searchsorted(share, top_p * (1 - 1e-6))) + 1]
+    expected = np.zeros(len(p))
+    expected[keep] = p[keep] / p[keep].sum()
+    found = draws(scores, Sampling(temperature, top_k, top_p))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert not found[expected == 0].any()
+
+
+def test_temperature_zero_is_greedy():
+    assert draws(np.array([0.1, 0.5, 0.4]), Sampling()).tolist() == [0, 1, 0]
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("generate") / "run"
+    train(tiny_config(**{"stages.0.chunks": 1, "stages.0.steps_per_chunk": 5, "stages.1.steps_per_chunk": 2}), workdir)
+    return workdir
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
+    generate.main()
+    return capsys.readouterr().out
+
+
+def test_command_line_prompts_and_file(run: Path, tmp_path: Path, monkeypatch, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "abc"}\n{"prompt": "ab", "suffix": "de"}\n', encoding="utf-8")
+    options = ("--workdir", run, "--max-new-tokens", 6, "--temperature", 0, "--json")
+    out = command(monkeypatch, capsys, *options, "--prompt", "a b c", "--prompts", file)
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [r["prompt"] for r in results] == ["a b c", "abc", "ab"] and results[2]["suffix"] == "de"
+    encoder = load_tokenizer(run / "tokenizer.json")
+    for r in results:
+        assert r["step"] == 7 and r["num_tokens"] == len(r["ids"]) <= 6 and len(r["checkpoint"]) == 64
+        assert r["finish"] == ("length" if r["num_tokens"] == 6 else "eos")
+        assert r["text"] == encoder.decode(r["ids"], skip_special_tokens=False)
+    plain = command(monkeypatch, capsys, *options[:-1], "--prompt", "abc", "--step", 5)
+    assert plain.startswith("abc|")
+
+
+def test_the_middle_is_asked_for_by_k2s_tokens(run: Path):
+    encoder = load_tokenizer(run / "tokenizer.json")
+    prefix, suffix, middle = (encoder.token_to_id(f"<fim_{name}>") for name in ("prefix", "suffix", "middle"))
+    before, after = (encoder.encode(text).ids for text in ("ab", "de"))
+    prompt = generate.Prompt("ab", "de")
+    assert generate.encode(encoder, prompt, "psm") == [prefix, *before, suffix, *after, middle]
+    assert generate.encode(encoder, prompt, "spm") == [prefix, suffix, *after, middle, *before]
+    assert generate.encode(encoder, generate.Prompt("<fim_middle>"), "psm") != [middle], "text stays text"
+
+
+def test_characters_are_held_back_until_they_are_whole(run: Path):
+    encoder = load_tokenizer(run / "tokenizer.json")
+    start, ids = encoder.encode("ab ").ids, encoder.encode("é✓ abc 世").ids
+    assert any("\N{REPLACEMENT CHARACTER}" in encoder.decode(ids[:n]) for n in range(len(ids)))
+    told: list[str] = []
+    streamer = generate.Streamer(encoder.decode, start, told.append)
+    for token in ids:
+        streamer.add([token])
+    streamer.finish()
+    assert "".join(told) == "é✓ abc 世" and "\N{REPLACEMENT CHARACTER}" not in "".join(told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "6", "--prompt", "a"], "no checkpoint of step 6: it has steps 5, 7"),
+        (["--prompts", "none.txt"], "cannot be read"),
+        (["--prompt", "a", "--top-p", "0"], "top_p"),
+    ],
+)
+def test_bad_input(run: Path, monkeypatch, capsys, arguments: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        command(monkeypatch, capsys, "--workdir", run, *arguments)
+
+
+def test_another_tokenizer_is_refused(run: Path, monkeypatch, capsys):
+    path = run / "tokenizer.json"
+    text = path.read_text()
+    path.write_text(text + " ")
+    with pytest.raises(ConfigError, match="SHA-256"):
+        command(monkeypatch, capsys, "--workdir", run, "--prompt", "a")
+    path.write_text(text)
