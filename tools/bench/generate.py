@@ -71,7 +71,7 @@ def torch_generate(m: ConfigDict) -> Generate:
 
     stage = config.stage(sequence_length=2048, rope_base=ROPE_BASE)
     values = layout.config_to_hf(m, stage, dtype="float32", bos_id=None, eos_id=EOS)
-    model = LlamaForCausalLM(LlamaConfig(**values)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**values)).train(False)
     params = {name: np.asarray(value) for name, value in jax.jit(partial(init_params, m, 0))().items()}
     weights = {}
     for t in layout.tensors(m):
