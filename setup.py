@@ -43,7 +43,7 @@ EXTRAS = {
         "pandas>=2.2,<4",
     ],
     # What our numbers are compared with, in tests and benchmarks.
-    "parity": ["torch==2.13.0", TRANSFORMERS],
+    "parity": ["torch==2.13.0", TRANSFORMERS, "accelerate>=1,<2"],
 }
 
 setup(

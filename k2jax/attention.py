@@ -89,11 +89,14 @@ def attend_where(
 ) -> jax.Array:
     """The same where `allowed` (bool) says so, over keys and values as a cache holds them; for generation."""
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
-    q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    att_BKGTS = jnp.where(allowed_BTS[:, None, None], product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), MASKED)
+    K, S = k_BKSH.shape[1:3]
+    G, product = N // K, partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # Q is G and T in one: with two dimensions, XLA's CPU backend transposes the keys at every token.
+    q_BKQH = (q_BTNH * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    att_BKGTS = product("BKQH,BKSH->BKQS", q_BKQH, k_BKSH).reshape(B, K, G, T, S)
+    att_BKGTS = jnp.where(allowed_BTS[:, None, None], att_BKGTS, MASKED)
     weight_BKGTS = jnp.exp(att_BKGTS - att_BKGTS.max(axis=-1, keepdims=True))
-    sum_BKGT1 = weight_BKGTS.sum(axis=-1, keepdims=True)
-    out_BKGTH = product("BKGTS,BKSH->BKGTH", weight_BKGTS.astype(v_BKSH.dtype), v_BKSH) / sum_BKGT1
-    return out_BKGTH.astype(q_BTNH.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    weight_BKQS = weight_BKGTS.astype(v_BKSH.dtype).reshape(B, K, G * T, S)
+    out_BKGTH = product("BKQS,BKSH->BKQH", weight_BKQS, v_BKSH).reshape(B, K, G, T, H)
+    out_BKGTH = (out_BKGTH / weight_BKGTS.sum(axis=-1, keepdims=True)).astype(q_BTNH.dtype)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -51,6 +51,10 @@ def base() -> ConfigDict:
     c.precision.compute = "auto"          # of matrix products: "bfloat16", "float32"; "auto": float32 on CPU only
     c.precision.logits = "float32"        # of the head's product, of its result: the loss is float32
 
+    c.loss = ConfigDict()
+    c.loss.block = 256                    # positions of a row whose logits are held at a time
+    c.loss.z_loss = 0.0                   # times log(softmax's denominator)^2, added to a target's loss; PaLM: 1e-4
+
     c.stages = ()                         # the run, a row a stage: see `stage()`
 
     c.optimizer = ConfigDict()            # AdamW; fp32 master parameters and moments
@@ -207,6 +211,8 @@ def validate(config: ConfigDict) -> None:
     )
     need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE turns pairs")
     need(m.remat in ("none", "dots", "full"), "model.remat", m.remat, "must be none, dots or full")
+    need(config.loss.block > 0, "loss.block", config.loss.block, "must be positive")
+    need(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "must not be negative")
     for key in ("compute", "logits"):
         choices = ("bfloat16", "float32") + (("auto",) if key == "compute" else ())
         need(

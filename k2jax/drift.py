@@ -28,6 +28,7 @@ FREE_KEYS = (
     "data.prefetch",
     "model.remat",
     "model.unroll",
+    "loss.block",
     "stages.*.microbatches",
 )
 

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "four of every chunk up to the checkpoint)")  # fmt: skip
     add("--memorization-rows", type=_positive, default=64, metavar="N", help="rows of each chunk, or of each step "
         "named (default: 64)")  # fmt: skip
+    add("--stores", metavar="DIR", help="where the run's stores are, by name, if they have moved")
     add("--allow-code-execution", action="store_true", help="run what the model writes for HumanEval and MBPP, on this "
         "machine and with your rights")  # fmt: skip
     add("--batch-tokens", type=_positive, default=16384, metavar="N", help="tokens in one call of the model, over all "
@@ -87,6 +88,7 @@ def main() -> None:
         allow_code=args.allow_code_execution,
         batch_tokens=args.batch_tokens,
         seed=args.seed,
+        stores=args.stores,
     )
 
     def say(line: str) -> None:

@@ -10,6 +10,7 @@ in the middle, by K2's FIM tokens.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,7 @@ def main() -> None:
             f"{saved.stage.sequence_length:,}: what lies beyond is new to it",
             file=sys.stderr,
         )
-    generator = Generator.of_step(saved, mesh_for(saved.config))
+    generator = Generator.of_step(saved, make_mesh(args.mesh) if args.mesh else mesh_for(saved.config))
     streams = len(prompts) == 1 and not args.json and sys.stdout.isatty()
     for first in range(0, len(ids), args.batch_size):
         some = slice(first, first + args.batch_size)
@@ -89,6 +90,8 @@ def parse() -> argparse.Namespace:
         "probability together (default: 1, all)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the draws (default: 0)")
     add("--batch-size", type=int, default=32, metavar="N", help="prompts generated together (default: 32)")
+    add("--mesh", metavar="AXES", help="such as fsdp=2,tensor=4 (default: the experiment's where it fits the devices "
+        "here, else all on fsdp). fsdp gathers the weights at every token, tensor leaves them in place")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object a prompt")
     args = parser.parse_args()
     if not args.prompt and not args.prompts:
@@ -100,13 +103,29 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def make_mesh(text: str) -> Any:
+    """The mesh of --mesh, over as many devices as it names. ConfigError for one that cannot be."""
+    import jax
+
+    from k2jax import sharding
+
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.isdecimal() or int(size) < 1:
+            raise ConfigError(f"--mesh={text}: {part!r} is not AXIS=SIZE with an axis of {', '.join(sizes)}")
+        sizes[axis] = int(size)
+    return sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+
+
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """Those of the command line, then those of the file. ConfigError naming a line that is none."""
     prompts = [Prompt(text, args.suffix) for text in args.prompt]
     if args.prompts is None:
         return prompts
     try:
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        with args.prompts.open(encoding="utf-8") as file:
+            lines = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts={args.prompts}: cannot be read: {error}") from error
     if args.prompts.suffix != ".jsonl":

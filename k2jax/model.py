@@ -23,6 +23,7 @@ from k2jax.attention import attend_causally
 from k2jax.sharding import shard
 
 Params = dict[str, jax.Array]
+Product = Callable[..., jax.Array]  # x, w, number of dimensions that are contracted (1 unless given): see `dense`
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH to (B, T, N, H)
 LAYOUT_VERSION = 1  # of the names and shapes of parameter_table, recorded in every checkpoint
 
@@ -166,19 +167,22 @@ class Block(nnx.Module):
         for name, value in params.items():
             setattr(self, name, nnx.Param(value))
 
-    def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
-        """`attend(q, k, v)` decides whom a position sees: training and generation differ in nothing else."""
+    def __call__(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, product: Product = dense
+    ) -> jax.Array:
+        """`attend(q, k, v)` decides whom a position sees, `product(x, w)` how w is laid out: training and generation
+        differ in nothing else."""
         y_BTD = rms_norm(x_BTD, self.attention_norm_LD[...], self.m.norm_eps)
         # y[B_data, T, D] . wq[D_fsdp, N_tensor, H] -> q[B_data, T, N_tensor, H]: wq is gathered over fsdp
-        q_BTNH = shard(apply_rope(dense(y_BTD, self.wq_LDNH[...]), *rope), "q_BTNH")
-        k_BTKH = shard(apply_rope(dense(y_BTD, self.wk_LDKH[...]), *rope), "k_BTKH")
-        v_BTKH = shard(dense(y_BTD, self.wv_LDKH[...]), "k_BTKH")
+        q_BTNH = shard(apply_rope(product(y_BTD, self.wq_LDNH[...]), *rope), "q_BTNH")
+        k_BTKH = shard(apply_rope(product(y_BTD, self.wk_LDKH[...]), *rope), "k_BTKH")
+        v_BTKH = shard(product(y_BTD, self.wv_LDKH[...]), "k_BTKH")
         a_BTNH = shard(attend(q_BTNH, k_BTKH, v_BTKH), "q_BTNH")
         # a[B_data, T, N_tensor, H] . wo[N_tensor, H, D_fsdp] -> [B_data, T, D]: summed over tensor
-        x_BTD = shard(x_BTD + dense(a_BTNH, self.wo_LNHD[...], contract=2), "x_BTD")
+        x_BTD = shard(x_BTD + product(a_BTNH, self.wo_LNHD[...], 2), "x_BTD")
         y_BTD = rms_norm(x_BTD, self.mlp_norm_LD[...], self.m.norm_eps)
-        h_BTF = jax.nn.silu(dense(y_BTD, self.w_gate_LDF[...])) * dense(y_BTD, self.w_up_LDF[...])
-        return shard(x_BTD + dense(shard(h_BTF, "h_BTF"), self.w_down_LFD[...]), "x_BTD")
+        h_BTF = jax.nn.silu(product(y_BTD, self.w_gate_LDF[...])) * product(y_BTD, self.w_up_LDF[...])
+        return shard(x_BTD + product(shard(h_BTF, "h_BTF"), self.w_down_LFD[...]), "x_BTD")
 
 
 REMAT_POLICIES = {

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from k2jax.loss import cross_entropy, targets_and_weights
+from k2jax.loss import LossOptions, head_loss, targets_and_weights
 from k2jax.model import Decoder, Params, document_ids, parameter_table
 from k2jax.optimizer import TrainState, adamw, learning_rate
 from k2jax.sharding import shard
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 class Sums(NamedTuple):
     """What a microbatch adds up: float32."""
 
-    loss: jax.Array  # over all targets, nats
+    loss: jax.Array  # cross-entropy over all targets, nats
     targets: jax.Array  # how many
     subset_loss: jax.Array  # (subsets,)
     subset_targets: jax.Array  # (subsets,)
@@ -46,12 +46,13 @@ def loss_sums(
     compute_dtype: jnp.dtype,
 ) -> tuple[jax.Array, Sums]:
     """The loss summed over the targets of (R, T+1) tokens, and its parts; nothing is divided yet."""
-    loss_B, targets_B = row_losses(
+    loss, nats_B, targets_B = row_losses(
         params, tokens, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype
     )
     subset_BX = jax.nn.one_hot(subset, num_subsets, dtype=jnp.float32)
-    loss = loss_B.sum()
-    return loss, Sums(loss, targets_B.sum(), loss_B @ subset_BX, targets_B @ subset_BX)
+    # Sums of products, not a product of matrices, which TPUs round to bfloat16 unless told.
+    by_subset = [(value_B[:, None] * subset_BX).sum(axis=0) for value_B in (nats_B, targets_B)]
+    return loss, Sums(nats_B.sum(), targets_B.sum(), *by_subset)
 
 
 def row_losses(
@@ -62,8 +63,11 @@ def row_losses(
     stage: ConfigDict,
     eos_id: int,
     compute_dtype: jnp.dtype,
-) -> tuple[jax.Array, jax.Array]:
-    """(loss summed over the targets, how many targets) of each row of (R, T+1) tokens, float32."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The loss of (R, T+1) tokens, to be differentiated; the cross-entropy and the number of targets of each row.
+
+    All float32, summed over the targets. The loss is the sum of the cross-entropies, and of z-loss where that is on.
+    """
     inputs_BT = tokens[:, :-1] if config.data.label_shift == "next" else tokens
     masked = config.model.mask_documents
     inputs_BT, targets_BT, weights_BT = targets_and_weights(
@@ -72,8 +76,9 @@ def row_losses(
     inputs_BT = shard(inputs_BT, "tokens_BT")
     decoder = Decoder(config.model, params, compute_dtype)
     hidden_BTD = decoder(inputs_BT, stage.rope_base, document_ids(inputs_BT, eos_id) if masked else None)
-    logits_BTV = decoder.logits(hidden_BTD, jnp.dtype(config.precision.logits))
-    return (cross_entropy(logits_BTV, targets_BT) * weights_BT).sum(axis=1), weights_BT.sum(axis=1)
+    options = LossOptions(config.loss.block, config.loss.z_loss, config.precision.logits, config.model.unroll)
+    loss, nats_BT = head_loss(hidden_BTD, decoder.head_DV[...], targets_BT, weights_BT, options)
+    return loss, (nats_BT * weights_BT).sum(axis=1), weights_BT.sum(axis=1)
 
 
 def mean_gradients(params: Params, batch: Batch, **loss_arguments) -> tuple[Params, Sums]:

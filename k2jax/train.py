@@ -6,9 +6,10 @@ The order within a step is fixed: preempted? -> batch -> step -> the previous st
 The metrics of a step are read before its state is saved, and never before the next step is under way otherwise.
 """
 
-from k2jax.host_memory import keep_freed_memory
+from k2jax.host_memory import keep_freed_memory, use_huge_pages
 
 if __name__ == "__main__":
+    use_huge_pages()
     keep_freed_memory()  # before the imports below, some of which start threads
 
 import argparse

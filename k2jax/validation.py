@@ -98,7 +98,7 @@ def _run(
     rows = np.concatenate([rows, np.repeat(rows[:1], full - count, axis=0)])
     placed = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXES))
     tokens = jax.make_array_from_callback(rows.shape, placed, lambda index: rows[index])
-    losses, targets = losses_of(params, tokens)
+    _, losses, targets = losses_of(params, tokens)
     return np.asarray(losses, np.float64)[:count], np.asarray(targets, np.float64)[:count]
 
 

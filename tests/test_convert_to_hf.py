@@ -16,6 +16,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 from conftest import REPOSITORY
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -36,7 +37,7 @@ from k2jax.hf.verify import read_certificate, verify
 from k2jax.launch import place_state
 from k2jax.model import Decoder, parameter_table
 from k2jax.optimizer import TrainState
-from k2jax.saved import SavedStep, open_step
+from k2jax.saved import SavedStep, open_array, open_step
 from k2jax.train import train
 
 SQUARE = {"vocab_size": 509, "dim": 32, "num_layers": 2, "ffn_dim": 48}
@@ -94,8 +95,6 @@ def decoder_logits(saved: SavedStep, tokens_BT: np.ndarray, dtype: type = np.flo
 
 
 def our_arrays(saved: SavedStep) -> dict[str, np.ndarray]:
-    from k2jax.saved import open_array
-
     names = parameter_table(saved.config.model)
     return {name: open_array(saved, f"params/{name}").read().result() for name in names}
 
@@ -135,7 +134,7 @@ def test_transformers_loads_it_and_computes_the_same(variant: str, tiny_data: Pa
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     saved = write_run(tmp_path / "run", tiny_data, **VARIANTS[variant])
     for dtype in ("float32", "bfloat16"):
-        parity = export(saved, tmp_path / dtype, dtype, BIG, quiet)
+        parity = export(saved, tmp_path / dtype, dtype, BIG, quiet).parity
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / dtype, dtype="auto")
         assert type(model).__name__ == "LlamaForCausalLM" and str(model.dtype) == f"torch.{dtype}"
         tokens_BT = np.array(parity["logits"]["tokens"], np.int32)
@@ -153,7 +152,7 @@ def test_transformers_loads_it_and_computes_the_same(variant: str, tiny_data: Pa
 def test_a_trained_run_with_its_tokenizer_and_card(trained: SavedStep, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "new" / "out"
-    parity = export(trained, out, "bfloat16", BIG, quiet)
+    parity = export(trained, out, "bfloat16", BIG, quiet).parity
     assert verify(trained, out, quiet).largest_difference <= parity["logits"]["tolerance"]
     theirs, ours = transformers.AutoTokenizer.from_pretrained(out), load_tokenizer(trained.tokenizer)
     for text in ("abc de  fgh\n\tab", " leading", "Ünïcödé 漢字 🙂 \u2581 x", "a1b22 c,d!", ""):
@@ -176,7 +175,7 @@ def test_a_trained_run_with_its_tokenizer_and_card(trained: SavedStep, tmp_path:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_number_is_where_llama_has_it(dtype: str, square: SavedStep, tmp_path: Path):
     """Element by element, written without the converter's own reshapes, and what the certificate says of each."""
-    parity = export(square, tmp_path / "out", dtype, BIG, quiet)
+    parity = export(square, tmp_path / "out", dtype, BIG, quiet).parity
     ours = {name: x.astype(DTYPES[dtype]) for name, x in our_arrays(square).items()}
     theirs = load_file(tmp_path / "out" / "model.safetensors")
     expected = {"model.embed_tokens.weight": ours["embed_VD"], "model.norm.weight": ours["final_norm_D"]}
@@ -199,7 +198,7 @@ def test_every_number_is_where_llama_has_it(dtype: str, square: SavedStep, tmp_p
         np.testing.assert_array_equal(theirs[name], value)
         record = parity["tensors"][name]
         assert record["sha256"] == hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-        assert record["norm"] == pytest.approx(np.linalg.norm(value.astype(np.float64)), rel=1e-12)
+        assert record["norm"] == pytest.approx(np.linalg.norm(value.astype(np.float64)), rel=1e-6)
         assert record["nonfinite"] == 0 and record["shape"] == list(value.shape)
 
 
@@ -224,18 +223,40 @@ def test_pieces_change_nothing(square: SavedStep, tiny_data: Path, tmp_path: Pat
     """Embedding and head in pieces of rows (509 divides by none), tied or not: the same bytes and logits."""
     tied = write_run(tmp_path / "tied", tiny_data, tie_embeddings=True)
     whole = [export(saved, tmp_path / f"whole{i}", "bfloat16", BIG, quiet) for i, saved in enumerate((square, tied))]
-    monkeypatch.setattr(stream, "PIECE_BYTES", 4 * 32 * 100)
-    chunked = type("Chunked", (), {"read_chunk": type("", (), {"shape": (100, 100)})})
-    rows = stream._rows_of_theirs
-    monkeypatch.setattr(
-        stream, "_rows_of_theirs", lambda tensor, array: rows(tensor, type("", (), {"chunk_layout": chunked}))
-    )
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 4 * 32 * 100)
+    assert [(p.start, p.stop) for p in stream.blocks(open_array(square, "params/head_DV"), 1)] == [(0, 509)], "a chunk"
+    cut = [slice(first, min(first + 100, 509)) for first in range(0, 509, 100)]
+    for module in (stream, certificate):
+        monkeypatch.setattr(module, "blocks", lambda array, axis: cut)
     for i, saved in enumerate((square, tied)):
-        arrays = {name: None for name in parameter_table(saved.config.model)}
-        heads = [p for p in stream.pieces(saved, arrays) if p.is_head_of_tied or p.tensor.name == "lm_head.weight"]
-        assert len(heads) == 6
         again = export(saved, tmp_path / f"pieces{i}", "bfloat16", BIG, quiet)
-        assert again["tensors"] == whole[i]["tensors"] and again["logits"]["tokens"] == whole[i]["logits"]["tokens"]
+        digests = [{name: r["sha256"] for name, r in e.parity["tensors"].items()} for e in (again, whole[i])]
+        assert digests[0] == digests[1]
+        np.testing.assert_allclose(*(e.parity["logits"]["log_sum_exp"] for e in (again, whole[i])), rtol=1e-5)
+
+
+def test_blocks_are_whole_chunks():
+    def array(shape: tuple[int, int], chunk: tuple[int, int]) -> ts.TensorStore:
+        spec = {"driver": "zarr", "kvstore": {"driver": "memory"}, "metadata": {"shape": shape, "chunks": chunk}}
+        return ts.open(spec, create=True, dtype=ts.float32).result()
+
+    found = stream.blocks(array((100_000, 4096), (1000, 4096)), 0)
+    assert [part.start for part in found] == list(range(0, 100_000, 4000)) and found[-1].stop == 100_000
+    found = stream.blocks(array((4096, 32_000), (512, 6000)), 1)
+    assert [(part.start, part.stop) for part in found] == [(i, min(i + 6000, 32_000)) for i in range(0, 32_000, 6000)]
+
+
+def test_rounding_is_numpys():
+    """Of every kind of number: denormal ones, halfway cases, too large ones."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 1 << 20, dtype=np.uint32)
+    bits[:4000] = np.concatenate([np.arange(2000), 0x3F80_8000 + (np.arange(2000) << 15)])
+    x = bits.view(np.float32)
+    x = x[np.isfinite(x)]
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        with np.errstate(over="ignore"):
+            expected = x.astype(dtype)
+        np.testing.assert_array_equal(stream.rounded(x, np.dtype(dtype)).view(np.uint16), expected.view(np.uint16))
+    assert stream.rounded(x, np.dtype(np.float32)) is x
 
 
 # ---- what is refused: one line, and nothing is left ------------------------------------------------------------------

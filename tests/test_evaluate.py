@@ -298,6 +298,19 @@ def test_a_run_without_data_is_told_what_can_be_evaluated(copy: Path):
         session(copy).run()
 
 
+def test_stores_that_have_moved_are_named(copy: Path, tiny_data: Path, tmp_path: Path):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for name, store in manifest["stores"].items():
+        shutil.copytree(tiny_data / name, tmp_path / "moved" / name)
+        store["path"] = str(tmp_path / "gone" / name)
+    write_json(copy / "manifest.json", manifest)
+    with pytest.raises((ConfigError, StorageError), match="gone"):
+        session(copy, windows=2).run()
+    moved = session(copy, windows=2, stores=str(tmp_path / "moved"))
+    moved.run()
+    assert moved.num_new == 1
+
+
 def test_several_processes_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(ConfigError, match="one process"):

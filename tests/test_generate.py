@@ -11,7 +11,7 @@ import pytest
 from jax._src import test_util as jtu
 from test_model import small_model
 
-from k2jax import generate, sharding
+from k2jax import generate, generation, sharding
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.generation import Generator
@@ -25,8 +25,12 @@ MODELS = {
     "all_heads": {"num_kv_heads": 4},
     "tied": {"tie_embeddings": True, "num_kv_heads": 1},
     "masked": {"mask_documents": True},
+    "rope_scaled": {
+        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0, "original_context": 16}
+    },
 }
 PROMPTS = [[5, 9, 2, 11, 40, 3, 7], [8], [], [3, 3, 2, 17, 30, 31, 32, 33, 34, 35, 36, 6, 2, 12]]
+LONG = [[*range(3, 50), EOS, *range(3, 8)], [7] * 30]  # of 53 and 30 tokens
 NEW = 9
 
 
@@ -68,11 +72,28 @@ def test_greedy_tokens_are_those_of_a_cacheless_forward(changes: dict):
     assert found == [cacheless(m, prompt, NEW) for prompt in PROMPTS]
 
 
-def test_a_sharded_model_gives_the_same_tokens(grouped: Generator):
-    m = small_model(vocab_size=64, num_kv_heads=2)
+def test_a_long_prompt_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch):
+    def run(mask: bool) -> list[list[int]]:
+        return generator(small_model(mask_documents=mask)).generate(LONG, NEW, stop_at_eos=False)
+
+    expected = run(False), run(True)
+    assert expected[0] != expected[1], "the mask changes nothing: this test proves half"
+    monkeypatch.setattr(generation, "PREFILL", 20)
+    assert (run(False), run(True)) == expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask_documents": True, "tie_embeddings": True}], ids=["plain", "masked"])
+def test_a_sharded_model_gives_the_same_tokens(changes: dict):
+    m = small_model(vocab_size=64, num_kv_heads=2, **changes)
     mesh = sharding.make_mesh({"replica": 1, "fsdp": 4, "tensor": 2})
     expected = generator(m).generate(PROMPTS, NEW, stop_at_eos=False)
-    assert generator(m, mesh).generate(PROMPTS, NEW, stop_at_eos=False) == expected
+    sharded = generator(m, mesh)
+    assert sharded.generate(PROMPTS, NEW, stop_at_eos=False) == expected
+    assert sharded.generate(PROMPTS[:1], NEW, stop_at_eos=False) == expected[:1]
+    weights = jax.tree.leaves(sharded.weights)
+    assert all(w.sharding.shard_shape(w.shape) != w.shape for w in weights if w.ndim > 1)
+    keys, _ = sharded._empty_cache(8, 16)[0]
+    assert keys.sharding.shard_shape(keys.shape) == (2, 1, 16, 8)
 
 
 def test_eos_ends_a_row_and_not_the_others(grouped: Generator):
@@ -107,6 +128,51 @@ def test_what_a_row_draws_depends_on_seed_row_and_position_alone(grouped: Genera
     assert found != grouped.generate(PROMPTS, NEW, sampling=sampling, seed=8, stop_at_eos=False)
     alone = grouped.generate(PROMPTS[3:], NEW, sampling=sampling, seed=7, stop_at_eos=False, first_row=3)
     assert alone == found[3:]
+
+
+def test_a_row_ends_where_its_listener_says(grouped: Generator):
+    whole = grouped.generate(PROMPTS, 20, stop_at_eos=False)
+    found = grouped.generate(PROMPTS, 20, stop_at_eos=False, on_tokens=lambda row, ids: row != 2)
+    assert found[2] == whole[2] and [found[row] == whole[row][: generation.PIECE] for row in (0, 1, 3)] == [True] * 3
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says():
+    """Chi-square of the pairs of tokens that 2,048 rows draw from one seed."""
+    m, rows = small_model(vocab_size=16, num_layers=1), 2048
+    found = np.array(generator(m).generate([[5]] * rows, 2, sampling=Sampling(1.0), seed=1, stop_at_eos=False))
+    decoder = Decoder(m, init_params(m, seed=3))
+    table = jnp.array([[5, token] for token in range(16)])
+    p = np.asarray(jax.jit(lambda t: jax.nn.softmax(decoder.logits(decoder(t, 1e4))))(table), np.float64)
+    joint = p[0, 0][:, None] * p[:, 1]  # of the two new tokens
+    seen = np.zeros((16, 16))
+    np.add.at(seen, tuple(found.T), 1)
+    enough = joint * rows > 5
+    chi_square = ((seen - rows * joint) ** 2 / (rows * joint))[enough].sum()
+    assert enough.sum() > 50 and abs(chi_square - enough.sum()) < 4 * np.sqrt(2 * enough.sum())
+
+
+def test_a_token_that_the_model_lacks_is_an_error(grouped: Generator):
+    with pytest.raises(ConfigError, match="token id 61 in a prompt: the model has 61"):
+        grouped.generate([[5], [61]], 1)
+
+
+def test_in_bfloat16_weights_and_cache_are_and_norms_are_not():
+    m = small_model()
+    half = Generator(m, 1e4, init_params(m, seed=3), one_device(), jnp.bfloat16, eos_id=EOS)
+    kinds = {w.dtype for w in jax.tree.leaves(half.weights) if w.ndim > 1} | {half._empty_cache(2, 16)[0][0].dtype}
+    assert kinds == {jnp.dtype("bfloat16")}
+    assert half.weights["final_norm_D"].dtype == half.weights["layers"][0]["mlp_norm_LD"].dtype == jnp.float32
+    assert len(half.generate([[5, 6]], 3, stop_at_eos=False)[0]) == 3
+
+
+def test_parameters_that_are_given_away_are_freed_on_the_way():
+    m = small_model()
+    params = init_params(m, seed=3)
+    first = params["embed_VD"]
+    Generator(m, 1e4, params, one_device(), jnp.float32, eos_id=EOS)
+    assert params["embed_VD"] is first
+    Generator(m, 1e4, params, one_device(), jnp.float32, eos_id=EOS, keep_params=False)
+    assert params == {}
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -158,18 +224,29 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arg
 
 def test_command_line_prompts_and_file(run: Path, tmp_path: Path, monkeypatch, capsys):
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "abc"}\n{"prompt": "ab", "suffix": "de"}\n', encoding="utf-8")
+    file.write_text('{"prompt": "a\u2028bc"}\n{"prompt": "ab", "suffix": "de"}\n', encoding="utf-8")
     options = ("--workdir", run, "--max-new-tokens", 6, "--temperature", 0, "--json")
     out = command(monkeypatch, capsys, *options, "--prompt", "a b c", "--prompts", file)
     results = [json.loads(line) for line in out.splitlines()]
-    assert [r["prompt"] for r in results] == ["a b c", "abc", "ab"] and results[2]["suffix"] == "de"
+    assert [r["prompt"] for r in results] == ["a b c", "a\u2028bc", "ab"] and results[2]["suffix"] == "de"
     encoder = load_tokenizer(run / "tokenizer.json")
     for r in results:
         assert r["step"] == 7 and r["num_tokens"] == len(r["ids"]) <= 6 and len(r["checkpoint"]) == 64
         assert r["finish"] == ("length" if r["num_tokens"] == 6 else "eos")
         assert r["text"] == encoder.decode(r["ids"], skip_special_tokens=False)
+    apart = command(monkeypatch, capsys, *options, "--prompt", "a b c", "--prompts", file, "--batch-size", 2)
+    assert apart == out
+    sharded = command(monkeypatch, capsys, *options, "--prompt", "a b c", "--prompts", file, "--mesh", "tensor=4")
+    assert sharded == out
     plain = command(monkeypatch, capsys, *options[:-1], "--prompt", "abc", "--step", 5)
     assert plain.startswith("abc|")
+
+
+def test_one_prompt_streams_to_a_terminal(run: Path, monkeypatch, capsys):
+    options = ("--workdir", run, "--max-new-tokens", 40, "--prompt", "abc", "--seed", 4)
+    expected = json.loads(command(monkeypatch, capsys, *options, "--json"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert command(monkeypatch, capsys, *options) == expected["text"] + "\n"
 
 
 def test_the_middle_is_asked_for_by_k2s_tokens(run: Path):
@@ -200,6 +277,9 @@ def test_characters_are_held_back_until_they_are_whole(run: Path):
         (["--step", "6", "--prompt", "a"], "no checkpoint of step 6: it has steps 5, 7"),
         (["--prompts", "none.txt"], "cannot be read"),
         (["--prompt", "a", "--top-p", "0"], "top_p"),
+        (["--prompt", "a", "--mesh", "fsdp=2,tenser=2"], "'tenser=2' is not AXIS=SIZE with an axis of replica, fsdp"),
+        (["--prompt", "a", "--mesh", "tensor=16"], "needs 16 devices, this run has 8"),
+        (["--prompt", "a", "--mesh", "fsdp=3"], "not divisible by mesh.fsdp=3"),
     ],
 )
 def test_bad_input(run: Path, monkeypatch, capsys, arguments: list[str], message: str):

@@ -21,14 +21,13 @@ from ml_collections import FrozenConfigDict
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 pytest.importorskip("lm_eval")
 
-from k2jax import launch  # noqa: E402
+from k2jax import generation, launch  # noqa: E402
 from k2jax.errors import ConfigError  # noqa: E402
 from k2jax.evals import harness, scoring, suites, tasks  # noqa: E402
 from k2jax.evals.scoring import Row, Scorer, make_batches  # noqa: E402
 from k2jax.evals.session import Session, Wanted  # noqa: E402
 from k2jax.evals.subject import Subject  # noqa: E402
 from k2jax.generation import Sampling  # noqa: E402
-from k2jax.hf.importer import import_hf  # noqa: E402
 from k2jax.hf.layout import config_to_hf, tensors  # noqa: E402
 from k2jax.model import Decoder, init_params, parameter_table  # noqa: E402
 from k2jax.saved import SavedStep, open_array, open_step  # noqa: E402
@@ -352,6 +351,23 @@ def test_samples_of_one_prompt_differ_and_come_again_with_the_same_seed(subject:
     assert first == again and len(set(first)) > 3
 
 
+def test_generation_ends_when_every_text_has_met_its_end(subject: Subject, monkeypatch: pytest.MonkeyPatch):
+    lm, calls = harness.CheckpointLM(subject), []
+    decode = generation._decode
+    monkeypatch.setattr(generation, "_decode", lambda *a: calls.append(1) or decode(*a))
+
+    def texts(until: list[str]) -> list[str]:
+        calls.clear()
+        kwargs = {"until": until, "max_gen_toks": 40}
+        return lm.generate_until([Request((text, kwargs)) for text in ("abc", "bcd e", "d")])
+
+    with jax.set_mesh(subject.mesh):
+        whole = texts([])
+        assert len(calls) == 40 // generation.PIECE
+        cut = texts(list("abcdefgh "))
+    assert len(calls) == 1 and all(b.startswith(a) for a, b in zip(cut, whole, strict=True)) and cut != whole
+
+
 def test_more_new_tokens_than_the_context_has_are_refused(subject: Subject):
     with pytest.raises(ConfigError, match="asks for 64 new tokens, the model's context is 64"):
         harness.CheckpointLM(subject).generate_until([Request(("a", {"until": [], "max_gen_toks": 64}))])
@@ -396,6 +412,8 @@ def test_tasks_and_groups_are_stored_once(workdir: Path, task_dir: Path, tmp_pat
 def test_an_imported_model_is_evaluated_as_the_one_that_it_came_from(
     workdir: Path, hf: Any, task_dir: Path, tmp_path: Path
 ):
+    from k2jax.hf.importer import import_hf
+
     import_hf(Path(hf.pretrained), tmp_path / "imported", "imported", False)
     runs = [session(path, task_dir, "local_letters", "local_texts") for path in (workdir, tmp_path / "imported")]
     for run in runs:

@@ -1,4 +1,4 @@
-"""k2jax.loss: the value and gradient of cross-entropy, which targets count, and the loss by subset."""
+"""k2jax.loss: the value and gradient of the loss, which targets count, and the loss by subset."""
 
 from functools import partial
 
@@ -9,15 +9,16 @@ import pytest
 from test_model import logits_of, small_model
 
 from k2jax import config
-from k2jax.loss import cross_entropy, targets_and_weights
+from k2jax.loss import LossOptions, head_loss, targets_and_weights
 from k2jax.model import init_params
 from k2jax.step import loss_sums
 
 EOS = 2
+WHOLE = LossOptions()
 
 
 def reference(logits, targets, weights):
-    """(nats of every position, gradient of their weighted sum), in float64."""
+    """(nats of every position, gradient of their weighted sum by the logits), in float64."""
     logits = np.asarray(logits, np.float64)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_softmax = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -32,38 +33,96 @@ def draw(scale, shape=(2, 5, 33)):
     return logits, random.integers(0, shape[-1], shape[:-1]), random.uniform(0, 2, shape[:-1])
 
 
-def value_and_gradient(logits, targets, weights):
-    weights = jnp.asarray(weights, jnp.float32)
-    total = jax.grad(lambda x: (cross_entropy(x, jnp.asarray(targets)) * weights).sum())
-    return cross_entropy(logits, jnp.asarray(targets)), jax.jit(total)(logits)
+def head_loss_of(x, head, targets, weights, options=WHOLE):
+    """(sum, nats, gradients by x and head)."""
+    targets, weights = jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
+    run = jax.value_and_grad(lambda x, head: head_loss(x, head, targets, weights, options), (0, 1), has_aux=True)
+    (total, nats), gradients = jax.jit(run)(x, head)
+    return total, nats, *gradients
+
+
+def of_logits(logits, targets, weights, options=WHOLE):
+    """(nats, gradient by the logits): the head is the identity, which products with float32 leave as they are."""
+    return head_loss_of(logits, jnp.eye(logits.shape[-1]), targets, weights, options)[1:3]
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4, 1e30])
-def test_cross_entropy_and_its_gradient_are_float64s(scale):
+def test_the_loss_and_its_gradient_are_float64s(scale):
     """1e4 overflows exp() without the shift by the largest logit; a float32 sum of exp's is as exact as its log."""
     logits, targets, weights = draw(scale)
-    nats, gradient = value_and_gradient(logits, targets, weights)
+    nats, gradient = of_logits(logits, targets, weights)
     expected_nats, expected_gradient = reference(logits, targets, weights)
     assert nats.dtype == gradient.dtype == jnp.float32
     np.testing.assert_allclose(nats, expected_nats, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5 if scale == 1.0 else 1e-3, atol=1e-6)
 
 
-def test_cross_entropy_of_one_certain_and_of_all_equal_logits():
+def test_the_loss_of_one_certain_and_of_all_equal_logits():
     logits = jnp.zeros((1, 2, 7)).at[0, 0, 3].set(200.0)
-    nats, gradient = value_and_gradient(logits, np.array([[3, 3]]), np.ones((1, 2)))
+    nats, gradient = of_logits(logits, np.array([[3, 3]]), np.ones((1, 2)))
     np.testing.assert_allclose(nats, [[0.0, np.log(7)]], rtol=1e-6)
     np.testing.assert_allclose(gradient[0, 0], 0.0, atol=1e-12)
     np.testing.assert_allclose(gradient.sum(axis=-1), 0.0, atol=1e-6)
 
 
-def test_cross_entropy_of_bfloat16_logits_is_summed_in_float32():
+@pytest.mark.parametrize("block", [1, 4, 5, 8, 15, 100])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_blocks_give_value_and_gradients_of_the_whole(block, z_loss):
+    """15 positions by blocks that divide them and that do not, uneven weights; the value without a gradient, too."""
+    B, T, D, V = 3, 15, 8, 33
+    random = np.random.default_rng(1)
+    x, head = random.normal(size=(B, T, D)), random.normal(size=(D, V))
+    targets, weights = random.integers(0, V, (B, T)), random.uniform(0, 2, (B, T))
+    options = LossOptions(block, z_loss)
+    arrays = jnp.asarray(x, jnp.float32), jnp.asarray(head, jnp.float32)
+    total, nats, dx, dhead = head_loss_of(*arrays, targets, weights, options)
+    logits = x @ head
+    expected_nats, delta = reference(logits, targets, weights)
+    lse = np.log(np.exp(logits).sum(axis=-1))
+    delta += (weights * 2 * z_loss * lse)[..., None] * np.exp(logits - lse[..., None])
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(total, (weights * (expected_nats + z_loss * lse**2)).sum(), rtol=1e-6)
+    np.testing.assert_allclose(dx, delta @ head.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dhead, np.einsum("btd,btv->dv", x, delta), rtol=1e-4, atol=1e-5)
+    alone = head_loss(*arrays, jnp.asarray(targets), jnp.asarray(weights, jnp.float32), options)
+    np.testing.assert_allclose(alone[0], total, rtol=1e-6)
+    np.testing.assert_allclose(alone[1], nats, rtol=1e-5)
+
+
+def test_the_gradient_is_that_of_what_comes_after():
+    """Of 3 times the sum: 3 times as large."""
+    logits, targets, weights = draw(1.0)
+    weights, head = jnp.asarray(weights, jnp.float32), jnp.eye(33)
+    once, thrice = (
+        jax.grad(lambda x, f=f: f * head_loss(x, head, jnp.asarray(targets), weights, LossOptions())[0])(logits)
+        for f in (1.0, 3.0)
+    )
+    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+
+
+def test_bfloat16_goes_into_products_and_float32_adds_up():
+    """x and the logits in bfloat16: sums over V and the head's gradient are in float32 none the less."""
     logits, targets, weights = draw(3.0, (2, 3, 4000))
-    nats, gradient = value_and_gradient(logits.astype(jnp.bfloat16), targets, weights)
-    expected_nats, expected_gradient = reference(logits.astype(jnp.bfloat16), targets, weights)
-    assert nats.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
+    options = LossOptions(logits_dtype="bfloat16")
+    x, head = logits.astype(jnp.bfloat16), jnp.eye(4000)
+    _, nats, gradient, dhead = head_loss_of(x, head, targets, weights, options)
+    expected_nats, expected_gradient = reference(x, targets, weights)
+    assert nats.dtype == dhead.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
     np.testing.assert_allclose(nats, expected_nats, rtol=1e-6)
     np.testing.assert_allclose(np.asarray(gradient, np.float32), expected_gradient, rtol=2.0**-8, atol=1e-9)
+
+
+def test_no_array_holds_all_logits():
+    """Neither forward nor backward, in the compiled program: 8 rows of 64 positions by blocks of 8."""
+    x, head = jnp.zeros((8, 64, 16)), jnp.zeros((16, 1000))
+    targets, weights = jnp.zeros((8, 64), jnp.int32), jnp.ones((8, 64))
+
+    def temporary_bytes(block):
+        loss = partial(head_loss, options=LossOptions(block))
+        run = jax.jit(jax.grad(lambda x, head: loss(x, head, targets, weights)[0], (0, 1)))
+        return run.lower(x, head).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(64) > 8 * 64 * 1000 * 4 > 2 * temporary_bytes(8)
 
 
 # ---- which targets count -------------------------------------------------------------------------------------------
@@ -103,7 +162,7 @@ def sums_of(tokens, subset=None, label_shift="next", masked=False, num_subsets=1
     arguments = {"config": c, "stage": config.stage(), "eos_id": EOS, "num_subsets": num_subsets}
     run = jax.jit(partial(loss_sums, **arguments, compute_dtype=jnp.float32))
     loss, sums = run(init_params(c.model, seed=1), jnp.asarray(tokens), subset)
-    assert loss == sums.loss
+    assert float(loss) == pytest.approx(float(sums.loss), rel=1e-6)
     return sums
 
 

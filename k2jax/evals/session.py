@@ -53,6 +53,7 @@ class Wanted(NamedTuple):
     allow_code: bool
     batch_tokens: int
     seed: int
+    stores: str | None = None  # folder that they have moved to
 
 
 class Session:
@@ -169,7 +170,7 @@ class Session:
             if result is None:
                 if subject is None:
                     w, mesh = self.wanted, launch.mesh_for(saved.config)
-                    subject = Subject(saved, mesh, batch_tokens=w.batch_tokens, seed=w.seed)
+                    subject = Subject(saved, mesh, batch_tokens=w.batch_tokens, seed=w.seed, stores=w.stores)
                 result, verb = self._measure(task, identity, subject), ""
                 self.num_new += 1
             self.say(f"step {saved.step} {task.name}: {verb}{result['headline']}")

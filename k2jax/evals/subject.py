@@ -20,8 +20,14 @@ from k2jax.saved import SavedStep, restore_params
 class Subject:
     """One saved step on a mesh."""
 
-    def __init__(self, saved: SavedStep, mesh: Mesh, *, batch_tokens: int, seed: int):
-        """`batch_tokens`: of one call of the model, padding included. `seed`: of sampling and few-shot examples."""
+    def __init__(self, saved: SavedStep, mesh: Mesh, *, batch_tokens: int, seed: int, stores: str | None = None):
+        """
+        Args:
+            batch_tokens: of one call of the model, padding included.
+            seed: of sampling and of few-shot examples.
+            stores: where the run's stores are, by name, if they have moved.
+        """
+        self._stores = stores
         self.saved, self.mesh, self.batch_tokens, self.seed = saved, mesh, batch_tokens, seed
         self.eos_id: int = saved.meta["eos_id"]
         self.compute_dtype: jnp.dtype = launch.compute_dtype(saved.config)
@@ -39,7 +45,7 @@ class Subject:
                 f"{self.saved.workdir} has no manifest.json, as an imported model that has not trained: it has no data "
                 f"to be evaluated on; name harness tasks"
             )
-        return open_run(self.saved.workdir)
+        return open_run(self.saved.workdir, self._stores)
 
     @cached_property
     def scorer(self) -> Scorer:

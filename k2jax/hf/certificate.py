@@ -6,6 +6,7 @@ nothing but rounding may lie between them. Letters as in model.py.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from ml_collections import ConfigDict
 from k2jax.attention import attend_causally
 from k2jax.errors import NumericsError
 from k2jax.hf.reference import llama_logits
+from k2jax.hf.stream import BUDGET_BYTES, ahead, blocks, read, rounded
 from k2jax.model import Block, dense, parameter_table, rms_norm, rope_table
+from k2jax.saved import SavedStep, open_array
 
 FORMAT = 1  # of parity.json
 ROWS, POSITIONS = 2, 32
@@ -27,7 +30,7 @@ ROWS, POSITIONS = 2, 32
 TIMES_NOISE = 16
 MOST, LEAST = 1e-2, 1e-6  # of the largest logit: bounds of the tolerance, whatever the noise
 
-Weight = tuple[str, np.ndarray]  # name in parameter_table; an array, a layer of it, or some of V's rows or columns
+Wanted = tuple[str, tuple[int | slice, ...]]  # name in parameter_table, and which part of the array
 
 
 class Comparison(NamedTuple):
@@ -48,52 +51,55 @@ def probe_tokens(m: ConfigDict, context: int) -> np.ndarray:
     return np.array([[int.from_bytes(h[:8], "big") % m.vocab_size for h in row] for row in hashes], np.int32)
 
 
-class _Pulled:
-    """Stands for a weight of a Block: taken from the stream when the Block uses it, and dropped after."""
+class _Next:
+    """Stands for a weight of a Block: read when the Block takes it, and dropped when it is used."""
 
-    def __init__(self, name: str, weights: Iterator[Weight]):
-        self._name, self._weights = name, weights
+    def __init__(self, weights: Iterator[np.ndarray]):
+        self._weights = weights
 
     def __getitem__(self, index: Any) -> jax.Array:
-        return _take(self._name, self._weights)
+        return jnp.asarray(next(self._weights))
 
 
-def _take(name: str, weights: Iterator[Weight]) -> jax.Array:
-    found, value = next(weights)
-    assert found == name, f"the model uses {name}, the stream has {found}: layout.tensors is not in the model's order"
-    return jnp.asarray(value)
+def checkpoint_logits(saved: SavedStep, dtype: np.dtype, tokens_BT: np.ndarray) -> np.ndarray:
+    """k2jax's logits, float32 (B, T, V), its weights rounded to `dtype` and read one after the other.
 
+    The table of parameters has a layer's in the order in which a Block takes them; another order would show at once.
+    """
+    m = saved.config.model
+    arrays = {name: open_array(saved, f"params/{name}") for name in parameter_table(m)}
+    layers = [name for name in arrays if name.startswith("layers.")]
+    head, axis = ("embed_VD", 0) if m.tie_embeddings else ("head_DV", 1)
+    wanted = [("embed_VD", (part, slice(None))) for part in blocks(arrays["embed_VD"], 0)]
+    wanted += [(name, (layer,)) for layer in range(m.num_layers) for name in layers] + [("final_norm_D", ())]
+    wanted += [(head, (part, slice(None)) if axis == 0 else (slice(None), part)) for part in blocks(arrays[head], axis)]
 
-def checkpoint_logits(
-    m: ConfigDict, rope_base: float, tokens_BT: np.ndarray, weights: Iterator[Weight]
-) -> np.ndarray:
-    """k2jax's logits, float32 (B, T, V), of weights that come one at a time in the order of the forward pass."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.default_matmul_precision("float32"):
-        x_BTD = jnp.asarray(_lookup(m, tokens_BT, weights))
-        rope = rope_table(m, rope_base, tokens_BT.shape[1])
-        names = [name for name in parameter_table(m) if name.startswith("layers.")]
+    def start(item: Wanted) -> np.ndarray:
+        name, index = item
+        return rounded(read(arrays[name], index, arrays[name][index].shape, f"checkpoint {saved.step}: {name}"), dtype)
+
+    weights = ahead(wanted, start, lambda item: 4 * math.prod(arrays[item[0]][item[1]].shape), BUDGET_BYTES)
+    with jax.default_matmul_precision("float32"):
+        x_BTD = jnp.asarray(_lookup(tokens_BT, weights, m.vocab_size))
+        rope = rope_table(m, saved.stage.rope_base, tokens_BT.shape[1])
+        block = Block(m, {})
+        for name in layers:
+            setattr(block, name.removeprefix("layers."), _Next(weights))
         for _ in range(m.num_layers):
-            block = Block(m, {})
-            for name in names:
-                setattr(block, name.removeprefix("layers."), _Pulled(name, weights))
             x_BTD = block(x_BTD, rope, attend_causally)
-        x_BTD = rms_norm(x_BTD, _take("final_norm_D", weights), m.norm_eps)
-        logits: list[np.ndarray] = []
-        while sum(part.shape[-1] for part in logits) < m.vocab_size:
-            head_DV = _take("embed_VD", weights).T if m.tie_embeddings else _take("head_DV", weights)
-            logits.append(np.asarray(dense(x_BTD, head_DV)))
-    assert next(weights, None) is None, "the stream has more than the model uses"
-    return np.concatenate(logits, axis=-1)
+        x_BTD = rms_norm(x_BTD, jnp.asarray(next(weights)), m.norm_eps)
+        return np.concatenate([dense(x_BTD, w.T if axis == 0 else w) for w in weights], axis=-1)
 
 
-def _lookup(m: ConfigDict, tokens_BT: np.ndarray, weights: Iterator[Weight]) -> np.ndarray:
-    x_BTD, first = np.empty((*tokens_BT.shape, m.dim), np.float32), 0
-    while first < m.vocab_size:
-        embed_VD = np.asarray(_take("embed_VD", weights))
-        inside = (tokens_BT >= first) & (tokens_BT < first + len(embed_VD))
-        x_BTD[inside] = embed_VD[tokens_BT[inside] - first].astype(np.float32)
-        first += len(embed_VD)
-    return x_BTD
+def _lookup(tokens_BT: np.ndarray, weights: Iterator[np.ndarray], num_rows: int) -> np.ndarray:
+    """The tokens' rows of the embedding, whose blocks are the first of `weights`."""
+    rows, first = {}, 0
+    while first < num_rows:
+        block_VD = next(weights)
+        inside = tokens_BT[(tokens_BT >= first) & (tokens_BT < first + len(block_VD))]
+        rows |= {token: block_VD[token - first].astype(np.float32) for token in inside.tolist()}
+        first += len(block_VD)
+    return np.stack([np.stack([rows[token] for token in row]) for row in tokens_BT.tolist()])
 
 
 def compare_logits(folder: Path, tokens_BT: np.ndarray, logits_BTV: np.ndarray) -> Comparison:

@@ -8,10 +8,11 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -33,16 +34,23 @@ RECORDED = (
 NOT_INFERENCE = ("remat", "unroll", "mask_documents")  # keys of the model section that config.json does not hold
 
 
+class Exported(NamedTuple):
+    """What `export` did."""
+
+    parity: dict[str, Any]  # the certificate
+    weights_s: float  # until all weights were on the disk; the logits come after that
+
+
 def export(
     saved: SavedStep, out: Path, dtype: str, shard_bytes: int, progress: Callable[[int], None]
-) -> dict[str, Any]:
-    """Writes the folder `out`; returns its certificate. `progress` is told of each piece's bytes.
+) -> Exported:
+    """Writes the folder `out`. `progress` is told of each piece's bytes.
 
     Raises ConfigError when `out` is not empty or the tokenizer is not the run's, StorageError when the checkpoint is
     damaged or the folder cannot be written, NumericsError when a weight is not finite or the logits do not agree. In
     every case nothing is left of the folder.
     """
-    m, rope_base = saved.config.model, saved.stage.rope_base
+    m = saved.config.model
     texts = small_files(saved, dtype)
     shards = plan_shards([Entry(t.name, dtype, t.shape) for t in tensors(m)], shard_bytes)
     if len(shards) > 1:
@@ -51,10 +59,15 @@ def export(
     sums: dict[str, TensorSums] = {}
     with new_folder(out) as folder:
         write_files(folder, texts)
+        started = time.perf_counter()
         with ShardWriter(folder, shards) as writer:
-            weights = tally(stream(saved, DTYPES[dtype]), sums, writer.write, progress)
-            logits_BTV = certificate.checkpoint_logits(m, rope_base, tokens_BT, weights)
+            for item in stream(saved, DTYPES[dtype]):
+                add(sums, item)
+                writer.write(item.data)
+                progress(item.data.nbytes)
         refuse_nonfinite(saved, dtype, sums)
+        weights_s = time.perf_counter() - started
+        logits_BTV = certificate.checkpoint_logits(saved, DTYPES[dtype], tokens_BT)
         comparison = certificate.compare_logits(folder, tokens_BT, logits_BTV)
         parity = {
             "format": certificate.FORMAT,
@@ -72,7 +85,7 @@ def export(
         parity["certificate_sha256"] = sha256_json(parity)
         readme = card.model_card(saved, dtype, parity).encode()
         write_files(folder, {CERTIFICATE: as_json(parity), "README.md": readme})
-    return parity
+    return Exported(parity, weights_s)
 
 
 class TensorSums:
@@ -82,7 +95,7 @@ class TensorSums:
         self.sha256, self.square, self.num_nonfinite = hashlib.sha256(), 0.0, 0
 
     def add(self, item: Converted) -> None:
-        self.sha256.update(item.theirs.reshape(-1).view(np.uint8))
+        self.sha256.update(item.data.reshape(-1).view(np.uint8))
         self.square += item.square
         self.num_nonfinite += item.num_nonfinite
 
@@ -90,19 +103,9 @@ class TensorSums:
         return {"sha256": self.sha256.hexdigest(), "norm": self.square**0.5, "nonfinite": self.num_nonfinite}
 
 
-def tally(
-    items: Iterator[Converted],
-    sums: dict[str, TensorSums],
-    write: Callable[[np.ndarray], None],
-    progress: Callable[[int], None],
-) -> Iterator[certificate.Weight]:
-    """Adds each piece to `sums`, hands it to `write`, and passes on what the forward pass takes of it."""
-    for item in items:
-        if not item.piece.is_head_of_tied:
-            sums.setdefault(item.piece.tensor.name, TensorSums()).add(item)
-            write(item.theirs)
-            progress(item.theirs.nbytes)
-        yield item.piece.tensor.array, item.ours
+def add(sums: dict[str, TensorSums], item: Converted) -> None:
+    """Adds a piece to the sums of its tensor."""
+    sums.setdefault(item.piece.tensor.name, TensorSums()).add(item)
 
 
 def entry_json(entry: Entry) -> dict[str, Any]:

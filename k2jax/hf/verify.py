@@ -12,7 +12,7 @@ import numpy as np
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError, StorageError
 from k2jax.hf import certificate
-from k2jax.hf.export import CERTIFICATE, check_config, entry_json, small_files, tally
+from k2jax.hf.export import CERTIFICATE, add, check_config, entry_json, small_files
 from k2jax.hf.layout import tensors
 from k2jax.hf.safetensors_io import DTYPES, INDEX, Entry, read_header, sha256_of
 from k2jax.hf.stream import stream
@@ -112,9 +112,9 @@ def check_weights(
     """The tensors are the checkpoint's, converted anew, and k2jax and the files compute the same logits."""
     m, recorded, sums = saved.config.model, parity["tensors"], {}
     dtype = parity["dtype"]
-    tokens_BT = np.array(parity["logits"]["tokens"], np.int32)
-    weights = tally(stream(saved, DTYPES[dtype]), sums, lambda data: None, progress)
-    logits_BTV = certificate.checkpoint_logits(m, saved.stage.rope_base, tokens_BT, weights)
+    for item in stream(saved, DTYPES[dtype]):
+        add(sums, item)
+        progress(item.data.nbytes)
     expected = {t.name: entry_json(Entry(t.name, dtype, t.shape)) | sums[t.name].json() for t in tensors(m)}
     for name in sorted(expected.keys() | recorded.keys()):
         for key in ("dtype", "shape", "sha256", "nonfinite"):
@@ -124,6 +124,8 @@ def check_weights(
                     f"{folder}: tensor {name} is not the one that step {saved.step} of {saved.workdir} gives: "
                     f"{key} {found}, expected {wanted}"
                 )
+    tokens_BT = np.array(parity["logits"]["tokens"], np.int32)
+    logits_BTV = certificate.checkpoint_logits(saved, DTYPES[dtype], tokens_BT)
     comparison = certificate.compare_logits(folder, tokens_BT, logits_BTV)
     progress(sum(Entry(name, dtype, tuple(r["shape"])).num_bytes for name, r in recorded.items()))
     certificate.compare_recorded(parity["logits"], logits_BTV)

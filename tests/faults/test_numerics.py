@@ -10,11 +10,11 @@ from k2jax import checkpoint, launch, step
 
 ROW = 3  # of eight, on eight devices: one device meets the fault
 FAULTS = {
-    "nan": lambda loss_T, on: loss_T * jnp.where(on, jnp.nan, 1.0),
-    "inf": lambda loss_T, on: loss_T * jnp.where(on, jnp.inf, 1.0),
+    "nan": lambda loss, on: loss * jnp.where(on, jnp.nan, 1.0),
+    "inf": lambda loss, on: loss * jnp.where(on, jnp.inf, 1.0),
     # sqrt at 0: the loss stays what it is, its gradient is 0 * inf
-    "gradient": lambda loss_T, on: (
-        loss_T + jnp.sqrt(loss_T * 0 + jnp.where(on, 0.0, 1.0)) - jnp.where(on, 0.0, 1.0)
+    "gradient": lambda loss, on: (
+        loss + jnp.sqrt(loss * 0 + jnp.where(on, 0.0, 1.0)) - jnp.where(on, 0.0, 1.0)
     ),
 }
 
@@ -24,7 +24,7 @@ def poison(monkeypatch):
     """`poison({7: "nan"})`: from here on, the loss of one row of step 7 is poisoned."""
 
     def poison(faults, monkeypatch=monkeypatch):
-        real_step, real_loss, tracing = step.train_step, step.cross_entropy, []
+        real_step, real_loss, tracing = step.train_step, step.head_loss, []
 
         def train_step(state, batch, **kwargs):
             tracing.append(state.step + 1)
@@ -33,15 +33,16 @@ def poison(monkeypatch):
             finally:
                 tracing.clear()
 
-        def cross_entropy(logits_BTV, targets_BT):
-            loss_BT = real_loss(logits_BTV, targets_BT)
+        def head_loss(*arguments):
+            loss, nats_BT = real_loss(*arguments)
             if tracing:  # not in the validation
                 for number, kind in faults.items():
-                    loss_BT = loss_BT.at[ROW].set(FAULTS[kind](loss_BT[ROW], tracing[0] == number))
-            return loss_BT
+                    loss = FAULTS[kind](loss, tracing[0] == number)
+                    nats_BT = nats_BT.at[ROW].set(FAULTS[kind](nats_BT[ROW], tracing[0] == number))
+            return loss, nats_BT
 
         monkeypatch.setattr(launch, "train_step", train_step)
-        monkeypatch.setattr(step, "cross_entropy", cross_entropy)
+        monkeypatch.setattr(step, "head_loss", head_loss)
 
     return poison
 

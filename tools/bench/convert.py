@@ -1,14 +1,21 @@
-"""Export to Hugging Face's format: speed beside `cp` of the same bytes, and peak memory, as one JSON line.
+"""The export to Hugging Face's format: its speed beside `cp` of what it wrote, and its peak memory.
 
-    python tools/bench/convert.py [--layers 20] [--dtype bfloat16] [--rounds 3] [--folder DIR]
+    python tools/bench/convert.py [--gigabytes 4] [--dtype bfloat16] [--rounds 3] [--folder DIR]
 
-Writes a checkpoint of random weights (dim 2048; 20 layers are 1.14B parameters, 4.6 GB), exports it with
-tools/convert_to_hf.py in a process of its own, and copies the export with `cp` in the same round; both are timed until
-the bytes are on the disk. Medians over the rounds. The limit of memory is the largest array and 1 GiB.
+Makes a checkpoint of random parameters as a run saves it, exports it in a process of its own, and copies the exported
+files on the same disk; both end when their bytes are on the disk. Prints one JSON line; medians over the rounds.
+
+`weights_s` is the export's streaming: parameters (float32) read, checked, converted, hashed, written and synced;
+`whole_s` the whole command, with start-up, certificate and logits by both paths. `ratio` is cp_s / weights_s,
+`ratio_read` the same beside a copy of as many bytes as the export reads (the parameters), `ratio_whole` cp_s / whole_s.
+"cold": nothing that is read was in the page cache before; "warm": all of it that fits. `limit_bytes`: the largest
+matrix (of a layer; float32) + 1 GiB.
 """
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -18,113 +25,135 @@ import tempfile
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO))
-os.environ["JAX_PLATFORMS"] = "cpu"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from k2jax import config as configuration  # noqa: E402
+from k2jax.data.tokenizer import EOS, tokenizer_sha256, train_bpe  # noqa: E402
+from k2jax.model import parameter_table  # noqa: E402
 
 
-def write_checkpoint(workdir: Path, num_layers: int) -> None:
-    """Step 1 of a run: parameters alone, as the trainer's own writer leaves them."""
+def experiment(num_bytes: float) -> ConfigDict:
+    """A model of K2's proportions, width 2048, with as many layers as make `num_bytes` of float32 parameters."""
+    c = configuration.base().unlock()
+    c.model.update(vocab_size=32032, dim=2048, num_heads=16, num_kv_heads=16, head_dim=128, ffn_dim=5504)
+    c.stages = (configuration.stage(name="only"),)
+    c.model.num_layers = 1
+    table = parameter_table(c.model)
+    layer = sum(math.prod(p.shape) for name, p in table.items() if name.startswith("layers."))
+    rest = sum(math.prod(p.shape) for name, p in table.items() if not name.startswith("layers."))
+    c.model.num_layers = max(round((num_bytes / 4 - rest) / layer), 1)
+    return c
+
+
+def make_run(workdir: Path, num_bytes: float) -> None:
+    """Checkpoint 1 of random weights, written as the trainer does; in a process that then gives its memory back."""
     import jax
-    import jax.numpy as jnp
 
-    from k2jax import config as configuration
     from k2jax import sharding
     from k2jax.checkpoint import Checkpoints
-    from k2jax.data.tokenizer import tokenizer_sha256, train_bpe
-    from k2jax.model import init_params, num_params, parameter_table
     from k2jax.optimizer import TrainState
 
+    c = experiment(num_bytes)
     workdir.mkdir()
-    train_bpe(["the order of the data is computed, never stored " * 20], 320).save(str(workdir / "tokenizer.json"))
-    c = configuration.base().unlock()
-    c.model.update(vocab_size=32032, dim=2048, num_layers=num_layers, num_heads=16, num_kv_heads=16, ffn_dim=5504)
-    c.stages = (configuration.stage(mix={"random": 1}),)
-    mesh = sharding.make_mesh(c.mesh)
-    meta = {"config": configuration.to_dict(c), "stage": 0, "eos_id": 2, "versions": {"k2jax": "bench"}}
-    meta["tokenizer_sha256"] = tokenizer_sha256(workdir / "tokenizer.json")
-    with jax.set_mesh(mesh):
-        count = jax.device_put(jnp.int32(1), sharding.named(mesh, ()))
-        table = parameter_table(c.model)
-        params = {
-            name: jax.jit(lambda name=name: init_params(c.model, 0)[name], out_shardings=sharding.named(mesh, p.axes))()
-            for name, p in table.items()
-        }
-        checkpoints = Checkpoints(workdir, [1], log=lambda line: None)
-        checkpoints.save(TrainState(count, count, count, params, {}, {}), 1, data={"next_step": 2}, meta=meta)
-        checkpoints.wait()
-        checkpoints.close()
-    largest = max(array.nbytes for array in params.values())
-    print(json.dumps({"parameters": num_params(c.model), "largest_array_bytes": largest}))
+    tokenizer = train_bpe(["some words for a tokenizer that is there " * 5], 290)
+    tokenizer.save(str(workdir / "tokenizer.json"))
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    params = {}
+    for name, p in parameter_table(c.model).items():
+        value = rng.standard_normal(p.shape, np.float32)
+        value *= np.float32(0.02)
+        params[name] = jax.device_put(value, sharding.named(mesh, p.axes))
+    zero = jax.device_put(np.int32(0), sharding.named(mesh, ()))
+    meta = {"config": configuration.to_dict(c), "stage": 0, "eos_id": tokenizer.token_to_id(EOS)}
+    meta |= {"tokenizer_sha256": tokenizer_sha256(workdir / "tokenizer.json"), "versions": {"k2jax": "benchmark"}}
+    checkpoints = Checkpoints(workdir, [1], log=lambda line: None)
+    checkpoints.save(TrainState(zero, zero, zero, params, {}, {}), 1, data={"next_step": 2}, meta=meta)
+    checkpoints.wait()
+    checkpoints.close()
 
 
-def export(workdir: Path, out: Path, dtype: str) -> tuple[float, int]:
-    """Seconds and peak resident bytes of the command."""
-    command = [sys.executable, REPO / "tools" / "convert_to_hf.py"]
-    options = ["--workdir", workdir, "--out", out, "--dtype", dtype, "--json"]
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def sync(folder: Path, evict: bool = False) -> None:
+    """Files to the disk, and out of the page cache if told."""
+    for path in files(folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        if evict:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def export(workdir: Path, out: Path, dtype: str) -> dict[str, float]:
+    """Runs the command; its own times, and the peak of its memory."""
+    tool = [sys.executable, str(ROOT / "tools" / "convert_to_hf.py"), "--json", "--dtype", dtype]
     started = time.perf_counter()
-    process = subprocess.Popen([*map(str, command), *map(str, options)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*tool, "--workdir", str(workdir), "--out", str(out)], stdout=subprocess.PIPE, text=True)
+    result = json.loads(process.stdout.read() or "{}")
     _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
     if status:
-        raise RuntimeError(f"the export ended with {os.waitstatus_to_exitcode(status)}")
-    return seconds, usage.ru_maxrss * 1024
+        sys.exit(f"the export failed: {os.waitstatus_to_exitcode(status)}")
+    whole_s, cpu_s = time.perf_counter() - started, usage.ru_utime + usage.ru_stime
+    peak = usage.ru_maxrss * 1024
+    return {"weights_s": result["weights_s"], "whole_s": whole_s, "whole_cpu_s": cpu_s, "peak_rss_bytes": peak}
 
 
-def copy(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds of `cp`, and with the bytes on the disk."""
+def copy(source: Path, target: Path) -> dict[str, float]:
     started = time.perf_counter()
-    subprocess.run(["cp", "-r", source, target], check=True)
-    copied = time.perf_counter() - started
-    subprocess.run(["sync", *sorted(target.iterdir())], check=True)
-    return copied, time.perf_counter() - started
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    unsynced_s = time.perf_counter() - started
+    sync(target)
+    return {"cp_s": time.perf_counter() - started, "cp_unsynced_s": unsynced_s}
+
+
+def one_round(folder: Path, dtype: str, cold: bool) -> dict[str, float]:
+    run, out, again = (folder / name for name in ("run", "out", "copy"))
+    sync(run, evict=cold)
+    found = export(run, out, dtype)
+    sync(out, evict=cold)
+    found |= copy(out, again)
+    found["written_bytes"] = sum(path.stat().st_size for path in files(out))
+    shutil.rmtree(out)
+    shutil.rmtree(again)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of parameters; to make them takes 3 times it")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", default=None, help="where to write; a temporary folder unless told")
-    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.write:
-        write_checkpoint(args.write, args.layers)
-        return
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folder = Path(name)
-        workdir, out, copied = folder / "run", folder / "out", folder / "copy"
-        writer = [sys.executable, __file__, f"--write={workdir}", f"--layers={args.layers}"]
-        about = json.loads(subprocess.run(writer, check=True, capture_output=True, text=True).stdout)
-        rounds: dict[str, list[float]] = {"export": [], "cp": [], "cp_sync": [], "rss": []}
-        for _ in range(args.rounds):
-            seconds, rss = export(workdir, out, args.dtype)
-            exported = sum(path.stat().st_size for path in out.iterdir())
-            cp, cp_sync = copy(out, copied)
-            for key, value in zip(rounds, (seconds, cp, cp_sync, rss), strict=True):
-                rounds[key].append(value)
-            shutil.rmtree(out)
-            shutil.rmtree(copied)
-    median = {key: statistics.median(values) for key, values in rounds.items()}
-    limit = about["largest_array_bytes"] + 2**30
-    print(
-        json.dumps(
-            {
-                "benchmark": "convert",
-                "dtype": args.dtype,
-                "model_bytes": 4 * about["parameters"],
-                "exported_bytes": exported,
-                "export_s": round(median["export"], 2),
-                "cp_s": round(median["cp"], 2),
-                "cp_and_sync_s": round(median["cp_sync"], 2),
-                "ratio_to_cp_and_sync": round(median["cp_sync"] / median["export"], 3),
-                "ratio_to_cp": round(median["cp"] / median["export"], 3),
-                "peak_rss_bytes": int(max(rounds["rss"])),
-                "limit_bytes": limit,
-                "model_over_limit": round(4 * about["parameters"] / limit, 2),
-            }
+    model = experiment(args.gigabytes * 1e9).model
+    shapes = [p.shape[1:] if name.startswith("layers.") else p.shape for name, p in parameter_table(model).items()]
+    read = 4 * sum(math.prod(p.shape) for p in parameter_table(model).values())
+    limit = 4 * max(math.prod(shape) for shape in shapes) + 2**30
+    result = {"benchmark": "convert", "dtype": args.dtype, "model_bytes": read, "limit_bytes": limit}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        maker = multiprocessing.get_context("spawn").Process(
+            target=make_run, args=(Path(folder) / "run", args.gigabytes * 1e9)
         )
-    )
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            sys.exit("the checkpoint could not be made")
+        for kind in ("cold", "warm"):
+            rounds = [one_round(Path(folder), args.dtype, kind == "cold") for _ in range(args.rounds)]
+            found = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+            found["ratio"] = found["cp_s"] / found["weights_s"]
+            found["ratio_read"] = found["ratio"] * read / found["written_bytes"]
+            found["ratio_whole"] = found["cp_s"] / found["whole_s"]
+            found["peak_rss_bytes"] = max(r["peak_rss_bytes"] for r in rounds)
+            result[kind] = {key: round(value, 3) for key, value in found.items()}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax import config  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
-from k2jax.host_memory import keep_freed_memory  # noqa: E402
+from k2jax.host_memory import keep_freed_memory, use_huge_pages  # noqa: E402
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 SEQUENCE, ROWS = 512, 8
@@ -55,7 +55,8 @@ def get_config() -> ConfigDict:
 
 def bare_steps(dtype: str) -> Iterator[None]:
     """One training step of k2jax at each turn, on one batch on one device."""
-    keep_freed_memory()  # as k2jax.train does
+    use_huge_pages()  # both as k2jax.train does
+    keep_freed_memory()
     import jax
     import numpy as np
 
@@ -131,6 +132,7 @@ def work(name: str, dtype: str, folder: Path) -> None:
 
 def run_trainer(dtype: str, folder: Path) -> None:
     """What `python -m k2jax.train` does, on a store of random tokens; its times are in the metrics that it writes."""
+    use_huge_pages()
     keep_freed_memory()
     from k2jax import distributed
     from k2jax.train import train
