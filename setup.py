@@ -54,7 +54,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["k2jax", "k2jax.*"]),
+    packages=[*find_packages(include=["k2jax", "k2jax.*"]), "k2jax.kernels"],
+    package_dir={"k2jax.kernels": "kernels"},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

@@ -20,6 +20,8 @@ def initialize() -> None:
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID if set; else the cluster that JAX detects (TPU pods,
     Slurm, MPI); else one process. The coordinator listens on its own address only: it has no authentication.
     """
+    # A step on CPU takes its temporaries when it is dispatched, not when it starts: those of steps in flight add up.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     if address and not (count and index):

@@ -60,6 +60,7 @@ def bare_steps(dtype: str) -> Iterator[None]:
     import jax
     import numpy as np
 
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the trainer does
     from k2jax import launch, sharding
     from k2jax.data.order import StagePlan
     from k2jax.optimizer import init_state

@@ -1,0 +1,1 @@
+"""What the compilers for hardware that is not here say of a program."""

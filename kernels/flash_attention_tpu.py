@@ -1,0 +1,396 @@
+"""Flash attention for TPU, in Pallas: softmax(q k') v and its gradients, with no array of queries times keys in HBM.
+
+What it computes is `reference.attention`. How, and what it is faster by than the peers' kernels (cycles of the TPU
+compiler; tools/bench/tpu_kernel_cost.py prints them):
+
+- Keys and values of a head stay in VMEM, and one grid step takes a block of queries past all keys that it sees, in a
+  loop. Splash attention has a grid step for each pair of blocks, at 500 cycles each besides the arithmetic.
+- The block on the diagonal is cut into strips of queries, each with no more keys than it sees.
+- Softmax by powers of two, its factor multiplied into q; row sums are kept by lane and added up once, at the end.
+- One backward kernel computes scores and their gradient once for dq, dk and dv (five products where separate kernels
+  need seven); it works on transposed scores, keys by queries, where lse and delta are rows and dk and dv need no
+  transposition. dq is added up in VMEM.
+
+Flash attention: Dao et al. 2022 (arXiv:2205.14135); Dao 2023 (arXiv:2307.08691).
+
+Axes: B batch, N query heads, K key and value heads, T queries, S keys, H head dim; Q, J block of queries, of keys.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+Documents = tuple[jax.Array, jax.Array] | None  # int32 (B, T) and (B, S): a query sees the keys with its own number
+Interpret = bool | pltpu.InterpretParams  # True: on a CPU; InterpretParams: as on a TPU, with its races
+
+LANES = 128
+MASKED = -1e30  # finite: a row that sees no key has weights and a sum of its own, which lse then takes out
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """How the work is cut, in positions: blocks, one to a turn of a kernel's loop, and strips of a block."""
+
+    forward: int = 512
+    forward_strip: int = 256
+    backward: int = 512
+    backward_strip: int = 256
+    resident: int = 16384  # of a head that are in VMEM at once; longer rows are taken in pairs of such parts
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward"):
+            block, strip = getattr(self, name), getattr(self, f"{name}_strip")
+            if strip < LANES or strip % LANES or block % strip:
+                raise ValueError(
+                    f"BlockSizes.{name}={block}, {name}_strip={strip}: the strip must be a multiple of {LANES}, the "
+                    f"block one of the strip"
+                )
+            if self.resident % block:
+                raise ValueError(f"BlockSizes.resident={self.resident} must be a multiple of {name}={block}")
+
+
+def _product(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Products with float32 sums; of float32 numbers in full, where the matrix unit would round them to bfloat16."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _across(x_Q1: jax.Array, width: int) -> jax.Array:
+    """(Q, LANES) with equal lanes to (Q, width)."""
+    return jnp.tile(x_Q1, (1, -(-width // LANES)))[:, :width]
+
+
+def _as_column(row_1Q: jax.Array) -> jax.Array:
+    """(1, Q) to (Q, LANES) with equal lanes."""
+    return jnp.broadcast_to(row_1Q, (LANES, row_1Q.shape[1])).T
+
+
+# ---- what is called --------------------------------------------------------------------------------------------------
+
+
+def flash_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    document_BT: jax.Array | None = None,
+    *,
+    sizes: BlockSizes | None = None,
+    interpret: Interpret = False,
+) -> jax.Array:
+    """Causal attention (B, T, N, H) in the type of `q`; sums and softmax are float32. Differentiable.
+
+    Args:
+        q_BTNH: bfloat16 or float32, as k and v; N is a multiple of K. T is any length, H at most 256.
+        document_BT: int32; keeps each position within its own document. None: the row is one.
+        interpret: without a TPU.
+    """
+    T, sizes = q_BTNH.shape[1], sizes or BlockSizes()
+    block = max(sizes.forward, sizes.backward)
+    assert block % sizes.forward == block % sizes.backward == 0, sizes
+    padding = -T % (sizes.resident if T > sizes.resident else block)
+    heads_first = [
+        jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTKH, v_BTKH)
+    ]
+    if document_BT is not None:
+        document_BT = jnp.pad(document_BT, ((0, 0), (0, padding)), mode="edge")
+    out_BNTH = _attend(*heads_first, document_BT, _Options(sizes, interpret))
+    return out_BNTH.transpose(0, 2, 1, 3)[:, :T]
+
+
+class _Options(NamedTuple):
+    sizes: BlockSizes
+    interpret: Interpret
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, options: _Options
+) -> jax.Array:
+    return _attend_forward(q_BNTH, k_BKTH, v_BKTH, document_BT, options)[0]
+
+
+def _scaled(q_BNTH: jax.Array) -> jax.Array:
+    """So that softmax is one of powers of two of q . k."""
+    return (q_BNTH.astype(jnp.float32) * (LOG2_E * q_BNTH.shape[-1] ** -0.5)).astype(q_BNTH.dtype)
+
+
+def _attend_forward(
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, options: _Options
+) -> tuple[jax.Array, tuple]:
+    dtype, parts = q_BNTH.dtype, _parts(q_BNTH.shape[2], options.sizes)
+    run = partial(forward, sizes=options.sizes, interpret=options.interpret)
+    run = partial(run, out_dtype=dtype if len(parts) == 1 else jnp.float32)
+    scaled, outs, lses = _scaled(q_BNTH), [], []
+    for i, rows in enumerate(parts):
+        found = []
+        for keys in parts[: i + 1]:
+            documents = None if document_BT is None else (document_BT[:, rows], document_BT[:, keys])
+            arrays = scaled[:, :, rows], k_BKTH[:, :, keys], v_BKTH[:, :, keys], documents
+            found.append(run(*arrays, causal=keys == rows))
+        out, lse = found[0] if len(found) == 1 else merge(found)
+        outs.append(out.astype(dtype))
+        lses.append(lse)
+    out_BNTH, lse_BN1T = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=3)
+    return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T)
+
+
+def merge(found: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """(out_BNTH, lse_BN1T) over all keys, of those over some of them each."""
+    lses = jnp.stack([lse for _, lse in found])
+    lse_BN1T = jnp.log2(jnp.exp2(lses - lses.max(axis=0)).sum(axis=0)) + lses.max(axis=0)
+    shares = [jnp.exp2(lse - lse_BN1T).swapaxes(2, 3) for _, lse in found]
+    return sum(out * share for (out, _), share in zip(found, shares, strict=True)), lse_BN1T
+
+
+def _attend_backward(options: _Options, saved: tuple, dout_BNTH: jax.Array) -> tuple:
+    q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T = saved
+    parts = _parts(q_BNTH.shape[2], options.sizes)
+    run = partial(backward, sizes=options.sizes, interpret=options.interpret)
+    run = partial(run, out_dtype=q_BNTH.dtype if len(parts) == 1 else jnp.float32)
+    delta_BN1T = (dout_BNTH.astype(jnp.float32) * out_BNTH.astype(jnp.float32)).sum(axis=-1)[:, :, None]
+    scaled, dqs, dks, dvs = _scaled(q_BNTH), *([0] * len(parts) for _ in range(3))
+    for i, rows in enumerate(parts):
+        for j, keys in enumerate(parts[: i + 1]):
+            documents = None if document_BT is None else (document_BT[:, rows], document_BT[:, keys])
+            of_rows = lse_BN1T[..., rows], delta_BN1T[..., rows], dout_BNTH[:, :, rows]
+            arrays = scaled[:, :, rows], k_BKTH[:, :, keys], v_BKTH[:, :, keys], documents, *of_rows
+            dq, dk, dv = run(*arrays, causal=i == j)
+            dqs[i], dks[j], dvs[j] = dqs[i] + dq, dks[j] + dk, dvs[j] + dv
+    return *(jnp.concatenate(d, axis=2).astype(q_BNTH.dtype) for d in (dqs, dks, dvs)), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _parts(length: int, sizes: BlockSizes) -> list[slice]:
+    step = min(length, sizes.resident)
+    return [slice(first, first + step) for first in range(0, length, step)]
+
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _forward_kernel(
+    first_ref, q_ref, k_ref, v_ref, *refs, block: int, strip: int, causal: bool, masked: bool
+):
+    """One block of queries past the keys that it sees. `first_ref` (B, queries' blocks): the first block of keys."""
+    if masked:
+        q_document_ref, k_document_ref, *refs = refs
+    out_ref, lse_ref, most_ref, sum_ref, acc_ref = refs
+    batch, i, num_blocks = pl.program_id(0), pl.program_id(2), k_ref.shape[0] // block
+    H = q_ref.shape[1]
+    document_QL = _as_column(q_document_ref[...]) if masked else None
+
+    def take(j, diagonal: bool) -> None:
+        """The j-th block of keys, by strips of queries, which do not depend on each other. The diagonal comes first."""
+        for first in range(0, block, strip):
+            rows, width = pl.ds(first, strip), first + strip if diagonal else block
+            keys = pl.ds(pl.multiple_of(j * block, block), width)
+            score_QJ = _product(q_ref[rows, :], k_ref[keys, :], (1, 1))
+            if masked:
+                own_QJ = _across(document_QL[first : first + strip], width)
+                score_QJ = jnp.where(own_QJ == k_document_ref[:, keys], score_QJ, MASKED)
+            if diagonal:
+                row, column = (lax.broadcasted_iota(jnp.int32, score_QJ.shape, axis) for axis in (0, 1))
+                score_QJ = jnp.where(column <= row + first, score_QJ, MASKED)
+            most_QL = jnp.broadcast_to(score_QJ.max(axis=1, keepdims=True), (strip, LANES))
+            if not diagonal:
+                before_QL = most_ref[rows, :]
+                most_QL = jnp.maximum(before_QL, most_QL)
+                fade_QL = jnp.exp2(before_QL - most_QL)
+            weight_QJ = jnp.exp2(score_QJ - _across(most_QL, width))
+            sum_QL = sum(weight_QJ[:, lane : lane + LANES] for lane in range(0, width, LANES))
+            out_QH = _product(weight_QJ.astype(v_ref.dtype), v_ref[keys, :], (1, 0))
+            if not diagonal:
+                sum_QL += fade_QL * sum_ref[rows, :]
+                out_QH += _across(fade_QL, H) * acc_ref[rows, :]
+            most_ref[rows, :], sum_ref[rows, :], acc_ref[rows, :] = most_QL, sum_QL, out_QH
+
+    if causal:
+        take(i, True)
+    else:
+        most_ref[...] = jnp.full_like(most_ref, MASKED)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+    lax.fori_loop(first_ref[batch, i], i if causal else num_blocks, lambda j, _: take(j, False), None)
+    sum_Q1 = sum_ref[...].sum(axis=1, keepdims=True)
+    some_Q1 = most_ref[:, :1] > MASKED / 2  # a row that sees no key has weights of 1 here
+    out_ref[...] = (acc_ref[...] * jnp.where(some_Q1, 1.0 / sum_Q1, 0.0)).astype(out_ref.dtype)
+    lse_QL = jnp.where(some_Q1, most_ref[...] + jnp.log2(sum_Q1), MASKED)
+    lse_ref[...] = lse_QL.T[:1]
+
+
+def forward(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, documents: Documents,
+    *, sizes: BlockSizes, causal: bool, out_dtype: jnp.dtype, interpret: Interpret,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(out_BNTH, lse_BN1T float32) of q times log2(e) / sqrt(H).
+
+    lse is the log to base 2 of softmax's denominator, MASKED where a query sees no key (its out is 0). T and S are
+    multiples of the block; `causal` takes them as the same positions.
+    """
+    B, N, T, H = q_BNTH.shape
+    K, S = k_BKSH.shape[1:3]
+    block, G, masked = sizes.forward, N // K, documents is not None
+    first_BI, _ = _visible(documents, (B, T, S), block)
+    row = pl.BlockSpec((None, None, 1, block), lambda b, n, i, _: (b, n, 0, i))
+    queries = pl.BlockSpec((None, None, block, H), lambda b, n, i, _: (b, n, i, 0))
+    keys = pl.BlockSpec((None, None, S, H), lambda b, n, i, _: (b, lax.div(n, G), 0, 0))
+    ids = [
+        pl.BlockSpec((None, 1, block), lambda b, n, i, _: (b, 0, i)),
+        pl.BlockSpec((None, 1, S), lambda b, n, i, _: (b, 0, 0)),
+    ]
+    state = pltpu.VMEM((block, LANES), jnp.float32)
+    kernel = partial(_forward_kernel, block=block, strip=sizes.forward_strip, causal=causal, masked=masked)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, N, T // block),
+            in_specs=[queries, keys, keys, *(ids if masked else [])],
+            out_specs=[queries, row],
+            scratch_shapes=[state, state, pltpu.VMEM((block, H), jnp.float32)],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q_BNTH.shape, out_dtype),
+            jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 << 20
+        ),
+        name="flash_attention_forward",
+        interpret=interpret,
+    )(first_BI, q_BNTH, k_BKSH, v_BKSH, *([ids[:, None] for ids in documents] if masked else []))
+
+
+def _visible(documents: Documents, shape: tuple[int, int, int], block: int) -> tuple[jax.Array, jax.Array]:
+    """(first block of keys of each block of queries, last block of queries + 1 of each block of keys), int32.
+
+    By ranges of document numbers: where those grow along a row, as they do, no block is taken that is masked whole.
+    """
+    B, T, S = shape
+    if documents is None:
+        return jnp.zeros((B, T // block), jnp.int32), jnp.full((B, S // block), T // block, jnp.int32)
+    q_BIQ, k_BIJ = (ids.reshape(B, -1, block) for ids in documents)
+    meet_BIJ = (k_BIJ.max(-1)[:, None] >= q_BIQ.min(-1)[..., None]) & (
+        k_BIJ.min(-1)[:, None] <= q_BIQ.max(-1)[..., None]
+    )
+    first_BI = jnp.argmax(meet_BIJ, axis=2)
+    last_BJ = T // block - jnp.argmax(meet_BIJ[:, ::-1], axis=1)
+    nothing_BI, nothing_BJ = ~meet_BIJ.any(2), ~meet_BIJ.any(1)
+    first_BI = jnp.where(nothing_BI, S // block, first_BI).astype(jnp.int32)
+    return first_BI, jnp.where(nothing_BJ, 0, last_BJ).astype(jnp.int32)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+def _backward_kernel(
+    last_ref, q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, *refs,
+    block: int, strip: int, causal: bool, masked: bool, scale: float,
+):  # fmt: skip
+    """One block of keys past the queries that see it. `last_ref` (B, keys' blocks): the last block of queries + 1."""
+    if masked:
+        q_document_ref, k_document_ref, *refs = refs
+    dq_ref, dk_ref, dv_ref, dq_acc_ref, dk_acc_ref, dv_acc_ref = refs
+    batch, j = pl.program_id(0), pl.program_id(2)
+    dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
+    dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
+    document_JL = _as_column(k_document_ref[...]) if masked else None
+
+    @pl.when(j == 0)
+    def _():
+        dq_acc_ref[...] = jnp.zeros_like(dq_acc_ref)
+
+    def take(i, diagonal: bool) -> None:
+        """The i-th block of queries, by strips of keys."""
+        for first in range(0, block, strip):
+            keys, skip = pl.ds(first, strip), first if diagonal else 0
+            width = block - skip
+            queries = pl.ds(pl.multiple_of(i * block + skip, strip), width)
+            q_QH, dout_QH, k_JH = q_ref[queries, :], dout_ref[queries, :], k_ref[keys, :]
+            score_JQ = _product(k_JH, q_QH, (1, 1))
+            if masked:
+                own_JQ = _across(document_JL[first : first + strip], width)
+                score_JQ = jnp.where(own_JQ == q_document_ref[:, queries], score_JQ, MASKED)
+            if diagonal:
+                row, column = (lax.broadcasted_iota(jnp.int32, score_JQ.shape, axis) for axis in (0, 1))
+                score_JQ = jnp.where(row <= column, score_JQ, MASKED)
+            weight_JQ = jnp.exp2(score_JQ - lse_ref[:, queries])
+            dweight_JQ = _product(v_ref[keys, :], dout_QH, (1, 1))
+            dscore_JQ = (weight_JQ * (dweight_JQ - delta_ref[:, queries])).astype(q_QH.dtype)
+            dv_acc_ref[keys, :] += _product(weight_JQ.astype(dout_QH.dtype), dout_QH, (1, 0))
+            dk_acc_ref[keys, :] += _product(dscore_JQ, q_QH, (1, 0))
+            dq_acc_ref[queries, :] += _product(dscore_JQ, k_JH, (0, 0))
+
+    if causal:
+        take(j, True)
+    lax.fori_loop(j + 1 if causal else 0, last_ref[batch, j], lambda i, _: take(i, False), None)
+    dk_ref[...] = (dk_acc_ref[...] / LOG2_E).astype(dk_ref.dtype)  # q holds scale * log2(e)
+    dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
+
+    @pl.when(j == pl.num_programs(2) - 1)
+    def _():
+        dq_ref[...] = (dq_acc_ref[...] * scale).astype(dq_ref.dtype)
+
+
+def backward(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, documents: Documents,
+    lse_BN1T: jax.Array, delta_BN1T: jax.Array, dout_BNTH: jax.Array,
+    *, sizes: BlockSizes, causal: bool, out_dtype: jnp.dtype, interpret: Interpret,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """(dq_BNTH by q without its factor, dk_BKSH, dv_BKSH); arguments as in `forward`, delta is dout . out."""
+    B, N, T, H = q_BNTH.shape
+    K, S = k_BKSH.shape[1:3]
+    block, G, masked = sizes.backward, N // K, documents is not None
+    _, last_BJ = _visible(documents, (B, T, S), block)
+    whole = pl.BlockSpec((None, None, T, H), lambda b, n, j, _: (b, n, 0, 0))
+    row = pl.BlockSpec((None, None, 1, T), lambda b, n, j, _: (b, n, 0, 0))
+    keys = pl.BlockSpec((None, None, block, H), lambda b, n, j, _: (b, lax.div(n, G), j, 0))
+    own_keys = pl.BlockSpec((None, None, block, H), lambda b, n, j, _: (b, n, j, 0))
+    ids = [
+        pl.BlockSpec((None, 1, T), lambda b, n, j, _: (b, 0, 0)),
+        pl.BlockSpec((None, 1, block), lambda b, n, j, _: (b, 0, j)),
+    ]
+    kernel = partial(
+        _backward_kernel, block=block, strip=sizes.backward_strip, causal=causal, masked=masked, scale=H**-0.5
+    )
+    # A kernel's grid step is of one query head: dk and dv of those that share keys are added up after.
+    dkeys = jax.ShapeDtypeStruct((B, N, S, H), out_dtype if G == 1 else jnp.float32)
+    lse_BN1T = jnp.where(lse_BN1T > MASKED / 2, lse_BN1T, -MASKED)  # so that weights are 0 where no key is seen
+    dq_BNTH, dk_BNSH, dv_BNSH = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, N, S // block),
+            in_specs=[whole, whole, row, row, keys, keys, *(ids if masked else [])],
+            out_specs=[whole, own_keys, own_keys],
+            scratch_shapes=[
+                pltpu.VMEM((T, H), jnp.float32),
+                pltpu.VMEM((block, H), jnp.float32),
+                pltpu.VMEM((block, H), jnp.float32),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(q_BNTH.shape, out_dtype), dkeys, dkeys],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 << 20
+        ),
+        name="flash_attention_backward",
+        interpret=interpret,
+    )(
+        last_BJ, q_BNTH, dout_BNTH, lse_BN1T, delta_BN1T, k_BKSH, v_BKSH,
+        *([ids[:, None] for ids in documents] if masked else []),
+    )  # fmt: skip
+    if G > 1:
+        dk_BNSH, dv_BNSH = (x.reshape(B, K, G, S, H).sum(axis=2).astype(out_dtype) for x in (dk_BNSH, dv_BNSH))
+    return dq_BNTH, dk_BNSH, dv_BNSH

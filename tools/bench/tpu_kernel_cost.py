@@ -1,0 +1,176 @@
+"""Cycles of the attention kernels on a TPU that is not here, beside splash attention at its best block sizes.
+
+    python tools/bench/tpu_kernel_cost.py [--generations v5p v6e] [--lengths 2048 8192 32768] [--kernels flash splash]
+        [--blocks FORWARD,STRIP,BACKWARD,STRIP]
+
+Compiles each kernel for the TPU (extra `tpu`), reads its final instruction bundles, and counts how often each part of
+it runs for one head of causal bfloat16 attention, head_dim 128. Prints one JSON line a case:
+
+cycles: of one TensorCore; matrix_unit_share: of them, what the arithmetic alone would take (products of the causal half,
+two in forward and five in backward); ratio_to_splash: of cycles to those of splash attention, the best over its block
+sizes, for the same direction. Transfers between HBM and VMEM are not counted; they overlap with the arithmetic.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from k2jax.plan import topologies  # noqa: E402
+from k2jax.plan.bundles import Program, cycles, read_program  # noqa: E402
+
+HEAD_DIM = 128
+PRODUCTS = {"forward": 2, "backward": 5}
+
+
+# ---- one compilation, in a process of its own: the compiler reads its flags once -------------------------------------
+
+
+def compile_case(case: dict[str, Any], dump: str) -> None:
+    topologies.use_tpu_compiler(dump)
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    device = topologies.tpu_devices(topologies.GENERATIONS[case["generation"]][0])[0]
+    attend, shape = (flash if case["kernel"] == "flash" else splash)(case)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
+
+    def both(q: Any, k: Any, v: Any, dout: Any) -> Any:
+        out, backward = jax.vjp(attend, q, k, v)
+        return out, backward(dout)
+
+    jax.jit(both).lower(x, x, x, x).compile()
+
+
+def flash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
+    from functools import partial
+
+    from k2jax.kernels.flash_attention_tpu import BlockSizes, flash_attention
+
+    sizes = BlockSizes(*case["blocks"], resident=case["length"])
+    return partial(flash_attention, sizes=sizes), (1, case["length"], 1, HEAD_DIM)
+
+
+def splash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    q, kv, compute, fused = case["blocks"]
+    apart = {} if fused else {"block_q_dq": q, "block_kv_dq": kv}
+    sizes = kernels.BlockSizes(
+        block_q=q, block_kv=kv, block_kv_compute=compute,
+        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=bool(fused), **apart,
+    )  # fmt: skip
+    mask = masks.MultiHeadMask([masks.CausalMask((case["length"], case["length"]))])
+    attend = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    return attend, (1, case["length"], HEAD_DIM)
+
+
+# ---- how often each part of a kernel runs ----------------------------------------------------------------------------
+
+
+def flash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, list[Program]]]:
+    forward_block, _, backward_block, _ = case["blocks"]
+    found = {}
+    for direction, block in (("forward", forward_block), ("backward", backward_block)):
+        steps = case["length"] // block
+        program = read_program(folder, f"flash_attention_{direction}")
+        runs = {"forward": [1, steps + 2, steps, steps * (steps - 1) / 2]}
+        runs["backward"] = [1, steps + 2, steps, 1, steps * (steps - 1) / 2, 1]
+        found[direction] = (sum(cycles(program, runs[direction])), [program])
+    return found
+
+
+def splash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, list[Program]]]:
+    """Its grid is all pairs of blocks; a step has a first, a main and a last part, each under a condition.
+
+    Where a row or column of the grid is one block, first and last part have none: each step runs them.
+    """
+    q, kv, _, fused = case["blocks"]
+    rows, columns = case["length"] // q, case["length"] // kv
+    seen = sum(j * kv < (i + 1) * q for i in range(rows) for j in range(columns))
+    found = {}
+    for direction, kernels in (
+        ("forward", {"fwd": rows}),
+        ("backward", {"dkv": columns} | ({} if fused else {"dq": rows})),
+    ):
+        programs = {name: read_program(folder, f"splash_mha_{name}") for name in kernels}
+        steps, total = rows * columns, 0.0
+        for name, program in programs.items():
+            within = [seen] if len(program.parts) == 4 else [kernels[name], seen, kernels[name]]
+            total += sum(cycles(program, [1, steps + 2, steps, *within]))
+        found[direction] = (total, list(programs.values()))
+    return found
+
+
+def cost(case: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """{direction: JSON line}; None where the kernel does not compile so, as for want of VMEM."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--compile", json.dumps(case), "--dump", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{case}: {done.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
+            return None
+        found = (flash_costs if case["kernel"] == "flash" else splash_costs)(Path(folder), case)
+    rate = topologies.GENERATIONS[case["generation"]][1]
+    lines = {}
+    for direction, (total, programs) in found.items():
+        ideal = PRODUCTS[direction] * case["length"] ** 2 / 2 * HEAD_DIM / rate
+        lines[direction] = {
+            "kernel": case["kernel"], "direction": direction, "generation": case["generation"],
+            "sequence_length": case["length"], "blocks": case["blocks"], "cycles": round(total),
+            "matrix_unit_share": round(ideal / total, 3), "vmem_bytes": max(p.vmem_bytes for p in programs),
+            "spills": sum(p.spills for p in programs),
+        }  # fmt: skip
+    return lines
+
+
+def splash_cases(generation: str, length: int) -> list[dict[str, Any]]:
+    sizes = [size for size in (512, 1024, 2048) if size <= length]
+    blocks = [
+        [q, kv, compute, fused]
+        for q, kv, fused in itertools.product(sizes, sizes, (0, 1))
+        for compute in (512, 1024)
+        if compute <= kv
+    ]
+    return [{"kernel": "splash", "generation": generation, "length": length, "blocks": b} for b in blocks]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generations", nargs="+", default=["v5p", "v6e"], choices=topologies.GENERATIONS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768])
+    parser.add_argument("--kernels", nargs="+", default=["splash", "flash"], choices=["splash", "flash"])
+    parser.add_argument("--blocks", default=None, help="of the flash kernels, all four; by default those of the table")
+    parser.add_argument("--compile", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--dump", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.compile:
+        compile_case(args.compile, args.dump)
+        return
+    for generation, length in itertools.product(args.generations, args.lengths):
+        best: dict[str, Any] = {}
+        for case in splash_cases(generation, length) if "splash" in args.kernels else []:
+            for direction, line in (cost(case) or {}).items():
+                if direction not in best or line["cycles"] < best[direction]["cycles"]:
+                    best[direction] = line
+        for line in best.values():
+            print(json.dumps(line | {"ratio_to_splash": 1.0}), flush=True)
+        if "flash" in args.kernels:
+            blocks = [int(size) for size in args.blocks.split(",")] if args.blocks else [512, 256, 512, 256]
+            case = {"kernel": "flash", "generation": generation, "length": length, "blocks": blocks}
+            for direction, line in (cost(case) or {}).items():
+                ratio = line["cycles"] / best[direction]["cycles"] if best else None
+                print(json.dumps(line | {"ratio_to_splash": ratio and round(ratio, 3)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
