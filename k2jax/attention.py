@@ -8,6 +8,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from k2jax import sharding
+from k2jax.errors import ConfigError
+
 MASKED = -1e30  # finite, so that a row with every key masked gives numbers and not NaN
 MAX_BLOCKS, LEAST_QUERIES = 8, 64  # blocks of queries, each of at least this many where there are more than one
 
@@ -15,21 +18,57 @@ _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def attend_causally(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, document_BT: jax.Array | None = None
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    document_BT: jax.Array | None = None,
+    implementation: str = "jnp",
 ) -> jax.Array:
     """Causal softmax attention of whole rows, softmax in float32; returns (B, T, N, H) in the type of `q`.
 
-    `document_BT` (int32) keeps each position within its own document; None lets it see the whole row.
+    Args:
+        document_BT: int32; keeps each position within its own document. None lets it see the whole row.
+        implementation: "jnp" anywhere, "flash" on TPUs; "auto" is flash there and jnp elsewhere.
+    Raises ConfigError for flash where there is no TPU.
+    """
+    platform = _platform()
+    if implementation == "auto":
+        implementation = "flash" if platform == "tpu" else "jnp"
+    if implementation == "jnp":
+        return _attend_by_blocks(q_BTNH, k_BTKH, v_BTKH, document_BT)
+    if platform != "tpu":
+        raise ConfigError(f"model.attention.implementation='flash' runs on TPUs, this is {platform}: take 'jnp'")
+    from k2jax.kernels.flash_attention import flash_attention  # Pallas takes a second to import
 
-    Computed by blocks of queries, so that keys behind a block are not touched, and with a backward pass that computes
-    the weights again instead of keeping them (flash attention's trade, Dao et al. 2022): on two CPU cores, at length
-    512, forward and backward take 0.12 s where one block with its weights kept takes 0.18 s.
+    if jax.sharding.get_abstract_mesh().empty:
+        return flash_attention(q_BTNH, k_BTKH, v_BTKH, document_BT)
+    # A kernel is no product that the partitioner could cut: each device takes its own rows and heads.
+    names = ["q_BTNH", "k_BTKH", "k_BTKH"] + ([] if document_BT is None else ["tokens_BT"])
+    specs = [sharding.spec(sharding.ACTIVATIONS[name]) for name in names]
+    mapped = jax.shard_map(flash_attention, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+    return mapped(q_BTNH, k_BTKH, v_BTKH, *([] if document_BT is None else [document_BT]))
+
+
+def _platform() -> str:
+    """That of the mesh in use, which may be of devices that are not here; else the one here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    return "tpu" if device.device_kind.startswith("TPU") else device.device_kind
+
+
+def _attend_by_blocks(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, document_BT: jax.Array | None
+) -> jax.Array:
+    """By blocks of queries, so that keys behind a block are not touched, with a backward pass that computes the weights
+    again instead of keeping them (flash attention's trade, Dao et al. 2022): on two CPU cores, at length 512, forward
+    and backward take 0.12 s where one block with its weights kept takes 0.18 s.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = k_BTKH.shape[2]
     # Heads before positions: XLA's CPU backend then runs plain batched products, twice as fast as with heads inside.
     q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k_BKTH, v_BKTH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     out_BKGTH = _attend(q_BKGTH, k_BKTH, v_BKTH, document_BT)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 

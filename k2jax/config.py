@@ -41,6 +41,8 @@ def base() -> ConfigDict:
     c.model.mask_documents = False        # True: attention and loss stop at document ends (K2: packed, unmasked)
     c.model.remat = "none"                # what backward keeps: "none" all, "dots" matrix products, "full" layer inputs
     c.model.unroll = 1                    # layers in one turn of the scan over layers: more compile slower, run faster
+    c.model.attention = ConfigDict()
+    c.model.attention.implementation = "auto" # "jnp"; "flash": Pallas, TPU; "auto": flash on TPU, jnp elsewhere
     c.model.rope_scaling = ConfigDict()   # LLaMA-3 style; factor 1.0 is off
     c.model.rope_scaling.factor = 1.0     # by how much low frequencies are slowed
     c.model.rope_scaling.low_freq_factor = 1.0 # wavelengths above original_context / this are scaled in full
@@ -210,6 +212,9 @@ def validate(config: ConfigDict) -> None:
         f"must divide model.num_heads={m.num_heads}",
     )
     need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE turns pairs")
+    choices = ("auto", "jnp", "flash")
+    found = m.attention.implementation
+    need(found in choices, "model.attention.implementation", found, f"must be one of {choices}")
     need(m.remat in ("none", "dots", "full"), "model.remat", m.remat, "must be none, dots or full")
     need(config.loss.block > 0, "loss.block", config.loss.block, "must be positive")
     need(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "must not be negative")
@@ -227,12 +232,8 @@ def validate(config: ConfigDict) -> None:
         config.data.label_shift,
         "must be next or inside",
     )
-    need(
-        config.data.verify in ("sizes", "sha256"),
-        "data.verify",
-        config.data.verify,
-        "must be sizes or sha256",
-    )
+    found = config.data.verify
+    need(found in ("sizes", "sha256"), "data.verify", found, "must be sizes or sha256")
     axes = [config.mesh[axis] for axis in config.mesh]
     need(
         all(size == -1 or size > 0 for size in axes) and axes.count(-1) <= 1,

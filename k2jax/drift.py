@@ -28,6 +28,7 @@ FREE_KEYS = (
     "data.prefetch",
     "model.remat",
     "model.unroll",
+    "model.attention",
     "loss.block",
     "stages.*.microbatches",
 )

@@ -217,6 +217,17 @@ def step_function(
     )
 
 
+def batch_shapes(config: ConfigDict, stage: ConfigDict) -> Batch:
+    """Shapes and types of a global batch."""
+    leading = (stage.microbatches, stage.rows_per_step // stage.microbatches)
+    width = stage.sequence_length + (config.data.label_shift == "next")
+    return Batch(
+        jax.ShapeDtypeStruct((*leading, width), jnp.int32),
+        jax.ShapeDtypeStruct(leading, jnp.int32),
+        jax.ShapeDtypeStruct((*leading, 8), jnp.uint32),
+    )
+
+
 def compile_step(
     config: ConfigDict,
     plan: StagePlan,
@@ -229,14 +240,7 @@ def compile_step(
     """Compiled once for the stage: an executable takes these shapes only, so nothing can recompile later."""
     started = time.perf_counter()
     say(f"compiling the step of {plan.name}")
-    stage = config.stages[plan.index]
-    leading = (stage.microbatches, stage.rows_per_step // stage.microbatches)
-    width = stage.sequence_length + (config.data.label_shift == "next")
-    batch = Batch(
-        jax.ShapeDtypeStruct((*leading, width), jnp.int32),
-        jax.ShapeDtypeStruct(leading, jnp.int32),
-        jax.ShapeDtypeStruct((*leading, 8), jnp.uint32),
-    )
+    batch = batch_shapes(config, config.stages[plan.index])
     jitted = step_function(config, plan, shardings, mesh, manifest["eos_id"], len(manifest["stores"]))
     compiled = jitted.lower(shapes, batch).compile()
     say(f"compiled in {time.perf_counter() - started:.1f} s")

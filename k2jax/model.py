@@ -210,7 +210,9 @@ class Decoder(nnx.Module):
         """(B, T) int32 to hidden states (B, T, D). `document_BT` masks attention to each document; None: to the row."""
         rope = rope_table(self.m, rope_base, tokens_BT.shape[1])
         x_BTD = shard(self.embed_VD[...][tokens_BT].astype(self.compute_dtype), "x_BTD")
-        attend = partial(attend_causally, document_BT=document_BT)
+        attend = partial(
+            attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
+        )
         graph, stacked = nnx.split(self.layers)
 
         def layer(x_BTD: jax.Array, arrays: nnx.State) -> tuple[jax.Array, None]:

@@ -19,7 +19,6 @@ Axes: B batch, N query heads, K key and value heads, T queries, S keys, H head d
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +32,18 @@ Interpret = bool | pltpu.InterpretParams  # True: on a CPU; InterpretParams: as 
 LANES = 128
 MASKED = -1e30  # finite: a row that sees no key has weights and a sum of its own, which lse then takes out
 LOG2_E = math.log2(math.e)
+COMPILER_PARAMS = pltpu.CompilerParams(
+    # A head's blocks come one after the other: what stays in VMEM, stays. The limit is cut to what a generation has.
+    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 << 20
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """How the work is cut, in positions: blocks, one to a turn of a kernel's loop, and strips of a block."""
+    """How the work is cut, in positions: blocks, one to a turn of a kernel's loop, and strips of a block.
+
+    Raises ValueError where a kernel cannot be cut so.
+    """
 
     forward: int = 512
     forward_strip: int = 256
@@ -57,6 +63,22 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes.resident={self.resident} must be a multiple of {name}={block}")
 
 
+KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}  # of devices
+
+
+def block_sizes(generation: str, length: int) -> BlockSizes:
+    """The fewest cycles by tpu_kernel_cost.py, head_dim 128, at lengths 2048 and 8192.
+
+    Larger blocks spend less outside products, up to where a long row leaves enough of them; smaller ones where they
+    would be filled up by more than an eighth.
+    """
+    largest = 2048 if generation == "v6e" and length >= 8192 else 512 if generation == "v4" else 1024
+    sizes = (size for size in (2048, 1024, 512, 256) if size <= largest and -length % size <= length // 8)
+    block = next(sizes, LANES)
+    strips = min(block, 256), LANES if block <= 1024 else 256
+    return BlockSizes(block, strips[0], block, strips[1], resident=4096 if generation == "v4" else 16384)
+
+
 def _product(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Products with float32 sums; of float32 numbers in full, where the matrix unit would round them to bfloat16."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -74,109 +96,6 @@ def _as_column(row_1Q: jax.Array) -> jax.Array:
     return jnp.broadcast_to(row_1Q, (LANES, row_1Q.shape[1])).T
 
 
-# ---- what is called --------------------------------------------------------------------------------------------------
-
-
-def flash_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    document_BT: jax.Array | None = None,
-    *,
-    sizes: BlockSizes | None = None,
-    interpret: Interpret = False,
-) -> jax.Array:
-    """Causal attention (B, T, N, H) in the type of `q`; sums and softmax are float32. Differentiable.
-
-    Args:
-        q_BTNH: bfloat16 or float32, as k and v; N is a multiple of K. T is any length, H at most 256.
-        document_BT: int32; keeps each position within its own document. None: the row is one.
-        interpret: without a TPU.
-    """
-    T, sizes = q_BTNH.shape[1], sizes or BlockSizes()
-    block = max(sizes.forward, sizes.backward)
-    assert block % sizes.forward == block % sizes.backward == 0, sizes
-    padding = -T % (sizes.resident if T > sizes.resident else block)
-    heads_first = [
-        jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTKH, v_BTKH)
-    ]
-    if document_BT is not None:
-        document_BT = jnp.pad(document_BT, ((0, 0), (0, padding)), mode="edge")
-    out_BNTH = _attend(*heads_first, document_BT, _Options(sizes, interpret))
-    return out_BNTH.transpose(0, 2, 1, 3)[:, :T]
-
-
-class _Options(NamedTuple):
-    sizes: BlockSizes
-    interpret: Interpret
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(
-    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, options: _Options
-) -> jax.Array:
-    return _attend_forward(q_BNTH, k_BKTH, v_BKTH, document_BT, options)[0]
-
-
-def _scaled(q_BNTH: jax.Array) -> jax.Array:
-    """So that softmax is one of powers of two of q . k."""
-    return (q_BNTH.astype(jnp.float32) * (LOG2_E * q_BNTH.shape[-1] ** -0.5)).astype(q_BNTH.dtype)
-
-
-def _attend_forward(
-    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, options: _Options
-) -> tuple[jax.Array, tuple]:
-    dtype, parts = q_BNTH.dtype, _parts(q_BNTH.shape[2], options.sizes)
-    run = partial(forward, sizes=options.sizes, interpret=options.interpret)
-    run = partial(run, out_dtype=dtype if len(parts) == 1 else jnp.float32)
-    scaled, outs, lses = _scaled(q_BNTH), [], []
-    for i, rows in enumerate(parts):
-        found = []
-        for keys in parts[: i + 1]:
-            documents = None if document_BT is None else (document_BT[:, rows], document_BT[:, keys])
-            arrays = scaled[:, :, rows], k_BKTH[:, :, keys], v_BKTH[:, :, keys], documents
-            found.append(run(*arrays, causal=keys == rows))
-        out, lse = found[0] if len(found) == 1 else merge(found)
-        outs.append(out.astype(dtype))
-        lses.append(lse)
-    out_BNTH, lse_BN1T = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=3)
-    return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T)
-
-
-def merge(found: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    """(out_BNTH, lse_BN1T) over all keys, of those over some of them each."""
-    lses = jnp.stack([lse for _, lse in found])
-    lse_BN1T = jnp.log2(jnp.exp2(lses - lses.max(axis=0)).sum(axis=0)) + lses.max(axis=0)
-    shares = [jnp.exp2(lse - lse_BN1T).swapaxes(2, 3) for _, lse in found]
-    return sum(out * share for (out, _), share in zip(found, shares, strict=True)), lse_BN1T
-
-
-def _attend_backward(options: _Options, saved: tuple, dout_BNTH: jax.Array) -> tuple:
-    q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T = saved
-    parts = _parts(q_BNTH.shape[2], options.sizes)
-    run = partial(backward, sizes=options.sizes, interpret=options.interpret)
-    run = partial(run, out_dtype=q_BNTH.dtype if len(parts) == 1 else jnp.float32)
-    delta_BN1T = (dout_BNTH.astype(jnp.float32) * out_BNTH.astype(jnp.float32)).sum(axis=-1)[:, :, None]
-    scaled, dqs, dks, dvs = _scaled(q_BNTH), *([0] * len(parts) for _ in range(3))
-    for i, rows in enumerate(parts):
-        for j, keys in enumerate(parts[: i + 1]):
-            documents = None if document_BT is None else (document_BT[:, rows], document_BT[:, keys])
-            of_rows = lse_BN1T[..., rows], delta_BN1T[..., rows], dout_BNTH[:, :, rows]
-            arrays = scaled[:, :, rows], k_BKTH[:, :, keys], v_BKTH[:, :, keys], documents, *of_rows
-            dq, dk, dv = run(*arrays, causal=i == j)
-            dqs[i], dks[j], dvs[j] = dqs[i] + dq, dks[j] + dk, dvs[j] + dv
-    return *(jnp.concatenate(d, axis=2).astype(q_BNTH.dtype) for d in (dqs, dks, dvs)), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _parts(length: int, sizes: BlockSizes) -> list[slice]:
-    step = min(length, sizes.resident)
-    return [slice(first, first + step) for first in range(0, length, step)]
-
-
-
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +110,7 @@ def _forward_kernel(
     H = q_ref.shape[1]
     document_QL = _as_column(q_document_ref[...]) if masked else None
 
-    def take(j, diagonal: bool) -> None:
+    def take(j: jax.Array, diagonal: bool) -> None:
         """The j-th block of keys, by strips of queries, which do not depend on each other. The diagonal comes first."""
         for first in range(0, block, strip):
             rows, width = pl.ds(first, strip), first + strip if diagonal else block
@@ -265,9 +184,7 @@ def forward(
             jax.ShapeDtypeStruct(q_BNTH.shape, out_dtype),
             jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 << 20
-        ),
+        compiler_params=COMPILER_PARAMS,
         name="flash_attention_forward",
         interpret=interpret,
     )(first_BI, q_BNTH, k_BKSH, v_BKSH, *([ids[:, None] for ids in documents] if masked else []))
@@ -312,7 +229,7 @@ def _backward_kernel(
     def _():
         dq_acc_ref[...] = jnp.zeros_like(dq_acc_ref)
 
-    def take(i, diagonal: bool) -> None:
+    def take(i: jax.Array, diagonal: bool) -> None:
         """The i-th block of queries, by strips of keys."""
         for first in range(0, block, strip):
             keys, skip = pl.ds(first, strip), first if diagonal else 0
@@ -382,9 +299,7 @@ def backward(
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(q_BNTH.shape, out_dtype), dkeys, dkeys],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 << 20
-        ),
+        compiler_params=COMPILER_PARAMS,
         name="flash_attention_backward",
         interpret=interpret,
     )(

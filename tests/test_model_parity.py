@@ -103,8 +103,8 @@ class Pair:
         stage = config.stage(rope_base=self.rope_base)
         arguments = {"config": c, "stage": stage, "eos_id": EOS, "num_subsets": 1}
         subset = jnp.zeros(len(tokens), jnp.int32)
-        _, sums = loss_sums(params, tokens, subset, **arguments, compute_dtype=jnp.float32)
-        return sums.loss / sums.targets, sums
+        loss, sums = loss_sums(params, tokens, subset, **arguments, compute_dtype=jnp.float32)
+        return loss / sums.targets, sums
 
 
 @pytest.fixture(scope="module", params=CASES, ids=list(CASES))

@@ -141,7 +141,7 @@ def test_an_old_python_is_refused_in_one_line(tmp_path):
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(REPO / name, tmp_path)
-    for name in ("k2jax", "tests", "tools", "experiments"):
+    for name in ("k2jax", "kernels", "tests", "tools", "experiments"):
         shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [
@@ -164,5 +164,6 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     (wheel,) = (tmp_path / "out").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     modules = {path.relative_to(REPO).as_posix() for path in (REPO / "k2jax").rglob("*.py")}
+    modules |= {f"k2jax/kernels/{path.name}" for path in (REPO / "kernels").glob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert any(name.endswith("licenses/LICENSE") for name in names)

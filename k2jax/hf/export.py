@@ -31,7 +31,8 @@ CERTIFICATE = "parity.json"
 RECORDED = (
     "parent", "tokens_seen", "config_digest", "manifest_digest", "tokenizer_sha256", "commit", "versions", "imported",
 )  # fmt: skip
-NOT_INFERENCE = ("remat", "unroll", "mask_documents")  # keys of the model section that config.json does not hold
+# Keys of the model section that config.json does not hold.
+NOT_INFERENCE = ("remat", "unroll", "attention", "mask_documents")
 
 
 class Exported(NamedTuple):

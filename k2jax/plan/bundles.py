@@ -1,7 +1,8 @@
 """Cycles of a TPU kernel, from the instruction bundles that the compiler writes with `--xla_jf_dump_llo_text`.
 
-A TensorCore issues one bundle a cycle, in order; waits for memory come on top. A kernel is cut at its loops and
-conditionals, and whoever knows the kernel says how often each of them runs.
+A TensorCore issues one bundle a cycle, in order; waits for memory come on top. In long stretches of code the compiler
+packs products closer than the matrix units take them; they wait then, so that a part takes no less than its products
+do. A kernel is cut at its loops and conditionals, and whoever knows the kernel says how often each of them runs.
 """
 
 import re
@@ -13,6 +14,8 @@ BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:(?:LB|PF|PB|CT|LH|LE)\s*)?:\s*>
 REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 BRANCH = re.compile(r"sbr\.rel(?: \(!?%p\w+\))? target = \$region(\d+)")
 VMEM = re.compile(r"^\s*#allocation\w* \[.*space=vmem, size = 0x([0-9a-f]+)", re.MULTILINE)
+MATMUL = re.compile(r"= vmatmul\.\S*")
+MATMUL_ROWS = {True: 16, False: 8}  # of the left side that one instruction takes: bfloat16, float32
 DELAY = 5  # a branch and the bundles after it that run whatever it does
 SMALLEST = 48  # bundles of a part that is counted apart: those of a window's transfer are fewer
 
@@ -32,6 +35,7 @@ class Program(NamedTuple):
     parts: tuple[Part, ...]  # by their first bundle, outer ones before those within; the whole program comes first
     uses: tuple[tuple[int, ...], ...]  # of every bundle: how many slots of each unit it uses
     units: dict[str, tuple[int, int]]  # {name: (column in `uses`, slots a bundle)}
+    matmul_rows: tuple[int, ...]  # of every bundle: that its products take in
     vmem_bytes: int
 
     @property
@@ -61,7 +65,8 @@ def read_program(folder: Path, kernel: str) -> Program:
     (original,) = folder.glob(f"{prefix}-*-original.txt")
     uses, units = _utilization(table.read_text())
     vmem_bytes = sum(int(size, 16) for size in VMEM.findall(original.read_text()))
-    return Program(kernel, tuple(found), uses, units, vmem_bytes)
+    matmul_rows = tuple(sum(MATMUL_ROWS["bf16" in product] for product in MATMUL.findall(text)) for text in texts)
+    return Program(kernel, tuple(found), uses, units, matmul_rows, vmem_bytes)
 
 
 def _only(folder: Path, kernel: str) -> Path:
@@ -88,15 +93,22 @@ def _utilization(text: str) -> tuple[tuple[tuple[int, ...], ...], dict[str, tupl
     return tuple(tuple(map(int, row.split())) for row in rows.strip().splitlines()), units
 
 
-def cycles(program: Program, runs: Sequence[float]) -> list[float]:
-    """Cycles spent in each part, without those within it. `runs`: how often each part runs, the whole program's first.
+def cycles(program: Program, runs: Sequence[float], rows_per_cycle: int) -> float:
+    """Of the whole program.
 
+    Args:
+        runs: how often each part runs, the whole program's first.
+        rows_per_cycle: that all matrix units together take.
     Raises ValueError where there are not as many parts, as after a change of the kernel or of the compiler.
     """
     if len(runs) != len(program.parts):
         shapes = [f"{'loop' if p.is_loop else 'if'} of {p.stop - p.first}" for p in program.parts]
         raise ValueError(f"{program.name} has {len(shapes)} parts ({', '.join(shapes)}), {len(runs)} were expected")
-    owner = [0] * (program.parts[0].stop)
+    owner = [0] * program.parts[0].stop
     for number, part in enumerate(program.parts):
         owner[part.first : part.stop] = [number] * (part.stop - part.first)
-    return [owner.count(number) * count for number, count in enumerate(runs)]
+    bundles, products = [0] * len(runs), [0.0] * len(runs)
+    for number, rows in zip(owner, program.matmul_rows, strict=True):
+        bundles[number] += 1
+        products[number] += rows / rows_per_cycle
+    return sum(count * max(b, p) for count, b, p in zip(runs, bundles, products, strict=True))

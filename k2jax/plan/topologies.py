@@ -1,18 +1,29 @@
 """TPUs that are not here: their compiler runs on any machine that has libtpu (the extra `tpu`)."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from k2jax.errors import ConfigError
 
-# A generation's smallest slice that the compiler takes, and what a TensorCore's matrix units do in a cycle:
-# multiply-adds of bfloat16 (jax's tpu_info has their number and width).
+
+class Generation(NamedTuple):
+    smallest: str  # slice that the compiler takes
+    matrix_rows: int  # of bfloat16 that a TensorCore's matrix units take in a cycle, all together
+    matrix_width: int  # of each unit: a row times a square of so many numbers
+
+    @property
+    def multiply_adds(self) -> int:
+        """In a cycle of a TensorCore."""
+        return self.matrix_rows * self.matrix_width**2
+
+
+# Numbers and widths of the units as in jax's tpu_info; rows a cycle so that the rates are the published ones.
 GENERATIONS = {
-    "v4": ("v4:2x2x1", 4 * 128 * 128),
-    "v5e": ("v5e:2x2", 4 * 128 * 128),
-    "v5p": ("v5p:2x2x1", 4 * 128 * 128),
-    "v6e": ("v6e:2x2", 2 * 256 * 256),
-    "tpu7x": ("tpu7x:2x2x1", 2 * 256 * 256),
+    "v4": Generation("v4:2x2x1", 4, 128),
+    "v5e": Generation("v5e:2x2", 4, 128),
+    "v5p": Generation("v5p:2x2x1", 4, 128),
+    "v6e": Generation("v6e:2x2", 4, 256),
+    "tpu7x": Generation("tpu7x:2x2x1", 4, 256),
 }
 
 

@@ -6,9 +6,9 @@
 Compiles each kernel for the TPU (extra `tpu`), reads its final instruction bundles, and counts how often each part of
 it runs for one head of causal bfloat16 attention, head_dim 128. Prints one JSON line a case:
 
-cycles: of one TensorCore; matrix_unit_share: of them, what the arithmetic alone would take (products of the causal half,
-two in forward and five in backward); ratio_to_splash: of cycles to those of splash attention, the best over its block
-sizes, for the same direction. Transfers between HBM and VMEM are not counted; they overlap with the arithmetic.
+cycles: of one TensorCore; matrix_unit_share: of them, what the arithmetic alone would take (products of the causal
+half, two in forward and five in backward); ratio_to_splash: of cycles to those of splash attention for the same
+direction, the best over its block sizes. HBM's transfers overlap with the arithmetic: not counted.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def compile_case(case: dict[str, Any], dump: str) -> None:
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    device = topologies.tpu_devices(topologies.GENERATIONS[case["generation"]][0])[0]
+    device = topologies.tpu_devices(topologies.GENERATIONS[case["generation"]].smallest)[0]
     attend, shape = (flash if case["kernel"] == "flash" else splash)(case)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
 
@@ -53,7 +53,8 @@ def compile_case(case: dict[str, Any], dump: str) -> None:
 def flash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     from functools import partial
 
-    from k2jax.kernels.flash_attention_tpu import BlockSizes, flash_attention
+    from k2jax.kernels.flash_attention import flash_attention
+    from k2jax.kernels.flash_attention_tpu import BlockSizes
 
     sizes = BlockSizes(*case["blocks"], resident=case["length"])
     return partial(flash_attention, sizes=sizes), (1, case["length"], 1, HEAD_DIM)
@@ -78,6 +79,7 @@ def splash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
 
 
 def flash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, list[Program]]]:
+    rows_per_cycle = topologies.GENERATIONS[case["generation"]].matrix_rows
     forward_block, _, backward_block, _ = case["blocks"]
     found = {}
     for direction, block in (("forward", forward_block), ("backward", backward_block)):
@@ -85,7 +87,7 @@ def flash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, li
         program = read_program(folder, f"flash_attention_{direction}")
         runs = {"forward": [1, steps + 2, steps, steps * (steps - 1) / 2]}
         runs["backward"] = [1, steps + 2, steps, 1, steps * (steps - 1) / 2, 1]
-        found[direction] = (sum(cycles(program, runs[direction])), [program])
+        found[direction] = (cycles(program, runs[direction], rows_per_cycle), [program])
     return found
 
 
@@ -95,6 +97,7 @@ def splash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, l
     Where a row or column of the grid is one block, first and last part have none: each step runs them.
     """
     q, kv, _, fused = case["blocks"]
+    rows_per_cycle = topologies.GENERATIONS[case["generation"]].matrix_rows
     rows, columns = case["length"] // q, case["length"] // kv
     seen = sum(j * kv < (i + 1) * q for i in range(rows) for j in range(columns))
     found = {}
@@ -106,7 +109,7 @@ def splash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, l
         steps, total = rows * columns, 0.0
         for name, program in programs.items():
             within = [seen] if len(program.parts) == 4 else [kernels[name], seen, kernels[name]]
-            total += sum(cycles(program, [1, steps + 2, steps, *within]))
+            total += cycles(program, [1, steps + 2, steps, *within], rows_per_cycle)
         found[direction] = (total, list(programs.values()))
     return found
 
@@ -120,7 +123,7 @@ def cost(case: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
             print(f"{case}: {done.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
             return None
         found = (flash_costs if case["kernel"] == "flash" else splash_costs)(Path(folder), case)
-    rate = topologies.GENERATIONS[case["generation"]][1]
+    rate = topologies.GENERATIONS[case["generation"]].multiply_adds
     lines = {}
     for direction, (total, programs) in found.items():
         ideal = PRODUCTS[direction] * case["length"] ** 2 / 2 * HEAD_DIM / rate
@@ -144,6 +147,13 @@ def splash_cases(generation: str, length: int) -> list[dict[str, Any]]:
     return [{"kernel": "splash", "generation": generation, "length": length, "blocks": b} for b in blocks]
 
 
+def of_table(generation: str, length: int) -> list[int]:
+    from k2jax.kernels.flash_attention_tpu import block_sizes
+
+    sizes = block_sizes(generation, length)
+    return [sizes.forward, sizes.forward_strip, sizes.backward, sizes.backward_strip]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", default=["v5p", "v6e"], choices=topologies.GENERATIONS)
@@ -165,7 +175,7 @@ def main() -> None:
         for line in best.values():
             print(json.dumps(line | {"ratio_to_splash": 1.0}), flush=True)
         if "flash" in args.kernels:
-            blocks = [int(size) for size in args.blocks.split(",")] if args.blocks else [512, 256, 512, 256]
+            blocks = [int(size) for size in args.blocks.split(",")] if args.blocks else of_table(generation, length)
             case = {"kernel": "flash", "generation": generation, "length": length, "blocks": blocks}
             for direction, line in (cost(case) or {}).items():
                 ratio = line["cycles"] / best[direction]["cycles"] if best else None

@@ -1,0 +1,131 @@
+"""Flash attention: causal attention of whole rows with a gradient, by kernels that see a part of a row at a time.
+
+What it computes is `reference.attention`. Rows longer than a kernel holds are taken in pairs of parts, each with its
+log of softmax's denominator, by which the parts' results are put together: as ring attention does between devices.
+
+Axes: B batch, N query heads, K key and value heads, T positions, H head dim.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from k2jax.kernels.flash_attention_tpu import (
+    KINDS,
+    LOG2_E,
+    BlockSizes,
+    Interpret,
+    backward,
+    block_sizes,
+    forward,
+)
+
+
+def flash_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    document_BT: jax.Array | None = None,
+    *,
+    sizes: BlockSizes | None = None,
+    interpret: Interpret = False,
+) -> jax.Array:
+    """Causal attention (B, T, N, H) in the type of `q`; sums and softmax are float32. Differentiable.
+
+    Args:
+        q_BTNH: bfloat16 or float32, as k and v; N is a multiple of K. T is any length, H at most 256.
+        document_BT: int32; keeps each position within its own document. None: the row is one.
+        sizes: None takes `block_sizes` of the generation and the length.
+        interpret: without a TPU.
+    """
+    T = q_BTNH.shape[1]
+    if sizes is None:
+        sizes = block_sizes(_generation(), T)
+    block = max(sizes.forward, sizes.backward)
+    assert block % sizes.forward == block % sizes.backward == 0, sizes
+    padding = -T % (sizes.resident if T > sizes.resident else block)
+    heads_first = [
+        jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTKH, v_BTKH)
+    ]
+    if document_BT is not None:
+        document_BT = jnp.pad(document_BT, ((0, 0), (0, padding)), mode="edge")
+    out_BNTH = _attend(*heads_first, document_BT, _Options(sizes, interpret))
+    return out_BNTH.transpose(0, 2, 1, 3)[:, :T]
+
+
+def _generation() -> str:
+    """Of the devices in use, which may not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return KINDS.get(kind, "v5p")
+
+
+class _Options(NamedTuple):
+    sizes: BlockSizes
+    interpret: Interpret
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, options: _Options
+) -> jax.Array:
+    return _attend_forward(q_BNTH, k_BKTH, v_BKTH, document_BT, options)[0]
+
+
+def _scaled(q_BNTH: jax.Array) -> jax.Array:
+    """So that softmax is one of powers of two of q . k."""
+    return (q_BNTH.astype(jnp.float32) * (LOG2_E * q_BNTH.shape[-1] ** -0.5)).astype(q_BNTH.dtype)
+
+
+def _attend_forward(
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, options: _Options
+) -> tuple[jax.Array, tuple]:
+    dtype, parts = q_BNTH.dtype, _parts(q_BNTH.shape[2], options.sizes)
+    run = partial(forward, sizes=options.sizes, interpret=options.interpret)
+    run = partial(run, out_dtype=dtype if len(parts) == 1 else jnp.float32)
+    scaled, outs, lses = _scaled(q_BNTH), [], []
+    for i, rows in enumerate(parts):
+        found = []
+        for keys in parts[: i + 1]:
+            documents = None if document_BT is None else (document_BT[:, rows], document_BT[:, keys])
+            arrays = scaled[:, :, rows], k_BKTH[:, :, keys], v_BKTH[:, :, keys], documents
+            found.append(run(*arrays, causal=keys == rows))
+        out, lse = found[0] if len(found) == 1 else merge(found)
+        outs.append(out.astype(dtype))
+        lses.append(lse)
+    out_BNTH, lse_BN1T = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=3)
+    return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T)
+
+
+def merge(found: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """(out_BNTH, lse_BN1T) over all keys, of those over some of them each."""
+    lses = jnp.stack([lse for _, lse in found])
+    lse_BN1T = jnp.log2(jnp.exp2(lses - lses.max(axis=0)).sum(axis=0)) + lses.max(axis=0)
+    shares = [jnp.exp2(lse - lse_BN1T).swapaxes(2, 3) for _, lse in found]
+    return sum(out * share for (out, _), share in zip(found, shares, strict=True)), lse_BN1T
+
+
+def _attend_backward(options: _Options, saved: tuple, dout_BNTH: jax.Array) -> tuple:
+    q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T = saved
+    parts = _parts(q_BNTH.shape[2], options.sizes)
+    run = partial(backward, sizes=options.sizes, interpret=options.interpret)
+    run = partial(run, out_dtype=q_BNTH.dtype if len(parts) == 1 else jnp.float32)
+    delta_BN1T = (dout_BNTH.astype(jnp.float32) * out_BNTH.astype(jnp.float32)).sum(axis=-1)[:, :, None]
+    scaled, dqs, dks, dvs = _scaled(q_BNTH), *([0] * len(parts) for _ in range(3))
+    for i, rows in enumerate(parts):
+        for j, keys in enumerate(parts[: i + 1]):
+            documents = None if document_BT is None else (document_BT[:, rows], document_BT[:, keys])
+            of_rows = lse_BN1T[..., rows], delta_BN1T[..., rows], dout_BNTH[:, :, rows]
+            arrays = scaled[:, :, rows], k_BKTH[:, :, keys], v_BKTH[:, :, keys], documents, *of_rows
+            dq, dk, dv = run(*arrays, causal=i == j)
+            dqs[i], dks[j], dvs[j] = dqs[i] + dq, dks[j] + dk, dvs[j] + dv
+    return *(jnp.concatenate(d, axis=2).astype(q_BNTH.dtype) for d in (dqs, dks, dvs)), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _parts(length: int, sizes: BlockSizes) -> list[slice]:
+    step = min(length, sizes.resident)
+    return [slice(first, first + step) for first in range(0, length, step)]

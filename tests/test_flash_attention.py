@@ -1,0 +1,251 @@
+"""kernels/: flash attention against plain jnp in float64, in interpret mode; compiled for TPUs that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from jax.experimental.pallas import tpu as pltpu
+from k2jax.kernels.flash_attention import flash_attention, merge
+from k2jax.kernels.flash_attention_tpu import BlockSizes
+
+from k2jax.attention import attend_causally
+from k2jax.errors import ConfigError
+from k2jax.kernels import flash_attention_tpu as tpu
+from k2jax.kernels import reference
+from k2jax.plan import bundles
+
+SMALL = BlockSizes(256, 128, 256, 128, 512)  # 300 positions are two blocks and a rest; 600 are two parts
+
+
+def draw(T: int, N: int, K: int, H: int, dtype: type = np.float32, B: int = 2) -> list[jax.Array]:
+    random = np.random.default_rng(0)
+    return [jnp.asarray(random.normal(size=(B, T, heads, H)), dtype) for heads in (N, K, K, N)]
+
+
+def documents_of(T: int, B: int = 2, share: float = 0.02) -> jax.Array:
+    return jnp.asarray(np.cumsum(np.random.default_rng(1).random((B, T)) < share, axis=1), jnp.int32)
+
+
+def values_and_gradients(attend, q, k, v, dout) -> list[np.ndarray]:
+    out, backward = jax.vjp(attend, q, k, v)
+    return [np.asarray(x, np.float64) for x in (out, *backward(dout))]
+
+
+def expected_of(arrays: list[jax.Array], document_BT: jax.Array | None) -> list[np.ndarray]:
+    """Out and gradients of the reference in float64."""
+    documents = None if document_BT is None else (document_BT, document_BT)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+        return values_and_gradients(lambda q, k, v: reference.attention(q, k, v, documents)[0], *wide)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("T", "N", "K", "H", "sizes"),
+    [
+        (300, 4, 2, 64, SMALL),
+        (1, 1, 1, 128, SMALL),
+        (256, 2, 1, 128, BlockSizes(256, 256, 128, 128, 256)),
+        (385, 2, 2, 256, BlockSizes(128, 128, 256, 256, 512)),
+        (600, 2, 1, 64, SMALL),
+    ],
+)
+def test_values_and_gradients_are_the_references(T, N, K, H, sizes, masked):
+    """Grouped heads, one head, one position, odd lengths, heads of 64 to 256, rows longer than what is resident."""
+    arrays, document_BT = draw(T, N, K, H), documents_of(T) if masked else None
+    found = values_and_gradients(
+        lambda q, k, v: flash_attention(q, k, v, document_BT, sizes=sizes, interpret=True), *arrays
+    )
+    for ours, theirs in zip(found, expected_of(arrays, document_BT), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_bfloat16_is_as_near_as_its_rounding():
+    arrays, document_BT = draw(300, 2, 1, 64, jnp.bfloat16), documents_of(300)
+    found = values_and_gradients(
+        lambda q, k, v: flash_attention(q, k, v, document_BT, sizes=SMALL, interpret=True), *arrays
+    )
+    for ours, theirs in zip(found, expected_of(arrays, document_BT), strict=True):
+        assert np.abs(ours - theirs).max() < 2**-7 * np.abs(theirs).max()
+    out = flash_attention(*arrays[:3], sizes=SMALL, interpret=True)
+    assert out.dtype == jnp.bfloat16
+
+
+def test_no_race_in_the_kernels():
+    """With the TPU's memories and transfers simulated, and every read and write of them checked."""
+    arrays, document_BT = draw(300, 2, 1, 64), documents_of(300)
+    interpret = pltpu.InterpretParams(detect_races=True)
+    found = values_and_gradients(
+        lambda q, k, v: flash_attention(q, k, v, document_BT, sizes=SMALL, interpret=interpret), *arrays
+    )
+    for ours, theirs in zip(found, expected_of(arrays, document_BT), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
+
+
+def part(arrays, rows: slice, keys: slice, documents=None, causal=False):
+    """The forward kernel on some queries and some keys: (out_BTNH, natural lse_BNT)."""
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in arrays[:3])
+    q = q * (tpu.LOG2_E * q.shape[-1] ** -0.5)
+    options = {"sizes": SMALL, "causal": causal, "out_dtype": jnp.float32, "interpret": True}
+    return tpu.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], documents, **options)
+
+
+def test_a_query_that_sees_no_key_has_no_output_and_no_weight():
+    """Queries of documents 1 and 2 past keys of documents 0 and 1: in full, and put together with what they do see."""
+    arrays = draw(512, 2, 1, 64)
+    document = jnp.asarray(np.repeat([[0, 1, 2]] * 2, [200, 256, 56], axis=1), jnp.int32)
+    first, second = slice(0, 256), slice(256, 512)
+    out, lse = part(arrays, second, first, (document[:, second], document[:, first]))
+    assert (out[:, :, 200:] == 0).all() and (lse[..., 200:] == tpu.MASKED).all() and (lse[..., :200] > -1e3).all()
+    own = part(arrays, second, second, (document[:, second], document[:, second]), causal=True)
+    together, _ = merge([(out, lse), own])
+    expected, _ = reference.attention(*arrays[:3], (document, document))
+    np.testing.assert_allclose(together.transpose(0, 2, 1, 3), expected[:, second], atol=2e-5)
+    dq, dk, dv = tpu.backward(
+        *(x.transpose(0, 2, 1, 3)[:, :, s] for x, s in zip(arrays[:3], (second, first, first), strict=True)),
+        (document[:, second] + 9, document[:, first]), jnp.full_like(lse, tpu.MASKED), jnp.zeros_like(lse), out + 1.0,
+        sizes=SMALL, causal=False, out_dtype=jnp.float32, interpret=True,
+    )  # fmt: skip
+    assert not dq.any() and not dk.any() and not dv.any(), "no query sees any key"
+
+
+def test_blocks_that_are_masked_whole_are_not_computed():
+    """Not even multiplied by 0: not-a-number in their keys and values, or in their queries' gradients, stays there."""
+    q, k, v, dout = draw(1024, 1, 1, 64, B=1)
+    document = jnp.asarray(np.repeat([[0, 1]], [512, 512], axis=1), jnp.int32)
+    sizes = BlockSizes(256, 128, 256, 128, 1024)
+    k, v, dout = k.at[:, :512].set(jnp.nan), v.at[:, :512].set(jnp.nan), dout.at[:, :512].set(0.0)
+    out, backward = jax.vjp(lambda *x: flash_attention(*x, document, sizes=sizes, interpret=True), q, k, v)
+    dq, dk, dv = backward(dout)
+    for x in (out, dq, dk, dv):
+        assert jnp.isfinite(x[:, 512:]).all()
+    future = flash_attention(q, k.at[:, 768:].set(jnp.nan), v, document, sizes=sizes, interpret=True)
+    np.testing.assert_array_equal(future[:, 512:768], out[:, 512:768])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((512, 100), "multiple of 128"), ((512, 384), "multiple"), ((512, 256, 512, 256, 1000), "resident")],
+)
+def test_block_sizes_that_cannot_be_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        BlockSizes(*sizes)
+
+
+@pytest.mark.parametrize("length", [1, 100, 512, 2048, 5000, 8192, 131072])
+@pytest.mark.parametrize("generation", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def test_the_table_has_sizes_for_every_length(generation: str, length: int):
+    sizes = tpu.block_sizes(generation, length)
+    assert sizes.forward <= max(128, -(-length // 128) * 128) and sizes.resident <= 32768
+
+
+# ---- where it runs ---------------------------------------------------------------------------------------------------
+
+
+def test_flash_without_a_tpu_is_refused_and_auto_is_jnp():
+    q, k, v, _ = draw(16, 2, 2, 8)
+    with pytest.raises(ConfigError, match="model.attention.implementation='flash' runs on TPUs, this is cpu"):
+        attend_causally(q, k, v, None, "flash")
+    np.testing.assert_array_equal(attend_causally(q, k, v, None, "auto"), attend_causally(q, k, v))
+
+
+def test_another_distribution_may_be_called_kernels(tmp_path: Path):
+    """Hugging Face's is; ours is found all the same, and theirs too, from the root of the repository."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("WHOSE = 'theirs'\n")
+    code = "import k2jax.kernels.reference, kernels; print(kernels.WHOSE, k2jax.kernels.reference.__file__)"
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+    assert done.stdout.split() == ["theirs", str(REPOSITORY / "kernels" / "reference.py")], done.stderr
+
+
+COMPILE = """
+import sys
+from k2jax.plan import topologies
+topologies.use_tpu_compiler()
+import jax, jax.numpy as jnp
+from k2jax import config, launch, sharding
+from k2jax.data.order import StagePlan
+from k2jax.kernels.flash_attention import flash_attention
+from k2jax.kernels.flash_attention_tpu import block_sizes
+from k2jax.optimizer import init_state
+for generation, (smallest, _, _) in topologies.GENERATIONS.items():
+    device = topologies.tpu_devices(smallest)[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    for dtype, documents in ((jnp.bfloat16, True), (jnp.float32, False)):
+        q = jax.ShapeDtypeStruct((1, 1000, 2, 128), dtype, sharding=place)
+        k = jax.ShapeDtypeStruct((1, 1000, 1, 128), dtype, sharding=place)
+        ids = jax.ShapeDtypeStruct((1, 1000), jnp.int32, sharding=place) if documents else None
+        sizes = block_sizes(generation, 1000)
+        loss = lambda q, k, ids: flash_attention(q, k, k, ids, sizes=sizes).astype(jnp.float32).sum()
+        jax.jit(jax.grad(loss, (0, 1))).lower(q, k, ids).compile()
+    print(generation)
+c = config.base().unlock()
+c.model.update(vocab_size=512, dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512)
+c.stages = (config.stage(mix={"x": 1}, sequence_length=256, rows_per_step=8),)
+c.mesh.fsdp, c.mesh.tensor, c.precision.compute = 2, 2, "bfloat16"
+mesh = sharding.make_mesh(c.mesh, topologies.tpu_devices("v5p:2x2x1"))
+plan = StagePlan("x", 0, 256, 8, 10, 1, 0, 80, 1, 10)
+shapes = jax.eval_shape(lambda: init_state(c.model, 0))
+placed = launch.place_state(c, shapes, mesh)
+with jax.set_mesh(mesh):
+    step = launch.step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
+    batch = launch.batch_shapes(c, c.stages[0])
+    state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+    text = step.lower(state, batch).compile().as_text()
+print("kernels in the step:", text.count('custom_call_target="tpu_custom_call"'))
+"""
+
+
+def test_it_compiles_for_every_tpu_and_within_a_sharded_step(tmp_path: Path):
+    pytest.importorskip("libtpu")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    *generations, last = done.stdout.splitlines()
+    assert generations == ["v4", "v5e", "v5p", "v6e", "tpu7x"]
+    assert last == "kernels in the step: 2", "forward and backward, one each in the loops over layers"
+
+
+# ---- cycles ----------------------------------------------------------------------------------------------------------
+
+
+def test_cycles_are_counted_by_part():
+    """10 bundles, a loop of 4 among them that runs 6 times, whose products may take longer than its bundles."""
+    parts = (bundles.Part(0, 10, False), bundles.Part(3, 7, True))
+    rows = (0,) * 3 + (16,) * 4 + (0,) * 3
+    program = bundles.Program("p", parts, ((0,),) * 10, {}, rows, 0)
+    assert bundles.cycles(program, [1, 6], rows_per_cycle=16) == 6 + 6 * 4
+    assert bundles.cycles(program, [1, 6], rows_per_cycle=4) == 6 + 6 * 16
+    with pytest.raises(ValueError, match="2 parts .if of 10, loop of 4., 1 were expected"):
+        bundles.cycles(program, [1], 4)
+
+
+def test_the_compilers_bundles_are_counted(tmp_path: Path):
+    """On v5p, at K2's length: no less than the arithmetic takes, and less than nine tenths of splash attention."""
+    pytest.importorskip("libtpu")
+    sys.path.insert(0, str(REPOSITORY / "tools" / "bench"))
+    try:
+        import tpu_kernel_cost
+    finally:
+        sys.path.pop(0)
+    sizes = tpu.block_sizes("v5p", 2048)
+    blocks = [sizes.forward, sizes.forward_strip, sizes.backward, sizes.backward_strip]
+    case = {"generation": "v5p", "length": 2048}
+    ours = tpu_kernel_cost.cost(case | {"kernel": "flash", "blocks": blocks})
+    theirs = tpu_kernel_cost.cost(case | {"kernel": "splash", "blocks": [1024, 1024, 512, 1]})  # its best forward
+    for direction, line in ours.items():
+        assert 0.5 < line["matrix_unit_share"] < 1, direction
+        assert line["cycles"] < 0.9 * theirs[direction]["cycles"], direction
