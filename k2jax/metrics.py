@@ -46,7 +46,7 @@ class Recorder:
 
     def push(self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float) -> None:
         """Keeps this step's metrics and records those of the step before. Raises NumericsError as `flush` does."""
-        previous, self._pending = self._pending, (step, plan, metrics, data_wait_s)
+        previous, self._pending = self._pending, (step, plan, metrics, data_wait_s, time.perf_counter())
         if previous is not None:
             self._record(*previous)
 
@@ -69,9 +69,12 @@ class Recorder:
                 f"go back to an earlier checkpoint"
             )
 
-    def _record(self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float) -> None:
+    def _record(
+        self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float, pushed: float
+    ) -> None:
         values = jax.device_get(metrics)
-        now = time.perf_counter()
+        # On CPU a step is done when its call returns (distributed.initialize).
+        now = pushed if jax.default_backend() == "cpu" else time.perf_counter()
         step_s = now - self._last[1] if self._last and self._last[0] is plan else None  # no compiling in it
         self._last = plan, now
         self.tokens_seen += plan.rows_per_step * plan.sequence_length
