@@ -41,7 +41,7 @@ class Recorder:
         self.is_main = jax.process_index() == 0
         self.sinks = _sinks(config, workdir) if self.is_main else []
         self.last_row: dict[str, Any] = {}
-        self._pending: tuple[int, StagePlan, dict[str, jax.Array], float] | None = None
+        self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
         self._last: tuple[StagePlan, float] | None = None  # stage and time of the last row
 
     def push(self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float) -> None:
