@@ -1,11 +1,15 @@
 """k2jax.loss: the value and gradient of the loss, which targets count, and the loss by subset."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from test_model import logits_of, small_model
 
 from k2jax import config
@@ -211,3 +215,34 @@ def test_masked_rows_have_the_loss_of_their_documents_alone(label_shift):
     assert float(masked.loss) == pytest.approx(sum(float(part.loss) for part in alone), rel=1e-5)
     packed = sums_of(tokens, label_shift=label_shift)
     assert packed.targets == 19 and abs(packed.loss / 19 - masked.loss / 17) > 1e-3
+
+
+# ---- on a TPU, by its compiler -------------------------------------------------------------------------------------
+
+COMPILE = """
+from k2jax.plan import topologies
+topologies.use_tpu_compiler()
+import jax, jax.numpy as jnp
+from k2jax.loss import LossOptions, head_loss
+place = jax.sharding.SingleDeviceSharding(topologies.tpu_devices("v5p:2x2x1")[0])
+shape = lambda *sizes, dtype: jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+arrays = shape(4, 2048, 1024, dtype=jnp.bfloat16), shape(1024, 32032, dtype=jnp.float32)
+rows = shape(4, 2048, dtype=jnp.int32), shape(4, 2048, dtype=jnp.float32)
+for block in (256, 2048):
+    loss = lambda x, head, targets, weights: head_loss(x, head, targets, weights, LossOptions(block))[0]
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays, *rows).compile()
+    print(compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+
+def test_at_k2s_vocabulary_a_tpu_holds_a_block_of_logits():
+    """Four rows of 2,048 positions: all logits would be 1.05 GB in float32, and their gradient 0.5 GB in bfloat16."""
+    pytest.importorskip("libtpu")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    blocks, whole = map(int, done.stdout.split())
+    head = 1024 * 32032
+    assert blocks < 4 * 256 * 32032 * 4 + 8 * head, "a block of logits, and the head in bfloat16 and its gradient"
+    assert whole > 4 * 2048 * 32032 * 2
