@@ -139,7 +139,7 @@ def cost(case: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
 
 
 def splash_cases(generation: str, length: int) -> list[dict[str, Any]]:
-    """Its one kernel for all gradients: with two it does seven products for five (more cycles at 2048, both searched)."""
+    """Its one kernel for all gradients: two do seven products for its five (more cycles, by a search at 2048)."""
     sizes = [size for size in (512, 1024, 2048) if size <= length]
     blocks = [[q, kv, c, 1] for q, kv, c in itertools.product(sizes, sizes, (512, 1024)) if c <= kv]
     return [{"kernel": "splash", "generation": generation, "length": length, "blocks": b} for b in blocks]
