@@ -101,6 +101,7 @@ class Checkpoints:
         keep_between: int = 2,
         log: Callable[[str], None] = print,
     ):
+        workdir = workdir.absolute()  # Orbax takes no other
         self.directory, self.abandoned, self.log = workdir / "checkpoints", workdir / "abandoned", log
         read_only = keep_steps is None
         if not read_only:

@@ -127,6 +127,13 @@ def imported(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def test_paths_may_be_relative(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_folder(tmp_path / "source", tokenizer)
+    monkeypatch.chdir(tmp_path)
+    importing(Path("source"), Path("runs/new"))
+    assert open_step(Path("runs/new")).step == 0
+
+
 def one_device_mesh() -> jax.sharding.Mesh:
     return sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
 
