@@ -109,9 +109,10 @@ def splash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, l
         steps, total = rows * columns, 0.0
         for name, program in programs.items():
             within = program.parts[3:]
-            longest = max(within, key=lambda part: part.stop - part.first)
-            runs = [seen if part is longest else kernels[name] for part in within]
-            total += cycles(program, [1, steps + 2, steps, *runs], rows_per_cycle)
+            longest = max((part.stop - part.first for part in within), default=0)
+            runs = [seen if part.stop - part.first == longest else kernels[name] for part in within]
+            runs = [1, steps + 2, steps, *runs] if steps > 1 else [1] * len(program.parts)
+            total += cycles(program, runs, rows_per_cycle)
         found[direction] = (total, list(programs.values()))
     return found
 
