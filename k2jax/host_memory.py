@@ -5,9 +5,10 @@ they are freed, and every step faults all its pages in again. Measured with 4.2 
 tokens), pages of 4 KiB being faulted in at 7 us each:
 
     glibc's defaults              1.2 million faults a step   9.5 s a step
-    freed memory kept             none after some steps       6.1 s         13.6 GB resident: steps leave holes
-    the same, in huge pages       none                        6.1 s          5.7 GB
+    freed memory kept             none                        6.0 s
+    the same, in huge pages       none                        5.7 s
 
+5.7 GB are resident then. Each step in flight would take as much again (distributed.initialize sees to that).
 Accelerators have allocators of their own.
 """
 
