@@ -117,8 +117,7 @@ def _attend_forward(
 
 
 def _attend_backward(saved: tuple, dout_BKGTH: jax.Array) -> tuple:
-    # Without the barrier XLA finds forward's copies of each block's keys again, and keeps them all until here.
-    q_BKGTH, k_BKTH, v_BKTH, document_BT, lse_BKGT1, out_BKGTH = jax.lax.optimization_barrier(saved)
+    q_BKGTH, k_BKTH, v_BKTH, document_BT, lse_BKGT1, out_BKGTH = saved
     dtype, blocks = q_BKGTH.dtype, _blocks(q_BKGTH.shape[3])
     # A softmax's gradient is w (dw - sum(w dw)), and sum(w dw) over the keys is dout . out
     inner_BKGT1 = (dout_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32)).sum(axis=-1, keepdims=True)

@@ -16,7 +16,6 @@ class LossOptions(NamedTuple):
     block: int = 256  # positions of a row whose logits are held at a time
     z_loss: float = 0.0  # times the squared log of softmax's denominator, added to every position's loss (PaLM: 1e-4)
     logits_dtype: str = "float32"  # of the head's product
-    unroll: int = 1  # blocks in one turn of the loop
 
 
 def targets_and_weights(
@@ -64,7 +63,7 @@ def head_loss(
         nats_BC, lse_BC = cross_entropy(_logits(x_BCD, head_DV, options), targets_BC)
         return total + _weighted(nats_BC, lse_BC, weights_BC, options), nats_BC
 
-    total, nats_SBC = jax.lax.scan(add, jnp.float32(0), blocks, unroll=options.unroll)
+    total, nats_SBC = jax.lax.scan(add, jnp.float32(0), blocks)
     return total, _positions(nats_SBC, targets_BT.shape[1])
 
 
@@ -92,7 +91,7 @@ def _head_loss_forward(
         return (total + _weighted(nats_BC, lse_BC, weights_BC, options), dhead_DV), (nats_BC, dx_BCD)
 
     start = jnp.float32(0), jnp.zeros_like(head_DV)
-    (total, dhead_DV), (nats_SBC, dx_SBCD) = jax.lax.scan(add, start, blocks, unroll=options.unroll)
+    (total, dhead_DV), (nats_SBC, dx_SBCD) = jax.lax.scan(add, start, blocks)
     return (total, _positions(nats_SBC, T)), (_positions(dx_SBCD, T), dhead_DV)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from k2jax.kernels.flash_attention_tpu import (
-    KINDS,
+    GENERATION_OF_KIND,
     LOG2_E,
     BlockSizes,
     Interpret,
@@ -39,12 +39,10 @@ def flash_attention(
         sizes: None takes `block_sizes` of the generation and the length.
         interpret: without a TPU.
     """
-    T = q_BTNH.shape[1]
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     if sizes is None:
-        sizes = block_sizes(_generation(), T)
-    block = max(sizes.forward, sizes.backward)
-    assert block % sizes.forward == block % sizes.backward == 0, sizes
-    padding = -T % (sizes.resident if T > sizes.resident else block)
+        sizes = block_sizes(_generation(), T, H * q_BTNH.dtype.itemsize)
+    padding = -T % (sizes.resident if T > sizes.resident else max(sizes.forward, sizes.backward))
     heads_first = [
         jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTKH, v_BTKH)
     ]
@@ -55,10 +53,10 @@ def flash_attention(
 
 
 def _generation() -> str:
-    """Of the devices in use, which may not be here."""
+    """Of the devices in use, which may not be here; where it is unknown, the one whose blocks fit on all."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return KINDS.get(kind, "v5p")
+    return GENERATION_OF_KIND.get(kind, "v4")
 
 
 class _Options(NamedTuple):

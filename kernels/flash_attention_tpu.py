@@ -61,22 +61,40 @@ class BlockSizes:
                 )
             if self.resident % block:
                 raise ValueError(f"BlockSizes.resident={self.resident} must be a multiple of {name}={block}")
+        if max(self.forward, self.backward) % min(self.forward, self.backward):
+            raise ValueError(f"BlockSizes.forward={self.forward}, backward={self.backward}: one must divide the other")
 
 
-KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}  # of devices
+GENERATION_OF_KIND = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
 
 
-def block_sizes(generation: str, length: int) -> BlockSizes:
-    """The fewest cycles by tpu_kernel_cost.py, head_dim 128, at lengths 2048 and 8192.
+def block_sizes(generation: str, length: int, row_bytes: int) -> BlockSizes:
+    """The fewest cycles by tpu_kernel_cost.py of those tried, head_dim 128, at lengths 2048 and 8192.
 
     Larger blocks spend less outside products, up to where a long row leaves enough of them; smaller ones where they
-    would be filled up by more than an eighth.
+    would be filled up by more than an eighth. v4 has 16 MiB of VMEM, the others 64 or more.
+
+    Args:
+        row_bytes: of one position of a head, as q, k and v have it.
     """
-    largest = 2048 if generation == "v6e" and length >= 8192 else 512 if generation == "v4" else 1024
+    wide = max(row_bytes // 256, 1)  # times head_dim 128 in bfloat16
+    largest = 2048 if generation == "v6e" and length >= 8192 else 1024
+    resident = 16384 // wide
+    if generation == "v4":
+        largest, resident = 512 // min(wide, 2), 4096 // wide
     sizes = (size for size in (2048, 1024, 512, 256) if size <= largest and -length % size <= length // 8)
     block = next(sizes, LANES)
     strips = min(block, 256), LANES if block <= 1024 else 256
-    return BlockSizes(block, strips[0], block, strips[1], resident=4096 if generation == "v4" else 16384)
+    return BlockSizes(block, strips[0], block, strips[1], resident)
 
 
 def _product(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:

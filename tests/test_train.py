@@ -1,13 +1,18 @@
 """A whole run writes what it promises: metrics, TensorBoard events, ledger, environment; read one step late."""
 
 import json
+import os
+import platform
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pandas
 import pytest
+from conftest import REPOSITORY
 from tensorboardX.proto.event_pb2 import Event
 
 import k2jax
@@ -133,7 +138,7 @@ def test_a_finished_run_says_so_and_changes_nothing(run: Path, tiny_config, caps
     assert {path: path.read_bytes() for path in (run / "ledger").iterdir()} == before
 
 
-def test_metrics_are_read_one_step_late(tiny_config, tmp_path: Path):
+def test_metrics_are_read_one_step_late(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`push` reads the step before: what it is given is not touched until the next push, or flush."""
     plan = StagePlan("stage1", 0, 32, 8, 10, 2, 0, 160, 1, 20)
     steps, ledger = StepLog(tmp_path / "metrics", lambda s: 1), Ledger(tmp_path / "ledger", lambda s: 1)
@@ -142,12 +147,15 @@ def test_metrics_are_read_one_step_late(tiny_config, tmp_path: Path):
     values = {key: np.float32(1) for key in ("loss", "grad_norm", "param_norm", "lr", "finite")}
     values |= {"skips_in_a_row": np.int32(0), "batch_digest": np.zeros(8, np.uint32)}
     values |= {"subset_loss": np.ones(1), "subset_targets": np.ones(1)}
+    clock = iter([10.0, 17.0])
+    monkeypatch.setattr("k2jax.metrics.time.perf_counter", lambda: next(clock))
     recorder.push(1, plan, values, 0.0)
     assert list(steps.rows()) == []
     recorder.push(2, plan, values, 0.0)
     assert [row["step"] for row in steps.rows()] == [1]
     recorder.flush()
     assert [row["step"] for row in steps.rows()] == [1, 2]
+    assert [row["step_s"] for row in steps.rows()] == [None, 7.0], "on CPU, from one push to the next"
 
 
 def test_chunk_numbers_follow_the_journal():
@@ -186,3 +194,22 @@ def test_chunk_numbers_follow_the_journal():
     assert chunks.checkpoint_steps(order) == [3, 4, 7, 10]
     assert [chunks.chunk_of_step(order, step) for step in (3, 4, 5, 10)] == [1, 2, 3, 4]
     assert chunks.tokens_before(order, 5) == 4 * 2 * 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has the setting")
+def test_a_program_starts_once_more_for_huge_pages(tmp_path: Path):
+    """With its arguments, once; and not where the setting is the user's."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\nfrom k2jax.host_memory import use_huge_pages\nprint('start', flush=True)\n"
+        "use_huge_pages()\nprint(sys.argv[1:], os.environ['GLIBC_TUNABLES'])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"PYTHONPATH": str(REPOSITORY)}
+
+    def run(**more: str) -> list[str]:
+        command = [sys.executable, str(program), "--a=1", "b c"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment | more, check=True)
+        return done.stdout.splitlines()
+
+    assert run() == ["start", "start", "['--a=1', 'b c'] glibc.malloc.hugetlb=1"]
+    assert run(GLIBC_TUNABLES="") == ["start", "['--a=1', 'b c'] "]

@@ -1,6 +1,6 @@
 """Cycles of the attention kernels on a TPU that is not here, beside splash attention at its best block sizes.
 
-    python tools/bench/tpu_kernel_cost.py [--generations v5p v6e] [--lengths 2048 8192 32768] [--kernels flash splash]
+    python tools/bench/tpu_kernel_cost.py [--generations v5p v6e] [--lengths 2048 8192] [--kernels flash splash]
         [--blocks FORWARD,STRIP,BACKWARD,STRIP]
 
 Compiles each kernel for the TPU (extra `tpu`), reads its final instruction bundles, and counts how often each part of
@@ -64,11 +64,10 @@ def splash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    q, kv, compute, fused = case["blocks"]
-    apart = {} if fused else {"block_q_dq": q, "block_kv_dq": kv}
+    q, kv, compute = case["blocks"]
     sizes = kernels.BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=compute,
-        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=bool(fused), **apart,
+        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,
     )  # fmt: skip
     mask = masks.MultiHeadMask([masks.CausalMask((case["length"], case["length"]))])
     attend = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
@@ -78,7 +77,7 @@ def splash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
 # ---- how often each part of a kernel runs ----------------------------------------------------------------------------
 
 
-def flash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, list[Program]]]:
+def flash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, Program]]:
     rows_per_cycle = topologies.GENERATIONS[case["generation"]].matrix_rows
     forward_block, _, backward_block, _ = case["blocks"]
     found = {}
@@ -87,33 +86,27 @@ def flash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, li
         program = read_program(folder, f"flash_attention_{direction}")
         runs = {"forward": [1, steps + 2, steps, steps * (steps - 1) / 2]}
         runs["backward"] = [1, steps + 2, steps, 1, steps * (steps - 1) / 2, 1]
-        found[direction] = (cycles(program, runs[direction], rows_per_cycle), [program])
+        found[direction] = (cycles(program, runs[direction], rows_per_cycle), program)
     return found
 
 
-def splash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, list[Program]]]:
+def splash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, Program]]:
     """Its grid is all pairs of blocks. A step's longest part runs where the two see each other, the others once a row.
 
     What runs without a condition, as where a row of the grid is one block, is no part: it counts with each step.
     """
-    q, kv, _, fused = case["blocks"]
+    q, kv, _ = case["blocks"]
     rows_per_cycle = topologies.GENERATIONS[case["generation"]].matrix_rows
     rows, columns = case["length"] // q, case["length"] // kv
     seen = sum(j * kv < (i + 1) * q for i in range(rows) for j in range(columns))
-    found = {}
-    for direction, kernels in (
-        ("forward", {"fwd": rows}),
-        ("backward", {"dkv": columns} | ({} if fused else {"dq": rows})),
-    ):
-        programs = {name: read_program(folder, f"splash_mha_{name}") for name in kernels}
-        steps, total = rows * columns, 0.0
-        for name, program in programs.items():
-            within = program.parts[3:]
-            longest = max((part.stop - part.first for part in within), default=0)
-            runs = [seen if part.stop - part.first == longest else kernels[name] for part in within]
-            runs = [1, steps + 2, steps, *runs] if steps > 1 else [1] * len(program.parts)
-            total += cycles(program, runs, rows_per_cycle)
-        found[direction] = (total, list(programs.values()))
+    steps, found = rows * columns, {}
+    for direction, name, once in (("forward", "fwd", rows), ("backward", "dkv", columns)):
+        program = read_program(folder, f"splash_mha_{name}")
+        within = program.parts[3:]
+        longest = max((part.stop - part.first for part in within), default=0)
+        runs = [seen if part.stop - part.first == longest else once for part in within]
+        runs = [1, steps + 2, steps, *runs] if steps > 1 else [1] * len(program.parts)
+        found[direction] = (cycles(program, runs, rows_per_cycle), program)
     return found
 
 
@@ -128,35 +121,35 @@ def cost(case: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
         found = (flash_costs if case["kernel"] == "flash" else splash_costs)(Path(folder), case)
     rate = topologies.GENERATIONS[case["generation"]].multiply_adds
     lines = {}
-    for direction, (total, programs) in found.items():
+    for direction, (total, program) in found.items():
         ideal = PRODUCTS[direction] * case["length"] ** 2 / 2 * HEAD_DIM / rate
         lines[direction] = {
             "kernel": case["kernel"], "direction": direction, "generation": case["generation"],
             "sequence_length": case["length"], "blocks": case["blocks"], "cycles": round(total),
-            "matrix_unit_share": round(ideal / total, 3), "vmem_bytes": max(p.vmem_bytes for p in programs),
-            "spills": sum(p.spills for p in programs),
+            "matrix_unit_share": round(ideal / total, 3), "vmem_bytes": program.vmem_bytes,
+            "spills": program.spills,
         }  # fmt: skip
     return lines
 
 
 def splash_cases(generation: str, length: int) -> list[dict[str, Any]]:
-    """Its one kernel for all gradients: two do seven products for its five (more cycles, by a search at 2048)."""
+    """Its one kernel for all gradients: two do seven products for its five."""
     sizes = [size for size in (512, 1024, 2048) if size <= length]
-    blocks = [[q, kv, c, 1] for q, kv, c in itertools.product(sizes, sizes, (512, 1024)) if c <= kv]
+    blocks = [[q, kv, c] for q, kv, c in itertools.product(sizes, sizes, (512, 1024)) if c <= kv]
     return [{"kernel": "splash", "generation": generation, "length": length, "blocks": b} for b in blocks]
 
 
 def of_table(generation: str, length: int) -> list[int]:
     from k2jax.kernels.flash_attention_tpu import block_sizes
 
-    sizes = block_sizes(generation, length)
+    sizes = block_sizes(generation, length, 2 * HEAD_DIM)
     return [sizes.forward, sizes.forward_strip, sizes.backward, sizes.backward_strip]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", default=["v5p", "v6e"], choices=topologies.GENERATIONS)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--kernels", nargs="+", default=["splash", "flash"], choices=["splash", "flash"])
     parser.add_argument("--blocks", default=None, help="of the flash kernels, all four; by default those of the table")
     parser.add_argument("--compile", type=json.loads, help=argparse.SUPPRESS)
