@@ -69,7 +69,9 @@ def base() -> ConfigDict:
 
     c.mesh = ConfigDict()                 # product = number of devices; -1 (one axis only) takes what is left
     c.mesh.replica = 1                    # data parallel across slices (DCN); parameters are copied
+    c.mesh.stage = 1                      # pipeline: layers split
     c.mesh.fsdp = -1                      # data parallel with sharded parameters
+    c.mesh.context = 1                    # positions of a row split: ring attention
     c.mesh.tensor = 1                     # heads, ffn and vocabulary split
 
     c.data = ConfigDict()

@@ -82,7 +82,8 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
 def mesh_for(config: ConfigDict) -> Mesh:
     """For readers of a run: the experiment's mesh where it fits the devices here, else all of them on fsdp.
 
-    Or as many of them as divide the parameters: one always does.
+    Or as many of them as divide the parameters: one always does. Readers neither pipeline nor split rows: those devices
+    count to fsdp, too.
     """
     devices = jax.devices()
     table = parameter_table(config.model)
@@ -96,9 +97,15 @@ def mesh_for(config: ConfigDict) -> Mesh:
             return None
         return mesh
 
-    everywhere = {"replica": 1, "fsdp": -1, "tensor": 1}
+    own = dict(config.mesh)
+    if -1 not in (own["stage"], own["context"], own["fsdp"]):
+        own["fsdp"] *= own["stage"] * own["context"]
+    elif own["fsdp"] != -1:
+        own["fsdp"] = -1
+    own["stage"] = own["context"] = 1
+    everywhere = {"fsdp": -1}
     fewer = (fitting(everywhere, count) for count in range(len(devices), 0, -1))
-    return fitting(config.mesh, len(devices)) or next(mesh for mesh in fewer if mesh)
+    return fitting(own, len(devices)) or next(mesh for mesh in fewer if mesh)
 
 
 def check_processes_agree(config: ConfigDict, order: Order) -> None:
@@ -119,7 +126,7 @@ def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:
     """The derived numbers: parameters, tokens, FLOPs, memory of the state."""
     tokens = sum((p.last_step - p.first_step + 1) * p.rows_per_step * p.sequence_length for p in order.stages)
     params = num_params(config.model)
-    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    shards = math.prod(mesh.shape[axis] for axis in ("stage", "fsdp", "context", "tensor"))
     state_bytes = 4 * params * (1 / shards + 2 / (shards * mesh.shape["replica"]))
     lines = [
         f"{config.name}: {params:,} parameters, {order.num_steps:,} steps, {tokens:,} tokens; "

@@ -15,16 +15,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from k2jax.errors import ConfigError
 
 DATA_AXES = ("replica", "fsdp")  # a global batch is split over both; gradients are summed over both
-MESH_AXES = DATA_AXES + ("tensor",)
+MESH_AXES = ("replica", "stage", "fsdp", "context", "tensor")
 
 # Logical axis -> mesh axes. A parameter's width is split over fsdp, an activation's ("width") is not: its batch is.
+# Devices that share a row (context) hold other parts of the parameters, too: to parameters they are more of fsdp.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": DATA_AXES,
-    "position": (),
+    "position": ("context",),
     "width": (),
-    "layers": (),
+    "layers": ("stage",),
     "norm": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "head_dim": (),
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -45,19 +46,20 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config.mesh` over all devices; one size may be -1.
+    """The mesh of `config.mesh` over all devices; one size may be -1, an axis that is left out is 1.
 
     Raises ConfigError when the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = {**dict.fromkeys(MESH_AXES, 1), **sizes}
     shape = [sizes[axis] for axis in MESH_AXES]
     if -1 in shape:
         rest = math.prod(size for size in shape if size != -1)
         shape[shape.index(-1)] = len(devices) // rest if len(devices) % rest == 0 else 0
     if math.prod(shape) != len(devices):
         raise ConfigError(
-            f"mesh {dict(sizes)} needs {_needs(sizes)} devices, this run has {len(devices)} "
-            f"({devices[0].device_kind}): set mesh.replica, mesh.fsdp, mesh.tensor to multiply to it"
+            f"mesh {sizes} needs {_needs(sizes)} devices, this run has {len(devices)} "
+            f"({devices[0].device_kind}): set {', '.join(f'mesh.{axis}' for axis in MESH_AXES)} to multiply to it"
         )
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
@@ -84,7 +86,7 @@ def optimizer_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) ->
     be cut (a norm's weights on a large mesh) stays as its parameter is.
     """
     parts = [list(RULES[axis]) for axis in axes]
-    for free in [axis for axis in DATA_AXES if axis not in sum(parts, [])]:
+    for free in [axis for axis in (*DATA_AXES, "context") if axis not in sum(parts, [])]:
         for size, part in zip(shape, parts, strict=True):
             if size % (math.prod(mesh.shape[a] for a in part) * mesh.shape[free]) == 0:
                 part.append(free)

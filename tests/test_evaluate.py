@@ -91,7 +91,7 @@ def test_validation_is_the_loss_of_all_held_out_windows(copy: Path):
     s.run()
     [result] = s.results
     data, saved = open_run(copy), open_step(copy, 10)
-    params = restore_params(saved, jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES))
+    params = restore_params(saved, jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), MESH_AXES))
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
     decoder, tokenizer = Decoder(saved.config.model, params), load_tokenizer(copy / "tokenizer.json")
     nats, count, by_window = 0.0, 0, {}
@@ -127,8 +127,8 @@ def test_a_cap_takes_windows_evenly_and_agrees_with_the_end_of_the_run(copy: Pat
         assert found[name]["unigram_loss"] == pytest.approx(at_the_end[name]["unigram_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2)])
-def test_another_mesh_gives_the_same_loss(run: Path, sizes: tuple[int, int, int], tiny_config: Callable):
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 8), (2, 1, 2, 1, 2)])
+def test_another_mesh_gives_the_same_loss(run: Path, sizes: tuple[int, ...], tiny_config: Callable):
     saved, data = open_step(run), open_run(run)
 
     def losses(mesh: jax.sharding.Mesh) -> list[float]:
@@ -172,7 +172,7 @@ def test_results_say_of_what_and_with_what(copy: Path):
     [r] = s.results
     assert r["checkpoint"] == open_step(copy).digest and r["step"] == 25 and r["seed"] == 1234
     assert r["settings"] == {"windows": None, "stage": "stage2", "sequence_length": 64}
-    assert r["devices"] == {"kind": "cpu", "count": 8, "mesh": {"replica": 1, "fsdp": 8, "tensor": 1}}
+    assert r["devices"] == {"kind": "cpu", "count": 8, "mesh": {**dict.fromkeys(MESH_AXES, 1), "fsdp": 8}}
     assert r["versions"]["jax"] == jax.__version__ and r["compute"] == "float32" and r["seconds"] >= 0
 
 
@@ -330,12 +330,16 @@ def test_a_checkpoint_deleted_meanwhile_is_skipped_with_a_line(copy: Path):
 
 def test_the_mesh_is_the_experiments_where_it_fits(tiny_config: Callable[..., ConfigDict]):
     def shape(**overrides: Any) -> tuple[int, ...]:
-        return tuple(launch.mesh_for(tiny_config(**overrides)).shape.values())
+        mesh = launch.mesh_for(tiny_config(**overrides))
+        assert mesh.shape["stage"] == mesh.shape["context"] == 1
+        return tuple(mesh.shape[axis] for axis in ("replica", "fsdp", "tensor"))
 
     assert shape(**{"mesh.fsdp": 2, "mesh.tensor": 4}) == (1, 2, 4)
     assert shape(**{"mesh.fsdp": 32, "mesh.tensor": 4}) == (1, 8, 1)
     assert shape(**{"mesh.fsdp": 32, "model.dim": 36}) == (1, 6, 1)
     assert shape(**{"mesh.fsdp": 8, "model.dim": 35}) == (1, 7, 1)
+    assert shape(**{"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2}) == (1, 4, 2)
+    assert shape(**{"mesh.fsdp": 2, "mesh.stage": -1, "mesh.replica": 2}) == (2, 4, 1)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

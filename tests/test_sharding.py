@@ -49,7 +49,7 @@ def losses(shape: tuple[int, int, int], microbatches: int = 1) -> list[float]:
     """Of the first ten steps, through the trainer's own placement and jit, on the first devices."""
     c, plan = small(microbatches)
     devices = jax.devices()[: int(np.prod(shape))]
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices)
+    mesh = sharding.make_mesh(dict(zip(("replica", "fsdp", "tensor"), shape, strict=True)), devices)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
         shardings = launch.place_state(c, shapes, mesh)
@@ -97,7 +97,7 @@ def test_parameters_are_split_as_the_table_says():
 def test_moments_are_split_over_every_data_axis(shape: tuple[int, int, int]):
     """Also where the parameters are copied: with replica 8 each device holds an eighth of every matrix's moments."""
     c, _ = small()
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)))
+    mesh = sharding.make_mesh(dict(zip(("replica", "fsdp", "tensor"), shape, strict=True)))
     shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
     shardings = launch.place_state(c, shapes, mesh)
     for name, p in parameter_table(c.model).items():
@@ -117,7 +117,9 @@ def test_activations_are_pinned_on_cpu_too():
 def test_one_mesh_axis_may_take_what_is_left():
     assert dict(sharding.make_mesh({"replica": 2, "fsdp": -1, "tensor": 2}).shape) == {
         "replica": 2,
+        "stage": 1,
         "fsdp": 2,
+        "context": 1,
         "tensor": 2,
     }
 

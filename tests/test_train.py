@@ -108,7 +108,9 @@ def test_the_run_explains_itself(run: Path):
     assert launch["versions"]["k2jax"] == k2jax.__version__ and launch["versions"]["jax"] == jax.__version__
     assert launch["devices"]["count"] == 8 and launch["devices"]["mesh"] == {
         "replica": 1,
+        "stage": 1,
         "fsdp": 8,
+        "context": 1,
         "tensor": 1,
     }
     assert launch["flags"]["XLA_FLAGS"] and launch["host_hardware"]["cpus"] > 0
