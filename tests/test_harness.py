@@ -276,7 +276,10 @@ def make_rows(count: int, seed: int = 0) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize(("sizes", "batch_tokens"), [((1, 1, 1, 1, 1), 256), ((1, 1, 4, 1, 2), 2048), ((2, 1, 2, 1, 2), 100_000)])
+MESHES = [((1, 1, 1, 1, 1), 256), ((1, 1, 4, 1, 2), 2048), ((2, 1, 2, 1, 2), 100_000)]
+
+
+@pytest.mark.parametrize(("sizes", "batch_tokens"), MESHES)
 def test_scores_are_those_of_a_plain_forward_pass_on_any_mesh(tiny_config: Callable, sizes: tuple, batch_tokens: int):
     m = tiny_config().model
     params = {name: 8 * x if x.ndim > 1 else x for name, x in init_params(m, 0).items()}  # far from uniform
