@@ -31,7 +31,7 @@ def attend_causally(
         implementation: "jnp" anywhere, "flash" on TPUs; "auto" is flash there and jnp elsewhere.
     Raises ConfigError for flash where there is no TPU.
     """
-    platform = _platform()
+    platform = sharding.platform()
     if implementation == "auto":
         implementation = "flash" if platform == "tpu" else "jnp"
     if implementation == "jnp":
@@ -47,14 +47,6 @@ def attend_causally(
     specs = [sharding.spec(sharding.ACTIVATIONS[name]) for name in names]
     mapped = jax.shard_map(flash_attention, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
     return mapped(q_BTNH, k_BTKH, v_BTKH, *([] if document_BT is None else [document_BT]))
-
-
-def _platform() -> str:
-    """That of the mesh in use, which may be of devices that are not here; else the one here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return jax.default_backend()
-    return "tpu" if device.device_kind.startswith("TPU") else device.device_kind
 
 
 def _attend_by_blocks(

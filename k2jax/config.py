@@ -67,6 +67,10 @@ def base() -> ConfigDict:
     c.optimizer.clip_norm = 1.0           # global gradient norm
     c.optimizer.max_skips_in_a_row = 3    # non-finite steps that stop the run (exit code 65)
 
+    c.compiler = ConfigDict()             # XLA's options, as ("xla_tpu_enable_async_collective_fusion=true",)
+    c.compiler.tpu = ()                   # on TPUs; an option that the installed compiler does not know is an error
+    c.compiler.gpu = ()                   # on GPUs
+
     c.mesh = ConfigDict()                 # product = number of devices; -1 (one axis only) takes what is left
     c.mesh.replica = 1                    # data parallel across slices (DCN); parameters are copied
     c.mesh.stage = 1                      # pipeline: layers split
@@ -251,6 +255,8 @@ def validate(config: ConfigDict) -> None:
         config.log.wandb_project,
         "wandb is not installed: pip install 'k2jax[wandb]'",
     )
+    for key, options in config.compiler.items():
+        need(all("=" in o for o in options), f"compiler.{key}", options, "each must be written OPTION=VALUE")
     names = [row.name for row in config.stages]
     need(len(set(names)) == len(names), "stages", names, "each stage needs a name of its own")
     for i, row in enumerate(config.stages):

@@ -106,6 +106,15 @@ def check_divisible(name: str, shape: tuple[int, ...], axes: tuple[str, ...], me
             )
 
 
+def platform() -> str:
+    """"tpu", "gpu" or "cpu": of the mesh in use, which may be of devices that are not here, else of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    kind = device.device_kind
+    return "tpu" if kind.startswith("TPU") else "gpu" if kind.startswith("NVIDIA") else kind
+
+
 def shard(x: jax.Array, name: str) -> jax.Array:
     """Pins an activation to its place in the table on the current mesh (`jax.set_mesh`); nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
