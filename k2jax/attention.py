@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name as kept
 
 from k2jax import sharding
 from k2jax.errors import ConfigError
@@ -104,7 +105,7 @@ def _attend_forward(
         out_BKGTH = _product("BKGTS,BKSH->BKGTH", weight_BKGTS.astype(v_BKSH.dtype), v_BKSH) / sum_BKGT1
         outs.append(out_BKGTH.astype(q_BKGTH.dtype))
         lses.append(most_BKGT1 + jnp.log(sum_BKGT1))
-    out_BKGTH, lse_BKGT1 = jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+    out_BKGTH, lse_BKGT1 = (kept(jnp.concatenate(parts, axis=3), "attention") for parts in (outs, lses))
     return out_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, document_BT, lse_BKGT1, out_BKGTH)
 
 

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from k2jax.fsdp import ROWS, Rings, gather, over_data, scatter, total, weight
 
 
 class LossOptions(NamedTuple):
@@ -16,6 +19,7 @@ class LossOptions(NamedTuple):
     block: int = 256  # positions of a row whose logits are held at a time
     z_loss: float = 0.0  # times the squared log of softmax's denominator, added to every position's loss (PaLM: 1e-4)
     logits_dtype: str = "float32"  # of the head's product
+    rings: Rings = ()  # see fsdp.py
 
 
 def targets_and_weights(
@@ -53,29 +57,50 @@ def head_loss(
 
     The gradient is that of the sum with respect to `x_BTD` and `head_DV`; none flows through the second result. It is
     computed with the loss, block by block, while a block's logits are there (as in Liger Kernel, arXiv:2410.10989):
-    at K2's vocabulary the logits of a row of 8,192 positions and their gradient would be 2.1 GB.
+    at K2's vocabulary the logits of a row of 8,192 positions and their gradient would be 2.1 GB. Each device has its own
+    rows and positions, and gathers the head once.
     """
-    blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
-    head_DV = head_DV.astype(x_BTD.dtype)
+    specs = (ROWS, weight(0), ROWS, ROWS)
+    return over_data(partial(_loss, options=options), specs, (PartitionSpec(), ROWS))(
+        x_BTD, head_DV, targets_BT, weights_BT
+    )
 
-    def add(total: jax.Array, block: tuple) -> tuple[jax.Array, jax.Array]:
+
+def _loss(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
+) -> tuple[jax.Array, jax.Array]:
+    blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
+    head_DV = gather(head_DV, 0, x_BTD.dtype, options.rings)
+
+    def add(loss: jax.Array, block: tuple) -> tuple[jax.Array, jax.Array]:
         x_BCD, targets_BC, weights_BC = block
         nats_BC, lse_BC = cross_entropy(_logits(x_BCD, head_DV, options), targets_BC)
-        return total + _weighted(nats_BC, lse_BC, weights_BC, options), nats_BC
+        return loss + _weighted(nats_BC, lse_BC, weights_BC, options), nats_BC
 
-    total, nats_SBC = jax.lax.scan(add, jnp.float32(0), blocks)
-    return total, _positions(nats_SBC, targets_BT.shape[1])
+    loss, nats_SBC = jax.lax.scan(add, jnp.float32(0), blocks)
+    return total(loss), _positions(nats_SBC, targets_BT.shape[1])
 
 
 def _head_loss_forward(
     x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    specs = (ROWS, weight(0), ROWS, ROWS)
+    with_gradients = over_data(
+        partial(_loss_and_gradients, options=options), specs, (PartitionSpec(), ROWS, ROWS, weight(0))
+    )
+    loss, nats_BT, dx_BTD, dhead_DV = with_gradients(x_BTD, head_DV, targets_BT, weights_BT)
+    return (loss, nats_BT), (dx_BTD, dhead_DV)
+
+
+def _loss_and_gradients(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     T, D = x_BTD.shape[1:]
     blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
-    cast_DV = head_DV.astype(x_BTD.dtype)
+    cast_DV = gather(head_DV, 0, x_BTD.dtype, options.rings)
 
     def add(carry: tuple[jax.Array, jax.Array], block: tuple) -> tuple[tuple, tuple]:
-        total, dhead_DV = carry
+        loss, dhead_DV = carry
         x_BCD, targets_BC, weights_BC = block
         logits_BCV = _logits(x_BCD, cast_DV, options)
         nats_BC, lse_BC = cross_entropy(logits_BCV, targets_BC)
@@ -88,11 +113,11 @@ def _head_loss_forward(
         dhead_DV += jax.lax.dot_general(
             x_BCD.reshape(-1, D), delta_XV, (((0,), (0,)), ((), ())), preferred_element_type=head_DV.dtype
         )
-        return (total + _weighted(nats_BC, lse_BC, weights_BC, options), dhead_DV), (nats_BC, dx_BCD)
+        return (loss + _weighted(nats_BC, lse_BC, weights_BC, options), dhead_DV), (nats_BC, dx_BCD)
 
-    start = jnp.float32(0), jnp.zeros_like(head_DV)
-    (total, dhead_DV), (nats_SBC, dx_SBCD) = jax.lax.scan(add, start, blocks)
-    return (total, _positions(nats_SBC, T)), (_positions(dx_SBCD, T), dhead_DV)
+    start = jnp.float32(0), jnp.zeros(cast_DV.shape, head_DV.dtype)
+    (loss, dhead_DV), (nats_SBC, dx_SBCD) = jax.lax.scan(add, start, blocks)
+    return total(loss), _positions(nats_SBC, T), _positions(dx_SBCD, T), scatter(dhead_DV, 0, options.rings)
 
 
 def _head_loss_backward(options: LossOptions, saved: tuple, gradients: tuple) -> tuple:

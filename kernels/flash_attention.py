@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from k2jax.kernels.flash_attention_tpu import (
     GENERATION_OF_KIND,
     LOG2_E,
@@ -92,7 +93,8 @@ def _attend_forward(
         out, lse = found[0] if len(found) == 1 else merge(found)
         outs.append(out.astype(dtype))
         lses.append(lse)
-    out_BNTH, lse_BN1T = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=3)
+    out_BNTH = checkpoint_name(jnp.concatenate(outs, axis=2), "attention")
+    lse_BN1T = checkpoint_name(jnp.concatenate(lses, axis=3), "attention")
     return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T)
 
 

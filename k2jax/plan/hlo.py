@@ -85,18 +85,27 @@ class Program:
         return {i.name: i.result for body in self.computations.values() for i in body}
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a while loop runs. ValueError where its condition is not `i < constant`."""
-        found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
-        if found:
-            return int(found.group(1))
-        condition = self.computations[loop.called("condition") or ""]
-        limits = [re.match(r"(\d+)\)", i.rest) for i in condition if i.opcode == "constant"]
-        limits = [int(limit.group(1)) for limit in limits if limit]
-        if len(limits) != 1:
-            raise ValueError(
-                f"{loop.name}: its condition has constants {limits}, expected one: the number of its turns"
-            )
-        return limits[0]
+        """How often a while loop runs. ValueError where its condition is not `counter < constant`.
+
+        Counters start at 0; a loop that the compiler unrolled adds more than 1 to it.
+        """
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+        if known:
+            return int(known.group(1))
+        condition = self._named(loop.called("condition"))
+        compare = next((i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.rest), None)
+        counter, limit = (condition.get(name) for name in compare.operands) if compare else (None, None)
+        if not counter or not limit or limit.opcode != "constant" or counter.opcode != "get-tuple-element":
+            raise ValueError(f"{loop.name}: its condition is not of a counter and a constant: turns unknown")
+        index = int(re.search(r"index=(\d+)", counter.rest).group(1))
+        body = self._named(loop.called("body"))
+        result = list(body.values())[-1]
+        added = [body[name] for name in body[result.operands[index]].operands if name in body]
+        steps = [int(i.rest.split(")")[0]) for i in added if i.opcode == "constant"]
+        return -(-int(limit.rest.split(")")[0]) // (steps[0] if steps else 1))
+
+    def _named(self, computation: str | None) -> dict[str, Instruction]:
+        return {i.name: i for i in self.computations[computation or ""]}
 
     def within(self, instruction: Instruction) -> list[Instruction]:
         """Of the computation that a fusion or call runs; those that it calls in turn included."""

@@ -32,28 +32,28 @@ class Links:
         numbers = np.arange(len(self.devices))
         return np.stack([numbers // self.chip.domain, numbers % self.chip.domain], axis=1)
 
-    def seconds(self, program: Program, collective: Instruction) -> float:
-        """Of one run of a collective, from its first byte to its last."""
+    def transfer(self, program: Program, collective: Instruction) -> tuple[float, frozenset[tuple[int, int]]]:
+        """(seconds from the first byte to the last, the links that it takes: axis and direction) of one run."""
         groups = replica_groups(collective.rest) or [list(range(len(self.devices)))]
         sent = self._wire_bytes(program, collective, len(groups[0]))
         if collective.collective == "collective-permute":
-            return self._permute_seconds(sent, groups)
+            return self._permute(sent, groups)
         if len(groups[0]) == 1:
-            return 0.0
+            return 0.0, frozenset()
         places = self.places[groups[0]]
-        spread = [len(np.unique(places[:, axis])) for axis in range(places.shape[1])]
+        spread = {axis: len(np.unique(places[:, axis])) for axis in range(places.shape[1])}
+        axes = [axis for axis, count in spread.items() if count > 1] or [0]
+        links = frozenset((axis, direction) for axis in axes for direction in (1, -1))
         if not self.chip.is_tpu:
             hosts, local = spread[0], len(groups[0]) // spread[0]
             within = sent * (local - 1) / local / self.chip.link_bytes_per_s if local > 1 else 0.0
             between = sent * (hosts - 1) / hosts / (local * self.chip.network_bytes_per_s) if hosts > 1 else 0.0
-            return max(within, between) + HOP_S * len(groups[0])
-        rates = [self._axis_rate(axis) for axis, count in enumerate(spread) if count > 1] or [
-            self.chip.link_bytes_per_s
-        ]
-        one_ring = re.search(r'"emitter":"1D|"strategy":"StrategyRing"|"all-gather-1d', collective.rest)
+            return max(within, between) + HOP_S * len(groups[0]), links
+        rates = [self._axis_rate(axis) for axis in axes]
+        one_ring = re.search(r'"emitter":"1D|"strategy":"StrategyRing"', collective.rest)
         rate = max(rates) if one_ring else sum(rates)
         n = len(groups[0])
-        return sent * (n - 1) / n / rate + HOP_S * sum(count // 2 for count in spread if count > 1)
+        return sent * (n - 1) / n / rate + HOP_S * sum(spread[axis] // 2 for axis in axes), links
 
     def _axis_rate(self, axis: int) -> float:
         length = int(self.places[:, axis].max()) + 1
@@ -71,18 +71,22 @@ class Links:
             return operands * group / 4 if self.chip.is_tpu else operands  # a ring passes it on, a switch does not
         return operands  # reduce-scatter, collective-permute
 
-    def _permute_seconds(self, sent: float, pairs: list[list[int]]) -> float:
+    def _permute(self, sent: float, pairs: list[list[int]]) -> tuple[float, frozenset[tuple[int, int]]]:
         """The farthest pair decides."""
         first, second = (self.places[[pair[side] for pair in pairs]] for side in (0, 1))
-        apart = np.abs(first - second)
+        step, lengths = second - first, self.places.max(axis=0) + 1
+        if self.chip.is_tpu:  # the shorter way around a ring
+            around = (step + lengths // 2) % lengths - lengths // 2
+            step = np.where(lengths >= self.chip.wraps_from, around, step)
+        links = frozenset((int(axis), int(np.sign(size))) for axis, size in zip(*_nonzero(step), strict=True))
         if not self.chip.is_tpu:
-            other_host = bool(apart[:, 0].any())
-            return sent / (self.chip.network_bytes_per_s if other_host else self.chip.link_bytes_per_s) + HOP_S
-        lengths = self.places.max(axis=0) + 1
-        around = np.where(lengths >= self.chip.wraps_from, np.minimum(apart, lengths - apart), apart)
-        hops = int(around.sum(axis=1).max())
-        return sent * max(hops, 1) / self.chip.link_bytes_per_s + HOP_S * hops
+            between = bool(step[:, 0].any())
+            return sent / (self.chip.network_bytes_per_s if between else self.chip.link_bytes_per_s) + HOP_S, links
+        hops = int(np.abs(step).sum(axis=1).max())
+        return sent * max(hops, 1) / self.chip.link_bytes_per_s + HOP_S * hops, links
 
 
-def largest_shape(instruction: Instruction) -> tuple[int, ...]:
-    return max(array_shapes(instruction.result), key=lambda shape: float(np.prod(shape)), default=())
+def _nonzero(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Axes and steps along them, of all pairs that move along one."""
+    rows, axes = np.nonzero(step)
+    return axes, step[rows, axes]

@@ -55,7 +55,7 @@ class Timeline:
         return self._play(self.program.entry)
 
     def _play(self, computation: str) -> Parts:
-        parts, link_free, ends = Parts(), 0.0, {}
+        parts, under_way = Parts(), {}
         for i in self.program.computations[computation]:
             if i.opcode == "while":
                 parts.add(self._play(i.called("body") or ""), self.program.trip_count(i))
@@ -65,19 +65,28 @@ class Timeline:
             elif i.opcode == "call":
                 parts.add(self._play(i.called("to_apply") or ""))
             elif _is_done(i):
-                wait = max(0.0, ends.pop(self._key(i), 0.0) - parts.total)
+                end, _ = under_way.pop(self._key(i), (0.0, frozenset()))
+                wait = max(0.0, end - parts.total)
                 parts.exposed, parts.hidden = parts.exposed + wait, parts.hidden - wait
             elif (collective := self._collective(i)) is not None:
-                took = self.links.seconds(self.program, collective)
-                parts.collective_bytes += max(collective.result_bytes, self._operand_bytes(collective))
-                link_free = max(parts.total, link_free) + took
-                if _is_start(i):
-                    ends[self._key(i)], parts.hidden = link_free, parts.hidden + took
-                else:
-                    parts.exposed += link_free - parts.total
+                self._transfer(i, collective, parts, under_way)
             else:
                 self._compute(i, parts)
         return parts
+
+    def _transfer(self, i: Instruction, collective: Instruction, parts: Parts, under_way: dict[str, tuple]) -> None:
+        """Those that share links run one after the other, in the order of their starts; one that is waited for where it
+        stands goes first, and holds the others up."""
+        took, links = self.links.transfer(self.program, collective)
+        parts.collective_bytes += max(collective.result_bytes, self._operand_bytes(collective))
+        sharing = {key: (end, used) for key, (end, used) in under_way.items() if used & links and end > parts.total}
+        if _is_start(i):
+            begin = max([end for end, _ in sharing.values()], default=parts.total)
+            under_way[self._key(i)] = begin + took, links
+            parts.hidden += took
+        else:
+            parts.exposed += took
+            under_way |= {key: (end + took, used) for key, (end, used) in sharing.items()}
 
     def _collective(self, i: Instruction) -> Instruction | None:
         """The collective that an operation is, starts or, where it does no product as well, holds."""
