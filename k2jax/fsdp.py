@@ -3,11 +3,11 @@ they live.
 
 Left to the partitioner, a weight's gradient is summed by an all-reduce of all of it and then cut: twice the bytes. What
 is here runs on each device's own rows and positions, so that a gradient can be scattered as it is summed; gathers and
-scatters go over one ring of devices after the other (an axis of a TPU's torus each), which compilers know how to run
-beside the products (`compiler.tpu` in the experiment files).
+scatters go over one ring of devices after the other (an axis of a TPU's torus each), which compilers run
+beside the products where they are asked to (`compiler.tpu` in the experiment files).
 
-Mesh axes: "replica", "fsdp" and "context" split what a step reads, "fsdp" and "context" the parameters as well. "tensor"
-and "stage" are left to the partitioner.
+Mesh axes: "replica", "fsdp" and "context" split what a step reads, "fsdp" and "context" the parameters as well.
+"tensor" and "stage" are left to the partitioner.
 """
 
 import math
@@ -86,11 +86,11 @@ def _hops(rings: Rings) -> list[tuple[str, list[list[int]] | None]]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def matmul(x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, rings: Rings = ()) -> jax.Array:
-    """x[B, T, in...] . w[in..., out...] with `w` (float32) cast to the type of `x`, a result in `out_dtype`.
+    """x[B, T, in...] . w[in..., out...], `w` (float32) cast to the type of `x`, a result in `out_dtype`.
 
-    `split` is the dimension of `w` that is split over fsdp: its first, which is contracted, or its last, which is all of
-    the result. The gradient of `w` is float32: differentiated by JAX, a bfloat16 product has a bfloat16 weight gradient,
-    and the devices would add up rounded numbers; K2 accumulated and reduced in float32.
+    `split` is the dimension of `w` that is split over fsdp: its first, which is contracted, or its last, which is all
+    of the result. The gradient of `w` is float32: differentiated by JAX, a bfloat16 product has a bfloat16 weight
+    gradient, and the devices would add up rounded numbers; K2 accumulated and reduced in float32.
     """
 
     def product(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:

@@ -57,8 +57,8 @@ def head_loss(
 
     The gradient is that of the sum with respect to `x_BTD` and `head_DV`; none flows through the second result. It is
     computed with the loss, block by block, while a block's logits are there (as in Liger Kernel, arXiv:2410.10989):
-    at K2's vocabulary the logits of a row of 8,192 positions and their gradient would be 2.1 GB. Each device has its own
-    rows and positions, and gathers the head once.
+    at K2's vocabulary the logits of a row of 8,192 positions and their gradient would be 2.1 GB. Each device has its
+    own rows and positions, and gathers the head once.
     """
     specs = (ROWS, weight(0), ROWS, ROWS)
     return over_data(partial(_loss, options=options), specs, (PartitionSpec(), ROWS))(

@@ -120,15 +120,15 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     `cos` and `sin` are rows of `rope_table`: (T, H/2) when all rows of `x` have the same positions, else (B, T, H/2).
     """
     cos, sin = (jnp.expand_dims(t.astype(x_BTNH.dtype), (0, -2) if t.ndim == 2 else -2) for t in (cos, sin))
-    # Over the whole width: halves of a head fill half of a TPU's lanes.
-    turned = jnp.roll(x_BTNH, x_BTNH.shape[-1] // 2, axis=-1) * jnp.concatenate([-sin, sin], axis=-1)
-    return x_BTNH * jnp.concatenate([cos, cos], axis=-1) + turned
+    a, b = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def dense(x: jax.Array, w: jax.Array, into: int = 0, rings: Rings = ()) -> jax.Array:
     """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x`.
 
-    `into` counts the in-dimensions of a product into the residual stream, whose width D is split over fsdp; 0: out of it.
+    `into` counts the in-dimensions of a product into the residual stream, whose width D is split over fsdp; 0: out of
+    it.
     """
     return matmul(x, w, into, x.dtype, rings)
 

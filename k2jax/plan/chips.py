@@ -59,7 +59,7 @@ def chip_of(topology: str) -> Chip:
     name = topology.partition(":")[0].lower()
     if name not in CHIPS:
         raise ConfigError(
-            f"topology {topology!r}: unknown accelerator {name!r}; known: {', '.join(CHIPS)}, as in v5p:8x8x8, v6e:16x16 "
-            f"or h100:16"
+            f"topology {topology!r}: unknown accelerator {name!r}; known: {', '.join(CHIPS)}, as in v5p:8x8x8, "
+            f"v6e:16x16 or h100:16"
         )
     return CHIPS[name]

@@ -123,6 +123,7 @@ def _times(
         "tokens_per_day": tokens / parts.total * 86400,
         "days": days,
         "chip_hours": days * 24 * found["chips"],
+        "exposed_by": dict(timeline.waited_for.most_common(8)),
         "kernels_by_arithmetic": sorted(timeline.guessed_kernels),
     }
 
@@ -165,8 +166,7 @@ def remedies(config: ConfigDict, stage: ConfigDict, mesh: jax.sharding.Mesh, chi
         found.append("--config.model.remat=full keeps layer inputs only")
     if rows >= cut:
         number = list(config.stages).index(stage)
-        found.append(
-            f"--config.stages.{number}.microbatches={stage.microbatches * cut} holds {rows / cut:.3g} of {rows} rows at once"
-        )
+        microbatches = f"--config.stages.{number}.microbatches={stage.microbatches * cut}"
+        found.append(f"{microbatches} holds {rows / cut:.3g} of {rows} rows at once")
     found.append(f"{cut} times as many devices, or rows split over context {mesh.shape['context'] * cut}")
     return found

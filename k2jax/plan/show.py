@@ -31,8 +31,8 @@ def _stage(stage: dict[str, Any]) -> list[str]:
     )
     lines = [_row("memory a chip", f"{used / GIB:.1f} of {limit / GIB:.1f} GiB ({used / limit:.0%}): {verdict}")]
     if "argument_bytes" in stage:
-        parts = f"{stage['argument_bytes'] / GIB:.1f} GiB state and batch, {stage['temporary_bytes'] / GIB:.1f} GiB temporaries"
-        lines.append(_row("  of a device", parts))
+        state, temporary = stage["argument_bytes"] / GIB, stage["temporary_bytes"] / GIB
+        lines.append(_row("  of a device", f"{state:.1f} GiB state and batch, {temporary:.1f} GiB temporaries"))
     lines += [_row("to make it fit" if i == 0 else "or", remedy) for i, remedy in enumerate(stage.get("remedies", []))]
     if stage["step_seconds"] is not None:
         total = stage["step_seconds"]
@@ -53,10 +53,8 @@ def _stage(stage: dict[str, Any]) -> list[str]:
             ),
             _row("  behind them", f"{stage['hidden_collective_seconds']:.3f} s more of collectives"),
             _row("MFU", f"{stage['mfu_causal']:.1%} causal, {stage['mfu_noncausal']:.1%} non-causal"),
-            _row(
-                "tokens",
-                f"{stage['tokens_per_second_per_chip']:,.0f} a second and chip, {stage['tokens_per_day'] / 1e9:,.1f}B a day",
-            ),
+            _row("tokens", f"{stage['tokens_per_second_per_chip']:,.0f} a second and chip"),
+            _row("", f"{stage['tokens_per_day'] / 1e9:,.1f}B a day"),
             _row("stage", f"{stage['days']:.1f} days, {stage['chip_hours']:,.0f} chip-hours"),
         ]
         if stage["bubble_fraction"]:

@@ -8,6 +8,7 @@ start to their end, and what is then still to wait for is exposed.
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, fields
 
 from k2jax.plan.chips import Chip
@@ -50,31 +51,36 @@ class Timeline:
     def __init__(self, program: Program, chip: Chip, links: Links):
         self.program, self.chip, self.links = program, chip, links
         self.guessed_kernels: set[str] = set()  # those counted by arithmetic alone
+        self.waited_for: Counter[str] = Counter()  # seconds of a step by collective: what is exposed
 
     def step(self) -> Parts:
-        return self._play(self.program.entry)
+        return self._play(self.program.entry, 1)
 
-    def _play(self, computation: str) -> Parts:
+    def _play(self, computation: str, times: int) -> Parts:
         parts, under_way = Parts(), {}
         for i in self.program.computations[computation]:
             if i.opcode == "while":
-                parts.add(self._play(i.called("body") or ""), self.program.trip_count(i))
+                turns = self.program.trip_count(i)
+                parts.add(self._play(i.called("body") or "", times * turns), turns)
             elif i.opcode == "conditional":
                 branches = re.findall(r"%([\w.\-]+)", i.rest.split("branch_computations={", 1)[-1].split("}")[0])
-                parts.add(max((self._play(name) for name in branches), key=lambda p: p.total))
+                parts.add(max((self._play(name, times) for name in branches), key=lambda p: p.total))
             elif i.opcode == "call":
-                parts.add(self._play(i.called("to_apply") or ""))
+                parts.add(self._play(i.called("to_apply") or "", times))
             elif _is_done(i):
                 end, _ = under_way.pop(self._key(i), (0.0, frozenset()))
                 wait = max(0.0, end - parts.total)
                 parts.exposed, parts.hidden = parts.exposed + wait, parts.hidden - wait
+                self.waited_for[f"{i.result} {i.op_name}"] += times * wait
             elif (collective := self._collective(i)) is not None:
-                self._transfer(i, collective, parts, under_way)
+                self._transfer(i, collective, parts, under_way, times)
             else:
                 self._compute(i, parts)
         return parts
 
-    def _transfer(self, i: Instruction, collective: Instruction, parts: Parts, under_way: dict[str, tuple]) -> None:
+    def _transfer(
+        self, i: Instruction, collective: Instruction, parts: Parts, under_way: dict[str, tuple], times: int
+    ) -> None:
         """Those that share links run one after the other, in the order of their starts; one that is waited for where it
         stands goes first, and holds the others up."""
         took, links = self.links.transfer(self.program, collective)
@@ -86,6 +92,7 @@ class Timeline:
             parts.hidden += took
         else:
             parts.exposed += took
+            self.waited_for[f"{collective.collective} {collective.result} {collective.op_name}"] += times * took
             under_way |= {key: (end + took, used) for key, (end, used) in sharing.items()}
 
     def _collective(self, i: Instruction) -> Instruction | None:
@@ -100,22 +107,22 @@ class Timeline:
         return next((inner for inner in within if inner.collective), None)
 
     def _key(self, i: Instruction) -> str:
-        """What a start and its end share: the collective's channel where the compiler split it, else the start's name."""
+        """What a start and its end share: the channel of a collective that the compiler split, or the start's name."""
         if i.opcode == "fusion":
             return next((inner.channel for inner in self.program.within(i) if inner.channel), i.name)
         return i.operands[0] if _is_done(i) else i.name
 
     def _compute(self, i: Instruction, parts: Parts) -> None:
-        kernel = KERNEL.search(i.name) if i.opcode == "custom-call" else None
-        if kernel and self.chip.is_tpu:
-            parts.attention += self._kernel_seconds(i, *kernel.groups())
-            return
         within = self.program.within(i) if i.opcode == "fusion" else [i]
+        kernels = [inner for inner in within if inner.opcode == "custom-call" and KERNEL.search(inner.name)]
+        if kernels and self.chip.is_tpu:
+            parts.attention += sum(self._kernel_seconds(kernel) for kernel in kernels)
+            return
         products = [p for p in within if p.opcode in ("convolution", "dot") or "__cublas" in p.rest]
         seconds = self._tpu_seconds(i) if self.chip.is_tpu else self._roofline(i, products)
         if products:
             parts.matrix += seconds
-        elif "fmha" in i.rest or (kernel and not self.chip.is_tpu):
+        elif "fmha" in i.rest or kernels:
             parts.attention += seconds
         else:
             parts.elementwise += seconds
@@ -138,7 +145,8 @@ class Timeline:
     def _operand_bytes(self, i: Instruction) -> int:
         return sum(array_bytes(self.program.shapes[name]) for name in i.operands if name in self.program.shapes)
 
-    def _kernel_seconds(self, i: Instruction, direction: str, full: str | None) -> float:
+    def _kernel_seconds(self, i: Instruction) -> float:
+        direction, full = KERNEL.search(i.name).groups()
         B, N, T, H = array_shapes(i.result)[0]
         try:
             blocks = blocks_of_table(self.chip.name, T, H)

@@ -149,8 +149,9 @@ def main() -> None:
         for line in best.values():
             print(json.dumps(line | {"ratio_to_splash": 1.0}), flush=True)
         if "flash" in args.kernels:
-            blocks = [int(size) for size in args.blocks.split(",")] if args.blocks else list(blocks_of_table(generation, length, HEAD_DIM))
-            case = {"kernel": "flash", "generation": generation, "length": length, "blocks": blocks}
+            given = args.blocks and tuple(int(size) for size in args.blocks.split(","))
+            blocks = given or blocks_of_table(generation, length, HEAD_DIM)
+            case = {"kernel": "flash", "generation": generation, "length": length, "blocks": list(blocks)}
             for direction, line in (cost(case) or {}).items():
                 ratio = line["cycles"] / best[direction]["cycles"] if best else None
                 print(json.dumps(line | {"ratio_to_splash": ratio and round(ratio, 3)}), flush=True)
