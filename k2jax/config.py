@@ -43,6 +43,9 @@ def base() -> ConfigDict:
     c.model.unroll = 1                    # layers in one turn of the scan over layers: more compile slower, run faster
     c.model.attention = ConfigDict()
     c.model.attention.implementation = "auto" # "jnp"; "flash": Pallas, TPU; "auto": flash on TPU, jnp elsewhere
+    c.model.pipeline = ConfigDict()       # where mesh.stage > 1
+    c.model.pipeline.microbatches = 8     # that the rows of a (gradient accumulation) microbatch are cut into
+    c.model.pipeline.repeats = 1          # times that a microbatch passes all stages: more, smaller bubble, more moves
     c.model.rope_scaling = ConfigDict()   # LLaMA-3 style; factor 1.0 is off
     c.model.rope_scaling.factor = 1.0     # by how much low frequencies are slowed
     c.model.rope_scaling.low_freq_factor = 1.0 # wavelengths above original_context / this are scaled in full

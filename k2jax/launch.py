@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax import drift, sharding
+from k2jax import drift, pipeline, sharding
 from k2jax.data.loader import make_loader
 from k2jax.data.manifest import build_manifest, manifest_digest
 from k2jax.data.order import Order, StagePlan
@@ -77,6 +77,7 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
                 f"stages.{i}: rows_per_step={stage.rows_per_step} in {stage.microbatches} microbatch(es) gives "
                 f"{rows} rows, not divisible by mesh.replica x mesh.fsdp = {data_parallel} devices"
             )
+    pipeline.check(config, mesh)
 
 
 def mesh_for(config: ConfigDict) -> Mesh:

@@ -12,15 +12,16 @@ import math
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from k2jax import pipeline
 from k2jax.attention import attend_causally
-from k2jax.sharding import shard
+from k2jax.sharding import num_stages, shard
 
 Params = dict[str, jax.Array]
 Product = Callable[..., jax.Array]  # x, w, number of dimensions that are contracted (1 unless given): see `dense`
@@ -210,17 +211,22 @@ class Decoder(nnx.Module):
         """(B, T) int32 to hidden states (B, T, D). `document_BT` masks attention to each document; None: to the row."""
         rope = rope_table(self.m, rope_base, tokens_BT.shape[1])
         x_BTD = shard(self.embed_VD[...][tokens_BT].astype(self.compute_dtype), "x_BTD")
-        attend = partial(
-            attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
-        )
         graph, stacked = nnx.split(self.layers)
 
-        def layer(x_BTD: jax.Array, arrays: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, arrays)(x_BTD, rope, attend), None
+        def layer(x_BTD: jax.Array, arrays: nnx.State, rope: Any, document_BT: jax.Array | None) -> jax.Array:
+            attend = partial(
+                attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
+            )
+            return nnx.merge(graph, arrays)(x_BTD, rope, attend)
 
         if self.m.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.m.remat], prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked, unroll=self.m.unroll)
+        if num_stages() > 1:
+            x_BTD = pipeline.run_layers(layer, x_BTD, stacked, rope, document_BT, self.m)
+        else:
+            step = lambda x_BTD, arrays: (layer(x_BTD, arrays, rope, document_BT), None)  # noqa: E731
+            x_BTD, _ = jax.lax.scan(step, x_BTD, stacked, unroll=self.m.unroll)
+        x_BTD = shard(x_BTD, "rows_BTD")
         return rms_norm(x_BTD, self.final_norm_D[...], self.m.norm_eps)
 
     def logits(self, x_BTD: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
