@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from k2jax import sharding
 from k2jax.errors import ConfigError
+from k2jax.sharding import shard
 
 Layer = Callable[..., jax.Array]  # x_BTD, arrays of one layer, rope, document_BT or None: to (B, T, D)
 
@@ -118,15 +119,25 @@ def _on_stage(
 
     def turn(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         waiting_MBTD, x_BTD = carry
-        x_BTD = work(jnp.where(stage == 0, waiting_MBTD[t % M], x_BTD), t - stage)
-        x_BTD = jax.lax.ppermute(x_BTD, "stage", [(s, (s + 1) % stages) for s in range(stages)])
+        x_BTD = shard(jnp.where(stage == 0, waiting_MBTD[t % M], x_BTD), "x_BTD")
+        x_BTD = shard(work(x_BTD, t - stage), "x_BTD")
+        x_BTD = shard(jax.lax.ppermute(x_BTD, "stage", [(s, (s + 1) % stages) for s in range(stages)]), "x_BTD")
         back = t - (stages - 1)  # the item that has come from the last stage to the first
         kept_BTD = jnp.where(back >= 0, x_BTD, waiting_MBTD[back % M])
-        return (waiting_MBTD.at[back % M].set(kept_BTD), x_BTD), None
+        return (shard(waiting_MBTD.at[back % M].set(kept_BTD), "x_MBTD"), x_BTD), None
 
-    start = waiting_MBTD, jnp.zeros_like(waiting_MBTD[0])
+    start = shard(waiting_MBTD, "x_MBTD"), shard(jnp.zeros_like(waiting_MBTD[0]), "x_BTD")
     (done_MBTD, _), _ = jax.lax.scan(turn, start, jnp.arange(num_turns(stages, repeats, M)))
-    return jax.lax.psum_scatter(jnp.where(stage == 0, done_MBTD, 0), "stage", tiled=True)
+    return _scatter(done_MBTD)
+
+
+def _scatter(done_MBTD: jax.Array) -> jax.Array:
+    """(M/S, B, T, D): stage s gets its part of what the first stage has. A reduce-scatter would say it in a line, but
+    within a shard_map over some axes XLA runs it on rows gathered from all others."""
+    stage, stages = jax.lax.axis_index("stage"), jax.lax.axis_size("stage")
+    first, *others = jnp.split(done_MBTD, stages)
+    sent = [jax.lax.ppermute(part, "stage", [(0, s)]) for s, part in enumerate(others, 1)]
+    return shard(jnp.where(stage == 0, first, sum(sent)), "x_MBTD")
 
 
 def _cut(x_XT: jax.Array, *, microbatches: int, parts: int) -> jax.Array:

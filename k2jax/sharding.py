@@ -22,6 +22,7 @@ MESH_AXES = ("replica", "stage", "fsdp", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": DATA_AXES,
     "rows": (*DATA_AXES, "stage"),  # a batch outside the layers: what no stage computes for another
+    "microbatch": (),
     "position": ("context",),
     "width": (),
     "layers": ("stage",),
@@ -38,6 +39,7 @@ RULES: dict[str, tuple[str, ...]] = {
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "x_BTD": ("batch", "position", "width"),
     "rows_BTD": ("rows", "position", "width"),
+    "x_MBTD": ("microbatch", "batch", "position", "width"),
     "q_BTNH": ("batch", "position", "heads", "head_dim"),
     "k_BTKH": ("batch", "position", "kv_heads", "head_dim"),
     "cache_BKSH": ("batch", "kv_heads", "position", "head_dim"),
