@@ -187,6 +187,7 @@ class Block(nnx.Module):
 
 
 REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(pipeline.PICKED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -219,11 +220,11 @@ class Decoder(nnx.Module):
             )
             return nnx.merge(graph, arrays)(x_BTD, rope, attend)
 
-        if self.m.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.m.remat], prevent_cse=False)
         if num_stages() > 1:
-            x_BTD = pipeline.run_layers(layer, x_BTD, stacked, rope, document_BT, self.m)
+            x_BTD = pipeline.run_layers(layer, x_BTD, stacked, rope, document_BT, self.m, REMAT_POLICIES[self.m.remat])
         else:
+            if self.m.remat != "none":
+                layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.m.remat], prevent_cse=False)
             step = lambda x_BTD, arrays: (layer(x_BTD, arrays, rope, document_BT), None)  # noqa: E731
             x_BTD, _ = jax.lax.scan(step, x_BTD, stacked, unroll=self.m.unroll)
         x_BTD = shard(x_BTD, "rows_BTD")

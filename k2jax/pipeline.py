@@ -28,7 +28,7 @@ from k2jax.sharding import shard
 Layer = Callable[..., jax.Array]  # x_BTD, arrays of one layer, rope, document_BT or None: to (B, T, D)
 
 STAGE = PartitionSpec("stage")
-GROUP = "layers of a turn"  # the name, to rematerialisation, of the parameters that a stage picks for a turn
+PICKED = "layer picked"  # the name, to rematerialisation, of the parameters that a stage picks for a turn
 
 
 def num_turns(stages: int, repeats: int, microbatches: int) -> int:
@@ -70,7 +70,7 @@ def _row_parts(mesh: Any) -> int:
 
 
 def run_layers(
-    layer: Layer, x_BTD: jax.Array, layers: Any, rope: Any, document_BT: jax.Array | None, m: ConfigDict
+    layer: Layer, x_BTD: jax.Array, layers: Any, rope: Any, document_BT: jax.Array | None, m: ConfigDict, policy: Any
 ) -> jax.Array:
     """All layers of (B, T, D), on the current mesh, which has stages. `layers`: a tree of arrays (L, ...).
 
@@ -81,12 +81,13 @@ def run_layers(
     cut = partial(_cut, microbatches=p.microbatches, parts=_row_parts(mesh))
 
     def deal(w: jax.Array) -> jax.Array:
-        """(L, ...) to (S, R, G, ...). Parameters keep their order, which is that of all checkpoints; from [L_stage] to
-        [S_stage] they move once a step, by an all-to-all. With R = 1 none moves."""
-        return w.reshape(p.repeats, stages, -1, *w.shape[1:]).swapaxes(0, 1)
+        """Layers in the order of stages, then rounds. Parameters keep theirs, which is that of all checkpoints: they
+        move once a step, by an all-to-all over the stages. With R = 1 none moves."""
+        shape = (p.repeats, stages, -1, *w.shape[1:])
+        return w.reshape(shape).swapaxes(0, 1).reshape(w.shape)
 
     on_stage = jax.shard_map(
-        partial(_on_stage, layer=layer, unroll=m.unroll),
+        partial(_on_stage, layer=layer, policy=policy, repeats=p.repeats, unroll=m.unroll),
         in_specs=(PartitionSpec(), STAGE, PartitionSpec(), PartitionSpec()),
         out_specs=STAGE,
         axis_names={"stage"},  # the others stay with the partitioner
@@ -98,24 +99,32 @@ def run_layers(
 
 
 def _on_stage(
-    waiting_MBTD: jax.Array, layers: Any, rope: Any, document_MBT: jax.Array | None, *, layer: Layer, unroll: int
+    waiting_MBTD: jax.Array,
+    layers: Any,
+    rope: Any,
+    document_MBT: jax.Array | None,
+    *,
+    layer: Layer,
+    policy: Any,
+    repeats: int,
+    unroll: int,
 ) -> jax.Array:
-    """What the devices of one stage do, with `layers` a tree of (1, R, G, ...). They leave with (M/S, B, T, D)."""
+    """What the devices of one stage do, with `layers` a tree of (R G, ...). They leave with (M/S, B, T, D)."""
     stage, stages = jax.lax.axis_index("stage"), jax.lax.axis_size("stage")
-    groups = jax.tree.map(lambda w: w[0], layers)
-    repeats = jax.tree.leaves(groups)[0].shape[0]
+    num_layers = jax.tree.leaves(layers)[0].shape[0] // repeats  # of a turn
     M = waiting_MBTD.shape[0]  # only the first stage's copy counts
 
-    def work(x_BTD: jax.Array, item: jax.Array) -> jax.Array:
-        round_ = jnp.clip(item // M, 0, repeats - 1)
-        group = jax.tree.map(lambda w: checkpoint_name(w[round_], GROUP), groups)
-        document_BT = None if document_MBT is None else document_MBT[item % M]
-        step = lambda x_BTD, arrays: (layer(x_BTD, arrays, rope, document_BT), None)  # noqa: E731
-        return jax.lax.scan(step, x_BTD, group, unroll=unroll)[0]
+    def one_layer(x_BTD: jax.Array, number: jax.Array, document_BT: jax.Array | None) -> jax.Array:
+        arrays = jax.tree.map(lambda w: checkpoint_name(w[number], PICKED), layers)
+        return layer(x_BTD, arrays, rope, document_BT)
 
-    if repeats > 1:
-        # A picked group is picked again in the backward pass: kept, it would be a copy of the parameters every M turns.
-        work = jax.checkpoint(work, policy=jax.checkpoint_policies.save_anything_except_these_names(GROUP))
+    one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
+
+    def work(x_BTD: jax.Array, item: jax.Array) -> jax.Array:
+        first = jnp.clip(item // M, 0, repeats - 1) * num_layers
+        document_BT = None if document_MBT is None else document_MBT[item % M]
+        step = lambda x_BTD, number: (one_layer(x_BTD, number, document_BT), None)  # noqa: E731
+        return jax.lax.scan(step, x_BTD, first + jnp.arange(num_layers), unroll=unroll)[0]
 
     def turn(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         waiting_MBTD, x_BTD = carry
