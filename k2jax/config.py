@@ -44,8 +44,8 @@ def base() -> ConfigDict:
     c.model.attention = ConfigDict()
     c.model.attention.implementation = "auto" # "jnp"; "flash": Pallas, TPU; "auto": flash on TPU, jnp elsewhere
     c.model.pipeline = ConfigDict()       # where mesh.stage > 1
-    c.model.pipeline.microbatches = 8     # that the rows of a (gradient accumulation) microbatch are cut into
-    c.model.pipeline.repeats = 1          # times that a microbatch passes all stages: more, smaller bubble, more moves
+    c.model.pipeline.microbatches = 8     # that each of gradient accumulation's is cut into; a multiple of mesh.stage
+    c.model.pipeline.repeats = 1          # times that each passes all stages: the bubble shrinks, more is sent
     c.model.rope_scaling = ConfigDict()   # LLaMA-3 style; factor 1.0 is off
     c.model.rope_scaling.factor = 1.0     # by how much low frequencies are slowed
     c.model.rope_scaling.low_freq_factor = 1.0 # wavelengths above original_context / this are scaled in full
@@ -223,20 +223,14 @@ def validate(config: ConfigDict) -> None:
     need(m.remat in ("none", "dots", "full"), "model.remat", m.remat, "must be none, dots or full")
     need(config.loss.block > 0, "loss.block", config.loss.block, "must be positive")
     need(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "must not be negative")
+    for key in ("microbatches", "repeats"):
+        need(m.pipeline[key] > 0, f"model.pipeline.{key}", m.pipeline[key], "must be positive")
     for key in ("compute", "logits"):
         choices = ("bfloat16", "float32") + (("auto",) if key == "compute" else ())
-        need(
-            config.precision[key] in choices,
-            f"precision.{key}",
-            config.precision[key],
-            f"must be one of {choices}",
-        )
-    need(
-        config.data.label_shift in ("next", "inside"),
-        "data.label_shift",
-        config.data.label_shift,
-        "must be next or inside",
-    )
+        found = config.precision[key]
+        need(found in choices, f"precision.{key}", found, f"must be one of {choices}")
+    found = config.data.label_shift
+    need(found in ("next", "inside"), "data.label_shift", found, "must be next or inside")
     found = config.data.verify
     need(found in ("sizes", "sha256"), "data.verify", found, "must be sizes or sha256")
     axes = [config.mesh[axis] for axis in config.mesh]

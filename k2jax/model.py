@@ -220,13 +220,17 @@ class Decoder(nnx.Module):
             )
             return nnx.merge(graph, arrays)(x_BTD, rope, attend)
 
+        remat = partial(jax.checkpoint, policy=REMAT_POLICIES[self.m.remat], prevent_cse=False)
         if num_stages() > 1:
-            x_BTD = pipeline.run_layers(layer, x_BTD, stacked, rope, document_BT, self.m, REMAT_POLICIES[self.m.remat])
+            x_BTD = pipeline.run_layers(layer, remat, x_BTD, stacked, rope, document_BT, self.m)
         else:
-            if self.m.remat != "none":
-                layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.m.remat], prevent_cse=False)
-            step = lambda x_BTD, arrays: (layer(x_BTD, arrays, rope, document_BT), None)  # noqa: E731
-            x_BTD, _ = jax.lax.scan(step, x_BTD, stacked, unroll=self.m.unroll)
+            one = layer if self.m.remat == "none" else remat(layer)
+            x_BTD, _ = jax.lax.scan(
+                lambda x_BTD, arrays: (one(x_BTD, arrays, rope, document_BT), None),
+                x_BTD,
+                stacked,
+                unroll=self.m.unroll,
+            )
         x_BTD = shard(x_BTD, "rows_BTD")
         return rms_norm(x_BTD, self.final_norm_D[...], self.m.norm_eps)
 

@@ -28,7 +28,8 @@ from k2jax.sharding import shard
 Layer = Callable[..., jax.Array]  # x_BTD, arrays of one layer, rope, document_BT or None: to (B, T, D)
 
 STAGE = PartitionSpec("stage")
-PICKED = "layer picked"  # the name, to rematerialisation, of the parameters that a stage picks for a turn
+# To rematerialisation, the name of the layer that a stage picks: kept, it would be a copy of its parameters each turn.
+PICKED = "picked layer"
 
 
 def num_turns(stages: int, repeats: int, microbatches: int) -> int:
@@ -49,7 +50,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         return
     if layers % (stages * p.repeats):
         raise ConfigError(
-            f"model.num_layers={layers} is not divisible by mesh.stage x model.pipeline.repeats = {stages} x {p.repeats}"
+            f"model.num_layers={layers}: not divisible by mesh.stage x model.pipeline.repeats = {stages} x {p.repeats}"
         )
     if stages % p.repeats and p.repeats % stages:  # else no all-to-all takes the layers to their stages
         raise ConfigError(f"model.pipeline.repeats={p.repeats} must divide mesh.stage={stages} or be a multiple of it")
@@ -60,8 +61,8 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         rows = row.rows_per_step // row.microbatches
         if rows % parts:
             raise ConfigError(
-                f"stages.{i}: rows_per_step={row.rows_per_step} in {row.microbatches} microbatch(es) gives {rows} rows, "
-                f"not divisible by model.pipeline.microbatches x mesh.replica x mesh.fsdp = {parts}"
+                f"stages.{i}: rows_per_step={row.rows_per_step} in {row.microbatches} microbatch(es) gives {rows}, "
+                f"no multiple of model.pipeline.microbatches x mesh.replica x mesh.fsdp = {parts}"
             )
 
 
@@ -70,11 +71,18 @@ def _row_parts(mesh: Any) -> int:
 
 
 def run_layers(
-    layer: Layer, x_BTD: jax.Array, layers: Any, rope: Any, document_BT: jax.Array | None, m: ConfigDict, policy: Any
+    layer: Layer,
+    remat: Callable[[Layer], Layer],
+    x_BTD: jax.Array,
+    layers: Any,
+    rope: Any,
+    document_BT: jax.Array | None,
+    m: ConfigDict,
 ) -> jax.Array:
     """All layers of (B, T, D), on the current mesh, which has stages. `layers`: a tree of arrays (L, ...).
 
     Rows leave split over the stages, too ("rows"), so that no stage computes the head and the loss of another's.
+    `remat` is jax.checkpoint with a policy that does not save what is named PICKED.
     """
     mesh, p = jax.sharding.get_abstract_mesh(), m.pipeline
     stages = mesh.shape["stage"]
@@ -87,7 +95,7 @@ def run_layers(
         return w.reshape(shape).swapaxes(0, 1).reshape(w.shape)
 
     on_stage = jax.shard_map(
-        partial(_on_stage, layer=layer, policy=policy, repeats=p.repeats, unroll=m.unroll),
+        partial(_on_stage, layer=layer, remat=remat, repeats=p.repeats, unroll=m.unroll),
         in_specs=(PartitionSpec(), STAGE, PartitionSpec(), PartitionSpec()),
         out_specs=STAGE,
         axis_names={"stage"},  # the others stay with the partitioner
@@ -105,7 +113,7 @@ def _on_stage(
     document_MBT: jax.Array | None,
     *,
     layer: Layer,
-    policy: Any,
+    remat: Callable[[Layer], Layer],
     repeats: int,
     unroll: int,
 ) -> jax.Array:
@@ -114,16 +122,18 @@ def _on_stage(
     num_layers = jax.tree.leaves(layers)[0].shape[0] // repeats  # of a turn
     M = waiting_MBTD.shape[0]  # only the first stage's copy counts
 
-    def one_layer(x_BTD: jax.Array, number: jax.Array, document_BT: jax.Array | None) -> jax.Array:
+    @remat
+    def pick_and_run(x_BTD: jax.Array, number: jax.Array, document_BT: jax.Array | None) -> jax.Array:
         arrays = jax.tree.map(lambda w: checkpoint_name(w[number], PICKED), layers)
         return layer(x_BTD, arrays, rope, document_BT)
-
-    one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
 
     def work(x_BTD: jax.Array, item: jax.Array) -> jax.Array:
         first = jnp.clip(item // M, 0, repeats - 1) * num_layers
         document_BT = None if document_MBT is None else document_MBT[item % M]
-        step = lambda x_BTD, number: (one_layer(x_BTD, number, document_BT), None)  # noqa: E731
+
+        def step(x_BTD: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+            return pick_and_run(x_BTD, number, document_BT), None
+
         return jax.lax.scan(step, x_BTD, first + jnp.arange(num_layers), unroll=unroll)[0]
 
     def turn(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
