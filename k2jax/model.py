@@ -187,7 +187,7 @@ class Block(nnx.Module):
 
 
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(pipeline.PICKED),
+    "none": pipeline.keep_computed,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -28,8 +27,12 @@ from k2jax.sharding import shard
 Layer = Callable[..., jax.Array]  # x_BTD, arrays of one layer, rope, document_BT or None: to (B, T, D)
 
 STAGE = PartitionSpec("stage")
-# To rematerialisation, the name of the layer that a stage picks: kept, it would be a copy of its parameters each turn.
-PICKED = "picked layer"
+
+
+def keep_computed(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of rematerialisation: keeps what is computed, not what is picked out or reshaped. That is before all
+    parameters: every turn would keep a copy of a group's."""
+    return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "broadcast_in_dim")
 
 
 def num_turns(stages: int, repeats: int, microbatches: int) -> int:
@@ -81,8 +84,8 @@ def run_layers(
 ) -> jax.Array:
     """All layers of (B, T, D), on the current mesh, which has stages. `layers`: a tree of arrays (L, ...).
 
-    Rows leave split over the stages, too ("rows"), so that no stage computes the head and the loss of another's.
-    `remat` is jax.checkpoint with a policy that does not save what is named PICKED.
+    Rows come and leave split over the stages, too, so that no stage computes the head and the loss of another's.
+    `remat` is jax.checkpoint with a policy that keeps no parameters of a layer: they are picked again.
     """
     mesh, p = jax.sharding.get_abstract_mesh(), m.pipeline
     stages = mesh.shape["stage"]
@@ -96,7 +99,7 @@ def run_layers(
 
     on_stage = jax.shard_map(
         partial(_on_stage, layer=layer, remat=remat, repeats=p.repeats, unroll=m.unroll),
-        in_specs=(PartitionSpec(), STAGE, PartitionSpec(), PartitionSpec()),
+        in_specs=(STAGE, STAGE, PartitionSpec(), PartitionSpec()),
         out_specs=STAGE,
         axis_names={"stage"},  # the others stay with the partitioner
         check_vma=False,
@@ -107,7 +110,7 @@ def run_layers(
 
 
 def _on_stage(
-    waiting_MBTD: jax.Array,
+    x_MBTD: jax.Array,
     layers: Any,
     rope: Any,
     document_MBT: jax.Array | None,
@@ -117,14 +120,15 @@ def _on_stage(
     repeats: int,
     unroll: int,
 ) -> jax.Array:
-    """What the devices of one stage do, with `layers` a tree of (R G, ...). They leave with (M/S, B, T, D)."""
+    """What the devices of one stage do, with `layers` a tree of (R G, ...), from (M/S, B, T, D) to (M/S, B, T, D)."""
     stage, stages = jax.lax.axis_index("stage"), jax.lax.axis_size("stage")
     num_layers = jax.tree.leaves(layers)[0].shape[0] // repeats  # of a turn
-    M = waiting_MBTD.shape[0]  # only the first stage's copy counts
+    waiting_MBTD = _to_first(x_MBTD)
+    M = waiting_MBTD.shape[0]
 
     @remat
-    def pick_and_run(x_BTD: jax.Array, number: jax.Array, document_BT: jax.Array | None) -> jax.Array:
-        arrays = jax.tree.map(lambda w: checkpoint_name(w[number], PICKED), layers)
+    def pick_and_apply(x_BTD: jax.Array, number: jax.Array, document_BT: jax.Array | None) -> jax.Array:
+        arrays = jax.tree.map(lambda w: w[number], layers)
         return layer(x_BTD, arrays, rope, document_BT)
 
     def work(x_BTD: jax.Array, item: jax.Array) -> jax.Array:
@@ -132,7 +136,7 @@ def _on_stage(
         document_BT = None if document_MBT is None else document_MBT[item % M]
 
         def step(x_BTD: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-            return pick_and_run(x_BTD, number, document_BT), None
+            return pick_and_apply(x_BTD, number, document_BT), None
 
         return jax.lax.scan(step, x_BTD, first + jnp.arange(num_layers), unroll=unroll)[0]
 
@@ -145,18 +149,26 @@ def _on_stage(
         kept_BTD = jnp.where(back >= 0, x_BTD, waiting_MBTD[back % M])
         return (shard(waiting_MBTD.at[back % M].set(kept_BTD), "x_MBTD"), x_BTD), None
 
-    start = shard(waiting_MBTD, "x_MBTD"), shard(jnp.zeros_like(waiting_MBTD[0]), "x_BTD")
+    start = waiting_MBTD, shard(jnp.zeros_like(waiting_MBTD[0]), "x_BTD")
     (done_MBTD, _), _ = jax.lax.scan(turn, start, jnp.arange(num_turns(stages, repeats, M)))
-    return _scatter(done_MBTD)
+    return _from_first(done_MBTD)
 
 
-def _scatter(done_MBTD: jax.Array) -> jax.Array:
-    """(M/S, B, T, D): stage s gets its part of what the first stage has. A reduce-scatter would say it in a line, but
-    within a shard_map over some axes XLA runs it on rows gathered from all others."""
-    stage, stages = jax.lax.axis_index("stage"), jax.lax.axis_size("stage")
-    first, *others = jnp.split(done_MBTD, stages)
-    sent = [jax.lax.ppermute(part, "stage", [(0, s)]) for s, part in enumerate(others, 1)]
-    return shard(jnp.where(stage == 0, first, sum(sent)), "x_MBTD")
+# Written with permutes alone: within a shard_map over some axes, XLA runs a gather or a scatter on rows gathered from
+# all the others, and its CPU compiler crashes on sums of bfloat16 (jax 0.10).
+
+
+def _to_first(x_MBTD: jax.Array) -> jax.Array:
+    """(M/S, B, T, D) of each stage to (M, B, T, D), which only the first stage has."""
+    others = [jax.lax.ppermute(x_MBTD, "stage", [(s, 0)]) for s in range(1, jax.lax.axis_size("stage"))]
+    return shard(jnp.concatenate([x_MBTD, *others]), "x_MBTD")
+
+
+def _from_first(x_MBTD: jax.Array) -> jax.Array:
+    """The inverse of `_to_first`."""
+    first, *others = jnp.split(x_MBTD, jax.lax.axis_size("stage"))
+    received = sum(jax.lax.ppermute(part, "stage", [(0, s)]) for s, part in enumerate(others, 1))
+    return shard(jnp.where(jax.lax.axis_index("stage") == 0, first, received), "x_MBTD")
 
 
 def _cut(x_XT: jax.Array, *, microbatches: int, parts: int) -> jax.Array:

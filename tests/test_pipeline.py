@@ -160,6 +160,17 @@ def test_stages_pass_activations_on_and_gather_no_parameters():
         assert logits and all(np.prod([int(n) for n in s.split(",")]) <= ROWS * LENGTH / 4 for s in logits), logits
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_no_turn_keeps_a_copy_of_its_layers_parameters(remat: str):
+    """11 turns of 2 layers: what the backward pass finds of them all has the size of activations."""
+    c, mesh = small(4, 2, layers=16, remat=remat), mesh_of({"stage": 4})
+    with jax.set_mesh(mesh):
+        shapes, shardings = placed_state(c, mesh)
+        text = str(step_of(c, mesh, shardings).trace(shapes, launch.batch_shapes(c, c.stages[0])).jaxpr)
+    kept = set(re.findall(r"f32\[11,2,([\d,]+)\]", text))
+    assert kept and not kept & {"32,44", "44,32", "32,32", "32,8,4", "8,4,32"}, kept
+
+
 # ---- checkpoints and refusals ----------------------------------------------------------------------------------------
 
 
