@@ -92,8 +92,8 @@ def run_layers(
     cut = partial(_cut, microbatches=p.microbatches, parts=_row_parts(mesh))
 
     def deal(w: jax.Array) -> jax.Array:
-        """Layers in the order of stages, then rounds. Parameters keep theirs, which is that of all checkpoints: they
-        move once a step, by an all-to-all over the stages. With R = 1 none moves."""
+        """Layers in the order of stages, then rounds. Parameters keep theirs, which is that of all checkpoints: here
+        they move, by an all-to-all over the stages. With R = 1 none does."""
         shape = (p.repeats, stages, -1, *w.shape[1:])
         return w.reshape(shape).swapaxes(0, 1).reshape(w.shape)
 
