@@ -21,6 +21,8 @@ MESH_AXES = ("replica", "stage", "fsdp", "context", "tensor")
 # Devices that share a row (context) hold other parts of the parameters, too: to parameters they are more of fsdp.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": DATA_AXES,
+    "rows": (*DATA_AXES, "stage"),  # a batch outside the layers: what no stage computes for another
+    "microbatch": (),
     "position": ("context",),
     "width": (),
     "layers": ("stage",),
@@ -36,6 +38,8 @@ RULES: dict[str, tuple[str, ...]] = {
 # Activations that the model pins, by the name they have in model.py.
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "x_BTD": ("batch", "position", "width"),
+    "rows_BTD": ("rows", "position", "width"),
+    "x_MBTD": ("microbatch", "batch", "position", "width"),
     "q_BTNH": ("batch", "position", "heads", "head_dim"),
     "k_BTKH": ("batch", "position", "kv_heads", "head_dim"),
     "cache_BKSH": ("batch", "kv_heads", "position", "head_dim"),
@@ -121,6 +125,12 @@ def shard(x: jax.Array, name: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS[name]))
+
+
+def num_stages() -> int:
+    """Of the pipeline, on the current mesh; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["stage"]
 
 
 def named(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:

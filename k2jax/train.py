@@ -167,7 +167,9 @@ def report(
     encoder = load_tokenizer(workdir / "tokenizer.json")
     starts = [encoder.encode(prompt, add_special_tokens=False).ids for prompt in config.eval.prompts]
     if starts:
-        generator = Generator(config.model, stage.rope_base, state.params, mesh, dtype, eos_id=eos_id)
+        reader = launch.mesh_for(config)  # generation has no pipeline
+        params = launch.move_params(config, state.params, reader)
+        generator = Generator(config.model, stage.rope_base, params, reader, dtype, eos_id=eos_id)
         new = generator.generate(starts, config.eval.new_tokens, sampling=Sampling(0.8), seed=config.seed)
         for prompt, start, tokens in zip(config.eval.prompts, starts, new, strict=True):
             say(f"sample: {prompt}|{text_after(encoder.decode, start, tokens)}")
