@@ -3,10 +3,8 @@
 Purpose: to reproduce K2-65B (65,286,184,960 parameters).
 Data: a store for each subset of k2jax/k2.py under data/k2, tokenized with LLaMA's 32,000 tokens and K2's 18 more.
 Command: python -m k2jax.train --config=experiments/k2_65b.py --workdir=DIR
-Hardware: 480 devices with 80 GB, as K2 had (A100; 15 x 4 data parallel, 8 tensor parallel). On TPU v5p 8x8x8, whose 512
-  chips do not divide K2's batch of 2040 rows: --config.mesh.replica=1 --config.mesh.fsdp=512 --config.mesh.tensor=1
-  --config.stages.0.rows_per_step=2048 --config.stages.0.microbatches=1 --config.stages.1.rows_per_step=512
-  --config.stages.1.microbatches=1 --config.model.remat=dots
+Hardware: 480 devices with 80 GB, as K2 had (A100; 15 x 4 data parallel, 8 tensor parallel). On TPUs, whose numbers do
+  not divide K2's batch of 2040 rows: experiments/k2_65b_v5p.py, k2_65b_v6e.py.
 Tokens: stage one 360 chunks x 941 steps x 2040 rows x 2048 = 1.4153T; stage two 20 chunks, 69.4B.
 Expected time: not measured. At 39% MFU on 512 H100 about 33 days (a target). Expected loss: not published.
 """
@@ -23,23 +21,5 @@ def get_config() -> ConfigDict:
     c.mesh.replica, c.mesh.fsdp, c.mesh.tensor = 15, 4, 8
     c.data.label_shift = "inside"  # K2 lost one target a row; "next" does not
     c.data.threads, c.data.prefetch = 4, 8
-    c.stages = (
-        config.stage(
-            name="stage1", microbatches=17, mix=k2.STAGE1_MIX
-        ),  # the rest of stage() is K2's stage one
-        config.stage(
-            name="stage2",
-            sequence_length=8192,
-            rope_base=500_000.0,
-            rows_per_step=480,  # our choice: 3.9M tokens, near stage one's 4.2M; chunks of 3.47B tokens are K2's
-            microbatches=8,
-            steps_per_chunk=882,
-            chunks=20,
-            lr_peak=1.5e-5,  # our choice, all three: go on from where stage one ended, down to a tenth
-            lr_start=1.5e-5,
-            lr_final=1.5e-6,
-            warmup_steps=0,
-            mix=k2.STAGE2_MIX,
-        ),
-    )
+    c.stages = k2.stages_65b(rows=(2040, 480), microbatches=(17, 8))  # stage two's 480: our choice, 3.9M tokens
     return c

@@ -80,12 +80,13 @@ def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 def _hops(rings: Rings) -> list[tuple[str, list[list[int]] | None]]:
     """(mesh axis, its groups of devices) in the order of a gather: neighbours first, so that parts come in order.
 
-    A gather's last hop carries most of the bytes: nearly all of them over the first, major ring.
+    A gather's last hop carries most of the bytes: nearly all of them over the first, major ring. Rings are the training
+    mesh's: on a reader's mesh of another size there is one.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     hops: list[tuple[str, list[list[int]] | None]] = [("context", None)] if sizes.get("context", 1) > 1 else []
     fsdp = sizes.get("fsdp", 1)
-    if len(rings) < 2:
+    if len(rings) < 2 or math.prod(rings) != fsdp:
         return hops + ([("fsdp", None)] if fsdp > 1 else [])
     stride = 1
     for size in reversed(rings):

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -63,10 +64,20 @@ def compute_dtype(config: ConfigDict) -> jnp.dtype:
     return jnp.dtype(("float32" if sharding.platform() == "cpu" else "bfloat16") if name == "auto" else name)
 
 
-def compiler_options(config: ConfigDict) -> dict[str, str]:
-    """Those of the platform in use."""
-    options = {"tpu": config.compiler.tpu, "gpu": config.compiler.gpu}.get(sharding.platform(), ())
-    return dict(option.split("=", 1) for option in options)
+def compile_lowered(lowered: Any, config: ConfigDict) -> Any:
+    """With the options of the platform in use. ConfigError for one that its compiler does not know."""
+    platform = sharding.platform()
+    options = {"tpu": config.compiler.tpu, "gpu": config.compiler.gpu}.get(platform, ())
+    try:
+        return lowered.compile(compiler_options=dict(option.split("=", 1) for option in options))
+    except jax.errors.JaxRuntimeError as error:
+        unknown = re.search(r"No such compile option: '([^']*)'", str(error))
+        if not unknown:
+            raise
+        raise ConfigError(
+            f"compiler.{platform}: the installed compiler knows no option {unknown.group(1)!r}: take it out of the "
+            f"experiment, or install the compiler that it was chosen for"
+        ) from error
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
@@ -81,6 +92,9 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
                 f"stages.{i}: rows_per_step={stage.rows_per_step} in {stage.microbatches} microbatch(es) gives "
                 f"{rows} rows, not divisible by mesh.replica x mesh.fsdp = {data_parallel} devices"
             )
+    rings = tuple(config.model.rings)
+    if rings and math.prod(rings) != mesh.shape["fsdp"]:
+        raise ConfigError(f"model.rings={rings} must multiply to mesh.fsdp={mesh.shape['fsdp']}, or be ()")
     pipeline.check(config, mesh)
 
 
@@ -264,7 +278,7 @@ def compile_step(
     say(f"compiling the step of {plan.name}")
     batch = batch_shapes(config, config.stages[plan.index])
     jitted = step_function(config, plan, shardings, mesh, manifest["eos_id"], len(manifest["stores"]))
-    compiled = jitted.lower(shapes, batch).compile(compiler_options=compiler_options(config))
+    compiled = compile_lowered(jitted.lower(shapes, batch), config)
     say(f"compiled in {time.perf_counter() - started:.1f} s")
     return compiled
 

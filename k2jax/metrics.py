@@ -20,6 +20,7 @@ from k2jax.data.order import Order, StagePlan
 from k2jax.errors import NumericsError
 from k2jax.flops import flops_per_token, peak_flops
 from k2jax.ledger import Ledger, StepLog
+from k2jax.rundir import read_json
 
 
 class Recorder:
@@ -40,6 +41,7 @@ class Recorder:
         self.print_line, self.tokens_seen = print_line, tokens_seen
         self.is_main = jax.process_index() == 0
         self.sinks = _sinks(config, workdir) if self.is_main else []
+        self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
         self._last: tuple[StagePlan, float] | None = None  # stage and time of the last row
@@ -87,6 +89,7 @@ class Recorder:
             "applied": bool(values["finite"]),
             "tokens_seen": self.tokens_seen,
             **self._speed(plan, step_s),
+            "planned_step_s": self.planned.get(plan.name),
             "data_wait_s": data_wait_s,
             **_memory(),
         }
@@ -143,9 +146,12 @@ class Recorder:
                 if row["mfu_causal"]
                 else ""
             )
+            planned = ""
+            if row["planned_step_s"] and row["step_s"]:
+                planned = f"  {row['step_s']:.3f} s a step, planned {row['planned_step_s']:.3f}"
             self.print_line(
                 f"step {step}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
-                f"{speed}{mfu}"
+                f"{speed}{planned}{mfu}"
             )
 
     def close(self) -> None:
@@ -153,6 +159,23 @@ class Recorder:
         self.ledger.steps.close()
         for sink in self.sinks:
             sink(None, {})
+
+
+def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str, float]:
+    """{stage: seconds} as `tools/plan.py --workdir` kept them in plan.json; {} where there is none for these devices."""
+    if not (workdir / "plan.json").exists():
+        return {}
+    plan = read_json(workdir / "plan.json")
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    if plan["device_kind"] != kind or plan["devices"] != count:
+        say(
+            f"plan.json is for {plan['devices']} {plan['device_kind']}, this run has {count} {kind}: its times are not "
+            f"compared"
+        )
+        return {}
+    memory = max(stage["hbm_bytes_per_chip"] for stage in plan["stages"].values()) / 2**30
+    say(f"planned for {plan['topology']}: {plan['step_seconds']:.3f} s a step, {memory:.1f} GiB a chip")
+    return {name: stage["step_seconds"] for name, stage in plan["stages"].items() if stage["step_seconds"]}
 
 
 def _norms(values: dict[str, np.ndarray]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from k2jax import launch, sharding
+from k2jax import launch, pipeline, sharding
 from k2jax.data.order import StagePlan
 from k2jax.errors import ConfigError
 from k2jax.flops import flops_per_token
@@ -50,6 +50,7 @@ def plan(
         "experiment": config.name,
         "topology": topology,
         "device_kind": devices[0].device_kind,
+        "devices": len(devices),
         "mesh": dict(mesh.shape),
         **longest,
         "fits": fits,
@@ -68,7 +69,7 @@ def plan_stage(config: ConfigDict, index: int, mesh: jax.sharding.Mesh, chip: Ch
     with jax.set_mesh(mesh):
         lowered = lower(config, index, mesh)
         try:
-            compiled = lowered.compile(compiler_options=launch.compiler_options(config))
+            compiled = launch.compile_lowered(lowered, config)
         except jax.errors.JaxRuntimeError as error:
             needed = memory_refused(str(error))
             if needed is None:
@@ -82,7 +83,7 @@ def plan_stage(config: ConfigDict, index: int, mesh: jax.sharding.Mesh, chip: Ch
         "chips": mesh.devices.size // devices_per_chip,
         "tokens_per_step": stage.rows_per_step * stage.sequence_length,
         "hbm_limit_bytes": chip.hbm_bytes * devices_per_chip,
-        "bubble_fraction": 0.0,
+        "bubble_fraction": pipeline.bubble_fraction(config, mesh),
         "compile_seconds": time.perf_counter() - started,
     }
     if compiled is not None:
@@ -164,9 +165,10 @@ def remedies(config: ConfigDict, stage: ConfigDict, mesh: jax.sharding.Mesh, chi
     found = []
     if config.model.remat != "full":
         found.append("--config.model.remat=full keeps layer inputs only")
-    if rows >= cut:
-        number = list(config.stages).index(stage)
-        microbatches = f"--config.stages.{number}.microbatches={stage.microbatches * cut}"
-        found.append(f"{microbatches} holds {rows / cut:.3g} of {rows} rows at once")
+    parts = next((k for k in range(cut, rows + 1) if rows % k == 0), None)
+    if parts:
+        number = [row.name for row in config.stages].index(stage.name)
+        microbatches = f"--config.stages.{number}.microbatches={stage.microbatches * parts}"
+        found.append(f"{microbatches} holds {rows // parts} of {rows} rows at once")
     found.append(f"{cut} times as many devices, or rows split over context {mesh.shape['context'] * cut}")
     return found

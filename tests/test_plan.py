@@ -1,0 +1,296 @@
+"""The plan: a compiled program's text is read right, transfers take the time that the model of the links says, and the
+command says before launch whether a step fits and how long it takes."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from k2jax.errors import ConfigError
+from k2jax.metrics import planned_step_seconds
+from k2jax.plan.chips import CHIPS, chip_of
+from k2jax.plan.estimate import memory_refused
+from k2jax.plan.hlo import Program, array_bytes, replica_groups
+from k2jax.plan.links import HOP_S, Links
+from k2jax.plan.timeline import Timeline
+from k2jax.train import train
+
+ROOT = Path(__file__).parent.parent
+needs_tpu_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`")
+
+
+# ---- a program's text ------------------------------------------------------------------------------------------------
+
+# As the TPU compiler writes it, cut to what is read. One millisecond is 1.75M cycles of a v5p.
+LOOP = """HloModule step, is_scheduled=true
+
+%cond (p: (s32[], f32[8,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(6)
+  %p.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%product (a: f32[8,128]) -> f32[8,128] {
+  %a.1 = f32[8,128]{1,0} parameter(0)
+  ROOT %conv = f32[8,128]{1,0} convolution(%a.1, %a.1), dim_labels=bf_io->bf
+}
+
+%body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p.2 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p.2), index=1
+  %step = s32[]{:T(128)} constant(STEP)
+  %next = s32[]{:T(128)} add(%i.2, %step)
+  START
+  %y = f32[8,128]{1,0:T(8,128)} fusion(%x), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"1750000"}
+  DONE
+  ROOT %out = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%next, %y)
+}
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a.2 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %t = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%zero, %a.2)
+  %loop = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%t), condition=%cond, body=%body
+  %copy = f32[8,128]{1,0:T(8,128)} copy(%a.2), backend_config={"estimated_cycles":"3500000"}
+  ROOT %r = f32[8,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def v5p(shape: tuple[int, ...] = (8, 8, 8)) -> Links:
+    places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1).reshape(-1, len(shape))
+    return Links(CHIPS["v5p"], [SimpleNamespace(coords=place) for place in places])
+
+
+def play(step: int = 1, start: str = "", done: str = "") -> Timeline:
+    text = LOOP.replace("STEP", str(step)).replace("START", start).replace("DONE", done)
+    return Timeline(Program(text), CHIPS["v5p"], v5p())
+
+
+@pytest.mark.parametrize(("step", "turns"), [(1, 6), (2, 3), (4, 2)])
+def test_a_loop_counts_as_often_as_it_runs(step: int, turns: int):
+    parts = play(step).step()
+    assert parts.matrix == pytest.approx(turns * 1e-3, rel=1e-3)
+    assert parts.elementwise == pytest.approx(2e-3, rel=1e-3)
+
+
+def test_a_loop_whose_turns_cannot_be_told_is_an_error():
+    with pytest.raises(ValueError, match="loop: its condition is not"):
+        Timeline(Program(LOOP.replace("direction=LT", "direction=NE").replace("STEP", "1")), CHIPS["v5p"], v5p()).step()
+
+
+RING = "{{0,1,2,3,4,5,6,7}}"  # devices along z
+PERMUTE = "{{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}"
+
+
+def test_a_transfer_beside_a_product_is_hidden_and_what_is_left_of_it_exposed():
+    """90 MB by a link of 90 GB/s are 1 ms; twice as many are 1 ms more than the product beside them."""
+    found = {}
+    for megabytes in (45, 180):
+        shape = f"f32[{megabytes * 250_000}]"
+        start = f"%s = ({shape}, {shape}) collective-permute-start(%big), channel_id=1, source_target_pairs={PERMUTE}"
+        start = f"%big = {shape} parameter(0)\n  " + start
+        found[megabytes] = play(6, start, f"%d = {shape} collective-permute-done(%s)").step()
+    assert found[45].exposed == 0 and found[45].hidden == pytest.approx(0.5e-3, rel=1e-2)
+    assert found[180].exposed == pytest.approx(1e-3, rel=1e-2) and found[180].hidden == pytest.approx(1e-3, rel=1e-2)
+    assert found[180].total == pytest.approx(4e-3, rel=1e-2)
+
+
+def test_transfers_of_opposite_directions_share_no_link():
+    back = PERMUTE.replace("{0,1}", "{1,0}").replace("{1,2}", "{2,1}")
+    ends = {}
+    for name, pairs in (("same", PERMUTE), ("opposite", "{{1,0},{2,1},{3,2},{4,3},{5,4},{6,5},{7,6},{0,7}}")):
+        shape = "f32[22500000]"
+        lines = [f"%big = {shape} parameter(0)"]
+        for i, p in enumerate((PERMUTE, pairs)):
+            lines.append(f"%s{i} = ({shape}, {shape}) collective-permute-start(%big), source_target_pairs={p}")
+        done = "\n  ".join(f"%d{i} = {shape} collective-permute-done(%s{i})" for i in range(2))
+        ends[name] = play(6, "\n  ".join(lines), done).step().total
+    assert back != PERMUTE and ends["same"] == pytest.approx(ends["opposite"] + 1e-3, rel=1e-2)
+
+
+def test_a_transfer_that_is_waited_for_holds_up_those_under_way():
+    shape = "f32[22500000]"
+    start = f"""%big = {shape} parameter(0)
+  %s = ({shape}, {shape}) collective-permute-start(%big), channel_id=1, source_target_pairs={PERMUTE}
+  %sum = {shape} all-reduce(%big), channel_id=2, replica_groups={RING}, to_apply=%add"""
+    timeline = play(6, start, f"%d = {shape} collective-permute-done(%s)")
+    parts = timeline.step()
+    all_reduce = 2 * 90e6 * 7 / 8 / 180e9
+    assert parts.exposed == pytest.approx(all_reduce, rel=2e-2)  # the rest is behind the product
+    assert list(timeline.waited_for)[0].startswith("all-reduce f32[22500000]")
+
+
+def test_replica_groups_in_all_their_forms():
+    assert replica_groups("replica_groups={{0,2},{1,3}}, x") == [[0, 2], [1, 3]]
+    assert replica_groups("replica_groups=[2,2]<=[4]") == [[0, 1], [2, 3]]
+    assert replica_groups("replica_groups=[2,2]<=[2,2]T(1,0)") == [[0, 2], [1, 3]]
+    assert replica_groups("replica_groups=mesh['a'=2,'b'=2] {'b'}, use") == [[0, 1], [2, 3]]
+    assert replica_groups("replica_groups=mesh['a'=2,'b'=2] {'a'}, use") == [[0, 2], [1, 3]]
+    assert replica_groups("source_target_pairs={{0,1},{1,0}}") == [[0, 1], [1, 0]]
+    assert replica_groups("replica_groups={}") is None
+
+
+def test_sizes_of_arrays():
+    assert array_bytes("(bf16[4,2048]{1,0:T(8,128)(2,1)}, f32[3]{0}, pred[5], s32[])") == 16384 + 12 + 5 + 4
+    assert array_bytes("f8e4m3fn[16]") == 16
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+def seconds(kind: str, rest: str, links: Links, megabytes: int = 90) -> float:
+    text = f"ENTRY %m (a: f32[1]) -> f32[1] {{\n  %a = f32[{megabytes * 250_000}]{{0}} parameter(0)\n"
+    text += f"  %c = f32[{megabytes * 250_000}]{{0}} {kind}(%a), {rest}\n}}\n"
+    program = Program(text)
+    return links.transfer(program, program.computations["m"][1])[0]
+
+
+def test_rings_of_a_torus_send_both_ways_and_lines_do_not():
+    ring = seconds("all-gather", f"replica_groups={RING}", v5p())
+    assert ring == pytest.approx(7 * 90e6 / 180e9 + 4 * HOP_S)
+    line = seconds("all-gather", "replica_groups={{0,1}}", v5p((2, 2, 2)))
+    assert line == pytest.approx(90e6 / 90e9 + HOP_S)
+
+
+def test_an_algorithm_along_every_axis_is_as_much_faster_and_one_ring_is_not():
+    everyone = "replica_groups=[1,512]<=[512]"
+    three = seconds("all-reduce", everyone, v5p())
+    assert three == pytest.approx(2 * 90e6 * 511 / 512 / (3 * 180e9) + 12 * HOP_S)
+    one = seconds("all-reduce", everyone + ', backend_config={"strategy":"StrategyRing"}', v5p())
+    assert one == pytest.approx(2 * 90e6 * 511 / 512 / 180e9 + 12 * HOP_S)
+
+
+def test_between_hosts_gpus_share_the_network():
+    links = Links(CHIPS["h100"], [None] * 16)
+    within = seconds("all-reduce", "replica_groups={{0,1,2,3,4,5,6,7}}", links)
+    assert within == pytest.approx(2 * 90e6 * 7 / 8 / 450e9 + 8 * HOP_S)
+    across = seconds("all-reduce", "replica_groups={{0,8}}", links)
+    assert across == pytest.approx(2 * 90e6 / 2 / 50e9 + 2 * HOP_S)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def plan(tiny_data: Path, *arguments: str) -> tuple[int, str, str]:
+    small = {"dim": 512, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "ffn_dim": 1024, "num_layers": 4}
+    command = [sys.executable, "tools/plan.py", f"--config={tiny_data / 'tiny.py'}", "--stage=stage1"]
+    command += [f"--config.model.{key}={value}" for key, value in small.items()]
+    command += ["--config.stages.0.sequence_length=512"]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    return done.returncode, done.stdout, done.stderr
+
+
+@needs_tpu_compiler
+def test_a_step_that_fits(tiny_data: Path, tmp_path: Path):
+    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", "--json", f"--workdir={tmp_path}")
+    assert code == 0, errors
+    found = json.loads(out)
+    assert found["fits"] and found["chips"] == 4 and found["mesh"]["fsdp"] == 4
+    assert 1e7 < found["hbm_bytes_per_chip"] < found["hbm_limit_bytes"] == int(15.75 * 2**30)
+    tokens = 8 * 512
+    params = 2 * 512 * 512 + 4 * (512 * 128 * (4 + 2 + 2 + 4) + 3 * 512 * 1024)
+    causal = (6 * (params - 512 * 512) + 6 * 4 * 512 * 512) * tokens
+    assert found["step_flops_causal"] == pytest.approx(causal)
+    assert found["mfu_causal"] == pytest.approx(causal / (found["step_seconds"] * 4 * 197e12))
+    assert found["mfu_noncausal"] > found["mfu_causal"] > 0
+    # Four layers, and not one as XLA's own cost analysis has it: what matrix units need at least, and not far more.
+    least = 6 * (params - 512 * 512) * tokens / 4 / 197e12
+    assert least < found["matrix_seconds"] < 6 * least
+    assert found["tokens_per_second_per_chip"] == pytest.approx(tokens / found["step_seconds"] / 4)
+    assert found["days"] == pytest.approx(20 * found["step_seconds"] / 86400)
+    assert found["chip_hours"] == pytest.approx(found["days"] * 24 * 4)
+    kept = json.loads((tmp_path / "plan.json").read_text())
+    assert kept["step_seconds"] == pytest.approx(found["step_seconds"], rel=0.01)
+
+
+@needs_tpu_compiler
+def test_a_step_that_does_not_fit_exits_with_2_and_says_what_would(tiny_data: Path):
+    large = ["--config.model.dim=8192", "--config.model.ffn_dim=32768", "--config.model.num_layers=16"]
+    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", *large)
+    assert code == 2, errors
+    assert "does NOT fit" in out and "parameters and moments alone take" in out
+    large = ["--config.stages.0.rows_per_step=2048", "--config.stages.0.sequence_length=2048"]
+    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", *large)
+    assert code == 2, errors
+    microbatches = re.search(r"stages\.0\.microbatches=(\d+)", out)
+    assert microbatches, out
+    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", *large, f"--config.{microbatches.group()}")
+    assert code == 0, f"the remedy does not help:\n{out}{errors}"
+
+
+@needs_tpu_compiler
+def test_the_search_ranks_what_fits(tiny_data: Path):
+    options = ["--search", "--fsdp", "2", "4", "3", "--tensor", "1", "2", "--remat", "none", "full", "--json"]
+    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", *options)
+    assert code == 0, errors
+    tried = json.loads(out)
+    meshes = {(case["mesh"]["replica"], case["mesh"]["fsdp"], case["mesh"]["tensor"]) for case in tried}
+    assert meshes == {(2, 2, 1), (1, 4, 1), (1, 2, 2)} and len(tried) == 6
+    times = [case["step_seconds"] for case in tried]
+    assert times == sorted(times)
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology=v9:4"], ["'v9'", "v4, v5e, v5p, v6e, tpu7x, h100, a100"]),
+        (["--topology=v5e:3x5"], ["v5e:3x5", "GENERATION:SHAPE"]),
+        (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], ["mesh", "needs 3 devices, this run has 4"]),
+        (["--topology=v5e:2x2", "--config.model.rings=(3,2)"], ["model.rings=(3, 2)", "mesh.fsdp=4"]),
+        (["--topology=v5e:2x2", "--config.compiler.tpu=('xla_tpu_nonsense=true',)"], ["xla_tpu_nonsense"]),
+        (["--topology=v5e:2x2", "--stage=stage7"], ["stage7", "stage1, stage2"]),
+    ],
+)
+def test_bad_input_is_one_line(tiny_data: Path, arguments: list[str], words: list[str]):
+    code, out, errors = plan(tiny_data, *arguments)
+    last = errors.strip().splitlines()[-1]
+    assert code == 78 and last.startswith("error: ") and all(word in last for word in words), errors
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Ran out of memory in memory space hbm. Used 27.50G of 15.75G hbm. Exceeded by 11.75G.", int(27.5 * 2**30)),
+        ("the total memory required for HLO temporaries (1.5T) exceeds available HBM (95.74G).", int(1.5 * 2**40)),
+        ("INVALID_ARGUMENT: something else", None),
+    ],
+)
+def test_memory_that_the_compiler_refused(text: str, expected: int | None):
+    assert memory_refused(text) == expected
+
+
+def test_unknown_accelerators_are_refused_with_the_known():
+    with pytest.raises(ConfigError, match="known: v4, v5e, v5p, v6e, tpu7x, h100, a100"):
+        chip_of("b200:8")
+
+
+# ---- predicted beside actual -----------------------------------------------------------------------------------------
+
+
+def test_the_trainer_prints_what_was_planned(tiny_config, tmp_path: Path, capsys: pytest.CaptureFixture):
+    kept = {"device_kind": "cpu", "devices": 8, "topology": "here", "step_seconds": 1.234}
+    kept["stages"] = {"stage1": {"step_seconds": 1.234, "hbm_bytes_per_chip": 2**30}}
+    (tmp_path / "plan.json").write_text(json.dumps(kept))
+    train(tiny_config(**{"stages.0.chunks": 1, "stages.1.chunks": 1, "eval.windows": 1}), tmp_path)
+    printed = capsys.readouterr().out
+    assert "planned for here: 1.234 s a step, 1.0 GiB a chip" in printed
+    assert re.search(r"step 7 .* \d\.\d{3} s a step, planned 1\.234", printed)
+    assert not re.search(r"step 12 .*planned", printed), "stage2 was not planned"
+
+
+def test_a_plan_for_other_devices_is_not_compared(tmp_path: Path):
+    (tmp_path / "plan.json").write_text(json.dumps({"device_kind": "TPU v5", "devices": 512}))
+    said: list[str] = []
+    assert planned_step_seconds(tmp_path, said.append) == {}
+    assert "for 512 TPU v5, this run has 8 cpu" in said[0]
