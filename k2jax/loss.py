@@ -1,6 +1,7 @@
 """Next-token cross-entropy over the vocabulary, which never holds the logits of all positions.
 
-Axes: B batch, T positions, D model, V vocabulary (see model.py); S blocks of C positions of every row.
+Axes: B batch, T positions, D model, V vocabulary (see model.py); S blocks of C positions of every row. Where devices
+share a row (mesh axis context), a block has as many positions of each of them, so that none needs another's.
 """
 
 from functools import partial
@@ -9,11 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from k2jax import context
+
 
 class LossOptions(NamedTuple):
     """How `head_loss` computes."""
 
-    block: int = 256  # positions of a row whose logits are held at a time
+    block: int = 256  # positions of a row whose logits a device holds at a time
     z_loss: float = 0.0  # times the squared log of softmax's denominator, added to every position's loss (PaLM: 1e-4)
     logits_dtype: str = "float32"  # of the head's product
 
@@ -70,7 +73,7 @@ def head_loss(
 def _head_loss_forward(
     x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    T, D = x_BTD.shape[1:]
+    T = x_BTD.shape[1]
     blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
     cast_DV = head_DV.astype(x_BTD.dtype)
 
@@ -83,10 +86,11 @@ def _head_loss_forward(
         is_target_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == targets_BC[..., None]
         scale_BC = weights_BC * (1.0 + 2.0 * options.z_loss * lse_BC)
         delta_BCV = scale_BC[..., None] * softmax_BCV - jnp.where(is_target_BCV, weights_BC[..., None], 0.0)
-        delta_XV = delta_BCV.astype(x_BCD.dtype).reshape(-1, delta_BCV.shape[-1])
+        delta_XV, x_XD = (context.tokens_together(x.astype(x_BCD.dtype)) for x in (delta_BCV, x_BCD))
         dx_BCD = (delta_XV @ cast_DV.T).reshape(x_BCD.shape)
+        tokens = tuple(range(x_XD.ndim - 1))
         dhead_DV += jax.lax.dot_general(
-            x_BCD.reshape(-1, D), delta_XV, (((0,), (0,)), ((), ())), preferred_element_type=head_DV.dtype
+            x_XD, delta_XV, ((tokens, tokens), ((), ())), preferred_element_type=head_DV.dtype
         )
         return (total + _weighted(nats_BC, lse_BC, weights_BC, options), dhead_DV), (nats_BC, dx_BCD)
 
@@ -106,26 +110,32 @@ head_loss.defvjp(_head_loss_forward, _head_loss_backward)
 
 def _blocks(x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions) -> tuple:
     """(x_SBCD, targets_SBC, weights_SBC); positions that fill up the last block weigh nothing."""
-    T = x_BTD.shape[1]
-    S = -(-T // options.block)
-    C = -(-T // S)
+    devices = context.size()
+    own = x_BTD.shape[1] // devices  # positions of a device
+    S = -(-own // options.block)
+    each = -(-own // S)
 
     def cut(array: jax.Array) -> jax.Array:
-        padded = jnp.pad(array, ((0, 0), (0, S * C - T), *((0, 0),) * (array.ndim - 2)))
-        return padded.reshape(array.shape[0], S, C, *array.shape[2:]).swapaxes(0, 1)
+        B, _, *rest = array.shape
+        parts = array.reshape(B, devices, own, *rest)
+        padded = jnp.pad(parts, ((0, 0), (0, 0), (0, S * each - own), *((0, 0),) * len(rest)))
+        return jnp.moveaxis(padded.reshape(B, devices, S, each, *rest), 2, 0).reshape(S, B, devices * each, *rest)
 
     return cut(x_BTD), cut(targets_BT), cut(weights_BT)
 
 
 def _positions(array_SBC: jax.Array, T: int) -> jax.Array:
-    S, B, C = array_SBC.shape[:3]
-    return array_SBC.swapaxes(0, 1).reshape(B, S * C, *array_SBC.shape[3:])[:, :T]
+    """(B, T, ...) of what `_blocks` cut."""
+    S, B, _, *rest = array_SBC.shape
+    devices = context.size()
+    parts = jnp.moveaxis(array_SBC.reshape(S, B, devices, -1, *rest), 0, 2).reshape(B, devices, -1, *rest)
+    return parts[:, :, : T // devices].reshape(B, T, *rest)
 
 
 def _logits(x_BCD: jax.Array, head_DV: jax.Array, options: LossOptions) -> jax.Array:
-    B, C, D = x_BCD.shape
     dtype = jnp.dtype(options.logits_dtype)
-    return jnp.matmul(x_BCD.reshape(B * C, D), head_DV, preferred_element_type=dtype).reshape(B, C, -1)
+    logits_XV = jnp.matmul(context.tokens_together(x_BCD), head_DV, preferred_element_type=dtype)
+    return logits_XV.reshape(*x_BCD.shape[:2], -1)
 
 
 def _weighted(nats_BC: jax.Array, lse_BC: jax.Array, weights_BC: jax.Array, options: LossOptions) -> jax.Array:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from k2jax import context
 from k2jax.attention import attend_causally
 from k2jax.sharding import shard
 
@@ -123,7 +124,7 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x_XI: jax.Array, w_IO: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """x . w with `w` (float32) cast to the type of `x`, a result in `out_dtype`, and a float32 gradient for `w`.
+    """x . w (X is one dimension or more) with `w` (float32) cast to the type of `x`, a result in `out_dtype`, and a float32 gradient for `w`.
 
     Differentiated by JAX, a bfloat16 product has a bfloat16 weight gradient, and the devices would add up rounded
     numbers; K2 accumulated and reduced in float32.
@@ -139,7 +140,8 @@ def _matmul_backward(out_dtype: jnp.dtype, saved: tuple, dy_XO: jax.Array) -> tu
     x_XI, w_IO = saved
     dy_XO = dy_XO.astype(x_XI.dtype)
     dx_XI = dy_XO @ w_IO.astype(x_XI.dtype).T
-    dw_IO = jax.lax.dot_general(x_XI, dy_XO, (((0,), (0,)), ((), ())), preferred_element_type=w_IO.dtype)
+    tokens = tuple(range(x_XI.ndim - 1))
+    dw_IO = jax.lax.dot_general(x_XI, dy_XO, ((tokens, tokens), ((), ())), preferred_element_type=w_IO.dtype)
     return dx_XI, dw_IO
 
 
@@ -156,7 +158,8 @@ def dense(x: jax.Array, w: jax.Array, contract: int = 1, out_dtype: jnp.dtype | 
     B, T = x.shape[:2]
     out = w.shape[contract:]
     flat = w.reshape(math.prod(w.shape[:contract]), -1)
-    return matmul(x.reshape(B * T, -1), flat, out_dtype or x.dtype).reshape(B, T, *out)
+    x_BTX = x.reshape(B, T, -1)
+    return matmul(context.tokens_together(x_BTX), flat, out_dtype or x.dtype).reshape(B, T, *out)
 
 
 class Block(nnx.Module):
@@ -207,8 +210,11 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens_BT: jax.Array, rope_base: float, document_BT: jax.Array | None = None
     ) -> jax.Array:
-        """(B, T) int32 to hidden states (B, T, D). `document_BT` masks attention to each document; None: to the row."""
-        rope = rope_table(self.m, rope_base, tokens_BT.shape[1])
+        """(B, T) int32 to hidden states (B, T, D). `document_BT` masks attention to each document; None: to the row.
+
+        Where devices share rows, all of them are in the order of `context.in_order`.
+        """
+        rope = tuple(context.in_order(t, 0) for t in rope_table(self.m, rope_base, tokens_BT.shape[1]))
         x_BTD = shard(self.embed_VD[...][tokens_BT].astype(self.compute_dtype), "x_BTD")
         attend = partial(
             attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
