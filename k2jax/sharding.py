@@ -66,6 +66,16 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
 
 
+def readers_mesh(mesh: Mesh) -> Mesh:
+    """The same devices for who neither pipelines nor splits rows: those that did count to fsdp.
+
+    Without stages every part of a parameter stays where it is.
+    """
+    replica, stage, fsdp, context, tensor = mesh.devices.shape
+    devices = mesh.devices.swapaxes(1, 2).reshape(replica, 1, fsdp * stage * context, 1, tensor)
+    return Mesh(devices, MESH_AXES)
+
+
 def _needs(sizes: Mapping[str, int]) -> str:
     fixed = math.prod(sizes[axis] for axis in MESH_AXES if sizes[axis] != -1)
     return f"a multiple of {fixed}" if -1 in [sizes[axis] for axis in MESH_AXES] else str(fixed)

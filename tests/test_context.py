@@ -1,0 +1,130 @@
+"""Rows that devices share: ring attention is one device's attention, and nothing of a row is ever put together."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from k2jax.kernels import flash_attention, reference, ring_attention
+from test_sharding import small
+
+from k2jax import context, launch, sharding
+from k2jax.attention import _on_each_device, attend_causally
+from k2jax.errors import ConfigError
+from k2jax.kernels.flash_attention_tpu import BlockSizes
+from k2jax.model import parameter_table
+from k2jax.optimizer import init_state
+
+MESHES = [
+    {"context": 2},
+    {"context": 4},
+    {"context": 8},
+    {"fsdp": 2, "context": 4},
+    {"replica": 2, "context": 2, "tensor": 2},
+]
+
+
+def mesh_of(sizes: dict[str, int]) -> jax.sharding.Mesh:
+    return sharding.make_mesh({"fsdp": 1, **sizes}, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def draw(T: int, N: int, K: int, H: int, B: int = 2) -> tuple[list[jax.Array], jax.Array]:
+    """(q, k, v, dout), and documents of some 20 positions."""
+    random = np.random.default_rng(0)
+    arrays = [jnp.asarray(random.normal(size=(B, T, heads, H)), jnp.float32) for heads in (N, K, K, N)]
+    return arrays, jnp.asarray(np.cumsum(random.random((B, T)) < 0.05, axis=1), jnp.int32)
+
+
+def values_and_gradients(attend, arrays: list[jax.Array], document_BT: jax.Array | None) -> list[jax.Array]:
+    *qkv, dout = arrays
+    out, backward = jax.vjp(lambda q, k, v: attend(q, k, v, document_BT), *qkv)
+    return [out, *backward(dout)]
+
+
+def around_the_ring(attend, sizes: dict[str, int], arrays: list[jax.Array], document_BT: jax.Array | None):
+    """The same of whole rows through `attend` on a mesh whose devices share them, positions put back in order."""
+
+    def run(arrays: list[jax.Array], document_BT: jax.Array | None) -> list[jax.Array]:
+        placed = jax.tree.map(lambda x: context.in_order(x, 1), (arrays, document_BT))
+        return values_and_gradients(attend, *placed)
+
+    with jax.set_mesh(mesh_of(sizes)):
+        at = np.argsort(context.in_order(jnp.arange(arrays[0].shape[1]), 0))
+        return [np.asarray(x)[:, at] for x in jax.jit(run)(arrays, document_BT)]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["row", "documents"])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_values_and_gradients_are_those_of_one_device(sizes: dict[str, int], masked: bool):
+    """With heads that share keys and values, and documents that lie across devices."""
+    arrays, document_BT = draw(T=64, N=4, K=2, H=8)
+    document_BT = document_BT if masked else None
+    expected = jax.jit(partial(values_and_gradients, attend_causally))(arrays, document_BT)
+    for ours, theirs in zip(around_the_ring(attend_causally, sizes, arrays, document_BT), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+def test_the_flash_kernels_are_parts_of_the_ring():
+    """In interpret mode; chunks of 256 positions, two resident parts each."""
+    arrays, document_BT = draw(T=1024, N=2, K=1, H=8, B=1)
+    options = flash_attention.Options(BlockSizes(128, 128, 128, 128, 128), interpret=True)
+    forward = partial(flash_attention.forward_by_parts, options=options)
+    backward = partial(flash_attention.backward_by_parts, options=options)
+    ring = partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, backward))
+    found = around_the_ring(partial(_on_each_device, ring), {"context": 2}, arrays, document_BT)
+    expected = jax.jit(partial(values_and_gradients, attend_causally))(arrays, document_BT)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_device_does_the_same_work_and_only_what_causality_asks_for(devices: int):
+    """Pairs of a query and a key in all turns of a device, from the shapes and branches of the traced program."""
+    T = 16 * devices
+    calls: list[tuple[int, int, bool]] = []
+
+    def forward(q, k, v, documents, *, causal):
+        calls.append((q.shape[2], k.shape[2], causal))
+        return reference.forward(q, k, v, documents, causal=causal)
+
+    ring = partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, reference.backward))
+    arrays, _ = draw(T, 1, 1, 8)
+    with jax.set_mesh(mesh_of({"context": devices})):
+        jax.eval_shape(partial(_on_each_device, ring), *arrays[:3], None)
+    own = T // devices
+    assert {(own, own, True), (own, own // 2, False), (own // 2, own, False)} == set(calls)
+    assert len({queries * keys // (2 if causal else 1) for queries, keys, causal in calls}) == 1
+    assert devices * devices * own * own // 2 == T * T // 2, "a turn's pairs, of all turns and devices, are the row's"
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+def test_the_step_gathers_no_hidden_states():
+    """Only parameters are gathered: nothing that has a dimension of a row, of a batch or of a block of the loss."""
+    c, plan = small()
+    with c.unlocked():
+        c.stages[0].sequence_length, c.stages[0].rows_per_step, c.loss.block = 112, 12, 9
+    mesh = sharding.make_mesh({"fsdp": 2, "context": 4})
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
+        step = launch.step_function(c, plan, launch.place_state(c, shapes, mesh), mesh, eos_id=2, num_subsets=2)
+        text = step.lower(shapes, launch.batch_shapes(c, c.stages[0])).compile().as_text()
+    of_parameters = {size for p in parameter_table(c.model).values() for size in p.shape} | {1}
+    found = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (all-gather|all-to-all)(?:-start)?\(", text)
+    assert found, "the parameters are gathered"
+    for shape, kind in found:
+        assert {int(size) for size in shape.split(",")} <= of_parameters, f"{kind} of ({shape})"
+    assert "collective-permute" in text
+
+
+def test_a_length_that_cannot_be_cut_is_refused():
+    c, _ = small()
+    mesh = sharding.make_mesh({"fsdp": 2, "context": 4})
+    launch.check_mesh(c, mesh)
+    with c.unlocked():
+        c.stages[0].sequence_length = 20
+    with pytest.raises(ConfigError, match="stages.0: sequence_length=20 is not divisible by 2 x mesh.context = 8"):
+        launch.check_mesh(c, mesh)
