@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from k2jax import context, sharding
 from k2jax.errors import ConfigError
@@ -42,7 +43,7 @@ def attend_causally(
         raise ConfigError(f"model.attention.implementation='flash' runs on TPUs, this is {platform}: take 'jnp'")
     if context.size() > 1:
         ring = _ring(implementation, q_BTNH.shape[1], q_BTNH.shape[3] * q_BTNH.dtype.itemsize)
-        return _on_each_device(ring, q_BTNH, k_BTKH, v_BTKH, document_BT)
+        return _on_each_device(ring, q_BTNH, k_BTKH, v_BTKH, document_BT, jnp.arange(context.size()))
     if implementation == "jnp":
         return _attend_by_blocks(q_BTNH, k_BTKH, v_BTKH, document_BT)
     from k2jax.kernels.flash_attention import flash_attention  # Pallas takes a second to import
@@ -58,12 +59,16 @@ def _on_each_device(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     document_BT: jax.Array | None,
+    *by_device: jax.Array,
 ) -> jax.Array:
-    """A kernel is no product that the partitioner could cut: each device takes its own rows, positions and heads."""
-    names = ["q_BTNH", "k_BTKH", "k_BTKH"] + ([] if document_BT is None else ["tokens_BT"])
-    specs = [sharding.spec(sharding.ACTIVATIONS[name]) for name in names]
-    mapped = jax.shard_map(attend, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
-    return mapped(q_BTNH, k_BTKH, v_BTKH, *([] if document_BT is None else [document_BT]))
+    """A kernel is no product that the partitioner could cut: each device takes its own rows, positions and heads.
+
+    Arrays `by_device` have an element for each device that shares a row.
+    """
+    names = ["q_BTNH", "k_BTKH", "k_BTKH", "tokens_BT"]
+    specs = *(sharding.spec(sharding.ACTIVATIONS[name]) for name in names), *[PartitionSpec("context")] * len(by_device)
+    mapped = jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(q_BTNH, k_BTKH, v_BTKH, document_BT, *by_device)
 
 
 def _ring(implementation: str, length: int, row_bytes: int) -> Callable[..., jax.Array]:

@@ -215,7 +215,8 @@ class Decoder(nnx.Module):
         Where devices share rows, all of them are in the order of `context.in_order`.
         """
         rope = tuple(context.in_order(t, 0) for t in rope_table(self.m, rope_base, tokens_BT.shape[1]))
-        x_BTD = shard(self.embed_VD[...][tokens_BT].astype(self.compute_dtype), "x_BTD")
+        embed_VD = shard(self.embed_VD[...], "embed_VD")
+        x_BTD = shard(embed_VD[tokens_BT].astype(self.compute_dtype), "x_BTD")
         attend = partial(
             attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
         )

@@ -35,6 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 # Activations that the model pins, by the name they have in model.py.
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "embed_VD": ("vocab", "width"),  # gathered, and not the hidden states that it is looked up for
     "x_BTD": ("batch", "position", "width"),
     "q_BTNH": ("batch", "position", "heads", "head_dim"),
     "k_BTKH": ("batch", "position", "kv_heads", "head_dim"),

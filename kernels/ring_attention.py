@@ -33,22 +33,26 @@ class Parts(NamedTuple):
 
 
 def ring_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, document_BT: jax.Array | None = None, *, parts: Parts
-) -> jax.Array:
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, document_BT: jax.Array | None, device_1: jax.Array,
+    *, parts: Parts,
+) -> jax.Array:  # fmt: skip
     """A device's part (B, T, N, H) of causal attention, in the type of `q`; called within shard_map over `context`.
 
     Args:
-        document_BT: int32, of this device's positions; keeps each position within its own document.
+        document_BT: int32, of this device's positions; keeps each position within its own document. None: rows are one.
+        device_1: int32, c. Not lax.axis_index: under jax.checkpoint, what depends on no argument becomes a shard_map of
+            its own, and XLA takes none without arguments (jax 0.10.2).
     """
     heads_first = (x.transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTKH, v_BTKH))
-    return _attend(*heads_first, document_BT, parts).transpose(0, 2, 1, 3)
+    return _attend(*heads_first, document_BT, device_1, parts).transpose(0, 2, 1, 3)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
-    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, parts: Parts
-) -> jax.Array:
-    return _attend_forward(q_BNTH, k_BKTH, v_BKTH, document_BT, parts)[0]
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, device_1: jax.Array,
+    parts: Parts,
+) -> jax.Array:  # fmt: skip
+    return _attend_forward(q_BNTH, k_BKTH, v_BKTH, document_BT, device_1, parts)[0]
 
 
 def _pass_on(tree: tuple) -> tuple:
@@ -56,11 +60,6 @@ def _pass_on(tree: tuple) -> tuple:
     devices = lax.axis_size(AXIS)
     to_next = [(device, (device + 1) % devices) for device in range(devices)]
     return jax.tree.map(lambda x: lax.ppermute(x, AXIS, to_next), tree)
-
-
-def _is_before(turn: jax.Array | int) -> jax.Array:
-    """Whether the keys here in `turn`, from 1 on, are of a device before this one (s < c)."""
-    return turn <= lax.axis_index(AXIS)
 
 
 def _documents(document_BT: jax.Array | None, of_keys_BS: jax.Array | None, rows: slice, keys: slice) -> tuple | None:
@@ -73,8 +72,9 @@ def _halves(T: int) -> tuple[slice, slice, slice]:
 
 
 def _attend_forward(
-    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, parts: Parts
-) -> tuple[jax.Array, tuple]:
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, device_1: jax.Array,
+    parts: Parts,
+) -> tuple[jax.Array, tuple]:  # fmt: skip
     q, devices = scaled(q_BNTH), lax.axis_size(AXIS)
     early, late, both = _halves(q.shape[2])
 
@@ -87,25 +87,25 @@ def _attend_forward(
         return found[0].at[:, :, rows].set(out), found[1].at[..., rows].set(lse)
 
     def compute(turn: jax.Array | int, found: tuple, visiting: tuple) -> tuple:
-        cases = partial(take, rows=both, keys=early), partial(take, rows=late, keys=both)
-        return lax.cond(_is_before(turn), *cases, found, visiting)
+        cases = partial(take, rows=both, keys=early), partial(take, rows=late, keys=both)  # s < c, s > c
+        return lax.cond(turn <= device_1[0], *cases, found, visiting)
 
-    def one(carry: tuple, turn: jax.Array) -> tuple[tuple, None]:
+    def one(turn: jax.Array, carry: tuple) -> tuple:
         found, visiting = carry
         ahead = _pass_on(visiting)
-        return (compute(turn, found, visiting), ahead), None
+        return compute(turn, found, visiting), ahead
 
     own = k_BKTH, v_BKTH, document_BT
     ahead = _pass_on(own)
     found = parts.forward(q, k_BKTH, v_BKTH, _documents(document_BT, document_BT, both, both), causal=True)
-    (found, ahead), _ = lax.scan(one, (found, ahead), jnp.arange(1, devices - 1))
+    found, ahead = lax.fori_loop(1, devices - 1, one, (found, ahead))
     out_BNTH, lse_BN1T = compute(devices - 1, found, ahead)
     out_BNTH = out_BNTH.astype(q_BNTH.dtype)
-    return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T)
+    return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, device_1, out_BNTH, lse_BN1T)
 
 
 def _attend_backward(parts: Parts, saved: tuple, dout_BNTH: jax.Array) -> tuple:
-    q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T = saved
+    q_BNTH, k_BKTH, v_BKTH, document_BT, device_1, out_BNTH, lse_BN1T = saved
     q, devices = scaled(q_BNTH), lax.axis_size(AXIS)
     early, late, both = _halves(q.shape[2])
     delta_BN1T = (dout_BNTH.astype(jnp.float32) * out_BNTH.astype(jnp.float32)).sum(axis=-1)[:, :, None]
@@ -123,20 +123,20 @@ def _attend_backward(parts: Parts, saved: tuple, dout_BNTH: jax.Array) -> tuple:
     def compute(turn: jax.Array | int, dq: jax.Array, dkv: tuple, visiting: tuple) -> tuple[jax.Array, tuple]:
         dkv = _pass_on(dkv)  # on its way while the turn is computed
         cases = partial(take, rows=both, keys=early), partial(take, rows=late, keys=both)
-        dq, *more = lax.cond(_is_before(turn), *cases, dq, visiting)
+        dq, *more = lax.cond(turn <= device_1[0], *cases, dq, visiting)
         return dq, tuple(map(jnp.add, dkv, more))
 
-    def one(carry: tuple, turn: jax.Array) -> tuple[tuple, None]:
+    def one(turn: jax.Array, carry: tuple) -> tuple:
         dq, dkv, visiting = carry
         ahead = _pass_on(visiting)
-        return (*compute(turn, dq, dkv, visiting), ahead), None
+        return *compute(turn, dq, dkv, visiting), ahead
 
     own = k_BKTH, v_BKTH, document_BT
     ahead = _pass_on(own)
     dq, *dkv = take(jnp.zeros(q.shape, jnp.float32), own, both, both, causal=True)
-    (dq, dkv, ahead), _ = lax.scan(one, (dq, tuple(dkv), ahead), jnp.arange(1, devices - 1))
+    dq, dkv, ahead = lax.fori_loop(1, devices - 1, one, (dq, tuple(dkv), ahead))
     dq, dkv = compute(devices - 1, dq, dkv, ahead)
-    return *(d.astype(q_BNTH.dtype) for d in (dq, *_pass_on(dkv))), None
+    return *(d.astype(q_BNTH.dtype) for d in (dq, *_pass_on(dkv))), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

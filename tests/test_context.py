@@ -67,13 +67,14 @@ def test_values_and_gradients_are_those_of_one_device(sizes: dict[str, int], mas
 
 
 def test_the_flash_kernels_are_parts_of_the_ring():
-    """In interpret mode; chunks of 256 positions, two resident parts each."""
-    arrays, document_BT = draw(T=1024, N=2, K=1, H=8, B=1)
+    """In interpret mode; chunks of 128 positions, a device's two in two resident parts."""
+    arrays, document_BT = draw(T=512, N=2, K=1, H=8, B=1)
     options = flash_attention.Options(BlockSizes(128, 128, 128, 128, 128), interpret=True)
     forward = partial(flash_attention.forward_by_parts, options=options)
     backward = partial(flash_attention.backward_by_parts, options=options)
     ring = partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, backward))
-    found = around_the_ring(partial(_on_each_device, ring), {"context": 2}, arrays, document_BT)
+    attend = lambda *arrays: _on_each_device(ring, *arrays, jnp.arange(2))
+    found = around_the_ring(attend, {"context": 2}, arrays, document_BT)
     expected = jax.jit(partial(values_and_gradients, attend_causally))(arrays, document_BT)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -92,7 +93,7 @@ def test_every_device_does_the_same_work_and_only_what_causality_asks_for(device
     ring = partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, reference.backward))
     arrays, _ = draw(T, 1, 1, 8)
     with jax.set_mesh(mesh_of({"context": devices})):
-        jax.eval_shape(partial(_on_each_device, ring), *arrays[:3], None)
+        jax.eval_shape(partial(_on_each_device, ring), *arrays[:3], None, jnp.arange(devices))
     own = T // devices
     assert {(own, own, True), (own, own // 2, False), (own // 2, own, False)} == set(calls)
     assert len({queries * keys // (2 if causal else 1) for queries, keys, causal in calls}) == 1
@@ -102,11 +103,13 @@ def test_every_device_does_the_same_work_and_only_what_causality_asks_for(device
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
-def test_the_step_gathers_no_hidden_states():
+@pytest.mark.parametrize("vocab_size", [64, 2048], ids=["more tokens than words", "fewer"])
+def test_the_step_gathers_no_hidden_states(vocab_size: int):
     """Only parameters are gathered: nothing that has a dimension of a row, of a batch or of a block of the loss."""
     c, plan = small()
     with c.unlocked():
         c.stages[0].sequence_length, c.stages[0].rows_per_step, c.loss.block = 112, 12, 9
+        c.model.vocab_size, c.model.mask_documents, c.model.remat = vocab_size, False, "full"
     mesh = sharding.make_mesh({"fsdp": 2, "context": 4})
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
