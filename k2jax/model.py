@@ -124,7 +124,9 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x_XI: jax.Array, w_IO: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """x . w (X is one dimension or more) with `w` (float32) cast to the type of `x`, a result in `out_dtype`, and a float32 gradient for `w`.
+    """x . w with `w` (float32) cast to the type of `x`, a result in `out_dtype`, and a float32 gradient for `w`.
+
+    X may be more dimensions than one.
 
     Differentiated by JAX, a bfloat16 product has a bfloat16 weight gradient, and the devices would add up rounded
     numbers; K2 accumulated and reduced in float32.

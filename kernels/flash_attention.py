@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from k2jax.kernels.flash_attention_tpu import (
     GENERATION_OF_KIND,
-    LANES,
     LOG2_E,
     BlockSizes,
     Documents,
