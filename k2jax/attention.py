@@ -74,14 +74,15 @@ def _on_each_device(
 def _ring(implementation: str, length: int, row_bytes: int) -> Callable[..., jax.Array]:
     """Ring attention of rows of `length` positions by `implementation`; for devices that share rows."""
     from k2jax.kernels import flash_attention, reference, ring_attention
+    from k2jax.kernels.flash_attention_tpu import LANES
 
     forward, backward = reference.forward, reference.backward
     if implementation == "flash":
         chunk = length // len(context.chunks(context.size()))
-        if chunk % flash_attention.LANES:
+        if chunk % LANES:
             raise ConfigError(
                 f"rows of {length} positions on mesh.context={context.size()} are chunks of {chunk}: flash attention "
-                f"takes multiples of {flash_attention.LANES} there: change the mesh or the stage's sequence_length"
+                f"takes multiples of {LANES} there: change the mesh or the stage's sequence_length"
             )
         options = flash_attention.options_of_chunks(chunk, row_bytes)
         forward = partial(flash_attention.forward_by_parts, options=options)
