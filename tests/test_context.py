@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from k2jax.kernels.flash_attention_tpu import BlockSizes
 from test_sharding import small
 
-from k2jax import context, launch, sharding
+from k2jax import attention, context, launch, sharding
 from k2jax.attention import _on_each_device, attend_causally
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention, reference, ring_attention
@@ -139,6 +139,23 @@ def test_a_length_that_cannot_be_cut_is_refused():
         c.stages[0].sequence_length = 20
     with pytest.raises(ConfigError, match="stages.0: sequence_length=20 is not divisible by 2 x mesh.context = 8"):
         launch.check_mesh(c, mesh)
+
+
+def test_a_length_that_the_kernels_cannot_cut_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+    arrays, _ = draw(T=64, N=1, K=1, H=8)
+    with jax.set_mesh(mesh_of({"context": 2})), pytest.raises(ConfigError, match="mesh.context=2 are chunks of 16"):
+        jax.eval_shape(partial(attend_causally, implementation="auto"), *arrays[:3])
+
+
+def test_readers_share_no_rows_and_find_every_parameter_where_it_was():
+    c, _ = small()
+    mesh = sharding.make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
+    readers = sharding.readers_mesh(mesh)
+    assert (readers.shape["fsdp"], readers.shape["context"]) == (4, 1)
+    for p in parameter_table(c.model).values():
+        trained, read = (sharding.named(m, p.axes).devices_indices_map(p.shape) for m in (mesh, readers))
+        assert trained == read
 
 
 # ---- compiled for TPUs that are not here ----------------------------------------------------------------------------
