@@ -228,11 +228,11 @@ def test_the_tpu_sends_what_comes_next_while_it_computes(tmp_path: Path):
 
 @pytest.mark.slow
 def test_k2_65b_compiles_for_a_pod_with_rows_shared(tmp_path: Path):
-    """Both within a v5p's 95 GiB: 131,072 tokens, and stage two with two chips to a row."""
+    """Within a v5p's 95 GiB: 131,072 tokens (24.6 when last compiled), and stage two with two chips to a row (22.1)."""
     experiments = REPOSITORY / "experiments"
     mesh = ["mesh.replica=1", "mesh.fsdp=256", "mesh.context=2", "mesh.tensor=1"]
     rows = ["stages.0.rows_per_step=2048", "stages.1.rows_per_step=512"]
     rows += ["stages.0.microbatches=1", "stages.1.microbatches=1"]
     files = str(experiments / "k2_65b_128k.py"), str(experiments / "k2_65b.py")
     used = compile_for_tpu(LARGE, tmp_path, *files, *mesh, *rows)
-    assert all(float(gib) < 95 for gib in used[-2:]), used
+    assert all(10 < float(gib) < 30 for gib in used), used
