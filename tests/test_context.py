@@ -71,6 +71,17 @@ def test_values_and_gradients_are_those_of_one_device(sizes: dict[str, int], mas
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
 
 
+def test_bfloat16_is_as_near_as_its_rounding():
+    """What goes round is added up in float32."""
+    arrays, document_BT = draw(T=64, N=4, K=2, H=8)
+    expected = jax.jit(partial(values_and_gradients, attend_causally))(arrays, document_BT)
+    arrays = [x.astype(jnp.bfloat16) for x in arrays]
+    found = around_the_ring(attend_causally, {"context": 4}, arrays, document_BT)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.abs(ours.astype(np.float32) - theirs).max() < 2**-6 * np.abs(theirs).max()
+
+
 def test_the_flash_kernels_are_parts_of_the_ring():
     """In interpret mode; chunks of 128 positions, a device's two in two resident parts."""
     arrays, document_BT = draw(T=512, N=2, K=1, H=8, B=1)
