@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name as kept
 from jax.sharding import PartitionSpec
 
 from k2jax import context, sharding
@@ -36,7 +37,7 @@ def attend_causally(
         implementation: "jnp" anywhere, "flash" on TPUs; "auto" is flash there and jnp elsewhere.
     Raises ConfigError for flash where there is no TPU.
     """
-    platform = _platform()
+    platform = sharding.platform()
     if implementation == "auto":
         implementation = "flash" if platform == "tpu" else "jnp"
     if implementation == "flash" and platform != "tpu":
@@ -88,14 +89,6 @@ def _ring(implementation: str, length: int, row_bytes: int) -> Callable[..., jax
         forward = partial(flash_attention.forward_by_parts, options=options)
         backward = partial(flash_attention.backward_by_parts, options=options)
     return partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, backward))
-
-
-def _platform() -> str:
-    """That of the mesh in use, which may be of devices that are not here; else the one here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return jax.default_backend()
-    return "tpu" if device.device_kind.startswith("TPU") else device.device_kind
 
 
 def _attend_by_blocks(
@@ -153,7 +146,7 @@ def _attend_forward(
         out_BKGTH = _product("BKGTS,BKSH->BKGTH", weight_BKGTS.astype(v_BKSH.dtype), v_BKSH) / sum_BKGT1
         outs.append(out_BKGTH.astype(q_BKGTH.dtype))
         lses.append(most_BKGT1 + jnp.log(sum_BKGT1))
-    out_BKGTH, lse_BKGT1 = jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+    out_BKGTH, lse_BKGT1 = (kept(jnp.concatenate(parts, axis=3), "attention") for parts in (outs, lses))
     return out_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, document_BT, lse_BKGT1, out_BKGTH)
 
 

@@ -8,6 +8,7 @@ before any device is touched; after it no other code checks configuration.
 import ast
 import difflib
 import importlib.util
+import math
 import re
 import runpy
 from collections.abc import Iterable
@@ -17,6 +18,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError
+
+
+# Arrays of a layer that `model.remat` may keep; "attention" is its output, "middle" the stream between its two halves.
+REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
 
 
 # fmt: off
@@ -39,7 +44,8 @@ def base() -> ConfigDict:
     c.model.init_std = 0.02               # of every matrix; residual outputs are scaled down (model.py, INIT)
     c.model.tie_embeddings = False        # True: the head is the embedding transposed
     c.model.mask_documents = False        # True: attention and loss stop at document ends (K2: packed, unmasked)
-    c.model.remat = "none"                # what backward keeps: "none" all, "dots" matrix products, "full" layer inputs
+    c.model.remat = "none"                # kept for backward: "none" all, "full" layer inputs, "dots" or q+k+up: those
+    c.model.rings = ()                    # sizes that gathers over mesh.fsdp go by, such as (8, 8, 8) on v5p:8x8x8
     c.model.unroll = 1                    # layers in one turn of the scan over layers: more compile slower, run faster
     c.model.attention = ConfigDict()
     c.model.attention.implementation = "auto" # "jnp"; "flash": Pallas, TPU; "auto": flash on TPU, jnp elsewhere
@@ -66,6 +72,10 @@ def base() -> ConfigDict:
     c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms
     c.optimizer.clip_norm = 1.0           # global gradient norm
     c.optimizer.max_skips_in_a_row = 3    # non-finite steps that stop the run (exit code 65)
+
+    c.compiler = ConfigDict()             # XLA's options, as ("xla_tpu_enable_async_collective_fusion=true",)
+    c.compiler.tpu = ()                   # on TPUs; an option that the installed compiler does not know is an error
+    c.compiler.gpu = ()                   # on GPUs
 
     c.mesh = ConfigDict()                 # product = number of devices; -1 (one axis only) takes what is left
     c.mesh.replica = 1                    # data parallel across slices (DCN); parameters are copied
@@ -217,7 +227,11 @@ def validate(config: ConfigDict) -> None:
     choices = ("auto", "jnp", "flash")
     found = m.attention.implementation
     need(found in choices, "model.attention.implementation", found, f"must be one of {choices}")
-    need(m.remat in ("none", "dots", "full"), "model.remat", m.remat, "must be none, dots or full")
+    known = m.remat in ("none", "dots", "full") or set(m.remat.split("+")) <= set(REMAT_NAMES)
+    need(known, "model.remat", m.remat, f"must be none, dots, full, or names joined by +: {', '.join(REMAT_NAMES)}")
+    rings = math.prod(m.rings)
+    fits = not m.rings or config.mesh.fsdp in (-1, rings)
+    need(fits, "model.rings", m.rings, f"must multiply to mesh.fsdp={config.mesh.fsdp}, or be ()")
     need(config.loss.block > 0, "loss.block", config.loss.block, "must be positive")
     need(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "must not be negative")
     for key in ("compute", "logits"):
@@ -251,6 +265,8 @@ def validate(config: ConfigDict) -> None:
         config.log.wandb_project,
         "wandb is not installed: pip install 'k2jax[wandb]'",
     )
+    for key, options in config.compiler.items():
+        need(all("=" in o for o in options), f"compiler.{key}", options, "each must be written OPTION=VALUE")
     names = [row.name for row in config.stages]
     need(len(set(names)) == len(names), "stages", names, "each stage needs a name of its own")
     for i, row in enumerate(config.stages):

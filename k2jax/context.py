@@ -28,8 +28,3 @@ def in_order(x: jax.Array, dim: int) -> jax.Array:
         return x
     cut = x.reshape(*x.shape[:dim], 2 * devices, -1, *x.shape[dim + 1 :])
     return jnp.take(cut, jnp.array(chunks(devices)), axis=dim).reshape(x.shape)
-
-
-def tokens_together(x_BTX: jax.Array) -> jax.Array:
-    """(B * T, X) for a product; (B, T, X) where rows are shared: no partition of B * T is one of both B and T."""
-    return x_BTX.reshape(-1, x_BTX.shape[-1]) if size() == 1 else x_BTX

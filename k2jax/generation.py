@@ -243,14 +243,14 @@ def _forward(
     return rms_norm(x_BTD, weights["final_norm_D"], m.norm_eps), written
 
 
-def _product(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array, into: int = 1) -> jax.Array:
     """x[B, T, in...] . w[out..., in...] -> [B, T, out...]: model.dense for weights as they are here."""
     B, T = x.shape[:2]
     x_XI = x.reshape(B * T, -1)
     if 8 <= B * T < 16:  # XLA's CPU backend takes longer for these than for 16
         x_XI = jnp.pad(x_XI, ((0, 16 - B * T), (0, 0)))
     y_XO = jnp.einsum("XI,OI->XO", x_XI, w.reshape(-1, x_XI.shape[1]))
-    return y_XO[: B * T].reshape(B, T, *w.shape[: w.ndim - contract])
+    return y_XO[: B * T].reshape(B, T, *w.shape[: w.ndim - into])
 
 
 def _write(cache: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:

@@ -60,9 +60,13 @@ def open_data(config: ConfigDict) -> tuple[dict[str, Store], dict[str, Any]]:
 def compute_dtype(config: ConfigDict) -> jnp.dtype:
     """`precision.compute` with "auto" resolved: float32 on CPU, bfloat16 elsewhere."""
     name = config.precision.compute
-    return jnp.dtype(
-        ("float32" if jax.default_backend() == "cpu" else "bfloat16") if name == "auto" else name
-    )
+    return jnp.dtype(("float32" if sharding.platform() == "cpu" else "bfloat16") if name == "auto" else name)
+
+
+def compiler_options(config: ConfigDict) -> dict[str, str]:
+    """Those of the platform in use."""
+    options = {"tpu": config.compiler.tpu, "gpu": config.compiler.gpu}.get(sharding.platform(), ())
+    return dict(option.split("=", 1) for option in options)
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
@@ -131,13 +135,11 @@ def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:
     """The derived numbers: parameters, tokens, FLOPs, memory of the state."""
     tokens = sum((p.last_step - p.first_step + 1) * p.rows_per_step * p.sequence_length for p in order.stages)
     params = num_params(config.model)
-    shards = math.prod(mesh.shape[axis] for axis in ("stage", "fsdp", "context", "tensor"))
-    state_bytes = 4 * params * (1 / shards + 2 / (shards * mesh.shape["replica"]))
     lines = [
         f"{config.name}: {params:,} parameters, {order.num_steps:,} steps, {tokens:,} tokens; "
         f"compute in {compute_dtype(config)} on {mesh.devices.size} {mesh.devices.flat[0].device_kind}, "
         f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
-        f"state: {state_bytes / 2**30:.2f} GiB a device (fp32 parameters and moments)",
+        f"state: {state_bytes(config, mesh) / 2**30:.2f} GiB a device (fp32 parameters and moments)",
     ]
     for plan in order.stages:
         flops = flops_per_token(config.model, plan.sequence_length)
@@ -147,6 +149,12 @@ def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:
             f"{flops.noncausal / 1e9:.4g} non-causal"
         )
     return "\n".join(lines)
+
+
+def state_bytes(config: ConfigDict, mesh: Mesh) -> float:
+    """Of float32 parameters and moments on a device."""
+    shards = math.prod(mesh.shape[axis] for axis in ("stage", "fsdp", "context", "tensor"))
+    return 4 * num_params(config.model) * (1 / shards + 2 / (shards * mesh.shape["replica"]))
 
 
 def place_state(config: ConfigDict, shapes: TrainState, mesh: Mesh) -> TrainState:
@@ -254,7 +262,7 @@ def compile_step(
     say(f"compiling the step of {plan.name}")
     batch = batch_shapes(config, config.stages[plan.index])
     jitted = step_function(config, plan, shardings, mesh, manifest["eos_id"], len(manifest["stores"]))
-    compiled = jitted.lower(shapes, batch).compile()
+    compiled = jitted.lower(shapes, batch).compile(compiler_options=compiler_options(config))
     say(f"compiled in {time.perf_counter() - started:.1f} s")
     return compiled
 

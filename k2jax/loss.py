@@ -1,7 +1,6 @@
 """Next-token cross-entropy over the vocabulary, which never holds the logits of all positions.
 
-Axes: B batch, T positions, D model, V vocabulary (see model.py); S blocks of C positions of every row. Where devices
-share a row (mesh axis context), a block has as many positions of each of them, so that none needs another's.
+Axes: B batch, T positions, D model, V vocabulary (see model.py); S blocks of C positions of every row.
 """
 
 from functools import partial
@@ -9,8 +8,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from k2jax import context
+from k2jax.fsdp import ROWS, Rings, gather, over_data, scatter, total, weight
 
 
 class LossOptions(NamedTuple):
@@ -19,6 +19,7 @@ class LossOptions(NamedTuple):
     block: int = 256  # positions of a row whose logits a device holds at a time
     z_loss: float = 0.0  # times the squared log of softmax's denominator, added to every position's loss (PaLM: 1e-4)
     logits_dtype: str = "float32"  # of the head's product
+    rings: Rings = ()  # see fsdp.py
 
 
 def targets_and_weights(
@@ -56,29 +57,50 @@ def head_loss(
 
     The gradient is that of the sum with respect to `x_BTD` and `head_DV`; none flows through the second result. It is
     computed with the loss, block by block, while a block's logits are there (as in Liger Kernel, arXiv:2410.10989):
-    at K2's vocabulary the logits of a row of 8,192 positions and their gradient would be 2.1 GB.
+    at K2's vocabulary the logits of a row of 8,192 positions and their gradient would be 2.1 GB. Each device has its
+    own rows and positions, and gathers the head once.
     """
-    blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
-    head_DV = head_DV.astype(x_BTD.dtype)
+    specs = (ROWS, weight(0), ROWS, ROWS)
+    return over_data(partial(_loss, options=options), specs, (PartitionSpec(), ROWS))(
+        x_BTD, head_DV, targets_BT, weights_BT
+    )
 
-    def add(total: jax.Array, block: tuple) -> tuple[jax.Array, jax.Array]:
+
+def _loss(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
+) -> tuple[jax.Array, jax.Array]:
+    blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
+    head_DV = gather(head_DV, 0, x_BTD.dtype, options.rings)
+
+    def add(loss: jax.Array, block: tuple) -> tuple[jax.Array, jax.Array]:
         x_BCD, targets_BC, weights_BC = block
         nats_BC, lse_BC = cross_entropy(_logits(x_BCD, head_DV, options), targets_BC)
-        return total + _weighted(nats_BC, lse_BC, weights_BC, options), nats_BC
+        return loss + _weighted(nats_BC, lse_BC, weights_BC, options), nats_BC
 
-    total, nats_SBC = jax.lax.scan(add, jnp.float32(0), blocks)
-    return total, _positions(nats_SBC, targets_BT.shape[1])
+    loss, nats_SBC = jax.lax.scan(add, jnp.float32(0), blocks)
+    return total(loss), _positions(nats_SBC, targets_BT.shape[1])
 
 
 def _head_loss_forward(
     x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    T = x_BTD.shape[1]
+    specs = (ROWS, weight(0), ROWS, ROWS)
+    with_gradients = over_data(
+        partial(_loss_and_gradients, options=options), specs, (PartitionSpec(), ROWS, ROWS, weight(0))
+    )
+    loss, nats_BT, dx_BTD, dhead_DV = with_gradients(x_BTD, head_DV, targets_BT, weights_BT)
+    return (loss, nats_BT), (dx_BTD, dhead_DV)
+
+
+def _loss_and_gradients(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    T, D = x_BTD.shape[1:]
     blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
-    cast_DV = head_DV.astype(x_BTD.dtype)
+    cast_DV = gather(head_DV, 0, x_BTD.dtype, options.rings)
 
     def add(carry: tuple[jax.Array, jax.Array], block: tuple) -> tuple[tuple, tuple]:
-        total, dhead_DV = carry
+        loss, dhead_DV = carry
         x_BCD, targets_BC, weights_BC = block
         logits_BCV = _logits(x_BCD, cast_DV, options)
         nats_BC, lse_BC = cross_entropy(logits_BCV, targets_BC)
@@ -86,17 +108,16 @@ def _head_loss_forward(
         is_target_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == targets_BC[..., None]
         scale_BC = weights_BC * (1.0 + 2.0 * options.z_loss * lse_BC)
         delta_BCV = scale_BC[..., None] * softmax_BCV - jnp.where(is_target_BCV, weights_BC[..., None], 0.0)
-        delta_XV, x_XD = (context.tokens_together(x.astype(x_BCD.dtype)) for x in (delta_BCV, x_BCD))
+        delta_XV = delta_BCV.astype(x_BCD.dtype).reshape(-1, delta_BCV.shape[-1])
         dx_BCD = (delta_XV @ cast_DV.T).reshape(x_BCD.shape)
-        tokens = tuple(range(x_XD.ndim - 1))
         dhead_DV += jax.lax.dot_general(
-            x_XD, delta_XV, ((tokens, tokens), ((), ())), preferred_element_type=head_DV.dtype
+            x_BCD.reshape(-1, D), delta_XV, (((0,), (0,)), ((), ())), preferred_element_type=head_DV.dtype
         )
-        return (total + _weighted(nats_BC, lse_BC, weights_BC, options), dhead_DV), (nats_BC, dx_BCD)
+        return (loss + _weighted(nats_BC, lse_BC, weights_BC, options), dhead_DV), (nats_BC, dx_BCD)
 
-    start = jnp.float32(0), jnp.zeros_like(head_DV)
-    (total, dhead_DV), (nats_SBC, dx_SBCD) = jax.lax.scan(add, start, blocks)
-    return (total, _positions(nats_SBC, T)), (_positions(dx_SBCD, T), dhead_DV)
+    start = jnp.float32(0), jnp.zeros(cast_DV.shape, head_DV.dtype)
+    (loss, dhead_DV), (nats_SBC, dx_SBCD) = jax.lax.scan(add, start, blocks)
+    return total(loss), _positions(nats_SBC, T), _positions(dx_SBCD, T), scatter(dhead_DV, 0, options.rings)
 
 
 def _head_loss_backward(options: LossOptions, saved: tuple, gradients: tuple) -> tuple:
@@ -110,32 +131,26 @@ head_loss.defvjp(_head_loss_forward, _head_loss_backward)
 
 def _blocks(x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions) -> tuple:
     """(x_SBCD, targets_SBC, weights_SBC); positions that fill up the last block weigh nothing."""
-    devices = context.size()
-    own = x_BTD.shape[1] // devices  # positions of a device
-    S = -(-own // options.block)
-    each = -(-own // S)
+    T = x_BTD.shape[1]
+    S = -(-T // options.block)
+    C = -(-T // S)
 
     def cut(array: jax.Array) -> jax.Array:
-        B, _, *rest = array.shape
-        parts = array.reshape(B, devices, own, *rest)
-        padded = jnp.pad(parts, ((0, 0), (0, 0), (0, S * each - own), *((0, 0),) * len(rest)))
-        return jnp.moveaxis(padded.reshape(B, devices, S, each, *rest), 2, 0).reshape(S, B, devices * each, *rest)
+        padded = jnp.pad(array, ((0, 0), (0, S * C - T), *((0, 0),) * (array.ndim - 2)))
+        return padded.reshape(array.shape[0], S, C, *array.shape[2:]).swapaxes(0, 1)
 
     return cut(x_BTD), cut(targets_BT), cut(weights_BT)
 
 
 def _positions(array_SBC: jax.Array, T: int) -> jax.Array:
-    """(B, T, ...) of what `_blocks` cut."""
-    S, B, _, *rest = array_SBC.shape
-    devices = context.size()
-    parts = jnp.moveaxis(array_SBC.reshape(S, B, devices, -1, *rest), 0, 2).reshape(B, devices, -1, *rest)
-    return parts[:, :, : T // devices].reshape(B, T, *rest)
+    S, B, C = array_SBC.shape[:3]
+    return array_SBC.swapaxes(0, 1).reshape(B, S * C, *array_SBC.shape[3:])[:, :T]
 
 
 def _logits(x_BCD: jax.Array, head_DV: jax.Array, options: LossOptions) -> jax.Array:
+    B, C, D = x_BCD.shape
     dtype = jnp.dtype(options.logits_dtype)
-    logits_XV = jnp.matmul(context.tokens_together(x_BCD), head_DV, preferred_element_type=dtype)
-    return logits_XV.reshape(*x_BCD.shape[:2], -1)
+    return jnp.matmul(x_BCD.reshape(B * C, D), head_DV, preferred_element_type=dtype).reshape(B, C, -1)
 
 
 def _weighted(nats_BC: jax.Array, lse_BC: jax.Array, weights_BC: jax.Array, options: LossOptions) -> jax.Array:

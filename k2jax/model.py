@@ -17,14 +17,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name as kept
 from ml_collections import ConfigDict
 
 from k2jax import context
 from k2jax.attention import attend_causally
+from k2jax.config import REMAT_NAMES
+from k2jax.fsdp import Rings, lookup, matmul
 from k2jax.sharding import shard
 
 Params = dict[str, jax.Array]
-Product = Callable[..., jax.Array]  # x, w, number of dimensions that are contracted (1 unless given): see `dense`
+Product = Callable[..., jax.Array]  # x, w, `into`: see `dense`
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH to (B, T, N, H)
 LAYOUT_VERSION = 1  # of the names and shapes of parameter_table, recorded in every checkpoint
 
@@ -122,46 +125,13 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x_XI: jax.Array, w_IO: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """x . w with `w` (float32) cast to the type of `x`, a result in `out_dtype`, and a float32 gradient for `w`.
+def dense(x: jax.Array, w: jax.Array, into: int = 0, rings: Rings = ()) -> jax.Array:
+    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x`.
 
-    X may be more dimensions than one.
-
-    Differentiated by JAX, a bfloat16 product has a bfloat16 weight gradient, and the devices would add up rounded
-    numbers; K2 accumulated and reduced in float32.
+    `into` counts the in-dimensions of a product into the residual stream, whose width D is split over fsdp; 0: out of
+    it.
     """
-    return _matmul_forward(x_XI, w_IO, out_dtype)[0]
-
-
-def _matmul_forward(x_XI: jax.Array, w_IO: jax.Array, out_dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
-    return jnp.matmul(x_XI, w_IO.astype(x_XI.dtype), preferred_element_type=out_dtype), (x_XI, w_IO)
-
-
-def _matmul_backward(out_dtype: jnp.dtype, saved: tuple, dy_XO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_XI, w_IO = saved
-    dy_XO = dy_XO.astype(x_XI.dtype)
-    dx_XI = dy_XO @ w_IO.astype(x_XI.dtype).T
-    tokens = tuple(range(x_XI.ndim - 1))
-    dw_IO = jax.lax.dot_general(x_XI, dy_XO, ((tokens, tokens), ((), ())), preferred_element_type=w_IO.dtype)
-    return dx_XI, dw_IO
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def dense(x: jax.Array, w: jax.Array, contract: int = 1, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x` or in `out_dtype`.
-
-    `contract` counts the in-dimensions. Written as one matrix product over flattened tokens: with batch and position
-    left apart, XLA's CPU backend takes a slow path for bfloat16 weight gradients (12 times slower on jax 0.11), and
-    elsewhere it is the same product.
-    """
-    B, T = x.shape[:2]
-    out = w.shape[contract:]
-    flat = w.reshape(math.prod(w.shape[:contract]), -1)
-    x_BTX = x.reshape(B, T, -1)
-    return matmul(context.tokens_together(x_BTX), flat, out_dtype or x.dtype).reshape(B, T, *out)
+    return matmul(x, w, into, x.dtype, rings)
 
 
 class Block(nnx.Module):
@@ -179,21 +149,22 @@ class Block(nnx.Module):
         differ in nothing else."""
         y_BTD = rms_norm(x_BTD, self.attention_norm_LD[...], self.m.norm_eps)
         # y[B_data, T, D] . wq[D_fsdp, N_tensor, H] -> q[B_data, T, N_tensor, H]: wq is gathered over fsdp
-        q_BTNH = shard(apply_rope(product(y_BTD, self.wq_LDNH[...]), *rope), "q_BTNH")
-        k_BTKH = shard(apply_rope(product(y_BTD, self.wk_LDKH[...]), *rope), "k_BTKH")
-        v_BTKH = shard(product(y_BTD, self.wv_LDKH[...]), "k_BTKH")
+        q_BTNH = kept(shard(apply_rope(product(y_BTD, self.wq_LDNH[...]), *rope), "q_BTNH"), "q")
+        k_BTKH = kept(shard(apply_rope(product(y_BTD, self.wk_LDKH[...]), *rope), "k_BTKH"), "k")
+        v_BTKH = kept(shard(product(y_BTD, self.wv_LDKH[...]), "k_BTKH"), "v")
         a_BTNH = shard(attend(q_BTNH, k_BTKH, v_BTKH), "q_BTNH")
         # a[B_data, T, N_tensor, H] . wo[N_tensor, H, D_fsdp] -> [B_data, T, D]: summed over tensor
-        x_BTD = shard(x_BTD + product(a_BTNH, self.wo_LNHD[...], 2), "x_BTD")
+        x_BTD = kept(shard(x_BTD + product(a_BTNH, self.wo_LNHD[...], 2), "x_BTD"), "middle")
         y_BTD = rms_norm(x_BTD, self.mlp_norm_LD[...], self.m.norm_eps)
-        h_BTF = jax.nn.silu(product(y_BTD, self.w_gate_LDF[...])) * product(y_BTD, self.w_up_LDF[...])
-        return shard(x_BTD + product(shard(h_BTF, "h_BTF"), self.w_down_LFD[...]), "x_BTD")
+        gate_BTF = kept(product(y_BTD, self.w_gate_LDF[...]), "gate")
+        h_BTF = shard(jax.nn.silu(gate_BTF) * kept(product(y_BTD, self.w_up_LDF[...]), "up"), "h_BTF")
+        return shard(x_BTD + product(h_BTF, self.w_down_LFD[...], 1), "x_BTD")
 
 
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+def remat_policy(remat: str) -> Callable:
+    """Of a layer's arrays, those named in `model.remat` are kept for its backward pass ("attention": with its sums)."""
+    names = {"dots": REMAT_NAMES, "full": ()}.get(remat, remat.split("+"))
+    return jax.checkpoint_policies.save_only_these_names(*names)
 
 
 class Decoder(nnx.Module):
@@ -217,24 +188,24 @@ class Decoder(nnx.Module):
         Where devices share rows, all of them are in the order of `context.in_order`.
         """
         rope = tuple(context.in_order(t, 0) for t in rope_table(self.m, rope_base, tokens_BT.shape[1]))
-        embed_VD = shard(self.embed_VD[...], "embed_VD")
-        x_BTD = shard(embed_VD[tokens_BT].astype(self.compute_dtype), "x_BTD")
+        rings = tuple(self.m.rings)
+        x_BTD = shard(lookup(self.embed_VD[...], tokens_BT, self.compute_dtype, rings), "x_BTD")
         attend = partial(
             attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
         )
         graph, stacked = nnx.split(self.layers)
 
         def layer(x_BTD: jax.Array, arrays: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, arrays)(x_BTD, rope, attend), None
+            return nnx.merge(graph, arrays)(x_BTD, rope, attend, partial(dense, rings=rings)), None
 
         if self.m.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.m.remat], prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=remat_policy(self.m.remat), prevent_cse=False)
         x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked, unroll=self.m.unroll)
         return rms_norm(x_BTD, self.final_norm_D[...], self.m.norm_eps)
 
     def logits(self, x_BTD: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
         """Final hidden states to (B, T, V); `dtype` is that of the product's result, its inputs keep theirs."""
-        return dense(x_BTD, self.head_DV[...], out_dtype=dtype)
+        return matmul(x_BTD, self.head_DV[...], 0, dtype, tuple(self.m.rings))
 
 
 def document_ids(tokens_BT: jax.Array, eos_id: int) -> jax.Array:

@@ -35,7 +35,6 @@ RULES: dict[str, tuple[str, ...]] = {
 
 # Activations that the model pins, by the name they have in model.py.
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
-    "embed_VD": ("vocab", "width"),  # gathered, and not the hidden states that it is looked up for
     "x_BTD": ("batch", "position", "width"),
     "q_BTNH": ("batch", "position", "heads", "head_dim"),
     "k_BTKH": ("batch", "position", "kv_heads", "head_dim"),
@@ -115,6 +114,15 @@ def check_divisible(name: str, shape: tuple[int, ...], axes: tuple[str, ...], me
                 f"{name}: its dimension {axis!r} of {size} is not divisible by {over}: "
                 f"change the mesh or the size"
             )
+
+
+def platform() -> str:
+    """"tpu", "gpu" or "cpu": of the mesh in use, which may be of devices that are not here, else of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    kind = device.device_kind
+    return "tpu" if kind.startswith("TPU") else "gpu" if kind.startswith("NVIDIA") else kind
 
 
 def shard(x: jax.Array, name: str) -> jax.Array:

@@ -80,7 +80,9 @@ def row_losses(
     )
     decoder = Decoder(config.model, params, compute_dtype)
     hidden_BTD = decoder(inputs_BT, stage.rope_base, document_BT)
-    options = LossOptions(config.loss.block, config.loss.z_loss, config.precision.logits)
+    options = LossOptions(
+        config.loss.block, config.loss.z_loss, config.precision.logits, tuple(config.model.rings)
+    )
     loss, nats_BT = head_loss(hidden_BTD, decoder.head_DV[...], targets_BT, weights_BT, options)
     return loss, (nats_BT * weights_BT).sum(axis=1), weights_BT.sum(axis=1)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from k2jax.kernels.flash_attention_tpu import (
     GENERATION_OF_KIND,
     LOG2_E,
@@ -93,7 +94,8 @@ def _attend_forward(
 ) -> tuple[jax.Array, tuple]:
     documents, dtype = document_BT if document_BT is None else (document_BT, document_BT), q_BNTH.dtype
     arrays = scaled(q_BNTH), k_BKTH, v_BKTH, documents
-    out_BNTH, lse_BN1T = forward_by_parts(*arrays, causal=True, options=options, out_dtype=dtype)
+    found = forward_by_parts(*arrays, causal=True, options=options, out_dtype=dtype)
+    out_BNTH, lse_BN1T = (checkpoint_name(x, "attention") for x in found)
     return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T)
 
 

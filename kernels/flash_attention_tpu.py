@@ -203,7 +203,7 @@ def forward(
             jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
         ],
         compiler_params=COMPILER_PARAMS,
-        name="flash_attention_forward",
+        name="flash_attention_forward" + ("" if causal else "_full"),
         interpret=interpret,
     )(first_BI, q_BNTH, k_BKSH, v_BKSH, *([ids[:, None] for ids in documents] if masked else []))
 
@@ -318,7 +318,7 @@ def backward(
         ),
         out_shape=[jax.ShapeDtypeStruct(q_BNTH.shape, out_dtype), dkeys, dkeys],
         compiler_params=COMPILER_PARAMS,
-        name="flash_attention_backward",
+        name="flash_attention_backward" + ("" if causal else "_full"),
         interpret=interpret,
     )(
         last_BJ, q_BNTH, dout_BNTH, lse_BN1T, delta_BN1T, k_BKSH, v_BKSH,

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from k2jax.kernels.flash_attention import merge, scaled
 
 AXIS = "context"
@@ -100,7 +101,7 @@ def _attend_forward(
     found = parts.forward(q, k_BKTH, v_BKTH, _documents(document_BT, document_BT, both, both), causal=True)
     found, ahead = lax.fori_loop(1, devices - 1, one, (found, ahead))
     out_BNTH, lse_BN1T = compute(devices - 1, found, ahead)
-    out_BNTH = out_BNTH.astype(q_BNTH.dtype)
+    out_BNTH, lse_BN1T = (checkpoint_name(x, "attention") for x in (out_BNTH.astype(q_BNTH.dtype), lse_BN1T))
     return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, device_1, out_BNTH, lse_BN1T)
 
 

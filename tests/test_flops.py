@@ -51,7 +51,7 @@ def test_the_noncausal_figure_is_what_the_products_of_a_step_add_up_to(changes):
         ("TPU v5", 459e12),
         ("TPU v5p", 459e12),
         ("TPU v6 lite", 918e12),
-        ("TPU7x", 2307e12),
+        ("TPU7x", 1153e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),

@@ -34,6 +34,11 @@ def use_tpu_compiler(dump: str | None = None) -> None:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
 
 
+def devices(topology: str) -> list[Any]:
+    """Of any topology that a plan knows."""
+    return tpu_devices(topology)
+
+
 def tpu_devices(topology: str) -> list[Any]:
     """Devices of a slice such as "v5p:8x8x8", to compile for. ConfigError where there is no such slice."""
     from jax.experimental import topologies

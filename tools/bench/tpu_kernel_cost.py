@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from k2jax.plan import topologies  # noqa: E402
 from k2jax.plan.bundles import Program, cycles, read_program  # noqa: E402
+from k2jax.plan.kernels import blocks_of_table, flash_costs  # noqa: E402
 
 HEAD_DIM = 128
 PRODUCTS = {"forward": 2, "backward": 5}
@@ -40,7 +41,7 @@ def compile_case(case: dict[str, Any], dump: str) -> None:
     from jax.sharding import SingleDeviceSharding
 
     device = topologies.tpu_devices(topologies.GENERATIONS[case["generation"]].smallest)[0]
-    attend, shape = (flash if case["kernel"] == "flash" else splash)(case)
+    attend, shape = splash(case)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
 
     def both(q: Any, k: Any, v: Any, dout: Any) -> Any:
@@ -48,16 +49,6 @@ def compile_case(case: dict[str, Any], dump: str) -> None:
         return out, backward(dout)
 
     jax.jit(both).lower(x, x, x, x).compile()
-
-
-def flash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
-    from functools import partial
-
-    from k2jax.kernels.flash_attention import flash_attention
-    from k2jax.kernels.flash_attention_tpu import BlockSizes
-
-    sizes = BlockSizes(*case["blocks"], resident=case["length"])
-    return partial(flash_attention, sizes=sizes), (1, case["length"], 1, HEAD_DIM)
 
 
 def splash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
@@ -77,20 +68,16 @@ def splash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
 # ---- how often each part of a kernel runs ----------------------------------------------------------------------------
 
 
-def flash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, Program]]:
-    rows_per_cycle = topologies.GENERATIONS[case["generation"]].matrix_rows
-    forward_block, _, backward_block, _ = case["blocks"]
-    found = {}
-    for direction, block in (("forward", forward_block), ("backward", backward_block)):
-        steps = case["length"] // block
-        program = read_program(folder, f"flash_attention_{direction}")
-        runs = {"forward": [1, steps + 2, steps, steps * (steps - 1) / 2]}
-        runs["backward"] = [1, steps + 2, steps, 1, steps * (steps - 1) / 2, 1]
-        found[direction] = (cycles(program, runs[direction], rows_per_cycle), program)
-    return found
+def splash_costs(case: dict[str, Any]) -> dict[str, tuple[float, Program]]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--compile", json.dumps(case), "--dump", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(done.stderr.strip().splitlines()[-1][:200])
+        return read_splash(Path(folder), case)
 
 
-def splash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, Program]]:
+def read_splash(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, Program]]:
     """Its grid is all pairs of blocks. A step's longest part runs where the two see each other, the others once a row.
 
     What runs without a condition, as where a row of the grid is one block, is no part: it counts with each step.
@@ -112,13 +99,15 @@ def splash_costs(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, P
 
 def cost(case: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
     """{direction: JSON line}; None where the kernel does not compile so, as for want of VMEM."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--compile", json.dumps(case), "--dump", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{case}: {done.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
-            return None
-        found = (flash_costs if case["kernel"] == "flash" else splash_costs)(Path(folder), case)
+    try:
+        if case["kernel"] == "flash":
+            costs = flash_costs(case["generation"], case["length"], HEAD_DIM, tuple(case["blocks"]))
+            found = {direction: costs[direction] for direction in PRODUCTS}
+        else:
+            found = splash_costs(case)
+    except ValueError as error:
+        print(f"{case}: {error}", file=sys.stderr)
+        return None
     rate = topologies.GENERATIONS[case["generation"]].multiply_adds
     lines = {}
     for direction, (total, program) in found.items():
@@ -137,13 +126,6 @@ def splash_cases(generation: str, length: int) -> list[dict[str, Any]]:
     sizes = [size for size in (512, 1024, 2048) if size <= length]
     blocks = [[q, kv, c] for q, kv, c in itertools.product(sizes, sizes, (512, 1024)) if c <= kv]
     return [{"kernel": "splash", "generation": generation, "length": length, "blocks": b} for b in blocks]
-
-
-def of_table(generation: str, length: int) -> list[int]:
-    from k2jax.kernels.flash_attention_tpu import block_sizes
-
-    sizes = block_sizes(generation, length, 2 * HEAD_DIM)
-    return [sizes.forward, sizes.forward_strip, sizes.backward, sizes.backward_strip]
 
 
 def main() -> None:
@@ -167,8 +149,9 @@ def main() -> None:
         for line in best.values():
             print(json.dumps(line | {"ratio_to_splash": 1.0}), flush=True)
         if "flash" in args.kernels:
-            blocks = [int(size) for size in args.blocks.split(",")] if args.blocks else of_table(generation, length)
-            case = {"kernel": "flash", "generation": generation, "length": length, "blocks": blocks}
+            given = args.blocks and tuple(int(size) for size in args.blocks.split(","))
+            blocks = given or blocks_of_table(generation, length, HEAD_DIM)
+            case = {"kernel": "flash", "generation": generation, "length": length, "blocks": list(blocks)}
             for direction, line in (cost(case) or {}).items():
                 ratio = line["cycles"] / best[direction]["cycles"] if best else None
                 print(json.dumps(line | {"ratio_to_splash": ratio and round(ratio, 3)}), flush=True)

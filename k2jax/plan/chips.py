@@ -1,0 +1,65 @@
+"""What a plan knows of each accelerator. A device is what JAX counts: a chip, but for TPU7x, which is two of them.
+
+Sources: peaks as in flops.py; memory as the TPU compiler states its limit ("exceeds available HBM (95.74G)"), or the
+data sheet's; HBM and link rates from the vendors' data sheets and, for TPU links, the scaling book's usable rates
+(jax-ml.github.io/scaling-book, "TPU networking").
+"""
+
+from dataclasses import dataclass
+
+from k2jax.errors import ConfigError
+from k2jax.flops import PEAK_FLOPS
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device, and its links to the others.
+
+    TPU links: one to each side along each axis of a torus. GPU links: all of a device's NVLinks together, which reach
+    the `domain` devices of its host, and its share of the network between hosts (`network_bytes_per_s`).
+    """
+
+    name: str
+    kind: str  # JAX's device_kind
+    hbm_bytes: int  # that a program may use
+    hbm_bytes_per_s: float
+    link_bytes_per_s: float  # one direction
+    cores: int = 1  # that share the grid of a kernel
+    wraps_from: int = 4  # an axis of a slice of this size closes to a ring; shorter ones are lines
+    domain: int = 0  # GPU: devices of a host
+    network_bytes_per_s: float = 0.0
+
+    @property
+    def peak_flops(self) -> float:
+        return PEAK_FLOPS[self.kind]
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.domain == 0
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", "TPU v4", int(30.75 * GIB), 1.23e12, 45e9, cores=2),
+        Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 0.82e12, 45e9, wraps_from=16),
+        Chip("v5p", "TPU v5", int(95.74 * GIB), 2.77e12, 90e9, cores=2),
+        Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 1.64e12, 90e9, wraps_from=16),
+        Chip("tpu7x", "TPU7x", int(94.75 * GIB), 3.69e12, 90e9),
+        Chip("h100", "NVIDIA H100", 80 * 10**9, 3.35e12, 450e9, domain=8, network_bytes_per_s=50e9),
+        Chip("a100", "NVIDIA A100", 80 * 10**9, 2.04e12, 300e9, domain=8, network_bytes_per_s=25e9),
+    )
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology's name, as v5p:8x8x8 or h100:16. ConfigError names the known ones."""
+    name = topology.partition(":")[0].lower()
+    if name not in CHIPS:
+        raise ConfigError(
+            f"topology {topology!r}: unknown accelerator {name!r}; known: {', '.join(CHIPS)}, as in v5p:8x8x8, "
+            f"v6e:16x16 or h100:16"
+        )
+    return CHIPS[name]

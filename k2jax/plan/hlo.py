@@ -1,0 +1,158 @@
+"""Reads a compiled program's text: its computations, and of each instruction what a plan needs.
+
+The text is XLA's "scheduled HLO": instructions stand in the order in which the device starts them.
+"""
+
+import math
+import re
+from functools import cached_property
+from typing import NamedTuple
+
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_BITS = re.compile(r"\d+")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+
+class Instruction(NamedTuple):
+    name: str
+    result: str  # its type as text
+    opcode: str
+    rest: str  # operands and attributes
+
+    @property
+    def cycles(self) -> int | None:
+        """The compiler's estimate, where there is one (TPU)."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return int(found.group(1)) if found else None
+
+    @property
+    def result_bytes(self) -> int:
+        return array_bytes(self.result)
+
+    @property
+    def operand_types(self) -> str:
+        """Text of the operands; a program's text names their types only where it was asked to."""
+        return self.rest.split(")", 1)[0]
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.split(")", 1)[0])
+
+    def called(self, attribute: str = "calls") -> str | None:
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
+        return found.group(1) if found else None
+
+    @property
+    def channel(self) -> str | None:
+        found = re.search(r"channel_id=(\d+)", self.rest)
+        return found.group(1) if found else None
+
+    @property
+    def op_name(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found.group(1) if found else ""
+
+    @property
+    def collective(self) -> str | None:
+        """Of COLLECTIVES, also for the start of an asynchronous one."""
+        name = self.opcode.removesuffix("-start")
+        return name if name in COLLECTIVES else None
+
+
+class Program:
+    """A program's computations by name."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if line.startswith((" ", "\t")):
+                found = _INSTRUCTION.match(line)
+                if found:
+                    current.append(Instruction(*found.groups()))
+            elif line.endswith("{"):
+                found = _COMPUTATION.match(line)
+                if found:
+                    current = self.computations.setdefault(found.group(2), [])
+                    if found.group(1):
+                        self.entry = found.group(2)
+
+    @cached_property
+    def shapes(self) -> dict[str, str]:
+        """The result's type of every instruction; their names are unique in a program."""
+        return {i.name: i.result for body in self.computations.values() for i in body}
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often a while loop runs. ValueError where its condition is not `counter < constant`.
+
+        Counters start at 0; a loop that the compiler unrolled adds more than 1 to it.
+        """
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+        if known:
+            return int(known.group(1))
+        condition = self._named(loop.called("condition"))
+        compare = next((i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.rest), None)
+        counter, limit = (condition.get(name) for name in compare.operands) if compare else (None, None)
+        if not counter or not limit or limit.opcode != "constant" or counter.opcode != "get-tuple-element":
+            raise ValueError(f"{loop.name}: its condition is not of a counter and a constant: turns unknown")
+        index = int(re.search(r"index=(\d+)", counter.rest).group(1))
+        body = self._named(loop.called("body"))
+        result = list(body.values())[-1]
+        added = [body[name] for name in body[result.operands[index]].operands if name in body]
+        steps = [int(i.rest.split(")")[0]) for i in added if i.opcode == "constant"]
+        return -(-int(limit.rest.split(")")[0]) // (steps[0] if steps else 1))
+
+    def _named(self, computation: str | None) -> dict[str, Instruction]:
+        return {i.name: i for i in self.computations[computation or ""]}
+
+    def within(self, instruction: Instruction) -> list[Instruction]:
+        """Of the computation that a fusion or call runs; those that it calls in turn included."""
+        name = instruction.called() or instruction.called("to_apply")
+        body = self.computations[name] if name else []
+        return [inner for i in body for inner in ([i] if i.opcode != "fusion" else [i, *self.within(i)])]
+
+
+def array_bytes(text: str) -> int:
+    """Of all arrays in a type's text, padding left out."""
+    return sum(
+        math.prod(int(size) for size in shape.split(",") if size) * _element_bits(kind) // 8
+        for kind, shape in _ARRAY.findall(text)
+    )
+
+
+def _element_bits(kind: str) -> int:
+    return 8 if kind == "pred" else int(_BITS.search(kind).group())
+
+
+def array_shapes(text: str) -> list[tuple[int, ...]]:
+    return [tuple(int(size) for size in shape.split(",") if size) for _, shape in _ARRAY.findall(text)]
+
+
+def replica_groups(rest: str) -> list[list[int]] | None:
+    """Of a collective: lists of partition numbers; None where all take part (no groups are written).
+
+    XLA writes them in full, `{{0,1},{2,3}}`, as reshaped ranges, `[2,2]<=[2,2]T(1,0)`, or as axes of a mesh,
+    `mesh['a'=2,'b'=2] {'b'}`.
+    """
+    import numpy as np
+
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest)
+    full = pairs or re.search(r"replica_groups=\{((?:\{[\d,]+\},?)*)\}", rest)
+    if full:
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", full.group(1))] or None
+    ranges = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    if ranges:
+        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in ranges.groups())
+        numbers = np.arange(math.prod(dims)).reshape(dims)
+        return (numbers if order is None else numbers.transpose(order)).reshape(shape).tolist()
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:,? ?device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", rest)
+    if mesh:
+        axes = re.findall(r"'([^']*)'=(\d+)", mesh.group(1))
+        names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
+        taking_part = [names.index(name) for name in re.findall(r"'([^']*)'", mesh.group(3))]
+        rest_axes = [i for i in range(len(names)) if i not in taking_part]
+        numbers = np.arange(math.prod(sizes)).reshape(sizes).transpose(*rest_axes, *taking_part)
+        return numbers.reshape(-1, math.prod(sizes[i] for i in taking_part)).tolist()
+    return None

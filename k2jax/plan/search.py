@@ -1,0 +1,61 @@
+"""Tries meshes, microbatches and remat policies for a topology, and ranks what fits by the estimated step time."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from k2jax import config as configuration
+from k2jax import launch, sharding
+from k2jax.errors import ConfigError
+from k2jax.plan import topologies
+from k2jax.plan.chips import chip_of
+from k2jax.plan.estimate import plan_stage
+
+
+def search(
+    config: ConfigDict,
+    topology: str,
+    only: str | None,
+    bounds: Mapping[str, Sequence | None],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Every combination of `bounds` that divides, compiled; first what fits, fastest first, then the rest by memory.
+
+    `bounds`: "fsdp", "tensor", "context", "microbatches", "remat" to values; None keeps the experiment's, for fsdp all
+    that tensor and context leave. The stage is the first, or that named `only`. ConfigError where nothing divides.
+    """
+    chip, devices = chip_of(topology), topologies.devices(topology)
+    index = next((i for i, stage in enumerate(config.stages) if only in (None, stage.name)), None)
+    if index is None:
+        raise ConfigError(f"--stage={only}: {config.name} has the stages {', '.join(s.name for s in config.stages)}")
+    stage, refused, tried = config.stages[index], "", []
+    options = (
+        bounds["tensor"] or [1],
+        bounds["context"] or [1],
+        bounds["fsdp"] or [0],
+        bounds["microbatches"] or [stage.microbatches],
+        bounds["remat"] or [config.model.remat],
+    )
+    for tensor, context, fsdp, microbatches, remat in itertools.product(*options):
+        fsdp = fsdp or len(devices) // (tensor * context)
+        replica = len(devices) // math.prod((tensor, context, fsdp))
+        case = configuration.from_dict(configuration.to_dict(config)).unlock()
+        case.mesh = {**config.mesh, "replica": replica, "stage": 1, "fsdp": fsdp, "context": context, "tensor": tensor}
+        case.model.remat, case.stages[index].microbatches = remat, microbatches
+        case.stages = (case.stages[index],)
+        try:
+            configuration.validate(case)
+            mesh = sharding.make_mesh(case.mesh, devices)
+            launch.check_mesh(case, mesh)
+        except ConfigError as error:
+            refused = str(error)
+            continue
+        say(f"trying mesh {dict(case.mesh)}, microbatches {microbatches}, remat {remat}")
+        found = plan_stage(case, 0, mesh, chip)
+        tried.append({"mesh": dict(mesh.shape), "microbatches": microbatches, "remat": remat, **found})
+    if not tried:
+        raise ConfigError(f"--search: nothing within the bounds divides; the last was refused: {refused}")
+    return sorted(tried, key=lambda c: (not c["fits"], c["step_seconds"] if c["fits"] else c["hbm_bytes_per_chip"]))

@@ -1,0 +1,81 @@
+"""A plan as text."""
+
+from typing import Any
+
+from k2jax.plan.chips import GIB
+
+
+def table(found: dict[str, Any]) -> str:
+    """Of `estimate.plan`: a block for each stage, then the whole run."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
+    lines = [
+        f"{found['experiment']} on {found['topology']}: {found['chips']} chips ({found['device_kind']}), mesh {mesh}"
+    ]
+    for stage in found["stages"].values():
+        lines += [
+            "",
+            f"{stage['stage']}: {stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens",
+            *_stage(stage),
+        ]
+    if found["days"] is not None:
+        lines += ["", _row("whole run", f"{found['days']:.1f} days, {found['chip_hours']:,.0f} chip-hours")]
+    return "\n".join(lines)
+
+
+def _stage(stage: dict[str, Any]) -> list[str]:
+    used, limit = stage["hbm_bytes_per_chip"], stage["hbm_limit_bytes"]
+    verdict = (
+        f"fits, {(limit - used) / GIB:.1f} GiB left"
+        if stage["fits"]
+        else f"does NOT fit, {(used - limit) / GIB:.1f} GiB over"
+    )
+    lines = [_row("memory a chip", f"{used / GIB:.1f} of {limit / GIB:.1f} GiB ({used / limit:.0%}): {verdict}")]
+    if "argument_bytes" in stage:
+        state, temporary = stage["argument_bytes"] / GIB, stage["temporary_bytes"] / GIB
+        lines.append(_row("  of a device", f"{state:.1f} GiB state and batch, {temporary:.1f} GiB temporaries"))
+    lines += [_row("to make it fit" if i == 0 else "or", remedy) for i, remedy in enumerate(stage.get("remedies", []))]
+    if stage["step_seconds"] is not None:
+        total = stage["step_seconds"]
+        lines += [
+            _row(
+                "FLOPs a step",
+                f"{stage['step_flops_causal']:.3e} causal, {stage['step_flops_noncausal']:.3e} non-causal",
+            ),
+            _row("step", f"{total:.3f} s (estimated)"),
+            *(
+                _row(f"  {label}", f"{stage[key]:.3f} s ({stage[key] / total:.0%})")
+                for label, key in (
+                    ("matrix products", "matrix_seconds"),
+                    ("elementwise", "elementwise_seconds"),
+                    ("attention", "attention_seconds"),
+                    ("collectives", "exposed_collective_seconds"),
+                )
+            ),
+            _row("  behind them", f"{stage['hidden_collective_seconds']:.3f} s more of collectives"),
+            _row("MFU", f"{stage['mfu_causal']:.1%} causal, {stage['mfu_noncausal']:.1%} non-causal"),
+            _row("tokens", f"{stage['tokens_per_second_per_chip']:,.0f} a second and chip"),
+            _row("", f"{stage['tokens_per_day'] / 1e9:,.1f}B a day"),
+            _row("stage", f"{stage['days']:.1f} days, {stage['chip_hours']:,.0f} chip-hours"),
+        ]
+        if stage["bubble_fraction"]:
+            lines.append(
+                _row("pipeline bubble", f"{stage['bubble_fraction']:.1%} of the step's turns, within the parts above")
+            )
+        if stage["kernels_by_arithmetic"]:
+            lines.append(_row("note", f"time by arithmetic alone: {', '.join(stage['kernels_by_arithmetic'])}"))
+    return [*lines, _row("compiled in", f"{stage['compile_seconds']:.0f} s")]
+
+
+def _row(label: str, value: str) -> str:
+    return f"  {label:18} {value}"
+
+
+def ranking(tried: list[dict[str, Any]]) -> str:
+    """Of `search.search`, best first."""
+    lines = [f"{'mesh':28} {'micro':>5} {'remat':24} {'GiB':>6} {'of limit':>8} {'step s':>8} {'MFU':>6}"]
+    for case in tried:
+        mesh = " ".join(f"{axis} {size}" for axis, size in case["mesh"].items() if size > 1)
+        memory = f"{case['hbm_bytes_per_chip'] / GIB:6.1f} {case['hbm_bytes_per_chip'] / case['hbm_limit_bytes']:8.0%}"
+        speed = f"{case['step_seconds']:8.3f} {case['mfu_causal']:6.1%}" if case["fits"] else "   does not fit"
+        lines.append(f"{mesh:28} {case['microbatches']:5} {case['remat']:24} {memory} {speed}")
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""A compiled step played through once: when each operation runs, and which transfers no arithmetic hides.
+
+TPU: operations carry the compiler's own cycles; this project's attention kernels are counted by their bundles. GPU: the
+compiler says nothing, so each operation takes what its arithmetic or its bytes need, whichever is more, at stated
+shares of the peaks. Collectives are by `links.py`; they run one after the other, beside the arithmetic from their
+start to their end, and what is then still to wait for is exposed.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, fields
+
+from k2jax.plan.chips import Chip
+from k2jax.plan.hlo import Instruction, Program, array_bytes, array_shapes
+from k2jax.plan.kernels import blocks_of_table, flash_costs
+from k2jax.plan.links import Links
+from k2jax.plan.topologies import GENERATIONS
+
+GPU_MATRIX_SHARE, GPU_HBM_SHARE = 0.7, 0.85  # of the peaks that long products and copies reach: assumed
+KERNEL_SHARE = 0.5  # of the peak, where a kernel's bundles cannot be read: assumed
+PRODUCTS = {"forward": 2, "backward": 5}  # of attention, each of queries times keys times head_dim
+KERNEL = re.compile(r"flash_attention_(forward|backward)(_full)?")
+FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
+        "copy-start", "copy-done", "dynamic-update-slice", "broadcast", "iota", "opt-barrier")  # fmt: skip
+
+
+@dataclass
+class Parts:
+    """Seconds of a step on one device. They add up to `total`, but for `hidden`, which runs beside the rest."""
+
+    matrix: float = 0.0
+    elementwise: float = 0.0  # and copies, reductions, gathers, updates
+    attention: float = 0.0
+    exposed: float = 0.0  # collectives that the device waits for
+    hidden: float = 0.0  # collectives beside arithmetic
+    collective_bytes: float = 0.0  # that a device takes part in, results of gathers and operands of reductions
+
+    def add(self, other: "Parts", times: float = 1.0) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + times * getattr(other, field.name))
+
+    @property
+    def total(self) -> float:
+        return self.matrix + self.elementwise + self.attention + self.exposed
+
+
+class Timeline:
+    """Plays a program for a chip."""
+
+    def __init__(self, program: Program, chip: Chip, links: Links):
+        self.program, self.chip, self.links = program, chip, links
+        self.guessed_kernels: set[str] = set()  # those counted by arithmetic alone
+        self.waited_for: Counter[str] = Counter()  # seconds of a step by collective: what is exposed
+
+    def step(self) -> Parts:
+        return self._play(self.program.entry, 1)
+
+    def _play(self, computation: str, times: int) -> Parts:
+        parts, under_way = Parts(), {}
+        for i in self.program.computations[computation]:
+            if i.opcode == "while":
+                turns = self.program.trip_count(i)
+                parts.add(self._play(i.called("body") or "", times * turns), turns)
+            elif i.opcode == "conditional":
+                branches = re.findall(r"%([\w.\-]+)", i.rest.split("branch_computations={", 1)[-1].split("}")[0])
+                parts.add(max((self._play(name, times) for name in branches), key=lambda p: p.total))
+            elif i.opcode == "call":
+                parts.add(self._play(i.called("to_apply") or "", times))
+            elif _is_done(i):
+                end, _ = under_way.pop(self._key(i), (0.0, frozenset()))
+                wait = max(0.0, end - parts.total)
+                parts.exposed, parts.hidden = parts.exposed + wait, parts.hidden - wait
+                self.waited_for[f"{i.result} {i.op_name}"] += times * wait
+            elif (collective := self._collective(i)) is not None:
+                self._transfer(i, collective, parts, under_way, times)
+            else:
+                self._compute(i, parts)
+        return parts
+
+    def _transfer(
+        self, i: Instruction, collective: Instruction, parts: Parts, under_way: dict[str, tuple], times: int
+    ) -> None:
+        """Those that share links run one after the other, in the order of their starts; one that is waited for where it
+        stands goes first, and holds the others up."""
+        took, links = self.links.transfer(self.program, collective)
+        parts.collective_bytes += max(collective.result_bytes, self._operand_bytes(collective))
+        sharing = {key: (end, used) for key, (end, used) in under_way.items() if used & links and end > parts.total}
+        if _is_start(i):
+            begin = max([end for end, _ in sharing.values()], default=parts.total)
+            under_way[self._key(i)] = begin + took, links
+            parts.hidden += took
+        else:
+            parts.exposed += took
+            self.waited_for[f"{collective.collective} {collective.result} {collective.op_name}"] += times * took
+            under_way |= {key: (end + took, used) for key, (end, used) in sharing.items()}
+
+    def _collective(self, i: Instruction) -> Instruction | None:
+        """The collective that an operation is, starts or, where it does no product as well, holds."""
+        if i.collective:
+            return i
+        if i.opcode not in ("fusion", "async-start"):
+            return None
+        within = self.program.within(i)
+        if not _is_start(i) and any(inner.opcode in ("convolution", "dot") for inner in within):
+            return None  # a product among the steps of a transfer that others start and end
+        return next((inner for inner in within if inner.collective), None)
+
+    def _key(self, i: Instruction) -> str:
+        """What a start and its end share: the channel of a collective that the compiler split, or the start's name."""
+        if i.opcode == "fusion":
+            return next((inner.channel for inner in self.program.within(i) if inner.channel), i.name)
+        return i.operands[0] if _is_done(i) else i.name
+
+    def _compute(self, i: Instruction, parts: Parts) -> None:
+        within = self.program.within(i) if i.opcode == "fusion" else [i]
+        kernels = [inner for inner in within if inner.opcode == "custom-call" and KERNEL.search(inner.name)]
+        if kernels and self.chip.is_tpu:
+            parts.attention += sum(self._kernel_seconds(kernel) for kernel in kernels)
+            return
+        products = [p for p in within if p.opcode in ("convolution", "dot") or "__cublas" in p.rest]
+        seconds = self._tpu_seconds(i) if self.chip.is_tpu else self._roofline(i, products)
+        if products:
+            parts.matrix += seconds
+        elif "fmha" in i.rest or kernels:
+            parts.attention += seconds
+        else:
+            parts.elementwise += seconds
+
+    # ---- how long ----------------------------------------------------------------------------------------------------
+
+    @property
+    def clock(self) -> float:
+        """Of a TPU, from its peak: cycles a second."""
+        multiply_adds = GENERATIONS[self.chip.name].multiply_adds
+        return self.chip.peak_flops / (2 * multiply_adds * self.chip.cores)
+
+    def _tpu_seconds(self, i: Instruction) -> float:
+        if i.cycles is not None:
+            return i.cycles / self.clock
+        if i.opcode in FREE or (i.opcode == "custom-call" and "tpu_custom_call" not in i.rest):
+            return 0.0
+        return (i.result_bytes + self._operand_bytes(i)) / self.chip.hbm_bytes_per_s
+
+    def _operand_bytes(self, i: Instruction) -> int:
+        return sum(array_bytes(self.program.shapes[name]) for name in i.operands if name in self.program.shapes)
+
+    def _kernel_seconds(self, i: Instruction) -> float:
+        direction, full = KERNEL.search(i.name).groups()
+        B, N, T, H = array_shapes(i.result)[0]
+        try:
+            blocks = blocks_of_table(self.chip.name, T, H)
+            cycles, _ = flash_costs(self.chip.name, T, H, blocks)[direction + (full or "")]
+            return cycles * B * N / self.chip.cores / self.clock
+        except ValueError:
+            self.guessed_kernels.add(f"{i.name} {B, N, T, H}")
+            pairs = T * T if full else T * T / 2
+            return 2 * PRODUCTS[direction] * B * N * H * pairs / (KERNEL_SHARE * self.chip.peak_flops)
+
+    def _roofline(self, i: Instruction, products: list[Instruction]) -> float:
+        if i.opcode in FREE:
+            return 0.0
+        moved = (i.result_bytes + self._operand_bytes(i)) / (GPU_HBM_SHARE * self.chip.hbm_bytes_per_s)
+        flops = sum(self._product_flops(p) for p in products) + self._fused_attention_flops(i)
+        return max(moved, flops / (GPU_MATRIX_SHARE * self.chip.peak_flops))
+
+    def _product_flops(self, product: Instruction) -> float:
+        """2 x results x numbers added up to each."""
+        contracted = re.search(r"lhs_contracting_dim(?:ension)?s(?:\":\[|=\{)([\d\",]*)", product.rest)
+        left = array_shapes(self.program.shapes.get(product.operands[0], "")) if product.operands else []
+        if not contracted or not left:
+            return 0.0
+        depth = math.prod(left[0][int(d)] for d in re.findall(r"\d+", contracted.group(1)))
+        return 2.0 * depth * math.prod(max(array_shapes(product.result), key=math.prod))
+
+    def _fused_attention_flops(self, i: Instruction) -> float:
+        """Of cuDNN's and this project's GPU kernels, causal: q is (B, T, N, H) or (B, N, T, H)."""
+        if "fmha" not in i.rest and not KERNEL.search(i.name):
+            return 0.0
+        shapes = [shape for name in i.operands for shape in array_shapes(self.program.shapes.get(name, ""))]
+        q = next((shape for shape in shapes if len(shape) == 4), None)
+        if q is None:
+            return 0.0
+        backward = "Backward" in i.rest or "backward" in i.name
+        return PRODUCTS["backward" if backward else "forward"] * float(math.prod(q)) * max(q[1], q[2])
+
+
+def _is_start(i: Instruction) -> bool:
+    return i.opcode.endswith("-start") or i.name.startswith("async-collective-start")
+
+
+def _is_done(i: Instruction) -> bool:
+    return (i.opcode.endswith("-done") and i.opcode != "copy-done") or i.name.startswith("async-collective-done")
