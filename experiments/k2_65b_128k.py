@@ -5,7 +5,7 @@ Data: the stores of K2's second stage (k2jax/k2.py) under data/k2, documents as 
 Command: python tools/convert_from_hf.py --hf=K2_FOLDER --out=DIR, then
   python -m k2jax.train --config=experiments/k2_65b_128k.py --workdir=DIR
     --config.allow_drift="('model.mask_documents',)"
-Hardware: TPU v5p 8x8x8; 16 chips share a row, each with the 8,192 positions that it has in stage two. 24.6 GiB of its
+Hardware: TPU v5p 8x8x8; 16 chips share a row, each with the 8,192 positions that it has in stage two. 25.5 GiB of its
   95 a chip, by the TPU compiler; remat=dots would take more than there is.
 Tokens: 20 chunks x 50 steps x 32 rows x 131,072 = 4.2B.
 Expected time: not measured. Expected loss: not known.

@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError
 
-
 # Arrays of a layer that `model.remat` may keep; "attention" is its output, "middle" the stream between its two halves.
 REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
 
@@ -49,6 +48,9 @@ def base() -> ConfigDict:
     c.model.unroll = 1                    # layers in one turn of the scan over layers: more compile slower, run faster
     c.model.attention = ConfigDict()
     c.model.attention.implementation = "auto" # "jnp"; "flash": Pallas, TPU; "auto": flash on TPU, jnp elsewhere
+    c.model.pipeline = ConfigDict()       # where mesh.stage > 1
+    c.model.pipeline.microbatches = 8     # that each of gradient accumulation's is cut into; a multiple of mesh.stage
+    c.model.pipeline.repeats = 1          # times that each passes all stages: the bubble shrinks, more is sent
     c.model.rope_scaling = ConfigDict()   # LLaMA-3 style; factor 1.0 is off
     c.model.rope_scaling.factor = 1.0     # by how much low frequencies are slowed
     c.model.rope_scaling.low_freq_factor = 1.0 # wavelengths above original_context / this are scaled in full
@@ -234,20 +236,14 @@ def validate(config: ConfigDict) -> None:
     need(fits, "model.rings", m.rings, f"must multiply to mesh.fsdp={config.mesh.fsdp}, or be ()")
     need(config.loss.block > 0, "loss.block", config.loss.block, "must be positive")
     need(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "must not be negative")
+    for key in ("microbatches", "repeats"):
+        need(m.pipeline[key] > 0, f"model.pipeline.{key}", m.pipeline[key], "must be positive")
     for key in ("compute", "logits"):
         choices = ("bfloat16", "float32") + (("auto",) if key == "compute" else ())
-        need(
-            config.precision[key] in choices,
-            f"precision.{key}",
-            config.precision[key],
-            f"must be one of {choices}",
-        )
-    need(
-        config.data.label_shift in ("next", "inside"),
-        "data.label_shift",
-        config.data.label_shift,
-        "must be next or inside",
-    )
+        found = config.precision[key]
+        need(found in choices, f"precision.{key}", found, f"must be one of {choices}")
+    found = config.data.label_shift
+    need(found in ("next", "inside"), "data.label_shift", found, "must be next or inside")
     found = config.data.verify
     need(found in ("sizes", "sha256"), "data.verify", found, "must be sizes or sha256")
     axes = [config.mesh[axis] for axis in config.mesh]

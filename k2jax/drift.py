@@ -29,6 +29,7 @@ FREE_KEYS = (
     "model.remat",
     "model.unroll",
     "model.attention",
+    "model.pipeline",
     "loss.block",
     "stages.*.microbatches",
 )

@@ -7,7 +7,7 @@ scatters go over one ring of devices after the other (an axis of a TPU's torus e
 beside the products where they are asked to (`compiler.tpu` in the experiment files).
 
 Mesh axes: "replica", "fsdp" and "context" split what a step reads, "fsdp" and "context" the parameters as well.
-"tensor" and "stage" are left to the partitioner.
+"stage" splits rows outside the layers, "tensor" is left to the partitioner.
 """
 
 import math
@@ -17,14 +17,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from k2jax.sharding import platform
 
-READ = ("replica", "fsdp", "context")
 SPLIT = ("fsdp", "context")
-ROWS = PartitionSpec(("replica", "fsdp"), "context")  # of B, T, ...
 Rings = tuple[int, ...]  # sizes that multiply to that of fsdp, major first; (): one ring
+
+
+def reading() -> tuple[str, ...]:
+    """The mesh axes that split rows and positions here: within a pipeline's stage, its axis does not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual]
+    return tuple(axis for axis in ("replica", "fsdp", "stage", "context") if axis in free)
+
+
+def rows() -> PartitionSpec:
+    """Of B, T, ..."""
+    *batch, position = reading() or (None,)
+    return PartitionSpec(tuple(batch), position)
 
 
 def weight(dim: int) -> PartitionSpec:
@@ -34,11 +45,11 @@ def weight(dim: int) -> PartitionSpec:
 
 def over_data(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
     """`function` of each device's own part; as it is where a mesh splits no data."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.shape[axis] for axis in READ) == 1:
+    axes = reading()
+    if not axes or math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) == 1:
         return function
     return jax.shard_map(
-        function, in_specs=in_specs, out_specs=out_specs, axis_names=set(READ), check_vma=False
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
     )
 
 
@@ -50,19 +61,19 @@ def gather(part: jax.Array, dim: int, dtype: jnp.dtype, rings: Rings) -> jax.Arr
     return whole
 
 
-def scatter(gradient: jax.Array, dim: int, rings: Rings) -> jax.Array:
-    """The sum over all devices of a weight's gradient, to each the part that is its own. Within `over_data`."""
+def scatter(gradient: jax.Array, dim: int, rings: Rings, axes: tuple[str, ...]) -> jax.Array:
+    """The sum over `axes` of a weight's gradient, to each device the part that is its own. Within `over_data`."""
     for axis, groups in reversed(_hops(rings)):
         gradient = jax.lax.psum_scatter(
             gradient, axis, scatter_dimension=dim, tiled=True, axis_index_groups=groups
         )
-    return total(gradient, ("replica",))
+    return total(gradient, tuple(axis for axis in axes if axis not in SPLIT))
 
 
-def total(x: jax.Array, axes: tuple[str, ...] = READ) -> jax.Array:
+def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The sum over devices, within `over_data`."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+    axes = tuple(axis for axis in axes if sizes[axis] > 1)
     return jax.lax.psum(x, axes) if axes else x
 
 
@@ -99,7 +110,7 @@ def matmul(x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, 
         y_BTO = _apart(_dot(_flat(x_BTI), whole, inputs, out_dtype))
         return y_BTO.reshape(*x_BTI.shape[:2], *y_BTO.shape[2:])
 
-    return over_data(product, (ROWS, weight(split)), ROWS)(x_BTI, w_IO)
+    return over_data(product, (rows(), weight(split)), rows())(x_BTI, w_IO)
 
 
 def _matmul_forward(
@@ -111,16 +122,17 @@ def _matmul_forward(
 def _matmul_backward(
     split: int, out_dtype: jnp.dtype, rings: Rings, saved: tuple, dy_BTO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    axes, specs = reading(), (rows(), weight(split))
+
     def gradients(x_BTI: jax.Array, w_IO: jax.Array, dy_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
         dy_BTO = _flat(dy_BTO.astype(x_BTI.dtype))
         whole, first_output = gather(w_IO, split, x_BTI.dtype, rings), x_BTI.ndim - 2
         outputs = range(2, dy_BTO.ndim), range(first_output, w_IO.ndim)
         dx_BTI = _apart(_dot(dy_BTO, whole, outputs, x_BTI.dtype)).reshape(x_BTI.shape)
         dw_IO = _dot(_flat(x_BTI), dy_BTO, ((0, 1), (0, 1)), w_IO.dtype)
-        return dx_BTI, scatter(dw_IO, split, rings)
+        return dx_BTI, scatter(dw_IO, split, rings, axes)
 
-    specs = (ROWS, weight(split))
-    return over_data(gradients, (*specs, ROWS), specs)(*saved, dy_BTO)
+    return over_data(gradients, (*specs, rows()), specs)(*saved, dy_BTO)
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple, dtype: jnp.dtype) -> jax.Array:
@@ -145,8 +157,8 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, rings: Rings = ()) -> jax.Array:
     """Rows of the embedding, (B, T, D) in `dtype`; its gradient is float32."""
-    rows = over_data(lambda e, t: gather(e, 1, dtype, rings)[t], (weight(1), ROWS), ROWS)
-    return rows(embed_VD, tokens_BT)
+    pick = over_data(lambda e, t: gather(e, 1, dtype, rings)[t], (weight(1), rows()), rows())
+    return pick(embed_VD, tokens_BT)
 
 
 def _lookup_forward(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, rings: Rings) -> tuple:
@@ -155,13 +167,13 @@ def _lookup_forward(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype,
 
 def _lookup_backward(dtype: jnp.dtype, rings: Rings, saved: tuple, dx_BTD: jax.Array) -> tuple:
     embed_VD, tokens_BT = saved
-    V = embed_VD.shape[0]
+    V, axes = embed_VD.shape[0], reading()
 
     def gradient(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
         zeros_VD = jnp.zeros((V, dx_BTD.shape[-1]), embed_VD.dtype)
-        return scatter(zeros_VD.at[tokens_BT].add(dx_BTD.astype(embed_VD.dtype)), 1, rings)
+        return scatter(zeros_VD.at[tokens_BT].add(dx_BTD.astype(embed_VD.dtype)), 1, rings, axes)
 
-    return over_data(gradient, (ROWS, ROWS), weight(1))(tokens_BT, dx_BTD), None
+    return over_data(gradient, (rows(), rows()), weight(1))(tokens_BT, dx_BTD), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax import drift, sharding
+from k2jax import drift, pipeline, sharding
 from k2jax.data.loader import make_loader
 from k2jax.data.manifest import build_manifest, manifest_digest
 from k2jax.data.order import Order, StagePlan
@@ -25,7 +25,7 @@ from k2jax.data.store import Store
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.flops import flops_per_token
-from k2jax.model import num_params, parameter_table
+from k2jax.model import Params, num_params, parameter_table
 from k2jax.optimizer import TrainState, init_state
 from k2jax.rundir import environment
 from k2jax.step import Batch, Metrics, train_step
@@ -86,6 +86,7 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
                 f"stages.{i}: sequence_length={stage.sequence_length} is not divisible by 2 x mesh.context = "
                 f"{2 * mesh.shape['context']} chunks (two of a row to a device): change the mesh or the length"
             )
+    pipeline.check(config, mesh)
 
 
 def mesh_for(config: ConfigDict) -> Mesh:
@@ -115,6 +116,12 @@ def mesh_for(config: ConfigDict) -> Mesh:
     everywhere = {"fsdp": -1}
     fewer = (fitting(everywhere, count) for count in range(len(devices), 0, -1))
     return fitting(own, len(devices)) or next(mesh for mesh in fewer if mesh)
+
+
+def move_params(config: ConfigDict, params: Params, mesh: Mesh) -> Params:
+    """The parameters placed on another mesh of the same devices; on the mesh that they are on, as they are."""
+    places = {name: sharding.named(mesh, p.axes) for name, p in parameter_table(config.model).items()}
+    return jax.device_put(params, places)
 
 
 def check_processes_agree(config: ConfigDict, order: Order) -> None:

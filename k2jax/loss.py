@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from k2jax.fsdp import ROWS, Rings, gather, over_data, scatter, total, weight
+from k2jax.fsdp import Rings, gather, over_data, reading, rows, scatter, total, weight
+
+Axes = tuple[str, ...]  # of the mesh, that split rows and positions
 
 
 class LossOptions(NamedTuple):
@@ -60,14 +62,13 @@ def head_loss(
     at K2's vocabulary the logits of a row of 8,192 positions and their gradient would be 2.1 GB. Each device has its
     own rows and positions, and gathers the head once.
     """
-    specs = (ROWS, weight(0), ROWS, ROWS)
-    return over_data(partial(_loss, options=options), specs, (PartitionSpec(), ROWS))(
-        x_BTD, head_DV, targets_BT, weights_BT
-    )
+    specs = (rows(), weight(0), rows(), rows())
+    loss = over_data(partial(_loss, options=options, axes=reading()), specs, (PartitionSpec(), rows()))
+    return loss(x_BTD, head_DV, targets_BT, weights_BT)
 
 
 def _loss(
-    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions, axes: Axes
 ) -> tuple[jax.Array, jax.Array]:
     blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
     head_DV = gather(head_DV, 0, x_BTD.dtype, options.rings)
@@ -78,22 +79,24 @@ def _loss(
         return loss + _weighted(nats_BC, lse_BC, weights_BC, options), nats_BC
 
     loss, nats_SBC = jax.lax.scan(add, jnp.float32(0), blocks)
-    return total(loss), _positions(nats_SBC, targets_BT.shape[1])
+    return total(loss, axes), _positions(nats_SBC, targets_BT.shape[1])
 
 
 def _head_loss_forward(
     x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    specs = (ROWS, weight(0), ROWS, ROWS)
+    specs = (rows(), weight(0), rows(), rows())
     with_gradients = over_data(
-        partial(_loss_and_gradients, options=options), specs, (PartitionSpec(), ROWS, ROWS, weight(0))
+        partial(_loss_and_gradients, options=options, axes=reading()),
+        specs,
+        (PartitionSpec(), rows(), rows(), weight(0)),
     )
     loss, nats_BT, dx_BTD, dhead_DV = with_gradients(x_BTD, head_DV, targets_BT, weights_BT)
     return (loss, nats_BT), (dx_BTD, dhead_DV)
 
 
 def _loss_and_gradients(
-    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions, axes: Axes
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     T, D = x_BTD.shape[1:]
     blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
@@ -117,7 +120,7 @@ def _loss_and_gradients(
 
     start = jnp.float32(0), jnp.zeros(cast_DV.shape, head_DV.dtype)
     (loss, dhead_DV), (nats_SBC, dx_SBCD) = jax.lax.scan(add, start, blocks)
-    return total(loss), _positions(nats_SBC, T), _positions(dx_SBCD, T), scatter(dhead_DV, 0, options.rings)
+    return total(loss, axes), _positions(nats_SBC, T), _positions(dx_SBCD, T), scatter(dhead_DV, 0, options.rings, axes)
 
 
 def _head_loss_backward(options: LossOptions, saved: tuple, gradients: tuple) -> tuple:

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as kept
 from ml_collections import ConfigDict
 
-from k2jax import context
+from k2jax import context, pipeline
 from k2jax.attention import attend_causally
 from k2jax.config import REMAT_NAMES
 from k2jax.fsdp import Rings, lookup, matmul
-from k2jax.sharding import shard
+from k2jax.sharding import num_stages, shard
 
 Params = dict[str, jax.Array]
 Product = Callable[..., jax.Array]  # x, w, `into`: see `dense`
@@ -163,6 +163,8 @@ class Block(nnx.Module):
 
 def remat_policy(remat: str) -> Callable:
     """Of a layer's arrays, those named in `model.remat` are kept for its backward pass ("attention": with its sums)."""
+    if remat == "none":
+        return pipeline.keep_computed
     names = {"dots": REMAT_NAMES, "full": ()}.get(remat, remat.split("+"))
     return jax.checkpoint_policies.save_only_these_names(*names)
 
@@ -190,17 +192,26 @@ class Decoder(nnx.Module):
         rope = tuple(context.in_order(t, 0) for t in rope_table(self.m, rope_base, tokens_BT.shape[1]))
         rings = tuple(self.m.rings)
         x_BTD = shard(lookup(self.embed_VD[...], tokens_BT, self.compute_dtype, rings), "x_BTD")
-        attend = partial(
-            attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
-        )
         graph, stacked = nnx.split(self.layers)
 
-        def layer(x_BTD: jax.Array, arrays: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, arrays)(x_BTD, rope, attend, partial(dense, rings=rings)), None
+        def layer(x_BTD: jax.Array, arrays: nnx.State, rope: Any, document_BT: jax.Array | None) -> jax.Array:
+            attend = partial(
+                attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
+            )
+            return nnx.merge(graph, arrays)(x_BTD, rope, attend, partial(dense, rings=rings))
 
-        if self.m.remat != "none":
-            layer = jax.checkpoint(layer, policy=remat_policy(self.m.remat), prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked, unroll=self.m.unroll)
+        remat = partial(jax.checkpoint, policy=remat_policy(self.m.remat), prevent_cse=False)
+        if num_stages() > 1:
+            x_BTD = pipeline.run_layers(layer, remat, x_BTD, stacked, rope, document_BT, self.m)
+        else:
+            one = layer if self.m.remat == "none" else remat(layer)
+            x_BTD, _ = jax.lax.scan(
+                lambda x_BTD, arrays: (one(x_BTD, arrays, rope, document_BT), None),
+                x_BTD,
+                stacked,
+                unroll=self.m.unroll,
+            )
+        x_BTD = shard(x_BTD, "rows_BTD")
         return rms_norm(x_BTD, self.final_norm_D[...], self.m.norm_eps)
 
     def logits(self, x_BTD: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:

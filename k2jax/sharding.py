@@ -21,6 +21,8 @@ MESH_AXES = ("replica", "stage", "fsdp", "context", "tensor")
 # Devices that share a row (context) hold other parts of the parameters, too: to parameters they are more of fsdp.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": DATA_AXES,
+    "rows": (*DATA_AXES, "stage"),  # a batch outside the layers: what no stage computes for another
+    "microbatch": (),
     "position": ("context",),
     "width": (),
     "layers": ("stage",),
@@ -36,6 +38,8 @@ RULES: dict[str, tuple[str, ...]] = {
 # Activations that the model pins, by the name they have in model.py.
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "x_BTD": ("batch", "position", "width"),
+    "rows_BTD": ("rows", "position", "width"),
+    "x_MBTD": ("microbatch", "batch", "position", "width"),
     "q_BTNH": ("batch", "position", "heads", "head_dim"),
     "k_BTKH": ("batch", "position", "kv_heads", "head_dim"),
     "cache_BKSH": ("batch", "kv_heads", "position", "head_dim"),
@@ -64,16 +68,6 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
-
-
-def readers_mesh(mesh: Mesh) -> Mesh:
-    """The same devices for who neither pipelines nor splits rows: those that did count to fsdp.
-
-    Without stages every part of a parameter stays where it is.
-    """
-    replica, stage, fsdp, context, tensor = mesh.devices.shape
-    devices = mesh.devices.swapaxes(1, 2).reshape(replica, 1, fsdp * stage * context, 1, tensor)
-    return Mesh(devices, MESH_AXES)
 
 
 def _needs(sizes: Mapping[str, int]) -> str:
@@ -131,6 +125,12 @@ def shard(x: jax.Array, name: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS[name]))
+
+
+def num_stages() -> int:
+    """Of the pipeline, on the current mesh; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["stage"]
 
 
 def named(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:

@@ -37,7 +37,6 @@ from k2jax.generate import text_after
 from k2jax.generation import Generator
 from k2jax.ledger import Ledger, StepLog
 from k2jax.metrics import Recorder
-from k2jax.model import parameter_table
 from k2jax.optimizer import TrainState, init_state
 from k2jax.rundir import RunDirectory, write_json
 from k2jax.sampling import Sampling
@@ -168,13 +167,10 @@ def report(
     encoder = load_tokenizer(workdir / "tokenizer.json")
     starts = [encoder.encode(prompt, add_special_tokens=False).ids for prompt in config.eval.prompts]
     if starts:
-        readers = sharding.readers_mesh(mesh)
-        with jax.set_mesh(readers):
-            table = parameter_table(config.model)
-            places = {name: sharding.named(readers, p.axes) for name, p in table.items()}
-            params = jax.device_put(state.params, places)
-            generator = Generator(config.model, stage.rope_base, params, readers, dtype, eos_id=eos_id)
-            new = generator.generate(starts, config.eval.new_tokens, sampling=Sampling(0.8), seed=config.seed)
+        reader = launch.mesh_for(config)  # generation has no pipeline
+        params = launch.move_params(config, state.params, reader)
+        generator = Generator(config.model, stage.rope_base, params, reader, dtype, eos_id=eos_id)
+        new = generator.generate(starts, config.eval.new_tokens, sampling=Sampling(0.8), seed=config.seed)
         for prompt, start, tokens in zip(config.eval.prompts, starts, new, strict=True):
             say(f"sample: {prompt}|{text_after(encoder.decode, start, tokens)}")
     if is_main():

@@ -160,16 +160,6 @@ def test_a_length_that_the_kernels_cannot_cut_is_refused(monkeypatch: pytest.Mon
         jax.eval_shape(partial(attend_causally, implementation="auto"), *arrays[:3])
 
 
-def test_readers_share_no_rows_and_find_every_parameter_where_it_was():
-    c, _ = small()
-    mesh = sharding.make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
-    readers = sharding.readers_mesh(mesh)
-    assert (readers.shape["fsdp"], readers.shape["context"]) == (4, 1)
-    for p in parameter_table(c.model).values():
-        trained, read = (sharding.named(m, p.axes).devices_indices_map(p.shape) for m in (mesh, readers))
-        assert trained == read
-
-
 # ---- compiled for TPUs that are not here ----------------------------------------------------------------------------
 
 COMPILE = """
@@ -240,7 +230,7 @@ def test_the_tpu_sends_what_comes_next_while_it_computes(tmp_path: Path):
 
 @pytest.mark.slow
 def test_k2_65b_compiles_for_a_pod_with_rows_shared(tmp_path: Path):
-    """Within a v5p's 95 GiB: 131,072 tokens (24.6 when last compiled), and stage two with two chips to a row (22.1)."""
+    """Within a v5p's 95 GiB: 131,072 tokens (25.5 when last compiled), and stage two with two chips to a row (22.1)."""
     experiments = REPOSITORY / "experiments"
     mesh = ["mesh.replica=1", "mesh.fsdp=256", "mesh.context=2", "mesh.tensor=1"]
     rows = ["stages.0.rows_per_step=2048", "stages.1.rows_per_step=512"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from k2jax.plan.chips import Chip
-from k2jax.plan.hlo import Instruction, Program, array_bytes, array_shapes, replica_groups
+from k2jax.plan.hlo import Instruction, Program, array_bytes, replica_groups
 
 HOP_S = 1e-6
 

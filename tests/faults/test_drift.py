@@ -24,7 +24,15 @@ OTHER_MESHES = [
     ({"mesh.replica": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, 8),
     ({"mesh.fsdp": 8, "mesh.tensor": 1}, 8),
     ({"mesh.fsdp": 1, "mesh.tensor": 1}, 1),
-]
+    # A pipeline, to the end of the run: with validation and a sampled text.
+    (
+        {
+            "mesh.stage": 2, "mesh.fsdp": 4, "mesh.tensor": 1, "model.pipeline.microbatches": 2,
+            "eval.prompts": "('abc',)", "eval.new_tokens": 4,
+        },
+        8,
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
