@@ -3,13 +3,15 @@
 Axes: B batch, T query positions, S key positions, N query heads, K key and value heads, G = N/K, H head dim.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as kept
+from jax.sharding import PartitionSpec
 
-from k2jax import sharding
+from k2jax import context, sharding
 from k2jax.errors import ConfigError
 
 MASKED = -1e30  # finite, so that a row with every key masked gives numbers and not NaN
@@ -27,6 +29,9 @@ def attend_causally(
 ) -> jax.Array:
     """Causal softmax attention of whole rows, softmax in float32; returns (B, T, N, H) in the type of `q`.
 
+    Where devices share rows (mesh axis context), positions are in the order of `context.in_order`, and it is ring
+    attention by the same implementation.
+
     Args:
         document_BT: int32; keeps each position within its own document. None lets it see the whole row.
         implementation: "jnp" anywhere, "flash" on TPUs; "auto" is flash there and jnp elsewhere.
@@ -35,19 +40,55 @@ def attend_causally(
     platform = sharding.platform()
     if implementation == "auto":
         implementation = "flash" if platform == "tpu" else "jnp"
+    if implementation == "flash" and platform != "tpu":
+        raise ConfigError(f"model.attention.implementation='flash' runs on TPUs, this is {platform}: take 'jnp'")
+    if context.size() > 1:
+        ring = _ring(implementation, q_BTNH.shape[1], q_BTNH.shape[3] * q_BTNH.dtype.itemsize)
+        return _on_each_device(ring, q_BTNH, k_BTKH, v_BTKH, document_BT, jnp.arange(context.size()))
     if implementation == "jnp":
         return _attend_by_blocks(q_BTNH, k_BTKH, v_BTKH, document_BT)
-    if platform != "tpu":
-        raise ConfigError(f"model.attention.implementation='flash' runs on TPUs, this is {platform}: take 'jnp'")
     from k2jax.kernels.flash_attention import flash_attention  # Pallas takes a second to import
 
     if jax.sharding.get_abstract_mesh().empty:
         return flash_attention(q_BTNH, k_BTKH, v_BTKH, document_BT)
-    # A kernel is no product that the partitioner could cut: each device takes its own rows and heads.
-    names = ["q_BTNH", "k_BTKH", "k_BTKH"] + ([] if document_BT is None else ["tokens_BT"])
-    specs = [sharding.spec(sharding.ACTIVATIONS[name]) for name in names]
-    mapped = jax.shard_map(flash_attention, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
-    return mapped(q_BTNH, k_BTKH, v_BTKH, *([] if document_BT is None else [document_BT]))
+    return _on_each_device(flash_attention, q_BTNH, k_BTKH, v_BTKH, document_BT)
+
+
+def _on_each_device(
+    attend: Callable[..., jax.Array],
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    document_BT: jax.Array | None,
+    *by_device: jax.Array,
+) -> jax.Array:
+    """A kernel is no product that the partitioner could cut: each device takes its own rows, positions and heads.
+
+    Arrays `by_device` have an element for each device that shares a row.
+    """
+    names = ["q_BTNH", "k_BTKH", "k_BTKH", "tokens_BT"]
+    specs = *(sharding.spec(sharding.ACTIVATIONS[name]) for name in names), *[PartitionSpec("context")] * len(by_device)
+    mapped = jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(q_BTNH, k_BTKH, v_BTKH, document_BT, *by_device)
+
+
+def _ring(implementation: str, length: int, row_bytes: int) -> Callable[..., jax.Array]:
+    """Ring attention of rows of `length` positions by `implementation`; for devices that share rows."""
+    from k2jax.kernels import flash_attention, reference, ring_attention
+    from k2jax.kernels.flash_attention_tpu import LANES
+
+    forward, backward = reference.forward, reference.backward
+    if implementation == "flash":
+        chunk = length // len(context.chunks(context.size()))
+        if chunk % LANES:
+            raise ConfigError(
+                f"rows of {length} positions on mesh.context={context.size()} are chunks of {chunk}: flash attention "
+                f"takes multiples of {LANES} there: change the mesh or the stage's sequence_length"
+            )
+        options = flash_attention.options_of_chunks(chunk, row_bytes)
+        forward = partial(flash_attention.forward_by_parts, options=options)
+        backward = partial(flash_attention.backward_by_parts, options=options)
+    return partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, backward))
 
 
 def _attend_by_blocks(

@@ -61,7 +61,7 @@ def base() -> ConfigDict:
     c.precision.logits = "float32"        # of the head's product, of its result: the loss is float32
 
     c.loss = ConfigDict()
-    c.loss.block = 256                    # positions of a row whose logits are held at a time
+    c.loss.block = 256                    # positions of a row whose logits a device holds at a time
     c.loss.z_loss = 0.0                   # times log(softmax's denominator)^2, added to a target's loss; PaLM: 1e-4
 
     c.stages = ()                         # the run, a row a stage: see `stage()`

@@ -92,6 +92,11 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
                 f"stages.{i}: rows_per_step={stage.rows_per_step} in {stage.microbatches} microbatch(es) gives "
                 f"{rows} rows, not divisible by mesh.replica x mesh.fsdp = {data_parallel} devices"
             )
+        if mesh.shape["context"] > 1 and stage.sequence_length % (2 * mesh.shape["context"]):
+            raise ConfigError(
+                f"stages.{i}: sequence_length={stage.sequence_length} is not divisible by 2 x mesh.context = "
+                f"{2 * mesh.shape['context']} chunks (two of a row to a device): change the mesh or the length"
+            )
     rings = tuple(config.model.rings)
     if rings and math.prod(rings) != mesh.shape["fsdp"]:
         raise ConfigError(f"model.rings={rings} must multiply to mesh.fsdp={mesh.shape['fsdp']}, or be ()")

@@ -18,7 +18,7 @@ Axes = tuple[str, ...]  # of the mesh, that split rows and positions
 class LossOptions(NamedTuple):
     """How `head_loss` computes."""
 
-    block: int = 256  # positions of a row whose logits are held at a time
+    block: int = 256  # positions of a row whose logits a device holds at a time
     z_loss: float = 0.0  # times the squared log of softmax's denominator, added to every position's loss (PaLM: 1e-4)
     logits_dtype: str = "float32"  # of the head's product
     rings: Rings = ()  # see fsdp.py

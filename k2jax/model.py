@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as kept
 from ml_collections import ConfigDict
 
-from k2jax import pipeline
+from k2jax import context, pipeline
 from k2jax.attention import attend_causally
 from k2jax.config import REMAT_NAMES
 from k2jax.fsdp import Rings, lookup, matmul
@@ -185,8 +185,11 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens_BT: jax.Array, rope_base: float, document_BT: jax.Array | None = None
     ) -> jax.Array:
-        """(B, T) int32 to hidden states (B, T, D). `document_BT` masks attention to each document; None: to the row."""
-        rope = rope_table(self.m, rope_base, tokens_BT.shape[1])
+        """(B, T) int32 to hidden states (B, T, D). `document_BT` masks attention to each document; None: to the row.
+
+        Where devices share rows, all of them are in the order of `context.in_order`.
+        """
+        rope = tuple(context.in_order(t, 0) for t in rope_table(self.m, rope_base, tokens_BT.shape[1]))
         rings = tuple(self.m.rings)
         x_BTD = shard(lookup(self.embed_VD[...], tokens_BT, self.compute_dtype, rings), "x_BTD")
         graph, stacked = nnx.split(self.layers)

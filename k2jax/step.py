@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from k2jax import context
 from k2jax.loss import LossOptions, head_loss, targets_and_weights
 from k2jax.model import Decoder, Params, document_ids, parameter_table
 from k2jax.optimizer import TrainState, adamw, learning_rate
@@ -73,9 +74,12 @@ def row_losses(
     inputs_BT, targets_BT, weights_BT = targets_and_weights(
         tokens, config.data.label_shift, inputs_BT == eos_id if masked else None
     )
-    inputs_BT = shard(inputs_BT, "tokens_BT")
+    rows = inputs_BT, targets_BT, weights_BT, document_ids(inputs_BT, eos_id) if masked else None
+    inputs_BT, targets_BT, weights_BT, document_BT = jax.tree.map(
+        lambda x_BT: shard(context.in_order(x_BT, 1), "tokens_BT"), rows
+    )
     decoder = Decoder(config.model, params, compute_dtype)
-    hidden_BTD = decoder(inputs_BT, stage.rope_base, document_ids(inputs_BT, eos_id) if masked else None)
+    hidden_BTD = decoder(inputs_BT, stage.rope_base, document_BT)
     options = LossOptions(
         config.loss.block, config.loss.z_loss, config.precision.logits, tuple(config.model.rings)
     )

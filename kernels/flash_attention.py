@@ -7,6 +7,7 @@ Axes: B batch, N query heads, K key and value heads, T positions, H head dim.
 """
 
 from functools import partial
+from math import gcd
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from k2jax.kernels.flash_attention_tpu import (
     GENERATION_OF_KIND,
     LOG2_E,
     BlockSizes,
+    Documents,
     Interpret,
     backward,
     block_sizes,
@@ -49,7 +51,7 @@ def flash_attention(
     ]
     if document_BT is not None:
         document_BT = jnp.pad(document_BT, ((0, 0), (0, padding)), mode="edge")
-    out_BNTH = _attend(*heads_first, document_BT, _Options(sizes, interpret))
+    out_BNTH = _attend(*heads_first, document_BT, Options(sizes, interpret))
     return out_BNTH.transpose(0, 2, 1, 3)[:, :T]
 
 
@@ -60,42 +62,62 @@ def _generation() -> str:
     return GENERATION_OF_KIND.get(kind, "v4")
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
+    """Of the kernels."""
+
     sizes: BlockSizes
-    interpret: Interpret
+    interpret: Interpret = False
+
+
+def options_of_chunks(length: int, row_bytes: int) -> Options:
+    """For chunks of `length` positions, a multiple of LANES, which are not filled up: blocks that divide them."""
+    sizes = block_sizes(_generation(), length, row_bytes)
+    forward, backward = gcd(sizes.forward, length), gcd(sizes.backward, length)
+    strips = min(sizes.forward_strip, forward), min(sizes.backward_strip, backward)
+    return Options(BlockSizes(forward, strips[0], backward, strips[1], sizes.resident))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(
-    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, options: _Options
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, options: Options
 ) -> jax.Array:
     return _attend_forward(q_BNTH, k_BKTH, v_BKTH, document_BT, options)[0]
 
 
-def _scaled(q_BNTH: jax.Array) -> jax.Array:
+def scaled(q_BNTH: jax.Array) -> jax.Array:
     """So that softmax is one of powers of two of q . k."""
     return (q_BNTH.astype(jnp.float32) * (LOG2_E * q_BNTH.shape[-1] ** -0.5)).astype(q_BNTH.dtype)
 
 
 def _attend_forward(
-    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, options: _Options
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, document_BT: jax.Array | None, options: Options
 ) -> tuple[jax.Array, tuple]:
-    dtype, parts = q_BNTH.dtype, _parts(q_BNTH.shape[2], options.sizes)
+    documents, dtype = document_BT if document_BT is None else (document_BT, document_BT), q_BNTH.dtype
+    arrays = scaled(q_BNTH), k_BKTH, v_BKTH, documents
+    found = forward_by_parts(*arrays, causal=True, options=options, out_dtype=dtype)
+    out_BNTH, lse_BN1T = (checkpoint_name(x, "attention") for x in found)
+    return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T)
+
+
+def forward_by_parts(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, documents: Documents,
+    *, causal: bool, options: Options, out_dtype: jnp.dtype = jnp.float32,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """`forward` of any number of positions that is a multiple of the block."""
+    parts, parts_of_keys = _parts(q_BNTH.shape[2], options.sizes), _parts(k_BKSH.shape[2], options.sizes)
     run = partial(forward, sizes=options.sizes, interpret=options.interpret)
-    run = partial(run, out_dtype=dtype if len(parts) == 1 else jnp.float32)
-    scaled, outs, lses = _scaled(q_BNTH), [], []
+    run = partial(run, out_dtype=out_dtype if len(parts_of_keys) == 1 else jnp.float32)
+    outs, lses = [], []
     for i, rows in enumerate(parts):
         found = []
-        for keys in parts[: i + 1]:
-            documents = None if document_BT is None else (document_BT[:, rows], document_BT[:, keys])
-            arrays = scaled[:, :, rows], k_BKTH[:, :, keys], v_BKTH[:, :, keys], documents
-            found.append(run(*arrays, causal=keys == rows))
+        for keys in parts_of_keys[: i + 1] if causal else parts_of_keys:
+            own = None if documents is None else (documents[0][:, rows], documents[1][:, keys])
+            arrays = q_BNTH[:, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], own
+            found.append(run(*arrays, causal=causal and keys == rows))
         out, lse = found[0] if len(found) == 1 else merge(found)
-        outs.append(out.astype(dtype))
+        outs.append(out.astype(out_dtype))
         lses.append(lse)
-    out_BNTH = checkpoint_name(jnp.concatenate(outs, axis=2), "attention")
-    lse_BN1T = checkpoint_name(jnp.concatenate(lses, axis=3), "attention")
-    return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T)
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=3)
 
 
 def merge(found: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
@@ -106,24 +128,35 @@ def merge(found: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Arra
     return sum(out * share for (out, _), share in zip(found, shares, strict=True)), lse_BN1T
 
 
-def _attend_backward(options: _Options, saved: tuple, dout_BNTH: jax.Array) -> tuple:
+def _attend_backward(options: Options, saved: tuple, dout_BNTH: jax.Array) -> tuple:
     q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T = saved
-    parts = _parts(q_BNTH.shape[2], options.sizes)
-    run = partial(backward, sizes=options.sizes, interpret=options.interpret)
-    run = partial(run, out_dtype=q_BNTH.dtype if len(parts) == 1 else jnp.float32)
+    documents = document_BT if document_BT is None else (document_BT, document_BT)
     delta_BN1T = (dout_BNTH.astype(jnp.float32) * out_BNTH.astype(jnp.float32)).sum(axis=-1)[:, :, None]
-    scaled, dqs, dks, dvs = _scaled(q_BNTH), *([0] * len(parts) for _ in range(3))
-    for i, rows in enumerate(parts):
-        for j, keys in enumerate(parts[: i + 1]):
-            documents = None if document_BT is None else (document_BT[:, rows], document_BT[:, keys])
-            of_rows = lse_BN1T[..., rows], delta_BN1T[..., rows], dout_BNTH[:, :, rows]
-            arrays = scaled[:, :, rows], k_BKTH[:, :, keys], v_BKTH[:, :, keys], documents, *of_rows
-            dq, dk, dv = run(*arrays, causal=i == j)
-            dqs[i], dks[j], dvs[j] = dqs[i] + dq, dks[j] + dk, dvs[j] + dv
-    return *(jnp.concatenate(d, axis=2).astype(q_BNTH.dtype) for d in (dqs, dks, dvs)), None
+    arrays = scaled(q_BNTH), k_BKTH, v_BKTH, documents, lse_BN1T, delta_BN1T, dout_BNTH
+    return *backward_by_parts(*arrays, causal=True, options=options, out_dtype=q_BNTH.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def backward_by_parts(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, documents: Documents,
+    lse_BN1T: jax.Array, delta_BN1T: jax.Array, dout_BNTH: jax.Array,
+    *, causal: bool, options: Options, out_dtype: jnp.dtype = jnp.float32,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """`backward` of any number of positions that is a multiple of the block."""
+    parts, parts_of_keys = _parts(q_BNTH.shape[2], options.sizes), _parts(k_BKSH.shape[2], options.sizes)
+    run = partial(backward, sizes=options.sizes, interpret=options.interpret)
+    run = partial(run, out_dtype=out_dtype if len(parts) == len(parts_of_keys) == 1 else jnp.float32)
+    dqs, dks, dvs = [0] * len(parts), [0] * len(parts_of_keys), [0] * len(parts_of_keys)
+    for i, rows in enumerate(parts):
+        for j, keys in enumerate(parts_of_keys[: i + 1] if causal else parts_of_keys):
+            own = None if documents is None else (documents[0][:, rows], documents[1][:, keys])
+            of_rows = lse_BN1T[..., rows], delta_BN1T[..., rows], dout_BNTH[:, :, rows]
+            arrays = q_BNTH[:, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], own, *of_rows
+            dq, dk, dv = run(*arrays, causal=causal and i == j)
+            dqs[i], dks[j], dvs[j] = dqs[i] + dq, dks[j] + dk, dvs[j] + dv
+    return tuple(jnp.concatenate(d, axis=2).astype(out_dtype) for d in (dqs, dks, dvs))
 
 
 def _parts(length: int, sizes: BlockSizes) -> list[slice]:

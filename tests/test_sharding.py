@@ -12,13 +12,18 @@ from k2jax.errors import ConfigError
 from k2jax.model import parameter_table
 
 ROWS, LENGTH, STEPS = 16, 16, 10
+AXES = ("replica", "fsdp", "context", "tensor")
 MESHES = {
-    "replica 8": (8, 1, 1),
-    "fsdp 8": (1, 8, 1),
-    "tensor 8": (1, 1, 8),
-    "fsdp 4 x tensor 2": (1, 4, 2),
-    "replica 2 x fsdp 4": (2, 4, 1),
-    "replica 2 x fsdp 2 x tensor 2": (2, 2, 2),
+    "replica 8": (8, 1, 1, 1),
+    "fsdp 8": (1, 8, 1, 1),
+    "tensor 8": (1, 1, 1, 8),
+    "fsdp 4 x tensor 2": (1, 4, 1, 2),
+    "replica 2 x fsdp 4": (2, 4, 1, 1),
+    "replica 2 x fsdp 2 x tensor 2": (2, 2, 1, 2),
+    "context 8": (1, 1, 8, 1),
+    "fsdp 2 x context 4": (1, 2, 4, 1),
+    "replica 2 x fsdp 2 x context 2": (2, 2, 2, 1),
+    "fsdp 2 x context 2 x tensor 2": (1, 2, 2, 2),
 }
 
 
@@ -42,14 +47,15 @@ def small(microbatches: int = 1) -> tuple:
             ),
         )
         c.model.mask_documents = True  # uneven numbers of targets, so that microbatches weigh unequally
+        c.loss.block = 3  # the last of a row, or of a device's part of one, is filled up
     return c.lock(), StagePlan("stage1", 0, LENGTH, ROWS, STEPS, 1, 0, ROWS * STEPS, 1, STEPS)
 
 
-def losses(shape: tuple[int, int, int], microbatches: int = 1) -> list[float]:
+def losses(shape: tuple[int, ...], microbatches: int = 1) -> list[float]:
     """Of the first ten steps, through the trainer's own placement and jit, on the first devices."""
     c, plan = small(microbatches)
     devices = jax.devices()[: int(np.prod(shape))]
-    mesh = sharding.make_mesh(dict(zip(("replica", "fsdp", "tensor"), shape, strict=True)), devices)
+    mesh = sharding.make_mesh(dict(zip(AXES, shape, strict=True)), devices)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
         shardings = launch.place_state(c, shapes, mesh)
@@ -71,7 +77,7 @@ def losses(shape: tuple[int, int, int], microbatches: int = 1) -> list[float]:
 
 @pytest.fixture(scope="module")
 def one_device_losses() -> list[float]:
-    return losses((1, 1, 1))
+    return losses((1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
@@ -94,10 +100,10 @@ def test_parameters_are_split_as_the_table_says():
 
 
 @pytest.mark.parametrize("shape", list(MESHES.values()))
-def test_moments_are_split_over_every_data_axis(shape: tuple[int, int, int]):
+def test_moments_are_split_over_every_data_axis(shape: tuple[int, ...]):
     """Also where the parameters are copied: with replica 8 each device holds an eighth of every matrix's moments."""
     c, _ = small()
-    mesh = sharding.make_mesh(dict(zip(("replica", "fsdp", "tensor"), shape, strict=True)))
+    mesh = sharding.make_mesh(dict(zip(AXES, shape, strict=True)))
     shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
     shardings = launch.place_state(c, shapes, mesh)
     for name, p in parameter_table(c.model).items():

@@ -1,0 +1,240 @@
+"""Rows that devices share: ring attention is one device's attention, and nothing of a row is ever put together."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from k2jax.kernels.flash_attention_tpu import BlockSizes
+from test_sharding import small
+
+from k2jax import attention, context, launch, sharding
+from k2jax.attention import _on_each_device, attend_causally
+from k2jax.errors import ConfigError
+from k2jax.kernels import flash_attention, reference, ring_attention
+from k2jax.model import parameter_table
+from k2jax.optimizer import init_state
+
+MESHES = [
+    {"context": 2},
+    {"context": 4},
+    {"context": 8},
+    {"fsdp": 2, "context": 4},
+    {"replica": 2, "context": 2, "tensor": 2},
+]
+
+
+def mesh_of(sizes: dict[str, int]) -> jax.sharding.Mesh:
+    return sharding.make_mesh({"fsdp": 1, **sizes}, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def draw(T: int, N: int, K: int, H: int, B: int = 2) -> tuple[list[jax.Array], jax.Array]:
+    """(q, k, v, dout), and documents of some 20 positions."""
+    random = np.random.default_rng(0)
+    arrays = [jnp.asarray(random.normal(size=(B, T, heads, H)), jnp.float32) for heads in (N, K, K, N)]
+    return arrays, jnp.asarray(np.cumsum(random.random((B, T)) < 0.05, axis=1), jnp.int32)
+
+
+def values_and_gradients(attend, arrays: list[jax.Array], document_BT: jax.Array | None) -> list[jax.Array]:
+    *qkv, dout = arrays
+    out, backward = jax.vjp(lambda q, k, v: attend(q, k, v, document_BT), *qkv)
+    return [out, *backward(dout)]
+
+
+def around_the_ring(attend, sizes: dict[str, int], arrays: list[jax.Array], document_BT: jax.Array | None):
+    """The same of whole rows through `attend` on a mesh whose devices share them, positions put back in order."""
+
+    def run(arrays: list[jax.Array], document_BT: jax.Array | None) -> list[jax.Array]:
+        placed = jax.tree.map(lambda x: context.in_order(x, 1), (arrays, document_BT))
+        return values_and_gradients(attend, *placed)
+
+    with jax.set_mesh(mesh_of(sizes)):
+        at = np.argsort(context.in_order(jnp.arange(arrays[0].shape[1]), 0))
+        return [np.asarray(x)[:, at] for x in jax.jit(run)(arrays, document_BT)]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["row", "documents"])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_values_and_gradients_are_those_of_one_device(sizes: dict[str, int], masked: bool):
+    """With heads that share keys and values, and documents that lie across devices."""
+    arrays, document_BT = draw(T=64, N=4, K=2, H=8)
+    document_BT = document_BT if masked else None
+    expected = jax.jit(partial(values_and_gradients, attend_causally))(arrays, document_BT)
+    for ours, theirs in zip(around_the_ring(attend_causally, sizes, arrays, document_BT), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+def test_bfloat16_is_as_near_as_its_rounding():
+    """What goes round is added up in float32."""
+    arrays, document_BT = draw(T=64, N=4, K=2, H=8)
+    expected = jax.jit(partial(values_and_gradients, attend_causally))(arrays, document_BT)
+    arrays = [x.astype(jnp.bfloat16) for x in arrays]
+    found = around_the_ring(attend_causally, {"context": 4}, arrays, document_BT)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.abs(ours.astype(np.float32) - theirs).max() < 2**-6 * np.abs(theirs).max()
+
+
+def test_the_flash_kernels_are_parts_of_the_ring():
+    """In interpret mode; chunks of 128 positions, a device's two in two resident parts."""
+    arrays, document_BT = draw(T=512, N=2, K=1, H=8, B=1)
+    options = flash_attention.Options(BlockSizes(128, 128, 128, 128, 128), interpret=True)
+    forward = partial(flash_attention.forward_by_parts, options=options)
+    backward = partial(flash_attention.backward_by_parts, options=options)
+    ring = partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, backward))
+
+    def attend(*arrays: jax.Array) -> jax.Array:
+        return _on_each_device(ring, *arrays, jnp.arange(2))
+
+    found = around_the_ring(attend, {"context": 2}, arrays, document_BT)
+    expected = jax.jit(partial(values_and_gradients, attend_causally))(arrays, document_BT)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_device_does_the_same_work_and_none_that_is_masked(devices: int):
+    """Pairs of a query and a key, counted by each device as it computes them."""
+    T, pairs = 16 * devices, dict.fromkeys(range(devices), 0)
+
+    def forward(q, k, v, documents, *, causal):
+        def count(device: np.ndarray) -> None:
+            pairs[int(device)] += q.shape[2] * k.shape[2] // (2 if causal else 1)
+
+        jax.debug.callback(count, jax.lax.axis_index("context"))
+        return reference.forward(q, k, v, documents, causal=causal)
+
+    ring = partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, reference.backward))
+    arrays, _ = draw(T, 1, 1, 8, B=1)
+    with jax.set_mesh(mesh_of({"context": devices})):
+        jax.jit(partial(_on_each_device, ring))(*arrays[:3], None, jnp.arange(devices)).block_until_ready()
+        jax.effects_barrier()
+    assert set(pairs.values()) == {T * T // 2 // devices}
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [64, 2048], ids=["more tokens than words", "fewer"])
+def test_the_step_gathers_no_hidden_states(vocab_size: int):
+    """Only parameters are gathered: nothing that has a dimension of a row, of a batch or of a block of the loss."""
+    c, plan = small()
+    with c.unlocked():
+        c.stages[0].sequence_length, c.stages[0].rows_per_step, c.loss.block = 112, 12, 9
+        c.model.vocab_size, c.model.mask_documents, c.model.remat = vocab_size, False, "full"
+    mesh = sharding.make_mesh({"fsdp": 2, "context": 4})
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
+        step = launch.step_function(c, plan, launch.place_state(c, shapes, mesh), mesh, eos_id=2, num_subsets=2)
+        text = step.lower(shapes, launch.batch_shapes(c, c.stages[0])).compile().as_text()
+    of_parameters = {size for p in parameter_table(c.model).values() for size in p.shape} | {1}
+    of_parameters |= {c.model.dim // part for part in (2, 4, 8)}  # gathered over one mesh axis after the other
+    found = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (all-gather|all-to-all)(?:-start)?\(", text)
+    assert found, "the parameters are gathered"
+    for shape, kind in found:
+        assert {int(size) for size in shape.split(",")} <= of_parameters, f"{kind} of ({shape})"
+    assert "collective-permute" in text
+
+
+def test_a_length_that_cannot_be_cut_is_refused():
+    c, _ = small()
+    mesh = sharding.make_mesh({"fsdp": 2, "context": 4})
+    launch.check_mesh(c, mesh)
+    with c.unlocked():
+        c.stages[0].sequence_length = 20
+    with pytest.raises(ConfigError, match="stages.0: sequence_length=20 is not divisible by 2 x mesh.context = 8"):
+        launch.check_mesh(c, mesh)
+
+
+def test_a_length_that_the_kernels_cannot_cut_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention.sharding, "platform", lambda: "tpu")
+    arrays, _ = draw(T=64, N=1, K=1, H=8)
+    with jax.set_mesh(mesh_of({"context": 2})), pytest.raises(ConfigError, match="mesh.context=2 are chunks of 16"):
+        jax.eval_shape(partial(attend_causally, implementation="auto"), *arrays[:3])
+
+
+# ---- compiled for TPUs that are not here ----------------------------------------------------------------------------
+
+COMPILE = """
+import sys
+from k2jax.plan import topologies
+topologies.use_tpu_compiler()
+import jax
+from k2jax import config, launch, sharding
+from k2jax.data.order import StagePlan
+from k2jax.optimizer import init_state
+
+def compile(c, stage, topology):
+    with c.unlocked():
+        c.stages, c.precision.compute = (stage,), "bfloat16"
+    mesh = sharding.make_mesh(c.mesh, topologies.tpu_devices(topology))
+    launch.check_mesh(c, mesh)
+    plan = StagePlan("x", 0, stage.sequence_length, stage.rows_per_step, 10, 1, 0, 10, 1, 10)
+    shapes = jax.eval_shape(lambda: init_state(c.model, 0))
+    placed = launch.place_state(c, shapes, mesh)
+    with jax.set_mesh(mesh):
+        step = launch.step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
+        state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+        return step.lower(state, launch.batch_shapes(c, stage)).compile()
+
+def gib(compiled):
+    m = compiled.memory_analysis()
+    used = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    return used / 2**30
+"""
+TINY = """
+for context, masked in ((4, True), (2, False)):
+    c = config.base().unlock()
+    c.model.update(vocab_size=512, dim=256, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=128, ffn_dim=512)
+    c.model.mask_documents, c.model.remat = masked, "full"
+    c.mesh.context = context
+    text = compile(c, config.stage(mix={"x": 1}, sequence_length=1024, rows_per_step=4), "v5p:2x2x1").as_text()
+    print(text.count('custom_call_target="tpu_custom_call"'))
+    open(f"{context}.hlo", "w").write(text)
+"""
+LARGE = """
+c = config.load(sys.argv[1])
+print(gib(compile(c, c.stages[0], "v5p:8x8x8")))
+c = config.load(sys.argv[2], sys.argv[3:])
+print(gib(compile(c, c.stages[1], "v5p:8x8x8")))
+"""
+
+
+def compile_for_tpu(code: str, cwd: Path, *arguments: str) -> list[str]:
+    pytest.importorskip("libtpu")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    command = [sys.executable, "-c", COMPILE + code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def test_the_tpu_sends_what_comes_next_while_it_computes(tmp_path: Path):
+    """With the kernels; between a transfer's start and its end stands a turn's arithmetic, forward and backward."""
+    assert compile_for_tpu(TINY, tmp_path) == ["15", "9"], "5 or 3 kernels, in the forward pass, again, and backward"
+    text = (tmp_path / "4.hlo").read_text()
+    loops = [body for body in text.split("\n\n") if "collective-permute-start" in body and " conditional(" in body]
+    turns = [re.findall(r" (collective-permute-start|collective-permute-done|conditional)\(", body) for body in loops]
+    overlapped = [turn for turn in turns if turn.index("conditional") < turn.index("collective-permute-done")]
+    found = [turn for turn in overlapped if turn.index("collective-permute-start") < turn.index("conditional")]
+    assert len(found) >= 3, turns
+
+
+@pytest.mark.slow
+def test_k2_65b_compiles_for_a_pod_with_rows_shared(tmp_path: Path):
+    """Within a v5p's 95 GiB: 131,072 tokens (25.5 when last compiled), and stage two with two chips to a row (22.1)."""
+    experiments = REPOSITORY / "experiments"
+    mesh = ["mesh.replica=1", "mesh.fsdp=256", "mesh.context=2", "mesh.tensor=1"]
+    rows = ["stages.0.rows_per_step=2048", "stages.1.rows_per_step=512"]
+    rows += ["stages.0.microbatches=1", "stages.1.microbatches=1"]
+    files = str(experiments / "k2_65b_128k.py"), str(experiments / "k2_65b.py")
+    used = compile_for_tpu(LARGE, tmp_path, *files, *mesh, *rows)
+    assert all(10 < float(gib) < 30 for gib in used), used
