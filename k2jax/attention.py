@@ -3,6 +3,7 @@
 Axes: B batch, T query positions, S key positions, N query heads, K key and value heads, G = N/K, H head dim.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -28,33 +29,75 @@ def attend_causally(
 
     Args:
         document_BT: int32; keeps each position within its own document. None lets it see the whole row.
-        implementation: "jnp" anywhere, "flash" on TPUs; "auto" is flash there and jnp elsewhere.
-    Raises ConfigError for flash where there is no TPU.
+        implementation: "jnp" anywhere; "flash", our kernels, on TPUs and NVIDIA GPUs since Ampere; "cudnn", NVIDIA's,
+            on the same GPUs for bfloat16 without documents. "auto": flash on TPUs; on GPUs cudnn where it can, else
+            flash, because cuDNN is known to be fast and ours was not measured there yet (tools/bench/gpu_suite.py
+            does); jnp elsewhere.
+    Raises ConfigError for one that cannot run here or not do this.
     """
     platform = _platform()
+    refused = _cudnn_refuses(platform, q_BTNH, document_BT)
     if implementation == "auto":
-        implementation = "flash" if platform == "tpu" else "jnp"
+        on_gpu = "flash" if refused else "cudnn"
+        implementation = {"tpu": "flash", "gpu": on_gpu}.get(platform, "jnp")
     if implementation == "jnp":
         return _attend_by_blocks(q_BTNH, k_BTKH, v_BTKH, document_BT)
-    if platform != "tpu":
-        raise ConfigError(f"model.attention.implementation='flash' runs on TPUs, this is {platform}: take 'jnp'")
-    from k2jax.kernels.flash_attention import flash_attention  # Pallas takes a second to import
-
+    if implementation == "flash" and platform not in ("tpu", "gpu"):
+        raise ConfigError(
+            f"model.attention.implementation='flash' runs on TPUs and NVIDIA GPUs, this is {platform}: take 'jnp'"
+        )
+    if implementation == "cudnn" and refused:
+        raise ConfigError(f"model.attention.implementation='cudnn' {refused}")
+    if implementation == "cudnn":
+        attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    else:
+        from k2jax.kernels.flash_attention import flash_attention as attend  # Pallas takes a second to import
     if jax.sharding.get_abstract_mesh().empty:
-        return flash_attention(q_BTNH, k_BTKH, v_BTKH, document_BT)
-    # A kernel is no product that the partitioner could cut: each device takes its own rows and heads.
+        return attend(q_BTNH, k_BTKH, v_BTKH, *([] if document_BT is None else [document_BT]))
+    return _on_each_device(attend, q_BTNH, k_BTKH, v_BTKH, document_BT)
+
+
+def _cudnn_refuses(platform: str, q_BTNH: jax.Array, document_BT: jax.Array | None) -> str | None:
+    """What cuDNN's attention, as JAX 0.10 to 0.12 has it, cannot do of this and what to take instead; None: it can."""
+    if platform != "gpu":
+        return f"runs on NVIDIA GPUs, this is {platform}: take 'auto'"
+    if document_BT is not None:
+        return "masks no documents (model.mask_documents=True): take 'flash'"
+    if q_BTNH.dtype != jnp.bfloat16:
+        return f"computes in bfloat16, this is {q_BTNH.dtype} (precision.compute): take 'flash'"
+    from k2jax.kernels.flash_attention_triton import HOPPER
+
+    largest = 256 if any(name in _device_kind() for name in HOPPER) else 128
+    if q_BTNH.shape[3] % 8 or q_BTNH.shape[3] > largest:
+        return f"takes a model.head_dim that is a multiple of 8, here {largest} at most: take 'flash'"
+    return None
+
+
+def _on_each_device(
+    attend: Callable[..., jax.Array],
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    document_BT: jax.Array | None,
+) -> jax.Array:
+    """A kernel is no product that the partitioner could cut: each device takes its own rows and heads."""
     names = ["q_BTNH", "k_BTKH", "k_BTKH"] + ([] if document_BT is None else ["tokens_BT"])
     specs = [sharding.spec(sharding.ACTIVATIONS[name]) for name in names]
-    mapped = jax.shard_map(flash_attention, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+    mapped = jax.shard_map(attend, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
     return mapped(q_BTNH, k_BTKH, v_BTKH, *([] if document_BT is None else [document_BT]))
 
 
-def _platform() -> str:
-    """That of the mesh in use, which may be of devices that are not here; else the one here."""
+def _device_kind() -> str:
+    """That of the mesh in use, which may be of devices that are not here; else of the one here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return jax.default_backend()
-    return "tpu" if device.device_kind.startswith("TPU") else device.device_kind
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def _platform() -> str:
+    """Of the devices in use: tpu, gpu where they are NVIDIA's, cpu; the device's own name otherwise."""
+    kind = _device_kind()
+    prefixes = {"TPU": "tpu", "NVIDIA": "gpu"}
+    return next((platform for prefix, platform in prefixes.items() if kind.startswith(prefix)), kind)
 
 
 def _attend_by_blocks(

@@ -42,7 +42,7 @@ def base() -> ConfigDict:
     c.model.remat = "none"                # what backward keeps: "none" all, "dots" matrix products, "full" layer inputs
     c.model.unroll = 1                    # layers in one turn of the scan over layers: more compile slower, run faster
     c.model.attention = ConfigDict()
-    c.model.attention.implementation = "auto" # "jnp"; "flash": Pallas, TPU; "auto": flash on TPU, jnp elsewhere
+    c.model.attention.implementation = "auto" # "jnp", "flash" (Pallas; TPU, GPU), "cudnn" (GPU): see attention.py
     c.model.rope_scaling = ConfigDict()   # LLaMA-3 style; factor 1.0 is off
     c.model.rope_scaling.factor = 1.0     # by how much low frequencies are slowed
     c.model.rope_scaling.low_freq_factor = 1.0 # wavelengths above original_context / this are scaled in full
@@ -214,7 +214,7 @@ def validate(config: ConfigDict) -> None:
         f"must divide model.num_heads={m.num_heads}",
     )
     need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE turns pairs")
-    choices = ("auto", "jnp", "flash")
+    choices = ("auto", "jnp", "flash", "cudnn")
     found = m.attention.implementation
     need(found in choices, "model.attention.implementation", found, f"must be one of {choices}")
     need(m.remat in ("none", "dots", "full"), "model.remat", m.remat, "must be none, dots or full")

@@ -1,18 +1,26 @@
-"""kernels/: flash attention for GPUs against plain jnp in float64, in interpret mode; compiled for GPUs that are not here.
+"""Flash attention for GPUs against plain jnp in float64, in interpret mode; compiled for GPUs that are not here.
 
 What only a GPU can tell (numerics on its matrix units, speed) is tools/bench/gpu_suite.py's.
 """
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from k2jax.kernels.flash_attention import flash_attention, merge
 from k2jax.kernels.flash_attention_triton import BlockSizes, Cut
 from test_flash_attention import documents_of, draw, expected_of, values_and_gradients
+from test_topologies import HAS_PLUGIN
 
+from k2jax.attention import attend_causally
+from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention_triton as triton
 from k2jax.kernels import reference
 
@@ -114,3 +122,108 @@ def test_cuts_that_cannot_be_are_refused(cut, message):
 def test_the_table_has_sizes_that_divide_chunks_of_a_row(itemsize: int, generation: str, head_dim: int):
     """Ring attention's chunks are multiples of 128."""
     assert 128 % triton.block_sizes(generation, head_dim, itemsize).unit == 0
+
+
+# ---- where it runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch):
+    """Makes attention believe that it is on a device of that kind, with kernels that give back their own names."""
+
+    def pretend(kind: str) -> None:
+        monkeypatch.setattr("k2jax.attention._device_kind", lambda: kind)
+        monkeypatch.setattr("k2jax.kernels.flash_attention.flash_attention", lambda *arrays: "flash")
+        monkeypatch.setattr("jax.nn.dot_product_attention", lambda *arrays, is_causal, implementation: implementation)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "head_dim", "masked", "chosen"),
+    [
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 128, False, "cudnn"),
+        ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, 128, False, "cudnn"),
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 256, False, "cudnn"),
+        ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, 256, False, "flash"),
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 128, True, "flash"),
+        ("NVIDIA H100 80GB HBM3", jnp.float32, 128, False, "flash"),
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 100, False, "flash"),
+        ("TPU v5p", jnp.bfloat16, 128, False, "flash"),
+    ],
+)
+def test_auto_is_cudnn_on_gpus_where_it_can(on_device, kind, dtype, head_dim, masked, chosen):
+    q, k, v, _ = draw(16, 2, 2, head_dim, dtype)
+    on_device(kind)
+    assert attend_causally(q, k, v, documents_of(16) if masked else None, "auto") == chosen
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "head_dim", "masked", "message"),
+    [
+        ("cpu", jnp.bfloat16, 128, False, "runs on NVIDIA GPUs, this is cpu"),
+        ("AMD Instinct MI300X", jnp.bfloat16, 128, False, "runs on NVIDIA GPUs, this is AMD"),
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 128, True, "masks no documents .*take 'flash'"),
+        ("NVIDIA H100 80GB HBM3", jnp.float32, 128, False, "this is float32 .*take 'flash'"),
+        ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, 256, False, "multiple of 8, here 128 at most"),
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 264, False, "multiple of 8, here 256 at most"),
+    ],
+)
+def test_cudnn_is_refused_where_it_cannot(on_device, kind, dtype, head_dim, masked, message):
+    q, k, v, _ = draw(16, 2, 2, head_dim, dtype)
+    on_device(kind)
+    with pytest.raises(ConfigError, match=f"implementation='cudnn' .*{message}"):
+        attend_causally(q, k, v, documents_of(16) if masked else None, "cudnn")
+
+
+COMPILE = """
+from k2jax.plan import topologies
+topologies.use_tpu_compiler()
+import jax, jax.numpy as jnp
+from k2jax import config, launch, sharding
+from k2jax.attention import attend_causally
+from k2jax.data.order import StagePlan
+from k2jax.optimizer import init_state
+def kernels(text):
+    return [text.count('custom_call_target="' + name) for name in ("__gpu$xla.gpu.triton", "__cudnn$fmha")]
+c = config.base().unlock()
+for gpu in topologies.GPUS:
+    mesh = sharding.make_mesh(c.mesh, topologies.devices(gpu + ":1"))
+    place = jax.sharding.NamedSharding(mesh, jax.P())
+    cases = [("flash", jnp.bfloat16, 2048, 128, True), ("flash", jnp.bfloat16, 500, 64, False)]
+    cases += [("flash", jnp.bfloat16, 500, 256, True), ("flash", jnp.float32, 128, 64, False)]
+    cases += [("cudnn", jnp.bfloat16, 2048, 128, False), ("auto", jnp.bfloat16, 500, 64, False)]
+    for implementation, dtype, T, H, documents in cases:
+        q, k = (jax.ShapeDtypeStruct((1, T, heads, H), dtype, sharding=place) for heads in (2, 1))
+        ids = jax.ShapeDtypeStruct((1, T), jnp.int32, sharding=place) if documents else None
+        loss = lambda q, k, ids: attend_causally(q, k, k, ids, implementation).astype(jnp.float32).sum()
+        with jax.set_mesh(mesh):
+            print(gpu, implementation, *kernels(jax.jit(jax.grad(loss, (0, 1))).lower(q, k, ids).compile().as_text()))
+c.model.update(vocab_size=512, dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512)
+c.stages = (config.stage(mix={"x": 1}, sequence_length=256, rows_per_step=8),)
+c.mesh.fsdp, c.mesh.tensor, c.precision.compute = 4, 2, "bfloat16"
+mesh = sharding.make_mesh(c.mesh, topologies.devices("h100:8"))
+plan = StagePlan("x", 0, 256, 8, 10, 1, 0, 80, 1, 10)
+for c.model.attention.implementation in ("flash", "auto"):
+    shapes = jax.eval_shape(lambda: init_state(c.model, 0))
+    placed = launch.place_state(c, shapes, mesh)
+    with jax.set_mesh(mesh):
+        step = launch.step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
+        batch = launch.batch_shapes(c, c.stages[0])
+        state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+        print("step", c.model.attention.implementation, *kernels(step.lower(state, batch).compile().as_text()))
+"""
+
+
+@pytest.mark.skipif(not HAS_PLUGIN, reason="needs jax's CUDA plugin (the extra gpu)")
+def test_it_compiles_for_gpus_that_are_not_here_and_within_a_sharded_step(tmp_path: Path):
+    """Three kernels of ours, one forward and two backward, or two of cuDNN's; in a step, one each in its loops."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    of_one = ["flash 3 0"] * 4 + ["cudnn 0 2", "auto 0 2"]
+    expected = [f"{gpu} {line}" for gpu in ("h100", "a100") for line in of_one] + ["step flash 3 0", "step auto 0 2"]
+    assert done.stdout.splitlines() == expected
