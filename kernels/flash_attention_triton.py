@@ -1,7 +1,6 @@
 """Flash attention for NVIDIA GPUs, in Pallas through Triton: softmax(q k') v and its gradients.
 
 What it computes is `reference.attention`, with the arguments and results of flash_attention_tpu.py. How:
-
 - One program takes a block of queries past all keys that it sees, block by block from HBM; the longest rows of a head
   start first. Blocks masked whole are not taken; only those on the diagonal pay for its mask.
 - Softmax by powers of two, its factor multiplied into q.
@@ -9,7 +8,6 @@ What it computes is `reference.attention`, with the arguments and results of fla
   queries. Seven products where one kernel needs five, for that one adds dq up by atomic additions, in another order
   each time: a step that is run again would not give the same bits.
 - Scores of dk and dv are transposed, keys by queries, so that weights are a left operand as they are.
-
 Flash attention: Dao et al. 2022 (arXiv:2205.14135); Dao 2023 (arXiv:2307.08691).
 
 Axes: B batch, N query heads, K key and value heads, G = N/K, T queries, S keys, H head dim; Q, J block of queries, of
@@ -68,20 +66,21 @@ class BlockSizes:
 
 
 def block_sizes(generation: str, head_dim: int, itemsize: int) -> BlockSizes:
-    """Not measured on a GPU yet: the largest that no register is spilled for, by the CUDA compiler's word.
+    """The largest that ptxas spills no register for and, on Hopper, leaves products in flight; not measured yet.
 
     Args:
         generation: "hopper", or "ampere": within what the smallest GPUs since Ampere have of shared memory, 99 KiB.
         itemsize: of q, k and v. float32 is multiplied in full, without the matrix units.
     """
     if itemsize > 2:
-        small = Cut(32, 32, 4, 1) if head_dim <= 128 else Cut(16, 16, 4, 1)
-        return BlockSizes(small, small, small)
-    if head_dim > 128:
-        return BlockSizes(Cut(64, 32, 4, 2), Cut(32, 32, 4, 2), Cut(32, 32, 4, 2))
+        return BlockSizes(*[Cut(32, 32, 4, 1) if head_dim <= 128 else Cut(16, 16, 4, 1)] * 3)
+    if generation == "hopper" and head_dim <= 128:
+        return BlockSizes(Cut(128, 128, 8, 2), Cut(64, 128, 8, 3), Cut(128, 128, 8, 2))
     if generation == "hopper":
-        return BlockSizes(Cut(128, 64, 8, 3), Cut(64, 128, 8, 2), Cut(128, 64, 8, 2))
-    return BlockSizes(Cut(128, 64, 8, 2), Cut(32, 128, 8, 2), Cut(128, 32, 8, 2))
+        return BlockSizes(Cut(128, 64, 8, 2), Cut(16, 64, 8, 2), Cut(64, 64, 8, 2))
+    if head_dim <= 128:
+        return BlockSizes(Cut(128, 64, 8, 2), Cut(64, 64, 8, 2), Cut(128, 32, 8, 2))
+    return BlockSizes(Cut(64, 32, 8, 2), Cut(32, 32, 8, 2), Cut(32, 32, 4, 2))
 
 
 def _product(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -89,6 +88,15 @@ def _product(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _exp2(x: jax.Array, interpret: bool) -> jax.Array:
+    """One instruction, where jnp.exp2 becomes four: they see to numbers below 2^-126, which weights may lose."""
+    if interpret:
+        return jnp.exp2(x)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    asm = {"asm": "ex2.approx.ftz.f32 $0, $1;", "constraints": "=f,f", "pack": 1}
+    return plgpu.elementwise_inline_asm(args=[x], result_shape_dtypes=[shape], **asm)[0]
 
 
 def _visible(documents: Documents, shape: tuple[int, int, int], cut: Cut) -> tuple[jax.Array, jax.Array]:
@@ -110,13 +118,8 @@ def _visible(documents: Documents, shape: tuple[int, int, int], cut: Cut) -> tup
 
 
 def _masked(score: jax.Array, own: tuple | None, first: tuple | None, query_axis: int) -> jax.Array:
-    """Scores where a query sees a key, MASKED elsewhere.
-
-    Args:
-        own: document numbers along both axes. None: one document.
-        first: positions at which the axes begin. None: causality masks none of them.
-        query_axis: 0 or 1; keys are along the other.
-    """
+    """Scores where a query sees a key, MASKED elsewhere. `own`: document numbers along both axes, None for one.
+    `first`: positions at which the axes begin, None where causality masks none of them."""
     if own is not None:
         score = jnp.where(own[0][:, None] == own[1][None, :], score, MASKED)
     if first is not None:
@@ -140,7 +143,7 @@ def _past_keys(
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_kernel(first_ref, q_ref, k_ref, v_ref, *refs, cut: Cut, causal: bool):
+def _forward_kernel(first_ref, q_ref, k_ref, v_ref, *refs, cut: Cut, causal: bool, exp2: Callable):
     """One block of queries past the keys that it sees. `first_ref` (queries' blocks): the first block of keys."""
     *documents, out_ref, lse_ref = refs
     q_document_ref, k_document_ref = documents or (None, None)
@@ -155,8 +158,8 @@ def _forward_kernel(first_ref, q_ref, k_ref, v_ref, *refs, cut: Cut, causal: boo
         own = (document_Q, k_document_ref[keys]) if documents else None
         score_QJ = _masked(score_QJ, own, (i * cut.queries, j * cut.keys) if diagonal else None, query_axis=0)
         most_Q = jnp.maximum(before_Q, score_QJ.max(axis=1))
-        fade_Q = jnp.exp2(before_Q - most_Q)
-        weight_QJ = jnp.exp2(score_QJ - most_Q[:, None])
+        fade_Q = exp2(before_Q - most_Q)
+        weight_QJ = exp2(score_QJ - most_Q[:, None])
         out_QH = _product(weight_QJ.astype(v_ref.dtype), v_ref[keys, :], (1, 0))
         return most_Q, sum_Q * fade_Q + weight_QJ.sum(axis=1), acc_QH * fade_Q[:, None] + out_QH
 
@@ -183,7 +186,7 @@ def forward(
     cut = sizes.forward
     grid, first_BI, (first, queries, row, keys, ids) = _by_queries(q_BNTH, k_BKSH, documents, cut)
     out_BNTH, lse_BN1T = pl.pallas_call(
-        partial(_forward_kernel, cut=cut, causal=causal),
+        partial(_forward_kernel, cut=cut, causal=causal, exp2=partial(_exp2, interpret=interpret)),
         grid=grid,
         in_specs=[first, queries, keys, keys, *ids],
         out_specs=[queries, row],
@@ -224,7 +227,7 @@ def _widened(x: jax.Array) -> jax.Array:
 
 
 def _dkv_kernel(
-    last_ref, q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, *refs, cut: Cut, causal: bool
+    last_ref, q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, *refs, cut: Cut, causal: bool, exp2: Callable
 ):
     """One block of keys past the queries that see it, of all heads that share it. `last_ref` (keys' blocks): the last
     block of queries + 1."""
@@ -241,7 +244,7 @@ def _dkv_kernel(
         score_JQ = _product(k_JH, q_QH, (1, 1))
         own = (document_J, q_document_ref[queries]) if documents else None
         score_JQ = _masked(score_JQ, own, (j * cut.keys, i * cut.queries) if diagonal else None, query_axis=1)
-        weight_JQ = jnp.exp2(score_JQ - lse_ref[g, queries][None, :])
+        weight_JQ = exp2(score_JQ - lse_ref[g, queries][None, :])
         dv_JH += _product(weight_JQ.astype(dout_QH.dtype), dout_QH, (1, 0))
         dweight_JQ = _product(v_JH, dout_QH, (1, 1))
         dscore_JQ = weight_JQ * (dweight_JQ - delta_ref[g, queries][None, :])
@@ -257,15 +260,14 @@ def _dkv_kernel(
             state = lax.fori_loop(some, end, partial(take, g=g, diagonal=True), state)
         return lax.fori_loop(whole, last_ref[j], partial(take, g=g, diagonal=False), state)
 
-    zeros = jnp.zeros(k_JH.shape, jnp.float32)
-    dk_JH, dv_JH = lax.fori_loop(0, q_ref.shape[0], of_head, (zeros, zeros))
+    dk_JH, dv_JH = lax.fori_loop(0, q_ref.shape[0], of_head, (jnp.zeros(k_JH.shape, jnp.float32),) * 2)
     dk_ref[...] = (dk_JH / LOG2_E).astype(dk_ref.dtype)  # q holds scale * log2(e)
     dv_ref[...] = dv_JH.astype(dv_ref.dtype)
 
 
 def _dq_kernel(
     first_ref, q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, *refs,
-    cut: Cut, causal: bool, scale: float,
+    cut: Cut, causal: bool, exp2: Callable, scale: float,
 ):  # fmt: skip
     """One block of queries past the keys that it sees, as in `_forward_kernel`."""
     *documents, dq_ref = refs
@@ -280,7 +282,7 @@ def _dq_kernel(
         score_QJ = _product(q_QH, k_JH, (1, 1))
         own = (document_Q, k_document_ref[keys]) if documents else None
         score_QJ = _masked(score_QJ, own, (i * cut.queries, j * cut.keys) if diagonal else None, query_axis=0)
-        weight_QJ = jnp.exp2(score_QJ - lse_Q[:, None])
+        weight_QJ = exp2(score_QJ - lse_Q[:, None])
         dweight_QJ = _product(dout_QH, v_ref[keys, :], (1, 1))
         dscore_QJ = weight_QJ * (dweight_QJ - delta_Q[:, None])
         return dq_QH + _product(dscore_QJ.astype(k_JH.dtype), k_JH, (1, 0))
@@ -300,7 +302,7 @@ def backward(
     lse_BN1T = jnp.where(lse_BN1T > MASKED / 2, lse_BN1T, -MASKED)  # so that weights are 0 where no key is seen
     wide = [_widened(x) for x in (q_BNTH, dout_BNTH, k_BKSH, v_BKSH)]
     arrays = *wide[:2], lse_BN1T, delta_BN1T, *wide[2:], *(documents or ())
-    options = {"causal": causal}
+    options = {"causal": causal, "exp2": partial(_exp2, interpret=interpret)}
     dq_BNTH = _dq(arrays, documents, sizes.dq, out_dtype, interpret, options | {"scale": head_dim**-0.5})
     dk_BKSH, dv_BKSH = _dkv(arrays, documents, sizes.dkv, out_dtype, interpret, options)
     return dq_BNTH[..., :head_dim], dk_BKSH[..., :head_dim], dv_BKSH[..., :head_dim]
