@@ -44,8 +44,11 @@ def attend_causally(
         return _attend_by_blocks(q_BTNH, k_BTKH, v_BTKH, document_BT)
     if implementation == "flash" and platform not in ("tpu", "gpu"):
         raise ConfigError(
-            f"model.attention.implementation='flash' runs on TPUs and NVIDIA GPUs, this is {platform}: take 'jnp'"
+            f"model.attention.implementation='flash' runs on TPUs and NVIDIA GPUs since Ampere, this is {platform}: "
+            f"take 'jnp'"
         )
+    if implementation == "flash" and q_BTNH.shape[3] > 256:
+        raise ConfigError("model.attention.implementation='flash' takes a model.head_dim of 256 at most: take 'jnp'")
     if implementation == "cudnn" and refused:
         raise ConfigError(f"model.attention.implementation='cudnn' {refused}")
     if implementation == "cudnn":

@@ -176,6 +176,17 @@ def test_cudnn_is_refused_where_it_cannot(on_device, kind, dtype, head_dim, mask
         attend_causally(q, k, v, documents_of(16) if masked else None, "cudnn")
 
 
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "message"),
+    [("Tesla V100-SXM2-16GB", 64, "since Ampere, this is Tesla"), ("NVIDIA H100 80GB HBM3", 264, "256 at most")],
+)
+def test_flash_is_refused_where_it_cannot(on_device, kind: str, head_dim: int, message: str):
+    q, k, v, _ = draw(16, 2, 2, head_dim, jnp.bfloat16)
+    on_device(kind)
+    with pytest.raises(ConfigError, match=f"implementation='flash' .*{message}"):
+        attend_causally(q, k, v, None, "flash")
+
+
 COMPILE = """
 from k2jax.plan import topologies
 topologies.use_tpu_compiler()
