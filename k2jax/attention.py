@@ -68,7 +68,7 @@ def _cudnn_refuses(platform: str, q_BTNH: jax.Array, document_BT: jax.Array | No
         return "masks no documents (model.mask_documents=True): take 'flash'"
     if q_BTNH.dtype != jnp.bfloat16:
         return f"computes in bfloat16, this is {q_BTNH.dtype} (precision.compute): take 'flash'"
-    from k2jax.kernels.flash_attention_triton import HOPPER
+    from k2jax.kernels.triton_block_sizes import HOPPER
 
     largest = 256 if any(name in _device_kind() for name in HOPPER) else 128
     if q_BTNH.shape[3] % 8 or q_BTNH.shape[3] > largest:

@@ -18,8 +18,9 @@ from k2jax.kernels.flash_attention_tpu import LOG2_E, Interpret
 
 from k2jax.kernels import flash_attention_tpu as tpu
 from k2jax.kernels import flash_attention_triton as triton
+from k2jax.kernels import triton_block_sizes
 
-BlockSizes = tpu.BlockSizes | triton.BlockSizes
+BlockSizes = tpu.BlockSizes | triton_block_sizes.BlockSizes
 
 
 def flash_attention(
@@ -58,8 +59,7 @@ def default_sizes(length: int, head_dim: int, dtype: jnp.dtype) -> BlockSizes:
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
     itemsize = jnp.dtype(dtype).itemsize
     if kind.startswith("NVIDIA"):
-        hopper = any(name in kind for name in triton.HOPPER)
-        return triton.block_sizes("hopper" if hopper else "ampere", head_dim, itemsize)
+        return triton_block_sizes.block_sizes(kind, head_dim, itemsize)
     return tpu.block_sizes(tpu.GENERATION_OF_KIND.get(kind, "v4"), length, head_dim * itemsize)
 
 

@@ -1,6 +1,7 @@
 """Flash attention for NVIDIA GPUs, in Pallas through Triton: softmax(q k') v and its gradients.
 
 What it computes is `reference.attention`, with the arguments and results of flash_attention_tpu.py. How:
+
 - One program takes a block of queries past all keys that it sees, block by block from HBM; the longest rows of a head
   start first. Blocks masked whole are not taken; only those on the diagonal pay for its mask.
 - Softmax by powers of two, its factor multiplied into q.
@@ -8,6 +9,10 @@ What it computes is `reference.attention`, with the arguments and results of fla
   queries. Seven products where one kernel needs five, for that one adds dq up by atomic additions, in another order
   each time: a step that is run again would not give the same bits.
 - Scores of dk and dv are transposed, keys by queries, so that weights are a left operand as they are.
+
+JAX 0.11 and 0.12 have Pallas's Triton backend with a warning that a later version drops it for Mosaic GPU. Not known
+without a GPU: speed, and the numerics of the compiled kernels (tools/bench/gpu_suite.py tells both).
+
 Flash attention: Dao et al. 2022 (arXiv:2205.14135); Dao 2023 (arXiv:2307.08691).
 
 Axes: B batch, N query heads, K key and value heads, G = N/K, T queries, S keys, H head dim; Q, J block of queries, of
@@ -15,9 +20,7 @@ keys.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,62 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from k2jax.kernels.flash_attention_tpu import LOG2_E, MASKED, Documents
-
-SMALLEST = 16  # side of a product on the matrix units
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # in the name of the device
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How one kernel cuts its work: positions of a block, warps of a program, blocks on their way from HBM at once."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-    def __post_init__(self) -> None:
-        for name in ("queries", "keys"):
-            size = getattr(self, name)
-            if size < SMALLEST or size & (size - 1):
-                raise ValueError(f"Cut.{name}={size} must be a power of two, {SMALLEST} or more")
-        if self.warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"Cut.warps={self.warps} must be a power of two, 16 or less")
-        if self.stages < 1:
-            raise ValueError(f"Cut.stages={self.stages} must be positive")
-
-
-@dataclass(frozen=True)
-class BlockSizes:
-    """How each of the three kernels cuts its work. Raises ValueError where one cannot be cut so."""
-
-    forward: Cut
-    dkv: Cut
-    dq: Cut
-    resident: ClassVar[int] = 1 << 30  # rows of any length are taken whole
-
-    @property
-    def unit(self) -> int:
-        """A row's length is a multiple of it, once padded."""
-        return max(size for cut in (self.forward, self.dkv, self.dq) for size in (cut.queries, cut.keys))
-
-
-def block_sizes(generation: str, head_dim: int, itemsize: int) -> BlockSizes:
-    """The largest that ptxas spills no register for and, on Hopper, leaves products in flight; not measured yet.
-
-    Args:
-        generation: "hopper", or "ampere": within what the smallest GPUs since Ampere have of shared memory, 99 KiB.
-        itemsize: of q, k and v. float32 is multiplied in full, without the matrix units.
-    """
-    if itemsize > 2:
-        return BlockSizes(*[Cut(32, 32, 4, 1) if head_dim <= 128 else Cut(16, 16, 4, 1)] * 3)
-    if generation == "hopper" and head_dim <= 128:
-        return BlockSizes(Cut(128, 128, 8, 2), Cut(64, 128, 8, 3), Cut(128, 128, 8, 2))
-    if generation == "hopper":
-        return BlockSizes(Cut(128, 64, 8, 2), Cut(16, 64, 8, 2), Cut(64, 64, 8, 2))
-    if head_dim <= 128:
-        return BlockSizes(Cut(128, 64, 8, 2), Cut(64, 64, 8, 2), Cut(128, 32, 8, 2))
-    return BlockSizes(Cut(64, 32, 8, 2), Cut(32, 32, 8, 2), Cut(32, 32, 4, 2))
+from k2jax.kernels.triton_block_sizes import SMALLEST, BlockSizes, Cut
 
 
 def _product(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from k2jax.kernels.flash_attention import flash_attention, merge
-from k2jax.kernels.flash_attention_triton import BlockSizes, Cut
+from k2jax.kernels.triton_block_sizes import BlockSizes, Cut
 from test_flash_attention import documents_of, draw, expected_of, values_and_gradients
 from test_topologies import HAS_PLUGIN
 
 from k2jax.attention import attend_causally
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention_triton as triton
-from k2jax.kernels import reference
+from k2jax.kernels import reference, triton_block_sizes
 
 SMALL = BlockSizes(Cut(64, 32, 4, 1), Cut(32, 64, 4, 1), Cut(64, 64, 4, 1))  # 200 positions are four blocks and a rest
 WIDE = BlockSizes(Cut(32, 128, 4, 1), Cut(128, 32, 4, 1), Cut(32, 128, 4, 1))  # a block sees parts of some others
@@ -117,11 +117,18 @@ def test_cuts_that_cannot_be_are_refused(cut, message):
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("generation", ["ampere", "hopper"])
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 3090"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_the_table_has_sizes_that_divide_chunks_of_a_row(itemsize: int, generation: str, head_dim: int):
+def test_the_table_has_sizes_that_divide_chunks_of_a_row(itemsize: int, kind: str, head_dim: int):
     """Ring attention's chunks are multiples of 128."""
-    assert 128 % triton.block_sizes(generation, head_dim, itemsize).unit == 0
+    assert 128 % triton_block_sizes.block_sizes(kind, head_dim, itemsize).unit == 0
+
+
+def test_each_generation_has_blocks_of_its_own():
+    kinds = ("NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-80GB", "NVIDIA L4")
+    found = [triton_block_sizes.block_sizes(kind, 128, 2) for kind in kinds]
+    expected = [triton_block_sizes.TABLE[generation, False] for generation in ("hopper", "hopper", "a100", "other")]
+    assert found == expected and len(set(expected)) == 3
 
 
 # ---- where it runs ---------------------------------------------------------------------------------------------------
@@ -200,6 +207,7 @@ def kernels(text):
 def smallest():
     text = (topologies.Path(topologies.__file__).parent / "a100.txtpb").read_text()
     text = text.replace("optin: 166912", "optin: 101376").replace("per_core: 167936", "per_core: 102400")
+    text = text.replace("A100-SXM4-80GB", "GeForce RTX 3090")
     from jax.experimental.topologies import get_topology_desc
     return get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=text).devices
 c = config.base().unlock()
@@ -235,7 +243,7 @@ for c.model.attention.implementation in ("flash", "auto"):
 def test_it_compiles_for_gpus_that_are_not_here_and_within_a_sharded_step(tmp_path: Path):
     """Three kernels of ours, one forward and two backward, or two of cuDNN's; in a step, one each in its loops.
 
-    The smallest GPU is an A100 with the shared memory of an RTX 3090 or L4.
+    The smallest GPU is an A100 with the name and the shared memory of an RTX 3090.
     """
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     environment.pop("JAX_COMPILATION_CACHE_DIR")

@@ -9,7 +9,7 @@ attention: ms and TFLOP/s (of the causal half: two products forward, five backwa
 train: the 1B model of experiments/k2_1b.py on one device: tokens/s and MFU in both conventions, by each attention, on
     one batch that stays on the device; then with batches from the loader, and how long the step waits for them.
 checkpoint, loader: the JSON lines of tools/bench/checkpoint.py and loader.py.
-blocks: only where asked for: our kernels by their block sizes, from which triton.block_sizes is to be filled.
+blocks: only where asked for: our kernels by their block sizes, for the table of triton_block_sizes.py.
 
 Each section is a process with a time limit; one that fails is reported, the others go on, and the command then fails.
 --out is by default gpu_suite.json in the folder $OUT, or tools/bench/results/DATE_gpu_suite_DEVICE.json. --smoke runs
@@ -55,7 +55,7 @@ def attentions(smoke: bool) -> dict[str, Callable[..., Any]]:
 
     import jax
     from k2jax.kernels.flash_attention import flash_attention
-    from k2jax.kernels.flash_attention_triton import BlockSizes, Cut
+    from k2jax.kernels.triton_block_sizes import BlockSizes, Cut
 
     def cudnn(q: Any, k: Any, v: Any, document_BT: Any) -> Any:
         assert document_BT is None, "cuDNN masks no documents"
@@ -187,13 +187,14 @@ def blocks(smoke: bool) -> Iterator[Row]:
     from dataclasses import replace
     from itertools import product
 
+    import jax
     from k2jax.kernels.flash_attention import flash_attention
-    from k2jax.kernels.flash_attention_triton import BlockSizes, Cut, block_sizes
+    from k2jax.kernels.triton_block_sizes import BlockSizes, Cut, block_sizes
 
     B, T, N, H = (1, 64, 1, 64) if smoke else (4, 4096, 16, 128)
     sides, deep = ((32,), (1,)) if smoke else ((64, 128), (2, 3))
     *arrays, dout = draw(B, T, N, N, H, "bfloat16")
-    base = BlockSizes(*[Cut(32, 32, 4, 1)] * 3) if smoke else block_sizes("hopper", H, 2)
+    base = BlockSizes(*[Cut(32, 32, 4, 1)] * 3) if smoke else block_sizes(jax.devices()[0].device_kind, H, 2)
     for kernel, cut in product(("forward", "dkv", "dq"), product(sides, sides, (4, 8), deep)):
         sizes = replace(base, **{kernel: Cut(*cut)})
 
