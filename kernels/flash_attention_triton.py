@@ -8,6 +8,8 @@ What it computes is `reference.attention`, with the arguments and results of fla
 - Two backward kernels: dk and dv by blocks of keys, summed over the query heads that share them, and dq by blocks of
   queries. Seven products where one kernel needs five, for that one adds dq up by atomic additions, in another order
   each time: a step that is run again would not give the same bits.
+- Arrays are read and written as the model has them, positions before heads: the transpositions here and those of the
+  caller cancel out in XLA. (As separate passes they would cost half as much as a forward kernel at length 2048.)
 - Scores of dk and dv are transposed, keys by queries, so that weights are a left operand as they are.
 
 JAX 0.11 and 0.12 have Pallas's Triton backend with a warning that a later version drops it for Mosaic GPU. Not known
@@ -129,36 +131,35 @@ def forward(
     lse is the log to base 2 of softmax's denominator, MASKED where a query sees no key (its out is 0). T and S are
     multiples of the blocks; `causal` takes them as the same positions.
     """
-    head_dim = q_BNTH.shape[3]
-    q_BNTH, k_BKSH, v_BKSH = (_widened(x) for x in (q_BNTH, k_BKSH, v_BKSH))
-    cut = sizes.forward
-    grid, first_BI, (first, queries, row, keys, ids) = _by_queries(q_BNTH, k_BKSH, documents, cut)
-    out_BNTH, lse_BN1T = pl.pallas_call(
+    cut, (B, N, T, head_dim) = sizes.forward, q_BNTH.shape
+    q_BTNH, k_BSKH, v_BSKH = (_positions_first(x) for x in (q_BNTH, k_BKSH, v_BKSH))
+    grid, first_BI, (first, queries, row, keys, ids) = _by_queries(q_BTNH, k_BSKH, documents, cut)
+    out_BTNH, lse_BN1T = pl.pallas_call(
         partial(_forward_kernel, cut=cut, causal=causal, exp2=partial(_exp2, interpret=interpret)),
         grid=grid,
         in_specs=[first, queries, keys, keys, *ids],
         out_specs=[queries, row],
         out_shape=[
-            jax.ShapeDtypeStruct(q_BNTH.shape, out_dtype),
-            jax.ShapeDtypeStruct((q_BNTH.shape[0], q_BNTH.shape[1], 1, q_BNTH.shape[2]), jnp.float32),
+            jax.ShapeDtypeStruct(q_BTNH.shape, out_dtype),
+            jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         name="flash_attention_forward",
         interpret=interpret,
-    )(first_BI, q_BNTH, k_BKSH, v_BKSH, *(documents or ()))
-    return out_BNTH[..., :head_dim], lse_BN1T
+    )(first_BI, q_BTNH, k_BSKH, v_BSKH, *(documents or ()))
+    return _heads_first(out_BTNH, head_dim), lse_BN1T
 
 
-def _by_queries(q_BNTH: jax.Array, k_BKSH: jax.Array, documents: Documents, cut: Cut) -> tuple:
+def _by_queries(q_BTNH: jax.Array, k_BSKH: jax.Array, documents: Documents, cut: Cut) -> tuple:
     """Of a kernel by blocks of queries: (grid, first blocks of keys, specs of those, queries, row, keys, documents)."""
-    B, N, T, H = q_BNTH.shape
-    K, S = k_BKSH.shape[1:3]
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
     G, last = N // K, T // cut.queries - 1  # the last block comes first: it sees the most keys
     first_BI, _ = _visible(documents, (B, T, S), cut)
     first = pl.BlockSpec((None, last + 1), lambda i, n, b: (b, 0))
-    queries = pl.BlockSpec((None, None, cut.queries, H), lambda i, n, b: (b, n, last - i, 0))
+    queries = pl.BlockSpec((None, cut.queries, None, H), lambda i, n, b: (b, last - i, n, 0))
     row = pl.BlockSpec((None, None, None, cut.queries), lambda i, n, b: (b, n, 0, last - i))
-    keys = pl.BlockSpec((None, None, S, H), lambda i, n, b: (b, lax.div(n, G), 0, 0))
+    keys = pl.BlockSpec((None, S, None, H), lambda i, n, b: (b, 0, lax.div(n, G), 0))
     ids = [
         pl.BlockSpec((None, cut.queries), lambda i, n, b: (b, last - i)),
         pl.BlockSpec((None, S), lambda i, n, b: (b, 0)),
@@ -166,9 +167,15 @@ def _by_queries(q_BNTH: jax.Array, k_BKSH: jax.Array, documents: Documents, cut:
     return (last + 1, N, B), first_BI, (first, queries, row, keys, ids if documents else [])
 
 
-def _widened(x: jax.Array) -> jax.Array:
-    """Zeros after each head's numbers, up to a power of two: the only shapes that Triton has."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, max(pl.next_power_of_2(x.shape[3]), SMALLEST) - x.shape[3])))
+def _positions_first(x_BNTH: jax.Array) -> jax.Array:
+    """(B, T, N, H), with zeros after each head's numbers up to a power of two: the only shapes that Triton has."""
+    H = x_BNTH.shape[3]
+    padding = max(pl.next_power_of_2(H), SMALLEST) - H
+    return jnp.pad(x_BNTH.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, 0), (0, padding)))
+
+
+def _heads_first(x_BTNH: jax.Array, head_dim: int) -> jax.Array:
+    return x_BTNH[..., :head_dim].transpose(0, 2, 1, 3)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -188,7 +195,7 @@ def _dkv_kernel(
     def take(i: jax.Array, state: tuple, g: jax.Array, diagonal: bool) -> tuple:
         dk_JH, dv_JH = state
         queries = pl.ds(i * cut.queries, cut.queries)
-        q_QH, dout_QH = q_ref[g, queries, :], dout_ref[g, queries, :]
+        q_QH, dout_QH = q_ref[queries, g, :], dout_ref[queries, g, :]
         score_JQ = _product(k_JH, q_QH, (1, 1))
         own = (document_J, q_document_ref[queries]) if documents else None
         score_JQ = _masked(score_JQ, own, (j * cut.keys, i * cut.queries) if diagonal else None, query_axis=1)
@@ -208,7 +215,7 @@ def _dkv_kernel(
             state = lax.fori_loop(some, end, partial(take, g=g, diagonal=True), state)
         return lax.fori_loop(whole, last_ref[j], partial(take, g=g, diagonal=False), state)
 
-    dk_JH, dv_JH = lax.fori_loop(0, q_ref.shape[0], of_head, (jnp.zeros(k_JH.shape, jnp.float32),) * 2)
+    dk_JH, dv_JH = lax.fori_loop(0, q_ref.shape[1], of_head, (jnp.zeros(k_JH.shape, jnp.float32),) * 2)
     dk_ref[...] = (dk_JH / LOG2_E).astype(dk_ref.dtype)  # q holds scale * log2(e)
     dv_ref[...] = dv_JH.astype(dv_ref.dtype)
 
@@ -248,12 +255,12 @@ def backward(
     """(dq_BNTH by q without its factor, dk_BKSH, dv_BKSH); arguments as in `forward`, delta is dout . out."""
     head_dim = q_BNTH.shape[3]
     lse_BN1T = jnp.where(lse_BN1T > MASKED / 2, lse_BN1T, -MASKED)  # so that weights are 0 where no key is seen
-    wide = [_widened(x) for x in (q_BNTH, dout_BNTH, k_BKSH, v_BKSH)]
-    arrays = *wide[:2], lse_BN1T, delta_BN1T, *wide[2:], *(documents or ())
+    own = [_positions_first(x) for x in (q_BNTH, dout_BNTH, k_BKSH, v_BKSH)]
+    arrays = *own[:2], lse_BN1T, delta_BN1T, *own[2:], *(documents or ())
     options = {"causal": causal, "exp2": partial(_exp2, interpret=interpret)}
-    dq_BNTH = _dq(arrays, documents, sizes.dq, out_dtype, interpret, options | {"scale": head_dim**-0.5})
-    dk_BKSH, dv_BKSH = _dkv(arrays, documents, sizes.dkv, out_dtype, interpret, options)
-    return dq_BNTH[..., :head_dim], dk_BKSH[..., :head_dim], dv_BKSH[..., :head_dim]
+    dq_BTNH = _dq(arrays, documents, sizes.dq, out_dtype, interpret, options | {"scale": head_dim**-0.5})
+    dk_BSKH, dv_BSKH = _dkv(arrays, documents, sizes.dkv, out_dtype, interpret, options)
+    return tuple(_heads_first(x, head_dim) for x in (dq_BTNH, dk_BSKH, dv_BSKH))
 
 
 def _dq(
@@ -275,12 +282,12 @@ def _dq(
 def _dkv(
     arrays: tuple, documents: Documents, cut: Cut, out_dtype: jnp.dtype, interpret: bool, options: dict
 ) -> tuple[jax.Array, jax.Array]:
-    (B, N, T, H), (K, S) = arrays[0].shape, arrays[4].shape[1:3]
+    (B, T, N, H), (S, K) = arrays[0].shape, arrays[4].shape[1:3]
     G, num_J = N // K, S // cut.keys
     _, last_BJ = _visible(documents, (B, T, S), cut)
     rows = pl.BlockSpec((None, G, None, T), lambda j, k, b: (b, k, 0, 0))
-    queries = pl.BlockSpec((None, G, T, H), lambda j, k, b: (b, k, 0, 0))
-    keys = pl.BlockSpec((None, None, cut.keys, H), lambda j, k, b: (b, k, j, 0))
+    queries = pl.BlockSpec((None, T, G, H), lambda j, k, b: (b, 0, k, 0))
+    keys = pl.BlockSpec((None, cut.keys, None, H), lambda j, k, b: (b, j, k, 0))
     last = pl.BlockSpec((None, num_J), lambda j, k, b: (b, 0))
     ids = [
         pl.BlockSpec((None, T), lambda j, k, b: (b, 0)),
