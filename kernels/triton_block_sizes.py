@@ -43,8 +43,8 @@ class BlockSizes:
 
 
 # Of bfloat16, by the generation and whether heads are wider than 128. Not measured on a GPU yet: the largest within its
-# shared memory that ptxas spills no register for and that leave wgmma in flight, and three stages where they fit: PTX
-# then waits for a block with the next still on its way, at two it waits for all.
+# shared memory for which ptxas spills no more than 32 bytes a thread and leaves wgmma in flight, and three stages where
+# they fit: PTX then waits for a block with the next still on its way, at two it waits for all.
 TABLE = {
     ("hopper", False): BlockSizes(Cut(128, 128, 8, 3), Cut(64, 128, 8, 3), Cut(128, 64, 8, 3)),
     ("hopper", True): BlockSizes(Cut(128, 32, 8, 3), Cut(16, 64, 8, 3), Cut(64, 32, 8, 3)),

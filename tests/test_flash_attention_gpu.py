@@ -4,6 +4,7 @@ What only a GPU can tell (numerics on its matrix units, speed) is tools/bench/gp
 """
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -239,18 +240,41 @@ for c.model.attention.implementation in ("flash", "auto"):
 """
 
 
-@pytest.mark.skipif(not HAS_PLUGIN, reason="needs jax's CUDA plugin (the extra gpu)")
-def test_it_compiles_for_gpus_that_are_not_here_and_within_a_sharded_step(tmp_path: Path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """(what COMPILE printed, the folder where XLA left its PTX)."""
+    if not HAS_PLUGIN:
+        pytest.skip("needs jax's CUDA plugin (the extra gpu)")
+    folder = tmp_path_factory.mktemp("compiled")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": f"--xla_dump_to={folder}"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines(), folder
+
+
+def test_it_compiles_for_gpus_that_are_not_here_and_within_a_sharded_step(compiled: tuple[list[str], Path]):
     """Three kernels of ours, one forward and two backward, or two of cuDNN's; in a step, one each in its loops.
 
     The smallest GPU is an A100 with the name and the shared memory of an RTX 3090.
     """
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR")
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
     of_one = ["flash 3 0"] * 4 + ["cudnn 0 2", "auto 0 2"]
     expected = [f"{gpu} {line}" for gpu in ("h100", "a100", "smallest") for line in of_one]
-    assert done.stdout.splitlines() == [*expected, "step flash 3 0", "step auto 0 2"]
+    assert compiled[0] == [*expected, "step flash 3 0", "step auto 0 2"]
+
+
+def test_kernels_of_the_table_spill_next_to_no_register_and_hoppers_use_wgmma(compiled: tuple[list[str], Path]):
+    """By the word of ptxas, for each kernel that was compiled; those of float32 are for tests, not for speed."""
+    import nvidia  # a namespace: the plugin's CUDA
+
+    [ptxas] = [path for root in nvidia.__path__ for path in Path(root).glob("cu*/bin/ptxas")]
+    kernels = [p for p in compiled[1].glob("*.ptx") if ".entry flash_attention" in p.read_text()]
+    assert len(kernels) == 3 * 4 * 3 + 3
+    for path in kernels:
+        text = path.read_text()
+        [target] = re.findall(r"^\.target (\w+)", text, re.M)
+        command = [ptxas, "--verbose", f"--gpu-name={target}", path, "--output-file=/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        in_bfloat16 = "bf16" in text
+        assert not in_bfloat16 or int(re.search(r"(\d+) bytes spill stores", said)[1]) <= 32, f"{path.name}: {said}"
+        assert ("wgmma.mma_async" in text) == (target == "sm_90a" and in_bfloat16), path.name
