@@ -56,6 +56,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["k2jax", "k2jax.*"]), "k2jax.kernels"],
     package_dir={"k2jax.kernels": "kernels"},
+    package_data={"k2jax.plan": ["*.txtpb"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

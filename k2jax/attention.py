@@ -34,24 +34,60 @@ def attend_causally(
 
     Args:
         document_BT: int32; keeps each position within its own document. None lets it see the whole row.
-        implementation: "jnp" anywhere, "flash" on TPUs; "auto" is flash there and jnp elsewhere.
-    Raises ConfigError for flash where there is no TPU.
+        implementation: "jnp" anywhere; "flash", our kernels, on TPUs and NVIDIA GPUs since Ampere; "cudnn", NVIDIA's,
+            on the same GPUs for bfloat16 without documents. "auto": flash on TPUs; on GPUs cudnn where it can, else
+            flash, because cuDNN is known to be fast and ours was not measured there yet (tools/bench/gpu_suite.py
+            does); jnp elsewhere.
+    Raises ConfigError for one that cannot run here or not do this.
     """
     platform = sharding.platform()
+    refused = _cudnn_refuses(platform, q_BTNH, document_BT)
     if implementation == "auto":
-        implementation = "flash" if platform == "tpu" else "jnp"
-    if implementation == "flash" and platform != "tpu":
-        raise ConfigError(f"model.attention.implementation='flash' runs on TPUs, this is {platform}: take 'jnp'")
+        on_gpu = "flash" if refused else "cudnn"
+        implementation = {"tpu": "flash", "gpu": on_gpu}.get(platform, "jnp")
+    if implementation == "flash" and platform not in ("tpu", "gpu"):
+        raise ConfigError(
+            f"model.attention.implementation='flash' runs on TPUs and NVIDIA GPUs since Ampere, this is {platform}: "
+            f"take 'jnp'"
+        )
+    if implementation == "flash" and q_BTNH.shape[3] > 256:
+        raise ConfigError("model.attention.implementation='flash' takes a model.head_dim of 256 at most: take 'jnp'")
+    if implementation == "cudnn" and refused:
+        raise ConfigError(f"model.attention.implementation='cudnn' {refused}")
     if context.size() > 1:
-        ring = _ring(implementation, q_BTNH.shape[1], q_BTNH.shape[3] * q_BTNH.dtype.itemsize)
+        ring = _ring(implementation, q_BTNH)
         return _on_each_device(ring, q_BTNH, k_BTKH, v_BTKH, document_BT, jnp.arange(context.size()))
     if implementation == "jnp":
         return _attend_by_blocks(q_BTNH, k_BTKH, v_BTKH, document_BT)
-    from k2jax.kernels.flash_attention import flash_attention  # Pallas takes a second to import
-
+    if implementation == "cudnn":
+        attend = _attend_by_cudnn
+    else:
+        from k2jax.kernels.flash_attention import flash_attention as attend  # Pallas takes a second to import
     if jax.sharding.get_abstract_mesh().empty:
-        return flash_attention(q_BTNH, k_BTKH, v_BTKH, document_BT)
-    return _on_each_device(flash_attention, q_BTNH, k_BTKH, v_BTKH, document_BT)
+        return attend(q_BTNH, k_BTKH, v_BTKH, document_BT)
+    return _on_each_device(attend, q_BTNH, k_BTKH, v_BTKH, document_BT)
+
+
+def _attend_by_cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, document_BT: None) -> jax.Array:
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_refuses(platform: str, q_BTNH: jax.Array, document_BT: jax.Array | None) -> str | None:
+    """What cuDNN's attention, as JAX 0.10 to 0.12 has it, cannot do of this and what to take instead; None: it can."""
+    if platform != "gpu":
+        return f"runs on NVIDIA GPUs, this is {platform}: take 'auto'"
+    if context.size() > 1:
+        return f"takes whole rows, which mesh.context={context.size()} splits: take 'flash'"
+    if document_BT is not None:
+        return "masks no documents (model.mask_documents=True): take 'flash'"
+    if q_BTNH.dtype != jnp.bfloat16:
+        return f"computes in bfloat16, this is {q_BTNH.dtype} (precision.compute): take 'flash'"
+    from k2jax.kernels.triton_block_sizes import HOPPER
+
+    largest = 256 if any(name in sharding.device_kind() for name in HOPPER) else 128
+    if q_BTNH.shape[3] % 8 or q_BTNH.shape[3] > largest:
+        return f"takes a model.head_dim that is a multiple of 8, here {largest} at most: take 'flash'"
+    return None
 
 
 def _on_each_device(
@@ -72,20 +108,21 @@ def _on_each_device(
     return mapped(q_BTNH, k_BTKH, v_BTKH, document_BT, *by_device)
 
 
-def _ring(implementation: str, length: int, row_bytes: int) -> Callable[..., jax.Array]:
-    """Ring attention of rows of `length` positions by `implementation`; for devices that share rows."""
+def _ring(implementation: str, q_BTNH: jax.Array) -> Callable[..., jax.Array]:
+    """Ring attention by `implementation`; for devices that share rows."""
     from k2jax.kernels import flash_attention, reference, ring_attention
     from k2jax.kernels.flash_attention_tpu import LANES
 
     forward, backward = reference.forward, reference.backward
     if implementation == "flash":
+        length = q_BTNH.shape[1]
         chunk = length // len(context.chunks(context.size()))
         if chunk % LANES:
             raise ConfigError(
                 f"rows of {length} positions on mesh.context={context.size()} are chunks of {chunk}: flash attention "
                 f"takes multiples of {LANES} there: change the mesh or the stage's sequence_length"
             )
-        options = flash_attention.options_of_chunks(chunk, row_bytes)
+        options = flash_attention.options_of_chunks(chunk, q_BTNH.shape[3], q_BTNH.dtype)
         forward = partial(flash_attention.forward_by_parts, options=options)
         backward = partial(flash_attention.backward_by_parts, options=options)
     return partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, backward))

@@ -46,7 +46,7 @@ def base() -> ConfigDict:
     c.model.rings = ()                    # sizes that gathers over mesh.fsdp go by, such as (8, 8, 8) on v5p:8x8x8
     c.model.unroll = 1                    # layers in one turn of the scan over layers: more compile slower, run faster
     c.model.attention = ConfigDict()
-    c.model.attention.implementation = "auto" # "jnp"; "flash": Pallas, TPU; "auto": flash on TPU, jnp elsewhere
+    c.model.attention.implementation = "auto" # "jnp", "flash" (Pallas; TPU, GPU), "cudnn" (GPU): see attention.py
     c.model.pipeline = ConfigDict()       # where mesh.stage > 1
     c.model.pipeline.microbatches = 8     # that each of gradient accumulation's is cut into; a multiple of mesh.stage
     c.model.pipeline.repeats = 1          # times that each passes all stages: the bubble shrinks, more is sent
@@ -218,14 +218,10 @@ def validate(config: ConfigDict) -> None:
 
     for key in ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "unroll"):
         need(m[key] > 0, f"model.{key}", m[key], "must be positive")
-    need(
-        m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads == 0,
-        "model.num_kv_heads",
-        m.num_kv_heads,
-        f"must divide model.num_heads={m.num_heads}",
-    )
+    divides = m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads == 0
+    need(divides, "model.num_kv_heads", m.num_kv_heads, f"must divide model.num_heads={m.num_heads}")
     need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE turns pairs")
-    choices = ("auto", "jnp", "flash")
+    choices = ("auto", "jnp", "flash", "cudnn")
     found = m.attention.implementation
     need(found in choices, "model.attention.implementation", found, f"must be one of {choices}")
     known = m.remat in ("none", "dots", "full") or set(m.remat.split("+")) <= set(REMAT_NAMES)
@@ -251,13 +247,9 @@ def validate(config: ConfigDict) -> None:
         "axis sizes must be positive, at most one may be -1",
     )
     need(len(config.stages) > 0, "stages", (), "the experiment needs at least one row; see config.stage()")
-    has_wandb = not config.log.wandb_project or importlib.util.find_spec("wandb") is not None
-    need(
-        has_wandb,
-        "log.wandb_project",
-        config.log.wandb_project,
-        "wandb is not installed: pip install 'k2jax[wandb]'",
-    )
+    project = config.log.wandb_project
+    has_wandb = not project or importlib.util.find_spec("wandb") is not None
+    need(has_wandb, "log.wandb_project", project, "wandb is not installed: pip install 'k2jax[wandb]'")
     for key, options in config.compiler.items():
         need(all("=" in o for o in options), f"compiler.{key}", options, "each must be written OPTION=VALUE")
     names = [row.name for row in config.stages]
@@ -277,12 +269,8 @@ def _validate_stage(need: Any, prefix: str, row: ConfigDict) -> None:
         row.microbatches,
         f"must divide rows_per_step={row.rows_per_step}",
     )
-    need(
-        0 <= row.lr_final <= row.lr_peak,
-        prefix + "lr_final",
-        row.lr_final,
-        f"must lie in [0, lr_peak={row.lr_peak}]",
-    )
+    within = 0 <= row.lr_final <= row.lr_peak
+    need(within, prefix + "lr_final", row.lr_final, f"must lie in [0, lr_peak={row.lr_peak}]")
     need(
         0 <= row.warmup_steps <= row.steps_per_chunk * row.chunks,
         prefix + "warmup_steps",

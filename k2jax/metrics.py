@@ -162,7 +162,7 @@ class Recorder:
 
 
 def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str, float]:
-    """{stage: seconds} as `tools/plan.py --workdir` kept them in plan.json; {} where there is none for these devices."""
+    """{stage: seconds} as `tools/plan.py --workdir` kept them in plan.json; {} if there is none for these devices."""
     if not (workdir / "plan.json").exists():
         return {}
     plan = read_json(workdir / "plan.json")

@@ -110,13 +110,17 @@ def check_divisible(name: str, shape: tuple[int, ...], axes: tuple[str, ...], me
             )
 
 
-def platform() -> str:
-    """"tpu", "gpu" or "cpu": of the mesh in use, which may be of devices that are not here, else of this machine."""
+def device_kind() -> str:
+    """That of the mesh in use, which may be of devices that are not here; else of the one here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return jax.default_backend()
-    kind = device.device_kind
-    return "tpu" if kind.startswith("TPU") else "gpu" if kind.startswith("NVIDIA") else kind
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def platform() -> str:
+    """Of those devices: tpu, gpu where they are NVIDIA's, cpu; the device's own name otherwise."""
+    kind = device_kind()
+    prefixes = {"TPU": "tpu", "NVIDIA": "gpu"}
+    return next((platform for prefix, platform in prefixes.items() if kind.startswith(prefix)), kind)
 
 
 def shard(x: jax.Array, name: str) -> jax.Array:

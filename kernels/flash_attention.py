@@ -3,26 +3,26 @@
 What it computes is `reference.attention`. Rows longer than a kernel holds are taken in pairs of parts, each with its
 log of softmax's denominator, by which the parts' results are put together: as ring attention does between devices.
 
+The kernels are those of flash_attention_tpu.py or flash_attention_triton.py, whose functions have the same arguments:
+the type of the block sizes says which.
+
 Axes: B batch, N query heads, K key and value heads, T positions, H head dim.
 """
 
 from functools import partial
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from k2jax.kernels.flash_attention_tpu import (
-    GENERATION_OF_KIND,
-    LOG2_E,
-    BlockSizes,
-    Documents,
-    Interpret,
-    backward,
-    block_sizes,
-    forward,
-)
+from k2jax.kernels.flash_attention_tpu import LOG2_E, Documents, Interpret
+
+from k2jax.kernels import flash_attention_tpu as tpu
+from k2jax.kernels import flash_attention_triton as triton
+from k2jax.kernels import triton_block_sizes
+
+BlockSizes = tpu.BlockSizes | triton_block_sizes.BlockSizes
 
 
 def flash_attention(
@@ -39,13 +39,13 @@ def flash_attention(
     Args:
         q_BTNH: bfloat16 or float32, as k and v; N is a multiple of K. T is any length, H at most 256.
         document_BT: int32; keeps each position within its own document. None: the row is one.
-        sizes: None takes `block_sizes` of the generation and the length.
-        interpret: without a TPU.
+        sizes: None takes `default_sizes`.
+        interpret: without a TPU or GPU.
     """
-    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    T = q_BTNH.shape[1]
     if sizes is None:
-        sizes = block_sizes(_generation(), T, H * q_BTNH.dtype.itemsize)
-    padding = -T % (sizes.resident if T > sizes.resident else max(sizes.forward, sizes.backward))
+        sizes = default_sizes(T, q_BTNH.shape[3], q_BTNH.dtype)
+    padding = -T % (sizes.resident if T > sizes.resident else sizes.unit)
     heads_first = [
         jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTKH, v_BTKH)
     ]
@@ -55,11 +55,28 @@ def flash_attention(
     return out_BNTH.transpose(0, 2, 1, 3)[:, :T]
 
 
-def _generation() -> str:
-    """Of the devices in use, which may not be here; where it is unknown, the one whose blocks fit on all."""
+def default_sizes(length: int, head_dim: int, dtype: jnp.dtype) -> BlockSizes:
+    """Of the table of the devices in use, which may not be here; where they are unknown, such as fit on all."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return GENERATION_OF_KIND.get(kind, "v4")
+    itemsize = jnp.dtype(dtype).itemsize
+    if kind.startswith("NVIDIA"):
+        return triton_block_sizes.block_sizes(kind, head_dim, itemsize)
+    return tpu.block_sizes(tpu.GENERATION_OF_KIND.get(kind, "v4"), length, head_dim * itemsize)
+
+
+def _kernels(sizes: BlockSizes) -> Any:
+    return tpu if isinstance(sizes, tpu.BlockSizes) else triton
+
+
+def forward(*arrays: Any, sizes: BlockSizes, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """(out_BNTH, lse_BN1T), as in flash_attention_tpu.py, by the kernel that `sizes` are of."""
+    return _kernels(sizes).forward(*arrays, sizes=sizes, **options)
+
+
+def backward(*arrays: Any, sizes: BlockSizes, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dq_BNTH, dk_BKSH, dv_BKSH), likewise."""
+    return _kernels(sizes).backward(*arrays, sizes=sizes, **options)
 
 
 class Options(NamedTuple):
@@ -69,12 +86,14 @@ class Options(NamedTuple):
     interpret: Interpret = False
 
 
-def options_of_chunks(length: int, row_bytes: int) -> Options:
+def options_of_chunks(length: int, head_dim: int, dtype: jnp.dtype) -> Options:
     """For chunks of `length` positions, a multiple of LANES, which are not filled up: blocks that divide them."""
-    sizes = block_sizes(_generation(), length, row_bytes)
-    forward, backward = gcd(sizes.forward, length), gcd(sizes.backward, length)
-    strips = min(sizes.forward_strip, forward), min(sizes.backward_strip, backward)
-    return Options(BlockSizes(forward, strips[0], backward, strips[1], sizes.resident))
+    sizes = default_sizes(length, head_dim, dtype)
+    if not isinstance(sizes, tpu.BlockSizes):
+        return Options(sizes)  # blocks of the GPU's table divide LANES
+    blocks = gcd(sizes.forward, length), gcd(sizes.backward, length)
+    strips = min(sizes.forward_strip, blocks[0]), min(sizes.backward_strip, blocks[1])
+    return Options(tpu.BlockSizes(blocks[0], strips[0], blocks[1], strips[1], sizes.resident))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

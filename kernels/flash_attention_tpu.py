@@ -64,6 +64,11 @@ class BlockSizes:
         if max(self.forward, self.backward) % min(self.forward, self.backward):
             raise ValueError(f"BlockSizes.forward={self.forward}, backward={self.backward}: one must divide the other")
 
+    @property
+    def unit(self) -> int:
+        """A row's length is a multiple of it, once padded."""
+        return max(self.forward, self.backward)
+
 
 GENERATION_OF_KIND = {
     "TPU v4": "v4",

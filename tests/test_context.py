@@ -18,7 +18,7 @@ from test_sharding import small
 from k2jax import attention, context, launch, sharding
 from k2jax.attention import _on_each_device, attend_causally
 from k2jax.errors import ConfigError
-from k2jax.kernels import flash_attention, reference, ring_attention
+from k2jax.kernels import flash_attention, reference, ring_attention, triton_block_sizes
 from k2jax.model import parameter_table
 from k2jax.optimizer import init_state
 
@@ -82,10 +82,15 @@ def test_bfloat16_is_as_near_as_its_rounding():
         assert np.abs(ours.astype(np.float32) - theirs).max() < 2**-6 * np.abs(theirs).max()
 
 
-def test_the_flash_kernels_are_parts_of_the_ring():
-    """In interpret mode; chunks of 128 positions, a device's two in two resident parts."""
+@pytest.mark.parametrize(
+    "sizes",
+    [BlockSizes(128, 128, 128, 128, 128), triton_block_sizes.BlockSizes(*[triton_block_sizes.Cut(64, 32, 4, 1)] * 3)],
+    ids=["tpu", "gpu"],
+)
+def test_the_flash_kernels_are_parts_of_the_ring(sizes: flash_attention.BlockSizes):
+    """In interpret mode; chunks of 128 positions, on TPU a device's two in two resident parts."""
     arrays, document_BT = draw(T=512, N=2, K=1, H=8, B=1)
-    options = flash_attention.Options(BlockSizes(128, 128, 128, 128, 128), interpret=True)
+    options = flash_attention.Options(sizes, interpret=True)
     forward = partial(flash_attention.forward_by_parts, options=options)
     backward = partial(flash_attention.backward_by_parts, options=options)
     ring = partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, backward))

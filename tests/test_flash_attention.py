@@ -163,7 +163,7 @@ def test_the_table_has_sizes_for_every_length(row_bytes: int, generation: str, l
 
 def test_flash_without_a_tpu_is_refused_and_auto_is_jnp():
     q, k, v, _ = draw(16, 2, 2, 8)
-    with pytest.raises(ConfigError, match="model.attention.implementation='flash' runs on TPUs, this is cpu"):
+    with pytest.raises(ConfigError, match="attention.implementation='flash' runs on TPUs and NVIDIA GPUs since Ampere"):
         attend_causally(q, k, v, None, "flash")
     np.testing.assert_array_equal(attend_causally(q, k, v, None, "auto"), attend_causally(q, k, v))
 

@@ -99,7 +99,8 @@ def plan_stage(config: ConfigDict, index: int, mesh: jax.sharding.Mesh, chip: Ch
     if compiled is not None:
         timeline = Timeline(Program(compiled.as_text()), chip, Links(chip, list(mesh.devices.flat)))
         times = _times(config, stage, timeline, mesh.devices.size, found)
-    return found | times | ({} if found["fits"] else {"remedies": remedies(config, stage, mesh, chip, needed)})
+    found["remedies"] = [] if found["fits"] else remedies(config, stage, mesh, chip, needed)
+    return found | times
 
 
 def _times(

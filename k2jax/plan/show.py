@@ -33,7 +33,7 @@ def _stage(stage: dict[str, Any]) -> list[str]:
     if "argument_bytes" in stage:
         state, temporary = stage["argument_bytes"] / GIB, stage["temporary_bytes"] / GIB
         lines.append(_row("  of a device", f"{state:.1f} GiB state and batch, {temporary:.1f} GiB temporaries"))
-    lines += [_row("to make it fit" if i == 0 else "or", remedy) for i, remedy in enumerate(stage.get("remedies", []))]
+    lines += [_row("to make it fit" if i == 0 else "or", remedy) for i, remedy in enumerate(stage["remedies"])]
     if stage["step_seconds"] is not None:
         total = stage["step_seconds"]
         lines += [
