@@ -107,11 +107,39 @@ class Program:
     def _named(self, computation: str | None) -> dict[str, Instruction]:
         return {i.name: i for i in self.computations[computation or ""]}
 
+    def moved_bytes(self, i: Instruction) -> int:
+        """What an operation reads and writes. Of an array that it picks a slice of, or writes one in place, the slice."""
+        body = self._named(i.called()) if i.opcode == "fusion" else {i.name: i}
+        users: dict[str, list[Instruction]] = {}
+        for inner in body.values():
+            for name in inner.operands:
+                users.setdefault(name, []).append(inner)
+        arguments = [inner.name for inner in body.values() if inner.opcode == "parameter"]
+        inputs = arguments if i.opcode == "fusion" else i.operands
+        read = sum(_read_bytes(self.shapes.get(name, ""), users.get(name, []), name) for name in inputs)
+        root = list(body.values())[-1]
+        results = [body.get(name, root) for name in root.operands] if root.opcode == "tuple" else [root]
+        written = 0
+        for result in results:
+            while result.opcode in ("bitcast", "convert", "copy") and result.operands[0] in body:
+                result = body[result.operands[0]]
+            in_place = result.opcode == "dynamic-update-slice"
+            written += array_bytes(self.shapes.get(result.operands[1], "")) if in_place else result.result_bytes
+        return read + written
+
     def within(self, instruction: Instruction) -> list[Instruction]:
         """Of the computation that a fusion or call runs; those that it calls in turn included."""
         name = instruction.called() or instruction.called("to_apply")
         body = self.computations[name] if name else []
         return [inner for i in body for inner in ([i] if i.opcode != "fusion" else [i, *self.within(i)])]
+
+
+def _read_bytes(shape: str, users: list[Instruction], name: str) -> int:
+    if users and all(user.opcode == "dynamic-slice" for user in users):
+        return sum(user.result_bytes for user in users)
+    if users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == name for user in users):
+        return 0
+    return array_bytes(shape)
 
 
 def array_bytes(text: str) -> int:

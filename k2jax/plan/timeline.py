@@ -140,7 +140,7 @@ class Timeline:
             return i.cycles / self.clock
         if i.opcode in FREE or (i.opcode == "custom-call" and "tpu_custom_call" not in i.rest):
             return 0.0
-        return (i.result_bytes + self._operand_bytes(i)) / self.chip.hbm_bytes_per_s
+        return self.program.moved_bytes(i) / self.chip.hbm_bytes_per_s
 
     def _operand_bytes(self, i: Instruction) -> int:
         return sum(array_bytes(self.program.shapes[name]) for name in i.operands if name in self.program.shapes)
@@ -160,7 +160,7 @@ class Timeline:
     def _roofline(self, i: Instruction, products: list[Instruction]) -> float:
         if i.opcode in FREE:
             return 0.0
-        moved = (i.result_bytes + self._operand_bytes(i)) / (GPU_HBM_SHARE * self.chip.hbm_bytes_per_s)
+        moved = self.program.moved_bytes(i) / (GPU_HBM_SHARE * self.chip.hbm_bytes_per_s)
         flops = sum(self._product_flops(p) for p in products) + self._fused_attention_flops(i)
         return max(moved, flops / (GPU_MATRIX_SHARE * self.chip.peak_flops))
 

@@ -1,0 +1,28 @@
+"""K2-65B on 512 TPU v5p chips: experiments/k2_65b.py with batches of a power of two, and the settings that tools/plan.py
+found for v5p:8x8x8.
+
+Purpose: to reproduce K2-65B on a TPU pod.
+Data: as experiments/k2_65b.py.
+Command: python -m k2jax.train --config=experiments/k2_65b_v5p.py --workdir=DIR
+Hardware: v5p:8x8x8, 512 chips.
+Tokens: stage one 360 chunks x 941 steps x 2048 rows x 2048 = 1.4208T; stage two 20 chunks, 74.0B.
+Expected time: PLAN
+"""
+
+from ml_collections import ConfigDict
+
+from k2jax import config, k2
+
+
+def get_config() -> ConfigDict:
+    c = config.base()  # the model section and the optimizer of base() are K2-65B's
+    c.name = "k2_65b_v5p"
+    c.mesh.fsdp = 512
+    c.model.rings = (8, 8, 8)  # the torus: most of a gather goes over its first axis, 8 chips
+    # As much as fits in 90% of the memory. What is computed again is cheapest for its bytes: attention, wo, up.
+    c.model.remat = "q+k+v+gate"
+    c.compiler.tpu = k2.TPU_OPTIONS
+    c.data.label_shift = "inside"  # K2 lost one target a row; "next" does not
+    c.data.threads, c.data.prefetch = 4, 8
+    c.stages = k2.stages_65b(rows=(2048, 512), microbatches=(1, 1))
+    return c

@@ -1,0 +1,26 @@
+"""K2-65B on 256 TPU v6e chips: experiments/k2_65b_v5p.py with the settings that tools/plan.py found for v6e:16x16.
+
+Purpose: to reproduce K2-65B on the largest v6e slice.
+Data: as experiments/k2_65b.py.
+Command: python -m k2jax.train --config=experiments/k2_65b_v6e.py --workdir=DIR
+Hardware: v6e:16x16, 256 chips, each with a third of a v5p's memory and twice its arithmetic.
+Tokens: as experiments/k2_65b_v5p.py.
+Expected time: PLAN
+"""
+
+from ml_collections import ConfigDict
+
+from k2jax import config, k2
+
+
+def get_config() -> ConfigDict:
+    c = config.base()  # the model section and the optimizer of base() are K2-65B's
+    c.name = "k2_65b_v6e"
+    c.mesh.fsdp = 256
+    c.model.rings = (16, 16)
+    c.model.remat = "full"  # smaller microbatches could keep more, but gather the weights for fewer tokens
+    c.compiler.tpu = k2.TPU_OPTIONS
+    c.data.label_shift = "inside"  # K2 lost one target a row; "next" does not
+    c.data.threads, c.data.prefetch = 4, 8
+    c.stages = k2.stages_65b(rows=(2048, 512), microbatches=(2, 2))
+    return c
