@@ -16,7 +16,7 @@ TEST_EXTRAS := $(if $(filter 0,$(PARITY)),test,test,parity,eval,tpu)
 BASE_DONE := $(VENV)/.installed
 TEST_DONE := $(VENV)/.installed-$(if $(filter 0,$(PARITY)),test,test-parity)
 
-.PHONY: train test test-slow lint lock clean
+.PHONY: train test test-slow plan-65b lint lock clean
 
 train: $(BASE_DONE)
 	$(BIN)/python tools/prepare_data.py --config=experiments/data/smoke.py --out=data/smoke
@@ -27,6 +27,10 @@ test: lint
 
 test-slow: $(TEST_DONE)
 	$(BIN)/python -m pytest -m slow
+
+# Compiles the whole of K2-65B for the pods of its experiments: a quarter of an hour and some GB.
+plan-65b: $(TEST_DONE)
+	$(BIN)/python -m pytest -m slow tests/test_plan.py tests/test_context.py
 
 lint: $(TEST_DONE)
 	$(BIN)/python -m ruff check .

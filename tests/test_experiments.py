@@ -66,6 +66,7 @@ def shrink(c: ConfigDict, data: Path, root: Path) -> ConfigDict:
         c.data.root, c.data.tokenizer = str(root), str(data / "tokenizer.json")
         c.mesh.replica, c.mesh.fsdp, c.mesh.tensor = 1, -1, 1
         c.mesh.context = min(c.mesh.context, 2)
+        c.model.rings = {0: (), 2: (4, 2), 3: (2, 2, 2)}[len(c.model.rings)]
         c.eval.windows, c.eval.new_tokens = 2, 4
         if c.mesh.context > 1:
             c.eval.prompts = ("abc",)  # which goes on where no row is shared

@@ -140,7 +140,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch):
     """Makes attention believe that it is on a device of that kind, with kernels that give back their own names."""
 
     def pretend(kind: str) -> None:
-        monkeypatch.setattr("k2jax.attention._device_kind", lambda: kind)
+        monkeypatch.setattr("k2jax.sharding.device_kind", lambda: kind)
         monkeypatch.setattr("k2jax.kernels.flash_attention.flash_attention", lambda *arrays: "flash")
         monkeypatch.setattr("jax.nn.dot_product_attention", lambda *arrays, is_causal, implementation: implementation)
 

@@ -294,3 +294,21 @@ def test_a_plan_for_other_devices_is_not_compared(tmp_path: Path):
     said: list[str] = []
     assert planned_step_seconds(tmp_path, said.append) == {}
     assert "for 512 TPU v5, this run has 8 cpu" in said[0]
+
+
+# ---- the whole of K2-65B: minutes and gigabytes (`make plan-65b`) ----------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+@pytest.mark.parametrize(
+    ("experiment", "topology", "least_mfu"),
+    [("k2_65b_v5p", "v5p:8x8x8", 0.65), ("k2_65b_v6e", "v6e:16x16", 0.38), ("k2_65b_128k", "v5p:8x8x8", 0.0)],
+)
+def test_k2_65b_fits_and_is_as_fast_as_its_experiment_says(experiment: str, topology: str, least_mfu: float):
+    command = [sys.executable, "tools/plan.py", f"--config=experiments/{experiment}.py", f"--topology={topology}", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["hbm_bytes_per_chip"] <= 0.9 * found["hbm_limit_bytes"]
+    assert all(stage["mfu_causal"] >= least_mfu for stage in found["stages"].values())

@@ -108,7 +108,7 @@ class Program:
         return {i.name: i for i in self.computations[computation or ""]}
 
     def moved_bytes(self, i: Instruction) -> int:
-        """What an operation reads and writes. Of an array that it picks a slice of, or writes one in place, the slice."""
+        """What an operation reads and writes: of an array that it cuts, or writes a part of in place, that part."""
         body = self._named(i.called()) if i.opcode == "fusion" else {i.name: i}
         users: dict[str, list[Instruction]] = {}
         for inner in body.values():

@@ -48,6 +48,13 @@ def blocks_of_table(generation: str, length: int, head_dim: int) -> Blocks:
     return sizes.forward, sizes.forward_strip, sizes.backward, sizes.backward_strip
 
 
+def resident_of_table(generation: str, length: int, head_dim: int) -> int:
+    """Positions of a row that a kernel takes at once."""
+    from k2jax.kernels.flash_attention_tpu import block_sizes
+
+    return block_sizes(generation, length, 2 * head_dim).resident
+
+
 def compile_flash(generation: str, length: int, head_dim: int, blocks: Blocks, dump: str) -> None:
     topologies.use_tpu_compiler(dump)
     from functools import partial

@@ -18,7 +18,7 @@ KEYS = {
     "float for int": ("model.dim=3.5", ["model.dim=3.5", "expected int"]),
     "no value": ("model.dim", ["--config.model.dim=VALUE"]),
     "out of range": ("model.dim=-32", ["model.dim=-32", "must be positive"]),
-    "unknown choice": ("model.remat=some", ["model.remat='some'", "none, dots or full"]),
+    "unknown choice": ("model.remat=some", ["model.remat='some'", "none, dots, full, or names"]),
     "heads": ("model.num_kv_heads=3", ["model.num_kv_heads=3", "must divide model.num_heads=8"]),
     "a mix of nothing": ("stages.0.mix.web=0.0", ["stages.0.mix.web=0.0", "positive"]),
     "mesh larger than the devices": ("mesh.fsdp=16", ["'fsdp': 16", "needs 16 devices, this run has 8"]),

@@ -1,6 +1,6 @@
 """Cycles of the attention kernels on a TPU that is not here, beside splash attention at its best block sizes.
 
-    python tools/bench/tpu_kernel_cost.py [--generations v5p v6e] [--lengths 2048 8192] [--kernels flash splash]
+    python tools/bench/tpu_kernel_cost.py [--generations v5p v6e] [--lengths 2048 8192 32768] [--kernels flash splash]
         [--blocks FORWARD,STRIP,BACKWARD,STRIP]
 
 Compiles each kernel for the TPU (extra `tpu`), reads its final instruction bundles, and counts how often each part of
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from k2jax.plan import topologies  # noqa: E402
 from k2jax.plan.bundles import Program, cycles, read_program  # noqa: E402
-from k2jax.plan.kernels import blocks_of_table, flash_costs  # noqa: E402
+from k2jax.plan.kernels import blocks_of_table, flash_costs, resident_of_table  # noqa: E402
 
 HEAD_DIM = 128
 PRODUCTS = {"forward": 2, "backward": 5}
@@ -68,6 +68,21 @@ def splash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
 # ---- how often each part of a kernel runs ----------------------------------------------------------------------------
 
 
+def flash_by_parts(case: dict[str, Any]) -> dict[str, tuple[float, Program]]:
+    """A row that is longer than what is resident is taken in pairs of parts: causal ones, and those before them in full.
+
+    How the parts' results are put together is left to XLA, and not counted: some elementwise passes over a row.
+    """
+    resident = resident_of_table(case["generation"], case["length"], HEAD_DIM)
+    parts = max(case["length"] // resident, 1)
+    costs = flash_costs(case["generation"], case["length"] // parts, HEAD_DIM, tuple(case["blocks"]))
+    found = {}
+    for direction in PRODUCTS:
+        (causal, program), (full, _) = costs[direction], costs[f"{direction}_full"]
+        found[direction] = (parts * causal + parts * (parts - 1) / 2 * full, program)
+    return found
+
+
 def splash_costs(case: dict[str, Any]) -> dict[str, tuple[float, Program]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--compile", json.dumps(case), "--dump", folder]
@@ -101,8 +116,7 @@ def cost(case: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
     """{direction: JSON line}; None where the kernel does not compile so, as for want of VMEM."""
     try:
         if case["kernel"] == "flash":
-            costs = flash_costs(case["generation"], case["length"], HEAD_DIM, tuple(case["blocks"]))
-            found = {direction: costs[direction] for direction in PRODUCTS}
+            found = flash_by_parts(case)
         else:
             found = splash_costs(case)
     except ValueError as error:
@@ -131,7 +145,7 @@ def splash_cases(generation: str, length: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", default=["v5p", "v6e"], choices=topologies.GENERATIONS)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768])
     parser.add_argument("--kernels", nargs="+", default=["splash", "flash"], choices=["splash", "flash"])
     parser.add_argument("--blocks", default=None, help="of the flash kernels, all four; by default those of the table")
     parser.add_argument("--compile", type=json.loads, help=argparse.SUPPRESS)
