@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     c.model.num_kv_heads = 32
     c.model.ffn_dim = 11008
     c.model.remat = "dots"
+    c.compiler.tpu = k2.TPU_OPTIONS
     c.stages = (
         config.stage(
             name="stage1",

@@ -249,6 +249,10 @@ def test_the_search_ranks_what_fits(tiny_data: Path):
         (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], ["mesh", "needs 3 devices, this run has 4"]),
         (["--topology=v5e:2x2", "--config.model.rings=(3,2)"], ["model.rings=(3, 2)", "mesh.fsdp=4"]),
         (["--topology=v5e:2x2", "--config.compiler.tpu=('xla_tpu_nonsense=true',)"], ["xla_tpu_nonsense"]),
+        (
+            ["--topology=v5e:2x2", "--config.model.attention.implementation=cudnn"],
+            ["implementation='cudnn'", "runs on NVIDIA GPUs, this is tpu"],
+        ),
         (["--topology=v5e:2x2", "--stage=stage7"], ["stage7", "stage1, stage2"]),
     ],
 )
@@ -273,6 +277,17 @@ def test_memory_that_the_compiler_refused(text: str, expected: int | None):
 def test_unknown_accelerators_are_refused_with_the_known():
     with pytest.raises(ConfigError, match="known: v4, v5e, v5p, v6e, tpu7x, h100, a100"):
         chip_of("b200:8")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `gpu`")
+def test_a_step_on_gpus(tiny_data: Path):
+    code, out, errors = plan(tiny_data, "--topology=h100:8", "--json")
+    assert code == 0, errors
+    found = json.loads(out)
+    assert found["chips"] == 8 and found["device_kind"].startswith("NVIDIA H100")
+    params = 2 * 512 * 512 + 4 * (512 * 128 * (4 + 2 + 2 + 4) + 3 * 512 * 1024)
+    least = 6 * (params - 512 * 512) * 8 * 512 / 8 / 989e12
+    assert least < found["matrix_seconds"] < 6 * least and 0 < found["mfu_causal"] < 1
 
 
 # ---- predicted beside actual -----------------------------------------------------------------------------------------
@@ -306,8 +321,8 @@ def test_a_plan_for_other_devices_is_not_compared(tmp_path: Path):
     [("k2_65b_v5p", "v5p:8x8x8", 0.65), ("k2_65b_v6e", "v6e:16x16", 0.38), ("k2_65b_128k", "v5p:8x8x8", 0.0)],
 )
 def test_k2_65b_fits_and_is_as_fast_as_its_experiment_says(experiment: str, topology: str, least_mfu: float):
-    command = [sys.executable, "tools/plan.py", f"--config=experiments/{experiment}.py", f"--topology={topology}", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    arguments = [f"--config=experiments/{experiment}.py", f"--topology={topology}", "--json"]
+    done = subprocess.run([sys.executable, "tools/plan.py", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["hbm_bytes_per_chip"] <= 0.9 * found["hbm_limit_bytes"]

@@ -51,9 +51,11 @@ def small(microbatches: int = 1) -> tuple:
     return c.lock(), StagePlan("stage1", 0, LENGTH, ROWS, STEPS, 1, 0, ROWS * STEPS, 1, STEPS)
 
 
-def losses(shape: tuple[int, ...], microbatches: int = 1) -> list[float]:
+def losses(shape: tuple[int, ...], microbatches: int = 1, rings: tuple[int, ...] = ()) -> list[float]:
     """Of the first ten steps, through the trainer's own placement and jit, on the first devices."""
     c, plan = small(microbatches)
+    with c.unlocked():
+        c.model.rings = rings
     devices = jax.devices()[: int(np.prod(shape))]
     mesh = sharding.make_mesh(dict(zip(AXES, shape, strict=True)), devices)
     with jax.set_mesh(mesh):

@@ -69,7 +69,7 @@ def splash(case: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
 
 
 def flash_by_parts(case: dict[str, Any]) -> dict[str, tuple[float, Program]]:
-    """A row that is longer than what is resident is taken in pairs of parts: causal ones, and those before them in full.
+    """A row longer than what is resident is taken in pairs of parts: causal ones, and those before them in full.
 
     How the parts' results are put together is left to XLA, and not counted: some elementwise passes over a row.
     """
