@@ -7,8 +7,8 @@ Command: python -m k2jax.train --config=experiments/k2_65b_v5p.py --workdir=DIR
 Hardware: v5p:8x8x8, 512 chips.
 Tokens: stage one 360 chunks x 941 steps x 2048 rows x 2048 = 1.4208T; stage two 20 chunks, 74.0B.
 Expected time, by tools/plan.py (libtpu 0.0.42), not measured: stage one 10.5 s a step, 782 tokens a second and chip,
-  MFU 67.9% causal, 79.2 of 95.7 GiB; stage two 11.1 s, 68.0%, 80.0 GiB; 43 days in all. Of a step of stage one, products
-  take 7.8 s (7.0 s of it due), the elementwise 1.7 s, attention 0.3 s, collectives that nothing hides 0.7 s.
+  MFU 67.9% causal, 79.2 of 95.7 GiB; stage two 11.1 s, 68.0%, 80.0 GiB; 43 days in all. Of a step of stage one,
+  products take 7.8 s (7.0 s of it due), the elementwise 1.7 s, attention 0.3 s, collectives that nothing hides 0.7 s.
 """
 
 from ml_collections import ConfigDict
