@@ -7,7 +7,8 @@ scatters go over one ring of devices after the other (an axis of a TPU's torus e
 beside the products where they are asked to (`compiler.tpu` in the experiment files).
 
 Mesh axes: "replica", "fsdp" and "context" split what a step reads, "fsdp" and "context" the parameters as well.
-"stage" splits rows outside the layers, "tensor" is left to the partitioner.
+"stage" splits rows outside the layers. "tensor" splits heads, ffn and vocabulary; it is written out, too, because a
+partitioner gathers what it splits around collectives that are.
 """
 
 import math
@@ -21,7 +22,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from k2jax.sharding import platform
 
-SPLIT = ("fsdp", "context")
+SPLIT, TENSOR = ("fsdp", "context"), "tensor"
 Rings = tuple[int, ...]  # sizes that multiply to that of fsdp, major first; (): one ring
 
 
@@ -32,21 +33,29 @@ def reading() -> tuple[str, ...]:
     return tuple(axis for axis in ("replica", "fsdp", "stage", "context") if axis in free)
 
 
-def rows() -> PartitionSpec:
-    """Of B, T, ..."""
+def tokens_spec() -> PartitionSpec:
+    """Of (B, T)."""
     *batch, position = reading() or (None,)
     return PartitionSpec(tuple(batch), position)
 
 
-def weight(dim: int) -> PartitionSpec:
-    """Of an array whose dimension `dim` is split over fsdp and context."""
-    return PartitionSpec(*[None] * dim, SPLIT)
+def rows(feature: str | None = None) -> PartitionSpec:
+    """Of B, T, and a dimension that may be split over "tensor"."""
+    return PartitionSpec(*tokens_spec(), feature)
 
 
-def over_data(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
-    """`function` of each device's own part; as it is where a mesh splits no data."""
-    axes = reading()
-    if not axes or math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) == 1:
+def weight(dim: int, ndim: int = 2) -> PartitionSpec:
+    """Of an array whose dimension `dim`, its first or its last, is split over fsdp and context. Over tensor it is the
+    second one after a first, and the first one before a last."""
+    last = PartitionSpec(TENSOR, *[None] * (ndim - 2), SPLIT)
+    return PartitionSpec(SPLIT, TENSOR) if dim == 0 else last
+
+
+def on_each_device(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+    """`function` of each device's own part; as it is on a mesh of one device, and without one."""
+    axes = (*reading(), TENSOR)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape[axis] for axis in axes) == 1:
         return function
     return jax.shard_map(
         function, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
@@ -54,7 +63,7 @@ def over_data(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
 
 
 def gather(part: jax.Array, dim: int, dtype: jnp.dtype, rings: Rings) -> jax.Array:
-    """The whole of a weight, in `dtype`, within `over_data`."""
+    """A weight as wide as it is, in `dtype`, within `on_each_device`."""
     whole = part.astype(dtype)
     for axis, groups in _hops(rings):
         whole = jax.lax.all_gather(whole, axis, axis=dim, tiled=True, axis_index_groups=groups)
@@ -62,7 +71,7 @@ def gather(part: jax.Array, dim: int, dtype: jnp.dtype, rings: Rings) -> jax.Arr
 
 
 def scatter(gradient: jax.Array, dim: int, rings: Rings, axes: tuple[str, ...]) -> jax.Array:
-    """The sum over `axes` of a weight's gradient, to each device the part that is its own. Within `over_data`."""
+    """The sum over `axes` of a weight's gradient, to each device the part that is its own."""
     for axis, groups in reversed(_hops(rings)):
         gradient = jax.lax.psum_scatter(
             gradient, axis, scatter_dimension=dim, tiled=True, axis_index_groups=groups
@@ -71,10 +80,18 @@ def scatter(gradient: jax.Array, dim: int, rings: Rings, axes: tuple[str, ...]) 
 
 
 def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The sum over devices, within `over_data`."""
+    """The sum over devices, within `on_each_device`."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    axes = tuple(axis for axis in axes if sizes[axis] > 1)
+    axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
     return jax.lax.psum(x, axes) if axes else x
+
+
+def own_part(index: jax.Array, size: int) -> tuple[jax.Array, jax.Array | bool]:
+    """(place, whether it is one) of each index in this device's `size` numbers of an axis that is split over tensor."""
+    if jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1) == 1:
+        return index, True
+    place = index - size * jax.lax.axis_index(TENSOR)
+    return jnp.clip(place, 0, size - 1), (place >= 0) & (place < size)
 
 
 def _hops(rings: Rings) -> list[tuple[str, list[list[int]] | None]]:
@@ -109,9 +126,17 @@ def matmul(x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, 
         whole = gather(w_IO, split, x_BTI.dtype, rings)
         inputs = range(2, x_BTI.ndim), range(x_BTI.ndim - 2)
         y_BTO = _apart(_dot(_flat(x_BTI), whole, inputs, out_dtype))
+        y_BTO = y_BTO if split == 0 else total(y_BTO, (TENSOR,))
         return y_BTO.reshape(*x_BTI.shape[:2], *y_BTO.shape[2:])
 
-    return over_data(product, (rows(), weight(split)), rows())(x_BTI, w_IO)
+    x, w, y = _specs(split, w_IO.ndim)
+    return on_each_device(product, (x, w), y)(x_BTI, w_IO)
+
+
+def _specs(split: int, ndim: int) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """Of x, w and y: into a product goes what tensor splits not, and out of it what it splits; or the reverse."""
+    x, y = (rows(), rows(TENSOR)) if split == 0 else (rows(TENSOR), rows())
+    return x, weight(split, ndim), y
 
 
 def _matmul_forward(
@@ -123,17 +148,18 @@ def _matmul_forward(
 def _matmul_backward(
     split: int, out_dtype: jnp.dtype, rings: Rings, saved: tuple, dy_BTO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    axes, specs = reading(), (rows(), weight(split))
+    axes, (x, w, y) = reading(), _specs(split, saved[1].ndim)
 
     def gradients(x_BTI: jax.Array, w_IO: jax.Array, dy_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
         dy_BTO = _flat(dy_BTO.astype(x_BTI.dtype))
         whole, first_output = gather(w_IO, split, x_BTI.dtype, rings), x_BTI.ndim - 2
         outputs = range(2, dy_BTO.ndim), range(first_output, w_IO.ndim)
         dx_BTI = _apart(_dot(dy_BTO, whole, outputs, x_BTI.dtype)).reshape(x_BTI.shape)
+        dx_BTI = total(dx_BTI, (TENSOR,)) if split == 0 else dx_BTI
         dw_IO = _dot(_flat(x_BTI), dy_BTO, ((0, 1), (0, 1)), w_IO.dtype)
         return dx_BTI, scatter(dw_IO, split, rings, axes)
 
-    return over_data(gradients, (*specs, rows()), specs)(*saved, dy_BTO)
+    return on_each_device(gradients, (x, w, y), (x, w))(*saved, dy_BTO)
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple, dtype: jnp.dtype) -> jax.Array:
@@ -158,8 +184,14 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, rings: Rings = ()) -> jax.Array:
     """Rows of the embedding, (B, T, D) in `dtype`; its gradient is float32."""
-    pick = over_data(lambda e, t: gather(e, 1, dtype, rings)[t], (weight(1), rows()), rows())
-    return pick(embed_VD, tokens_BT)
+
+    def pick(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        whole_VD = gather(embed_VD, 1, dtype, rings)
+        place_BT, own_BT = own_part(tokens_BT, whole_VD.shape[0])
+        x_BTD = whole_VD[place_BT]
+        return x_BTD if own_BT is True else total(jnp.where(own_BT[..., None], x_BTD, 0), (TENSOR,))
+
+    return on_each_device(pick, (weight(1), tokens_spec()), rows())(embed_VD, tokens_BT)
 
 
 def _lookup_forward(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, rings: Rings) -> tuple:
@@ -168,13 +200,17 @@ def _lookup_forward(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype,
 
 def _lookup_backward(dtype: jnp.dtype, rings: Rings, saved: tuple, dx_BTD: jax.Array) -> tuple:
     embed_VD, tokens_BT = saved
-    V, axes = embed_VD.shape[0], reading()
+    axes = reading()
 
-    def gradient(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
-        zeros_VD = jnp.zeros((V, dx_BTD.shape[-1]), embed_VD.dtype)
-        return scatter(zeros_VD.at[tokens_BT].add(dx_BTD.astype(embed_VD.dtype)), 1, rings, axes)
+    def gradient(embed_VD: jax.Array, tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
+        place_BT, own_BT = own_part(tokens_BT, embed_VD.shape[0])
+        dx_BTD = dx_BTD.astype(embed_VD.dtype)
+        dx_BTD = dx_BTD if own_BT is True else jnp.where(own_BT[..., None], dx_BTD, 0)
+        zeros_VD = jnp.zeros((embed_VD.shape[0], dx_BTD.shape[-1]), embed_VD.dtype)
+        return scatter(zeros_VD.at[place_BT].add(dx_BTD), 1, rings, axes)
 
-    return over_data(gradient, (rows(), rows()), weight(1))(tokens_BT, dx_BTD), None
+    specs = weight(1), tokens_spec(), rows()
+    return on_each_device(gradient, specs, weight(1))(embed_VD, tokens_BT, dx_BTD), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from k2jax.fsdp import Rings, gather, over_data, reading, rows, scatter, total, weight
+from k2jax import fsdp
+from k2jax.fsdp import TENSOR, Rings, gather, own_part, reading, rows, scatter, tokens_spec, total
 
 Axes = tuple[str, ...]  # of the mesh, that split rows and positions
 
@@ -45,10 +46,18 @@ def targets_and_weights(
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(-log softmax(logits)[target], log of softmax's denominator) of every position, float32 (B, T)."""
+    """(-log softmax(logits)[target], log of softmax's denominator) of every position, float32 (B, T).
+
+    Devices that split the vocabulary have a part of the logits each; both results are over all of it.
+    """
     lse_BT = jax.nn.logsumexp(logits_BTV.astype(jnp.float32), axis=-1)
-    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return lse_BT - picked_BT.astype(jnp.float32), lse_BT
+    place_BT, own_BT = own_part(targets_BT, logits_BTV.shape[-1])
+    picked_BT = jnp.take_along_axis(logits_BTV, place_BT[..., None], axis=-1)[..., 0].astype(jnp.float32)
+    if own_BT is not True:
+        most_BT = jax.lax.pmax(lse_BT, TENSOR)
+        lse_BT = most_BT + jnp.log(total(jnp.exp(lse_BT - most_BT), (TENSOR,)))
+        picked_BT = total(jnp.where(own_BT, picked_BT, 0.0), (TENSOR,))
+    return lse_BT - picked_BT, lse_BT
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -62,8 +71,8 @@ def head_loss(
     at K2's vocabulary the logits of a row of 8,192 positions and their gradient would be 2.1 GB. Each device has its
     own rows and positions, and gathers the head once.
     """
-    specs = (rows(), weight(0), rows(), rows())
-    loss = over_data(partial(_loss, options=options, axes=reading()), specs, (PartitionSpec(), rows()))
+    specs = (rows(), fsdp.weight(0), tokens_spec(), tokens_spec())
+    loss = fsdp.on_each_device(partial(_loss, options=options, axes=reading()), specs, (PartitionSpec(), tokens_spec()))
     return loss(x_BTD, head_DV, targets_BT, weights_BT)
 
 
@@ -85,11 +94,11 @@ def _loss(
 def _head_loss_forward(
     x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    specs = (rows(), weight(0), rows(), rows())
-    with_gradients = over_data(
+    specs = (rows(), fsdp.weight(0), tokens_spec(), tokens_spec())
+    with_gradients = fsdp.on_each_device(
         partial(_loss_and_gradients, options=options, axes=reading()),
         specs,
-        (PartitionSpec(), rows(), rows(), weight(0)),
+        (PartitionSpec(), tokens_spec(), rows(), fsdp.weight(0)),
     )
     loss, nats_BT, dx_BTD, dhead_DV = with_gradients(x_BTD, head_DV, targets_BT, weights_BT)
     return (loss, nats_BT), (dx_BTD, dhead_DV)
@@ -108,11 +117,13 @@ def _loss_and_gradients(
         logits_BCV = _logits(x_BCD, cast_DV, options)
         nats_BC, lse_BC = cross_entropy(logits_BCV, targets_BC)
         softmax_BCV = jnp.exp(logits_BCV.astype(jnp.float32) - lse_BC[..., None])
-        is_target_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == targets_BC[..., None]
+        place_BC, own_BC = own_part(targets_BC, logits_BCV.shape[-1])
+        place_BC = place_BC if own_BC is True else jnp.where(own_BC, place_BC, -1)
+        is_target_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == place_BC[..., None]
         scale_BC = weights_BC * (1.0 + 2.0 * options.z_loss * lse_BC)
         delta_BCV = scale_BC[..., None] * softmax_BCV - jnp.where(is_target_BCV, weights_BC[..., None], 0.0)
         delta_XV = delta_BCV.astype(x_BCD.dtype).reshape(-1, delta_BCV.shape[-1])
-        dx_BCD = (delta_XV @ cast_DV.T).reshape(x_BCD.shape)
+        dx_BCD = total(delta_XV @ cast_DV.T, (TENSOR,)).reshape(x_BCD.shape)
         dhead_DV += jax.lax.dot_general(
             x_BCD.reshape(-1, D), delta_XV, (((0,), (0,)), ((), ())), preferred_element_type=head_DV.dtype
         )

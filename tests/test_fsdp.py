@@ -29,7 +29,7 @@ def test_a_gather_is_in_order_and_a_scatter_its_transpose(rings: tuple[int, ...]
 
     with jax.set_mesh(mesh):
         specs = (fsdp.weight(dim),), (jax.sharding.PartitionSpec(), fsdp.weight(dim))
-        whole, summed = jax.jit(fsdp.over_data(both, *specs))(w)
+        whole, summed = jax.jit(fsdp.on_each_device(both, *specs))(w)
     np.testing.assert_array_equal(whole, w)
     np.testing.assert_array_equal(summed, 8 * w)
 

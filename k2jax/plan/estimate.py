@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from k2jax import config as configuration
 from k2jax import launch, pipeline, sharding
 from k2jax.data.order import StagePlan
 from k2jax.errors import ConfigError
@@ -33,16 +34,13 @@ def plan(
     """
     chip = chip_of(topology)
     devices = topologies.devices(topology)
+    config = with_stage(config, only) if only else config
     mesh = sharding.make_mesh(config.mesh, devices)
     launch.check_mesh(config, mesh)
-    names = [stage.name for stage in config.stages]
-    if only is not None and only not in names:
-        raise ConfigError(f"--stage={only}: {config.name} has the stages {', '.join(names)}")
     stages = {}
-    for i, name in enumerate(names):
-        if only in (None, name):
-            say(f"compiling the step of {name} for {len(devices)} devices of {topology}")
-            stages[name] = plan_stage(config, i, mesh, chip)
+    for i, stage in enumerate(config.stages):
+        say(f"compiling the step of {stage.name} for {len(devices)} devices of {topology}")
+        stages[stage.name] = plan_stage(config, i, mesh, chip)
     longest = max(stages.values(), key=lambda stage: stage["steps"] * (stage["step_seconds"] or math.inf))
     fits = all(stage["fits"] for stage in stages.values())
     days = sum(stage["days"] for stage in stages.values()) if fits else None
@@ -60,6 +58,16 @@ def plan(
         "compile_seconds": sum(stage["compile_seconds"] for stage in stages.values()),
         "stages": stages,
     }
+
+
+def with_stage(config: ConfigDict, name: str) -> ConfigDict:
+    """A copy that has the one stage. ConfigError names the stages where there is none such."""
+    known = [stage.name for stage in config.stages]
+    if name not in known:
+        raise ConfigError(f"--stage={name}: {config.name} has the stages {', '.join(known)}")
+    copy = configuration.from_dict(configuration.to_dict(config)).unlock()
+    copy.stages = (copy.stages[known.index(name)],)
+    return copy
 
 
 def plan_stage(config: ConfigDict, index: int, mesh: jax.sharding.Mesh, chip: Chip) -> dict[str, Any]:

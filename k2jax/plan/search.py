@@ -12,7 +12,7 @@ from k2jax import launch, sharding
 from k2jax.errors import ConfigError
 from k2jax.plan import topologies
 from k2jax.plan.chips import chip_of
-from k2jax.plan.estimate import plan_stage
+from k2jax.plan.estimate import plan_stage, with_stage
 
 
 def search(
@@ -28,10 +28,8 @@ def search(
     that tensor and context leave. The stage is the first, or that named `only`. ConfigError where nothing divides.
     """
     chip, devices = chip_of(topology), topologies.devices(topology)
-    index = next((i for i, stage in enumerate(config.stages) if only in (None, stage.name)), None)
-    if index is None:
-        raise ConfigError(f"--stage={only}: {config.name} has the stages {', '.join(s.name for s in config.stages)}")
-    stage, refused, tried = config.stages[index], "", []
+    config = with_stage(config, only or config.stages[0].name)
+    stage, refused, tried = config.stages[0], "", []
     options = (
         bounds["tensor"] or [1],
         bounds["context"] or [1],
@@ -44,8 +42,9 @@ def search(
         replica = len(devices) // math.prod((tensor, context, fsdp))
         case = configuration.from_dict(configuration.to_dict(config)).unlock()
         case.mesh = {**config.mesh, "replica": replica, "stage": 1, "fsdp": fsdp, "context": context, "tensor": tensor}
-        case.model.remat, case.stages[index].microbatches = remat, microbatches
-        case.stages = (case.stages[index],)
+        case.model.remat, case.stages[0].microbatches = remat, microbatches
+        if math.prod(case.model.rings) != fsdp:
+            case.model.rings = ()
         try:
             configuration.validate(case)
             mesh = sharding.make_mesh(case.mesh, devices)
