@@ -94,7 +94,8 @@ def test_free_keys_may_change(tiny_data, straight, stopped, command, tmp_path):
     free = {
         "mesh.tensor": 4, "log.every_steps": 5, "log.tensorboard": True, "data.workers": 1, "data.threads": 1,
         "data.prefetch": 2, "data.verify": "sha256", "checkpoint.every_steps": 4, "checkpoint.keep_between": 1,
-        "eval.windows": 4, "model.remat": "full", "stages.0.microbatches": 2,
+        "eval.windows": 4, "model.remat": "full", "stages.0.microbatches": 2, "model.rings": (2,),
+        "compiler.tpu": ("xla_tpu_enable_async_collective_fusion=true",),
     }  # fmt: skip
     ended = command.train(tiny_data, workdir, free)
     assert ended.code == 0, ended
