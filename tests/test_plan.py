@@ -178,6 +178,28 @@ def test_between_hosts_gpus_share_the_network():
     assert across == pytest.approx(2 * 90e6 / 2 / 50e9 + 2 * HOP_S)
 
 
+KERNELS = """ENTRY %m (a: f32[1]) -> f32[1] {
+  %i = s32[1,4]{1,0} parameter(0)
+  %q = bf16[1,4,Q_,128]{3,2,1,0} parameter(1)
+  %k = bf16[1,4,K_,128]{3,2,1,0} parameter(2)
+  %flash_attention_forward_full.1 = (f32[1,4,Q_,128]{3,2,1,0}, f32[1,4,1,Q_]{3,2,1,0}) custom-call(%i, %q, %k, %k)
+  %flash_attention_backward_full.1 = (f32[1,4,Q_,128]{3,2,1,0}, f32[1,4,K_,128]{3,2,1,0}) custom-call(%i, %q, %k, %k)
+}
+"""
+
+
+@needs_tpu_compiler
+def test_a_kernel_costs_as_many_pairs_as_it_takes():
+    """As the ring's parts do: all queries with half of the keys is as much as half of the queries with all keys."""
+    found = {}
+    for T, S in ((512, 256), (256, 512), (256, 256)):
+        text = KERNELS.replace("Q_", str(T)).replace("K_", str(S))
+        timeline = Timeline(Program(text), CHIPS["v5p"], v5p((2, 2, 1)))
+        found[T, S] = timeline.step().attention
+    assert found[512, 256] == found[256, 512] == pytest.approx(2 * found[256, 256])
+    assert found[256, 256] > 7 * 2 * 4 * 256 * 256 * 128 / 459e12, "less than the arithmetic takes"
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 

@@ -147,15 +147,23 @@ class Timeline:
 
     def _kernel_seconds(self, i: Instruction) -> float:
         direction, full = KERNEL.search(i.name).groups()
-        B, N, T, H = array_shapes(i.result)[0]
+        (B, N, T, H), *more = array_shapes(i.result)
+        S = more[0][2] if direction == "backward" else self._keys(i, T, H)
+        length = min(T, S)  # costs are known of as many queries as keys
         try:
-            blocks = blocks_of_table(self.chip.name, T, H)
-            cycles, _ = flash_costs(self.chip.name, T, H, blocks)[direction + (full or "")]
-            return cycles * B * N / self.chip.cores / self.clock
+            blocks = blocks_of_table(self.chip.name, length, H)
+            cycles, _ = flash_costs(self.chip.name, length, H, blocks)[direction + (full or "")]
+            return cycles * B * N * (T * S / length**2) / self.chip.cores / self.clock
         except ValueError:
-            self.guessed_kernels.add(f"{i.name} {B, N, T, H}")
-            pairs = T * T if full else T * T / 2
+            self.guessed_kernels.add(f"{i.name} {B, N, T, S, H}")
+            pairs = T * S if full else T * S / 2
             return 2 * PRODUCTS[direction] * B * N * H * pairs / (KERNEL_SHARE * self.chip.peak_flops)
+
+    def _keys(self, forward: Instruction, T: int, H: int) -> int:
+        """Of a forward kernel, whose second array of heads are the keys (B, K, S, H)."""
+        shapes = [shape for name in forward.operands for shape in array_shapes(self.program.shapes.get(name, ""))]
+        heads = [shape for shape in shapes if len(shape) == 4 and shape[3] == H]
+        return heads[1][2] if len(heads) > 1 else T
 
     def _roofline(self, i: Instruction, products: list[Instruction]) -> float:
         if i.opcode in FREE:
