@@ -30,7 +30,7 @@ test-slow: $(TEST_DONE)
 
 # Compiles the whole of K2-65B for the pods of its experiments: a quarter of an hour and some GB.
 plan-65b: $(TEST_DONE)
-	$(BIN)/python -m pytest -m slow tests/test_plan.py tests/test_context.py
+	$(BIN)/python -m pytest -m slow tests/test_plan.py
 
 lint: $(TEST_DONE)
 	$(BIN)/python -m ruff check .

@@ -124,7 +124,7 @@ def mesh_for(config: ConfigDict) -> Mesh:
     own = dict(config.mesh)
     if -1 not in (own["stage"], own["context"], own["fsdp"]):
         own["fsdp"] *= own["stage"] * own["context"]
-    elif own["fsdp"] != -1:
+    else:
         own["fsdp"] = -1
     own["stage"] = own["context"] = 1
     everywhere = {"fsdp": -1}

@@ -174,7 +174,8 @@ def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str,
         )
         return {}
     memory = max(stage["hbm_bytes_per_chip"] for stage in plan["stages"].values()) / 2**30
-    say(f"planned for {plan['topology']}: {plan['step_seconds']:.3f} s a step, {memory:.1f} GiB a chip")
+    fits = "" if plan["fits"] else ", which does not fit"
+    say(f"planned for {plan['topology']}: {memory:.1f} GiB a chip{fits}")
     return {name: stage["step_seconds"] for name, stage in plan["stages"].items() if stage["step_seconds"]}
 
 

@@ -1,4 +1,5 @@
-"""What a plan knows of each accelerator. A device is what JAX counts: a chip, but for TPU7x, which is two of them.
+"""What a plan knows of each accelerator. A device is what the compiler counts: a chip, or one of the two TensorCores of
+a TPU7x or a v4. (On a v4 itself, JAX makes the two one device; its compiler without one does not.)
 
 Sources: peaks as in flops.py; memory as the TPU compiler states its limit ("exceeds available HBM (95.74G)"), or the
 data sheet's; HBM and link rates from the vendors' data sheets and, for TPU links, the scaling book's usable rates
@@ -26,14 +27,16 @@ class Chip:
     hbm_bytes: int  # that a program may use
     hbm_bytes_per_s: float
     link_bytes_per_s: float  # one direction
-    cores: int = 1  # that share the grid of a kernel
+    cores: int = 1  # of a device, that share the grid of a kernel
+    devices_per_chip: int = 1
+    peak_share: float = 1.0  # of flops.py's peak, which is of a device as JAX has it on the hardware
     wraps_from: int = 4  # an axis of a slice of this size closes to a ring; shorter ones are lines
     domain: int = 0  # GPU: devices of a host
     network_bytes_per_s: float = 0.0
 
     @property
     def peak_flops(self) -> float:
-        return PEAK_FLOPS[self.kind]
+        return PEAK_FLOPS[self.kind] * self.peak_share
 
     @property
     def is_tpu(self) -> bool:
@@ -43,11 +46,11 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", int(30.75 * GIB), 1.23e12, 45e9, cores=2),
+        Chip("v4", "TPU v4", int(15.25 * GIB), 0.61e12, 45e9, devices_per_chip=2, peak_share=0.5),
         Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 0.82e12, 45e9, wraps_from=16),
         Chip("v5p", "TPU v5", int(95.74 * GIB), 2.77e12, 90e9, cores=2),
         Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 1.64e12, 90e9, wraps_from=16),
-        Chip("tpu7x", "TPU7x", int(94.75 * GIB), 3.69e12, 90e9),
+        Chip("tpu7x", "TPU7x", int(94.75 * GIB), 3.69e12, 90e9, devices_per_chip=2),
         Chip("h100", "NVIDIA H100", 80 * 10**9, 3.35e12, 450e9, domain=8, network_bytes_per_s=50e9),
         Chip("a100", "NVIDIA A100", 80 * 10**9, 2.04e12, 300e9, domain=8, network_bytes_per_s=25e9),
     )
@@ -56,7 +59,7 @@ CHIPS = {
 
 def chip_of(topology: str) -> Chip:
     """The chip of a topology's name, as v5p:8x8x8 or h100:16. ConfigError names the known ones."""
-    name = topology.partition(":")[0].lower()
+    name = topology.partition(":")[0]
     if name not in CHIPS:
         raise ConfigError(
             f"topology {topology!r}: unknown accelerator {name!r}; known: {', '.join(CHIPS)}, as in v5p:8x8x8, "

@@ -84,13 +84,12 @@ def plan_stage(config: ConfigDict, index: int, mesh: jax.sharding.Mesh, chip: Ch
                 raise
             compiled = None
     steps = stage.steps_per_chunk * stage.chunks
-    devices_per_chip = 2 if chip.name == "tpu7x" else 1
     found = {
         "stage": stage.name,
         "steps": steps,
-        "chips": mesh.devices.size // devices_per_chip,
+        "chips": mesh.devices.size // chip.devices_per_chip,
         "tokens_per_step": stage.rows_per_step * stage.sequence_length,
-        "hbm_limit_bytes": chip.hbm_bytes * devices_per_chip,
+        "hbm_limit_bytes": chip.hbm_bytes * chip.devices_per_chip,
         "bubble_fraction": pipeline.bubble_fraction(config, mesh),
         "compile_seconds": time.perf_counter() - started,
     }
@@ -99,7 +98,7 @@ def plan_stage(config: ConfigDict, index: int, mesh: jax.sharding.Mesh, chip: Ch
         held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
         needed = held + m.temp_size_in_bytes + m.generated_code_size_in_bytes
         found |= {"argument_bytes": m.argument_size_in_bytes, "temporary_bytes": m.temp_size_in_bytes}
-    found["hbm_bytes_per_chip"] = needed * devices_per_chip
+    found["hbm_bytes_per_chip"] = needed * chip.devices_per_chip
     found["fits"] = needed <= chip.hbm_bytes
     times = dict.fromkeys(
         ("step_seconds", "mfu_causal", "mfu_noncausal", "tokens_per_second_per_chip", "days", "chip_hours")

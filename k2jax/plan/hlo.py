@@ -32,11 +32,6 @@ class Instruction(NamedTuple):
         return array_bytes(self.result)
 
     @property
-    def operand_types(self) -> str:
-        """Text of the operands; a program's text names their types only where it was asked to."""
-        return self.rest.split(")", 1)[0]
-
-    @property
     def operands(self) -> list[str]:
         return re.findall(r"%([\w.\-]+)", self.rest.split(")", 1)[0])
 
