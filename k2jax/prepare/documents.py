@@ -1,0 +1,78 @@
+"""Documents between the stages of a preparation: files of JSON lines, compressed, whole or not there.
+
+A stage's task writes one file, `documents/<rank>.jsonl.zst`. A document's `id` is the SHA-256 (hex) of its text;
+`metadata` holds at least `subset` and `source`, its name (`file:line`, `file`, or a URL), and where known `url`,
+`licence`, `date`, `dump`, `language`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+import zstandard
+from datatrove.data import Document
+
+from k2jax.errors import StorageError
+
+LEVEL = 3  # of zstd: near the best of what costs less than reading JSON
+
+
+def document(text: str, **metadata: Any) -> Document:
+    """A document, by its text; raises UnicodeEncodeError for half a surrogate pair, which is no text."""
+    return Document(text=text, id=hashlib.sha256(text.encode()).hexdigest(), metadata=metadata)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """A file that appears under its name once it is complete and on the disk, and not at all after an exception."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    with open(new, mode) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """JSON that a person can read, whole or not at all; the same bytes for the same value."""
+    with whole_file(path, "w") as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> None:
+    """Writes them in their order."""
+    with whole_file(path) as file, zstandard.ZstdCompressor(LEVEL).stream_writer(file, closefd=False) as out:
+        for one in documents:
+            out.write(to_line(one))
+
+
+def to_line(one: Document) -> bytes:
+    """A document's line, with its line feed."""
+    return orjson.dumps([one.id, one.text, one.metadata], option=orjson.OPT_APPEND_NEWLINE)
+
+
+def read_documents(path: str | os.PathLike) -> Iterator[Document]:
+    """What `write_documents` wrote; StorageError if the file is damaged."""
+    try:
+        with open(path, "rb") as file:
+            for line in _lines(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)):
+                id, text, metadata = orjson.loads(line)
+                yield Document(text=text, id=id, metadata=metadata)
+    except (zstandard.ZstdError, ValueError) as error:
+        raise StorageError(f"{path} is damaged ({error}): remove it and its stage, and prepare again") from error
+
+
+def _lines(data: Any) -> Iterator[bytes]:
+    rest = b""
+    while block := data.read(1 << 20):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    if rest:
+        raise ValueError("it ends within a line")

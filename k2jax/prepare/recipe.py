@@ -1,0 +1,260 @@
+"""A data experiment: every key of it, its meaning and its checks.
+
+`experiments/data/NAME.py` defines `get_config()`, which starts from `base()` and names its subsets. What comes out of a
+preparation depends on that and on the documents alone: not on workers, the executor, or earlier attempts.
+"""
+
+import difflib
+import re
+import runpy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from k2jax.data.tokenizer import NUM_FIXED
+from k2jax.errors import ConfigError
+
+SUBSET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+KINDS = {  # of sources: "KIND:WHERE"; WHERE is a path or URL with wildcards (local, gs://, s3://, hf://)
+    "python": "code, docstrings or documents of the Python at work: a corpus with no download",
+    "text": "files, one document each: plain text, source trees, HTML",
+    "jsonl": "JSON lines, plain, .gz or .zst",
+    "parquet": "Parquet files, such as Hugging Face's",
+    "arrow": "a Hugging Face dataset on disk (save_to_disk): its .arrow files",
+    "warc": "web archives, .warc or .warc.gz",
+    "megatron": "tokens: Megatron's .bin, with its .idx beside it",
+    "llm360": "tokens: LLM360's released chunks, JSON lines with token_ids",
+    "seqio": "tokens: a registered seqio task and its split, as NAME/train",
+}
+TOKEN_KINDS = ("megatron", "llm360", "seqio")
+FILTERS = ("gopher-repetition", "gopher-quality", "c4")
+UNITS = ("characters", "words")
+
+
+def base() -> ConfigDict:
+    """Every key of a data experiment with its default; `config.subsets.NAME = subset(...)` adds a subset."""
+    c = ConfigDict()
+    c.seed = 22238  # of the order of the documents, of samples, and of FIM's draws
+    c.tokenizer = ""  # tokenizer.json or SentencePiece .model; empty: one is trained on these documents
+    c.vocab_size = 32018  # ids of a trained tokenizer, K2's 18 special tokens among them
+    c.tokenizer_bytes = 100_000_000  # of each subset's text that a trained tokenizer learns from; held in memory
+    c.validation_fraction = 0.001  # of each store's tokens, held out at its end
+    c.bucket_bytes = 256_000_000  # of text that one task of tokenizing holds in memory
+    c.removed_samples = 20  # removed documents kept for reading, by task and reason
+    c.dedup = ConfigDict()
+    c.dedup.exact = True  # each text once, over all subsets
+    c.dedup.near = True  # one text of those that are nearly the same, over all subsets: MinHash
+    c.dedup.unit = "characters"  # or "words": what n-grams are made of. TxT360 says 13-grams; see docs of SlimPajama
+    c.dedup.n_grams = 13
+    c.dedup.bands = 9  # two documents are compared if one of their bands of hashes is equal
+    c.dedup.hashes_per_band = 13
+    c.dedup.seed = 1  # of the hash functions
+    c.dedup.sources_kept = 100  # names of removed copies that the surviving document keeps
+    c.contamination = ConfigDict()
+    c.contamination.sources = ()  # evaluation sets: jsonl:, parquet: or text: sources
+    c.contamination.n_grams = 13  # words
+    c.contamination.remove = False  # documents that hold one; else they are only reported
+    c.slurm = ConfigDict()  # of --executor=slurm
+    c.slurm.partition = ""
+    c.slurm.time = "24:00:00"
+    c.slurm.gib_per_cpu = 4
+    c.slurm.environment = ""  # command that activates the Python environment on a node
+    c.subsets = ConfigDict()
+    c.lock()
+    c.subsets.unlock()
+    return c
+
+
+def subset(
+    source: str,
+    *,
+    text_key: str = "text",
+    licence: str = "",
+    dump: str = "",
+    max_bytes: int = 0,
+    min_document_bytes: int = 1,
+    max_document_bytes: int = 0,
+    max_line_bytes: int = 1 << 28,
+    tasks: int = 1,
+    priority: int = 0,
+    extract: bool = False,
+    language_model: str = "",
+    languages: tuple[str, ...] = (),
+    language_threshold: float = 0.65,
+    url_blocklist: str = "",
+    line_rules: bool = False,
+    filters: tuple[str, ...] = (),
+    nfc: bool = False,
+    pii: bool = False,
+    fim_rate: float = 0.0,
+    fim_spm_rate: float = 0.5,
+    fim_stores: bool = False,
+    repeats: float = 1.0,
+    upsample: tuple[tuple[int, int], ...] = (),
+) -> ConfigDict:
+    """One subset: where its documents come from, what is done to them, how it is used. Everything is off by default."""
+    c = ConfigDict()
+    c.source = source  # KIND:WHERE, see KINDS
+    c.text_key = text_key  # column or key of the text; "url", "id", "license", "date", "dump" are kept where they are
+    c.licence = licence  # of documents that name none themselves
+    c.dump = dump  # such as CC-MAIN-2024-30, of documents that name none: newer dumps are kept first
+    c.max_bytes = max_bytes  # of text to read in all, 0 for no limit; files are taken in an order drawn by seed
+    c.min_document_bytes = min_document_bytes  # shorter documents are left out
+    c.max_document_bytes = max_document_bytes  # longer documents are left out, 0 for no limit
+    c.max_line_bytes = max_line_bytes  # longer lines of JSON, and larger files of text, are not read
+    c.tasks = tasks  # parts that the source's files are dealt into: the most workers that can read it at once
+    c.priority = priority  # of duplicates, the one in the subset of the lowest number stays: curated before web
+    c.extract = extract  # text out of HTML, by trafilatura
+    c.language_model = language_model  # fastText's file, such as lid.176.bin; needed by `languages`
+    c.languages = languages  # kept, as ISO codes; empty for all
+    c.language_threshold = language_threshold  # of the model's probability
+    c.url_blocklist = url_blocklist  # file of domains, one a line, whose documents are left out
+    c.line_rules = line_rules  # RefinedWeb's: drops lines in capitals, of numbers alone, "3 likes", navigation
+    c.filters = filters  # of FILTERS, in that order
+    c.nfc = nfc  # Unicode's composed form
+    c.pii = pii  # e-mail addresses, public IP addresses, phone numbers, each by one placeholder
+    c.fim_rate = fim_rate  # of documents: turned for filling in the middle (K2: 0.5 of code)
+    c.fim_spm_rate = fim_spm_rate  # of those: suffix before prefix
+    c.fim_stores = fim_stores  # plain, PSM and SPM documents in stores NAME, NAME-fim, NAME-spm, as K2 had
+    c.repeats = repeats  # of its stores in the mix
+    c.upsample = upsample  # ((copies, factor), ...): documents of at least so many copies go to a store NAME-xFACTOR
+    return c.lock()
+
+
+class Task(NamedTuple):
+    """One part of a subset's source: files number `shard`, `shard + num_shards`, ... are its."""
+
+    subset: str
+    shard: int
+    num_shards: int
+
+
+def tasks(config: ConfigDict) -> list[Task]:
+    """The tasks of reading, by rank: all parts of all subsets, in the order of their names."""
+    return [
+        Task(name, shard, chosen.tasks)
+        for name, chosen in sorted(config.subsets.items())
+        for shard in range(chosen.tasks)
+    ]
+
+
+def kind_of(source: str) -> tuple[str, str]:
+    """("jsonl", "data/*.jsonl") of "jsonl:data/*.jsonl"."""
+    kind, _, where = source.partition(":")
+    return kind, where
+
+
+def load_config(path: str) -> ConfigDict:
+    """The data experiment's `get_config()`, checked and locked. It is code: loading it runs it.
+
+    Raises ConfigError if there is no such file, if it defines no get_config(), or if values are wrong.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"--config={path}: no such data experiment; experiments/data has the ones shipped")
+    try:
+        names = runpy.run_path(path)
+        if "get_config" not in names:
+            raise ConfigError(f"--config={path} does not define get_config(); see experiments/data/smoke.py")
+        config = names["get_config"]()
+    except (AttributeError, KeyError, TypeError, SyntaxError) as error:
+        message = str(error.args[0] if isinstance(error, KeyError) else error).partition("\n")[0]
+        raise ConfigError(f"--config={path}: {type(error).__name__}: {message}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"--config={path}: get_config() returned {type(config).__name__}, not what base() made"
+        )
+    validate(config)
+    return config.lock()
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises ConfigError listing every problem: the key, the value found, what it must be."""
+    problems = _key_problems("", config, base())
+    if not problems:
+        problems = _base_problems(config)
+        for name, chosen in config.subsets.items():
+            problems += _subset_problems(name, chosen)
+    if problems:
+        raise ConfigError(f"{len(problems)} problem(s) in the data configuration: " + "; ".join(problems))
+
+
+def _base_problems(config: ConfigDict) -> list[str]:
+    problems = []
+    if config.vocab_size < NUM_FIXED + 2:
+        problems.append(f"vocab_size={config.vocab_size}: must be at least {NUM_FIXED + 2}")
+    if not 0 <= config.validation_fraction < 1:
+        problems.append(f"validation_fraction={config.validation_fraction}: must lie in [0, 1)")
+    for key in ("tokenizer_bytes", "bucket_bytes"):
+        if config[key] < 1:
+            problems.append(f"{key}={config[key]}: must be positive")
+    if config.dedup.unit not in UNITS:
+        problems.append(f"dedup.unit={config.dedup.unit!r}: must be one of {', '.join(UNITS)}")
+    for key in ("n_grams", "bands", "hashes_per_band"):
+        if config.dedup[key] < 1:
+            problems.append(f"dedup.{key}={config.dedup[key]}: must be positive")
+    if config.contamination.n_grams < 1:
+        problems.append(f"contamination.n_grams={config.contamination.n_grams}: must be positive")
+    for source in config.contamination.sources:
+        if kind_of(source)[0] not in ("jsonl", "parquet", "text"):
+            problems.append(f"contamination.sources: {source!r} is no jsonl:, parquet: or text: source")
+    if not config.subsets:
+        problems.append("subsets: empty; add one with config.subsets.NAME = subset(SOURCE)")
+    return problems
+
+
+def _subset_problems(name: str, chosen: ConfigDict) -> list[str]:
+    where = f"subsets.{name}"
+    problems = []
+    if not SUBSET_NAME.fullmatch(name):
+        problems.append(f"{where}: the name is a folder's: use lower-case letters, digits, - and _")
+    if not isinstance(chosen, ConfigDict):
+        return problems + [f"{where}={chosen!r}: must be made by subset()"]
+    if keys := _key_problems(f"{where}.", chosen, subset("")):
+        return problems + keys
+    kind, rest = kind_of(chosen.source)
+    if kind not in KINDS or not rest:
+        known = "; ".join(f"{kind}:WHERE ({meaning})" for kind, meaning in KINDS.items())
+        problems.append(f"{where}.source={chosen.source!r}: must be one of {known}")
+    for key in ("max_bytes", "min_document_bytes", "max_document_bytes"):
+        if chosen[key] < 0:
+            problems.append(f"{where}.{key}={chosen[key]}: must not be negative")
+    if 0 < chosen.max_document_bytes < chosen.min_document_bytes:
+        problems.append(
+            f"{where}.max_document_bytes={chosen.max_document_bytes}: must be at least "
+            f"min_document_bytes={chosen.min_document_bytes}"
+        )
+    for key in ("tasks", "max_line_bytes"):
+        if chosen[key] < 1:
+            problems.append(f"{where}.{key}={chosen[key]}: must be positive")
+    for key in ("fim_rate", "fim_spm_rate", "language_threshold"):
+        if not 0 <= chosen[key] <= 1:
+            problems.append(f"{where}.{key}={chosen[key]}: must lie in [0, 1]")
+    if not chosen.repeats > 0:
+        problems.append(f"{where}.repeats={chosen.repeats}: must be above 0")
+    if unknown := set(chosen.filters) - set(FILTERS):
+        problems.append(f"{where}.filters: {sorted(unknown)} unknown; there are {', '.join(FILTERS)}")
+    if chosen.languages and not chosen.language_model:
+        problems.append(f"{where}.languages={chosen.languages}: needs language_model, a file of fastText")
+    pairs = [pair for pair in chosen.upsample if len(pair) != 2 or pair[0] < 2 or pair[1] < 2]
+    if pairs or list(chosen.upsample) != sorted(chosen.upsample):
+        problems.append(f"{where}.upsample={chosen.upsample}: must be rising pairs (copies, factor), both 2 or more")
+    return problems
+
+
+def _key_problems(prefix: str, found: ConfigDict, expected: ConfigDict) -> list[str]:
+    """Keys that are missing, unknown or of another type; a whole number may stand where a fraction does."""
+    problems = []
+    for key in sorted(set(found) - set(expected)):
+        near = difflib.get_close_matches(key, list(expected), n=1)
+        problems.append(f"unknown key {prefix}{key}" + (f", did you mean {near[0]!r}?" if near else ""))
+    for key in sorted(expected):
+        value: Any = expected[key]
+        types = (int, float) if isinstance(value, float) else (tuple, list) if isinstance(value, tuple) else type(value)
+        if key not in found:
+            problems.append(f"{prefix}{key} is missing: start from base() and subset()")
+        elif not isinstance(found[key], types):
+            problems.append(f"{prefix}{key}={found[key]!r}: must be such as {value!r}")
+        elif isinstance(value, ConfigDict) and len(value):
+            problems += _key_problems(f"{prefix}{key}.", found[key], value)
+    return problems

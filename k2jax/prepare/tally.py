@@ -1,0 +1,91 @@
+"""What happened to documents, counted: by task in JSON files, added up for the data card.
+
+    {"steps": {step: {"documents": n, "bytes": n, "removed": {reason: {"documents": n, "bytes": n}}}},
+     "bad": {reason: n}, "problems": ["FILE:LINE: what is wrong with it", ...],
+     "languages": {code: n}, "licences": {name: n}, "lengths": {power of two: n}}
+
+A step's `documents` and `bytes` (of UTF-8 text) are what went in. `bad` is input that gave no document, `problems` its
+first cases. Names from outside are cleaned before they get here: a path may hold a line feed.
+"""
+
+from collections import Counter, defaultdict
+from typing import Any
+
+PROBLEMS = 20  # kept by task
+
+
+def clean_name(name: str) -> str:
+    """A name from outside in one line that no terminal obeys: control characters as \\xNN, at most 300 characters."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name[:300])
+    return shown.encode("utf-8", "backslashreplace").decode()
+
+
+class Tally:
+    """The counts of one task."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, dict[str, Any]] = {}
+        self.bad: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.languages: Counter[str] = Counter()
+        self.licences: Counter[str] = Counter()
+        self.lengths: Counter[str] = Counter()
+
+    def saw(self, step: str, num_bytes: int) -> None:
+        """A document went into a step."""
+        counts = self.steps.setdefault(step, {"documents": 0, "bytes": 0, "removed": defaultdict(Counter)})
+        counts["documents"] += 1
+        counts["bytes"] += num_bytes
+
+    def removed(self, step: str, reason: str, num_bytes: int) -> int:
+        """A step removed a document; returns how many it had removed for that reason before."""
+        counts = self.steps[step]["removed"][reason]
+        counts["documents"] += 1
+        counts["bytes"] += num_bytes
+        return counts["documents"] - 1
+
+    def problem(self, reason: str, where: str, what: str = "") -> None:
+        """Input that gave no document: `where` is FILE or FILE:LINE."""
+        self.bad[reason] += 1
+        if len(self.problems) < PROBLEMS:
+            self.problems.append(clean_name(f"{where}: {reason}" + (f" ({what})" if what else "")))
+
+    def kept(self, num_bytes: int, language: str = "", licence: str = "") -> None:
+        """A document that the task passes on."""
+        self.lengths[str(max(1, num_bytes).bit_length() - 1)] += 1
+        if language:
+            self.languages[language] += 1
+        if licence:
+            self.licences[licence] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        """As in the module's text; `combine` adds such up."""
+        return {
+            "steps": {
+                step: {**counts, "removed": {reason: dict(n) for reason, n in sorted(counts["removed"].items())}}
+                for step, counts in self.steps.items()
+            },
+            "bad": dict(sorted(self.bad.items())),
+            "problems": self.problems,
+            "languages": dict(sorted(self.languages.items())),
+            "licences": dict(sorted(self.licences.items())),
+            "lengths": dict(sorted(self.lengths.items(), key=lambda item: int(item[0]))),
+        }
+
+
+def combine(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of what `to_json` gave: numbers are added, lists of problems joined up to PROBLEMS."""
+    total: dict[str, Any] = {}
+    for part in parts:
+        _add(total, part)
+    total.setdefault("problems", [])
+    total["problems"] = total["problems"][:PROBLEMS]
+    return total
+
+
+def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict):
+            _add(total.setdefault(key, {}), value)
+        else:
+            total[key] = total[key] + value if key in total else value
