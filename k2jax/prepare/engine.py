@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
@@ -56,6 +57,8 @@ class Engine(NamedTuple):
 
         Raises what a task raised, if it was a RunError, or a RunError that names the task and the error.
         """
+        if not stage.tasks:
+            return
         folder = self.folder / stage.name
         shutil.rmtree(folder / "errors", ignore_errors=True)
         logger.disable("datatrove")  # it tells of every step; errors come from here
@@ -80,6 +83,8 @@ class Engine(NamedTuple):
             "logging_dir": str(folder),
         }
         if self.executor == "local":
+            # Every stage starts processes; they are forked from one that has imported this.
+            multiprocess.set_forkserver_preload(["k2jax.prepare.build"])
             return _Local(**options)
         if self.executor == "ray":
             return _Ray(**options, mem_per_cpu_gb=1)
@@ -106,7 +111,8 @@ class _Ranks:
         try:
             function(rank)
         except Exception as error:
-            failure = {"type": type(error).__name__, "message": str(error)}
+            kind = "StorageError" if isinstance(error, OSError) else type(error).__name__
+            failure = {"type": kind, "message": str(error)}
             with contextlib.suppress(OSError):  # a full disk: the error itself goes on
                 write_json(self.logging_dir.resolve_paths(f"errors/{rank:05d}.json"), failure)
             raise
@@ -144,7 +150,8 @@ def _raise_failures(stage: Stage, folder: Path) -> None:
 def _wait_for_slurm(executor: Any) -> None:
     """Until every rank is complete, or the job has left the queue."""
     while executor.get_incomplete_ranks(skip_completed=True) and executor.job_id != -1:
-        asked = subprocess.run(["squeue", "-h", "-j", str(executor.job_id)], capture_output=True, text=True, check=False)
+        command = ["squeue", "-h", "-j", str(executor.job_id)]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
         if asked.returncode != 0 or not asked.stdout.strip():
             return
         time.sleep(SLURM_POLL_SECONDS)
