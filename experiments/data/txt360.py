@@ -6,7 +6,7 @@ As published (k2-facts 4.6): trafilatura, fastText's languages at 0.65, RefinedW
 filters, NFC, e-mail and IP addresses removed, exact and near deduplication of everything at once: 13-grams, 9 bands of
 13 of MinHash, Jaccard 0.8. Of duplicates the curated copy stays, then that of the newest dump, and knows where the
 others stood. Upsampling by copies is one experiment of theirs: 3 for 2 to 5 copies, 5 to 100, 8 to 1000, 10 above.
-Our choices: characters for n-grams (SlimPajama's, which TxT360 says it follows), exact hashes in place of Bloom filters,
+Our choices: characters for n-grams (SlimPajama's, which TxT360 says it follows), exact hashes, not Bloom filters,
 phone numbers removed as well. Cost: see the README. Curated sets: put them under data/raw as JSON lines.
 """
 
