@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +34,8 @@ def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """A file that appears under its name once it is complete and on the disk, and not at all after an exception."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
+    # A name of its own: on a cluster an earlier attempt may still be writing the same.
+    new = path.with_name(f"{path.name}.new-{socket.gethostname()}-{os.getpid()}")
     with open(new, mode) as file:
         yield file
         file.flush()

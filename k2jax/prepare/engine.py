@@ -6,16 +6,18 @@ here: an error of a task reaches the user as it was raised, and a stage is over 
 
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
@@ -66,8 +68,6 @@ class Engine(NamedTuple):
         if executor.get_incomplete_ranks(skip_completed=True):
             with _progress(stage, folder):
                 executor.run()
-                if self.executor == "slurm":
-                    _wait_for_slurm(executor)
         _raise_failures(stage, folder)
         if missing := executor.get_incomplete_ranks(skip_completed=True):
             raise RunError(
@@ -83,8 +83,6 @@ class Engine(NamedTuple):
             "logging_dir": str(folder),
         }
         if self.executor == "local":
-            # Every stage starts processes; they are forked from one that has imported this.
-            multiprocess.set_forkserver_preload(["k2jax.prepare.build"])
             return _Local(**options)
         if self.executor == "ray":
             return _Ray(**options, mem_per_cpu_gb=1)
@@ -123,7 +121,41 @@ class _Ranks:
 
 
 class _Local(_Ranks, LocalPipelineExecutor):
-    pass
+    """As datatrove's, on the standard library's pool: multiprocess's waits for ever for a worker that was killed."""
+
+    def run(self) -> None:
+        ranks = self.get_incomplete_ranks()
+        if min(self.workers, len(ranks)) == 1:
+            for rank in ranks:
+                self._run_for_rank(rank)
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["k2jax.prepare.build"])  # what every worker of every stage needs
+        with ProcessPoolExecutor(self.workers, context, _end_with, (os.getpid(),)) as pool:
+            tasks = [pool.submit(self._run_for_rank, rank) for rank in ranks]
+            try:
+                for task in as_completed(tasks):
+                    task.result()
+            except BrokenProcessPool as error:
+                raise RunError(
+                    "a worker process was killed, perhaps for want of memory: run the same command again, with fewer "
+                    "--workers"
+                ) from error
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with(command: int) -> None:
+    """A worker ends when the command (its process id) does, however that ended, lest it writes beside the next one."""
+
+    def watch() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(command, 0)
+                time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Ray(_Ranks, RayPipelineExecutor):
@@ -131,6 +163,16 @@ class _Ray(_Ranks, RayPipelineExecutor):
 
 
 class _Slurm(_Ranks, SlurmPipelineExecutor):
+    def launch_job(self) -> None:
+        """Launches a job and waits for it; first for one that an earlier attempt left in the queue."""
+        note = Path(self.logging_dir.resolve_paths("job"))
+        if note.exists():
+            _wait_for(note.read_text())
+        super().launch_job()
+        if self.job_id != -1:
+            note.write_text(str(self.job_id))
+            _wait_for(self.job_id)
+
     def launch_merge_stats(self) -> None:
         """There is nothing to merge: counts are in the stages' own files."""
 
@@ -147,13 +189,10 @@ def _raise_failures(stage: Stage, folder: Path) -> None:
         raise RunError(f"stage {stage.name}, task {int(path.stem)}: {failure['type']}: {failure['message']}")
 
 
-def _wait_for_slurm(executor: Any) -> None:
-    """Until every rank is complete, or the job has left the queue."""
-    while executor.get_incomplete_ranks(skip_completed=True) and executor.job_id != -1:
-        command = ["squeue", "-h", "-j", str(executor.job_id)]
-        asked = subprocess.run(command, capture_output=True, text=True, check=False)
-        if asked.returncode != 0 or not asked.stdout.strip():
-            return
+def _wait_for(job: str) -> None:
+    """Until a Slurm job has left the queue."""
+    command = ["squeue", "--noheader", "--jobs", job]
+    while subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip():
         time.sleep(SLURM_POLL_SECONDS)
 
 

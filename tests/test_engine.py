@@ -1,0 +1,207 @@
+"""Stages run everywhere alike: a rank is done once, a failure reaches the user, what is incomplete never passes."""
+
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("datatrove")
+
+from k2jax.errors import ConfigError, RunError, StorageError
+from k2jax.prepare.engine import Engine, Stage, check_executor
+
+SLURM = {"partition": "cpu", "time": "1:00:00", "gib_per_cpu": 1, "environment": ""}
+
+
+def note(rank: int, *, folder: Path, failing: str = "", error: type = ConfigError) -> None:
+    """A task: notes that it ran; the rank in the file `failing` fails while that file is there."""
+    with open(folder / f"{rank}.ran", "a") as file:
+        file.write("x")
+    if failing and Path(failing).exists() and Path(failing).read_text() == str(rank):
+        raise error(f"document 7 of rank {rank} is wrong")
+
+
+def die(rank: int, *, folder: Path) -> None:
+    """A task that is killed the first time."""
+    note(rank, folder=folder)
+    if rank == 2 and len((folder / "2.ran").read_text()) == 1:
+        os._exit(9)
+
+
+def runs(folder: Path) -> dict[int, int]:
+    return {int(path.stem): len(path.read_text()) for path in folder.glob("*.ran")}
+
+
+def engine(folder: Path, executor: str = "local", workers: int = 1) -> Engine:
+    return Engine(folder / "done", executor, workers, SLURM)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """A cluster of this machine, for tests that need one."""
+    ray = pytest.importorskip("ray")
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    ray.init(num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": paths}}, **options)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_rank_runs_once_and_a_second_run_does_nothing(tmp_path, workers):
+    stage = Stage("note", 5, partial(note, folder=tmp_path))
+    for _ in range(2):
+        engine(tmp_path, workers=workers).run(stage)
+        assert runs(tmp_path) == dict.fromkeys(range(5), 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("error", "expected"), [(ConfigError, ConfigError), (KeyError, KeyError)])
+def test_a_failure_is_raised_as_it_is_and_what_is_done_stays_done(tmp_path, workers, error, expected):
+    failing = tmp_path / "failing"
+    failing.write_text("1")
+    stage = Stage("note", 3, partial(note, folder=tmp_path, failing=str(failing), error=error))
+    with pytest.raises(expected, match="document 7 of rank 1"):
+        engine(tmp_path, workers=workers).run(stage)
+    before = runs(tmp_path)
+    failing.unlink()
+    engine(tmp_path, workers=workers).run(stage)
+    assert runs(tmp_path)[1] == before[1] + 1 and runs(tmp_path)[0] == 1
+    assert set(runs(tmp_path)) == {0, 1, 2}
+
+
+def test_a_failed_rank_is_an_error_on_ray_which_does_not_raise_it(tmp_path, ray):
+    failing = tmp_path / "failing"
+    failing.write_text("1")
+    stage = Stage("note", 3, partial(note, folder=tmp_path, failing=str(failing)))
+    with pytest.raises(ConfigError, match="document 7 of rank 1"):
+        engine(tmp_path, "ray", 2).run(stage)
+    failing.unlink()
+    engine(tmp_path, "ray", 2).run(stage)
+    assert set(runs(tmp_path)) == {0, 1, 2}
+
+
+def test_a_stage_is_not_over_while_a_rank_is_missing(tmp_path):
+    stage = Stage("note", 2, partial(note, folder=tmp_path))
+    engine(tmp_path).run(stage)
+    (tmp_path / "done/note/completions/00001").unlink()
+    engine(tmp_path).run(stage)
+    assert runs(tmp_path) == {0: 1, 1: 2}
+
+
+def test_a_killed_worker_is_an_error_and_its_rank_is_run_again(tmp_path):
+    stage = Stage("die", 4, partial(die, folder=tmp_path))
+    with pytest.raises(RunError, match="a worker process was killed"):
+        engine(tmp_path, workers=2).run(stage)
+    engine(tmp_path, workers=2).run(stage)
+    assert runs(tmp_path)[2] == 2 and set(runs(tmp_path)) == {0, 1, 2, 3}
+
+
+def linger(rank: int, *, folder: Path) -> None:
+    """A task that never ends."""
+    (folder / f"{rank}.pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_workers_end_when_the_command_is_killed(tmp_path):
+    program = start(tmp_path, "linger", workers=2)
+    pids = eventually(
+        lambda: [int(path.read_text() or 0) for path in tmp_path.glob("*.pid")],
+        lambda pids: len(pids) == 2 and all(pids),
+    )
+    program.kill()
+    program.wait()
+    eventually(lambda: [pid for pid in pids if Path(f"/proc/{pid}").exists()], lambda alive: not alive)
+
+
+def eventually(look, good, seconds=60):
+    """What `look` returns once it is `good`."""
+    for _ in range(seconds * 10):
+        if good(found := look()):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"still {found}")
+
+
+def start(folder: Path, task: str, workers: int) -> subprocess.Popen:
+    """A program that runs two ranks of a task of this file."""
+    code = (
+        "from functools import partial; from pathlib import Path; import test_engine as t\n"
+        "from k2jax.prepare.engine import Stage\n"
+        "if __name__ == '__main__':\n"
+        f"    folder = Path({str(folder)!r})\n"
+        f"    t.engine(folder, workers={workers}).run(Stage({task!r}, 2, partial(t.{task}, folder=folder)))\n"
+    )
+    (folder / "main.py").write_text(code)
+    tests = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, folder / "main.py"], env=env, text=True, **pipes)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A Slurm of shell scripts: sbatch runs the job's script for every rank of its array, at once, in turn."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {
+        "sbatch": 'script="${@: -1}"\n'
+        "ranks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' \"$script\")\n"
+        "for rank in $(seq 0 $ranks); do\n"
+        '  SLURM_ARRAY_TASK_ID=$rank SLURM_NODELIST=here bash "$script" >>"$SLURM_OUTPUT" 2>&1\n'
+        "done\necho Submitted batch job 17\n",
+        "srun": 'while [ "$1" != launch_pickled_pipeline ]; do shift; done\nexec "$@"\n',
+        "squeue": "exit 0\n",
+        "scontrol": "echo here\n",
+    }.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (programs / name).chmod(0o755)
+    tests = Path(__file__).parent
+    monkeypatch.setenv("PATH", os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
+    monkeypatch.setenv("SLURM_OUTPUT", str(tmp_path / "slurm.out"))
+    return programs
+
+
+def test_slurm_runs_the_job_script_and_a_job_that_dies_is_an_error(tmp_path, slurm):
+    check_executor("slurm", SLURM)
+    stage = Stage("die", 4, partial(die, folder=tmp_path))
+    with pytest.raises(RunError, match="stage die: 1 of 4 tasks did not end, the first is 2"):
+        engine(tmp_path, "slurm", 2).run(stage)
+    engine(tmp_path, "slurm", 2).run(stage)
+    assert runs(tmp_path) == {0: 1, 1: 1, 2: 2, 3: 1}, (tmp_path / "slurm.out").read_text()
+
+
+def test_executors_that_cannot_run_are_refused_before_anything_is_done(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="partition"):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+        (tmp_path / "sbatch").chmod(0o755)
+        check_executor("slurm", {**SLURM, "partition": ""})
+    (tmp_path / "sbatch").unlink()
+    with pytest.raises(ConfigError, match="no sbatch"):
+        check_executor("slurm", SLURM)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="k2jax\\[data,ray\\]"):
+        check_executor("ray", SLURM)
+
+
+def fill(rank: int, *, folder: Path) -> None:
+    raise OSError(28, "No space left on device", str(folder / "x"))
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_a_full_disk_is_no_bug(tmp_path, executor, request):
+    if executor == "ray":
+        request.getfixturevalue("ray")
+    with pytest.raises((OSError, StorageError), match="No space left"):
+        engine(tmp_path, executor).run(Stage("fill", 1, partial(fill, folder=tmp_path)))
+
+
+def test_datatrove_writes_nothing_to_the_terminal(tmp_path):
+    program = start(tmp_path, "note", workers=2)
+    assert (*program.communicate(), program.returncode) == ("", "", 0)
