@@ -22,6 +22,7 @@ from datatrove.data import Document
 from k2jax.errors import StorageError
 
 LEVEL = 3  # of zstd: near the best of what costs less than reading JSON
+READ_BYTES = 1 << 18
 
 
 def document(text: str, **metadata: Any) -> Document:
@@ -51,9 +52,14 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> None:
     """Writes them in their order."""
-    with whole_file(path) as file, zstandard.ZstdCompressor(LEVEL).stream_writer(file, closefd=False) as out:
+    with whole_file(path) as file, compressor().stream_writer(file, closefd=False) as out:
         for one in documents:
             out.write(to_line(one))
+
+
+def compressor() -> zstandard.ZstdCompressor:
+    """Of every file between stages: a flipped bit in one is an error."""
+    return zstandard.ZstdCompressor(LEVEL, write_checksum=True)
 
 
 def to_line(one: Document) -> bytes:
@@ -76,17 +82,28 @@ def read_frame(path: str | os.PathLike, begin: int, end: int) -> Iterator[Docume
 
 def _parsed(file: IO[bytes], path: str | os.PathLike) -> Iterator[Document]:
     try:
-        for line in _lines(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)):
-            id, text, metadata = orjson.loads(line)
-            yield Document(text=text, id=id, metadata=metadata)
+        rest = b""
+        for block in _decompressed(file):
+            *lines, rest = (rest + block).split(b"\n")
+            for line in lines:
+                id, text, metadata = orjson.loads(line)
+                yield Document(text=text, id=id, metadata=metadata)
+        if rest:
+            raise ValueError("it ends within a line")
     except (zstandard.ZstdError, ValueError) as error:
         raise StorageError(f"{path} is damaged ({error}): remove it and its stage, and prepare again") from error
 
 
-def _lines(data: Any) -> Iterator[bytes]:
-    rest = b""
-    while block := data.read(1 << 20):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    if rest:
-        raise ValueError("it ends within a line")
+def _decompressed(file: IO[bytes]) -> Iterator[bytes]:
+    """The blocks of every frame; zstandard's own reader takes a frame that is cut off for a whole one."""
+    decompressor = zstandard.ZstdDecompressor()
+    data = file.read(READ_BYTES)
+    while data:
+        frame = decompressor.decompressobj()
+        while True:
+            yield frame.decompress(data)
+            if frame.eof:
+                break
+            if not (data := file.read(READ_BYTES)):
+                raise ValueError("it is cut off")
+        data = frame.unused_data or file.read(READ_BYTES)

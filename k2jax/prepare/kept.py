@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import zstandard
 from datatrove.data import Document
 
-from k2jax.prepare.documents import LEVEL, read_documents, read_frame, to_line, whole_file, write_json
+from k2jax.prepare.documents import compressor, read_documents, read_frame, to_line, whole_file, write_json
 from k2jax.prepare.tally import Tally
 
 RUN_BYTES = 1 << 28  # of compressed documents in memory
@@ -76,7 +75,7 @@ def _write_runs(file: Any, documents: Iterator[Document], buckets: int, seed: in
     for document in documents:
         bucket = order_key(seed, document.id) * buckets >> 64
         if bucket not in frames:
-            frames[bucket], chunks[bucket] = zstandard.ZstdCompressor(LEVEL).compressobj(), []
+            frames[bucket], chunks[bucket] = compressor().compressobj(), []
         part = frames[bucket].compress(to_line(document))
         chunks[bucket].append(part)
         size += len(part)

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from k2jax.data.manifest import canonical_json
@@ -86,15 +87,22 @@ def join(folder: Path, store: Path, options: dict[str, Any], validation_fraction
     dtype = token_dtype(options["vocab_size"])
     with StoreWriter(store, **options, overwrite=True) as writer:
         for name in names:
-            tokens = np.memmap(folder / f"{name}.tokens", dtype) if (folder / f"{name}.tokens").stat().st_size else []
+            tokens, documents = _piece(folder / name, dtype)
             done = 0
-            for batch in pq.ParquetFile(folder / f"{name}.parquet").iter_batches(BATCH_DOCUMENTS):
+            for batch in documents.iter_batches(BATCH_DOCUMENTS):
                 count = sum(batch["num_tokens"].to_pylist())
                 writer.extend(np.asarray(tokens[done : done + count]), batch)
                 done += count
-            if done != len(tokens):
-                raise StorageError(
-                    f"{folder}/{name}.tokens has {len(tokens)} tokens, its documents {done}: remove the stage, "
-                    "and prepare again"
-                )
         return writer.finish(validation_fraction=validation_fraction)
+
+
+def _piece(path: Path, dtype: np.dtype) -> tuple[np.ndarray, pq.ParquetFile]:
+    """The tokens and the documents of a piece, found to fit each other."""
+    documents = pq.ParquetFile(f"{path}.parquet")
+    tokens = np.memmap(f"{path}.tokens", dtype) if os.path.getsize(f"{path}.tokens") else np.empty(0, dtype)
+    expected = pc.sum(documents.read(["num_tokens"])["num_tokens"]).as_py() or 0
+    if len(tokens) != expected:
+        raise StorageError(
+            f"{path}.tokens has {len(tokens)} tokens, its documents {expected}: remove the stage and prepare again"
+        )
+    return tokens, documents

@@ -1,0 +1,235 @@
+"""Documents come to their stores in one order, whole, and turned for filling in the middle by their ids alone."""
+
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("datatrove")
+
+from k2jax.data.store import DOCUMENTS, Store
+from k2jax.data.tokenizer import EOS, load_tokenizer, train_bpe
+from k2jax.errors import ConfigError, StorageError
+from k2jax.prepare import fim, kept, pieces, recipe, tokenise
+from k2jax.prepare.documents import document, read_documents, to_line, write_documents
+from k2jax.prepare.tokenise import Bucket
+
+TEXTS = [f"Text {i} says </s>, \u2581 and <fim_middle>.\n" + f"wörd{i % 7} line\n" * (i % 11) for i in range(120)]
+CUT = {"seed": 3, "rate": 0.5, "spm_rate": 0.5}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_bpe(TEXTS, 330).save(str(path))
+    return path
+
+
+@pytest.fixture
+def cleaned(tmp_path):
+    """The folder of the stages, with the documents of two tasks of cleaning."""
+    for rank in range(2):
+        found = [document(text, subset="code", source=f"f{i}.txt") for i, text in enumerate(TEXTS) if i % 2 == rank]
+        write_documents(tmp_path / f"clean/documents/{rank:05d}.jsonl.zst", found)
+    return tmp_path
+
+
+def make_recipe(**options):
+    c = recipe.base()
+    c.subsets.code = recipe.subset("text:*.py", tasks=2, **options)
+    return c
+
+
+def stores(out, config, tokenizer, num_buckets=3):
+    """{store: [(document's row, its ids)]} of the stages from `kept` to stores."""
+    shutil.rmtree(out / "tokens", ignore_errors=True)
+    for rank in range(2):
+        kept.keep(rank, out=out, seed=config.seed, buckets=[num_buckets] * 2)
+    encoder = load_tokenizer(tokenizer)
+    eos = encoder.token_to_id(EOS)
+    buckets = [Bucket("code", i, [0, 1]) for i in range(num_buckets)]
+    for rank in range(num_buckets):
+        options = {"out": out, "buckets": buckets, "tokenizer": tokenizer, "eos": eos}
+        tokenise.tokenize(rank, config=config.to_dict(), **options)
+    found = {}
+    for name in tokenise.stores_of(config, "code"):
+        options = {"tokenizer_sha256": "0" * 64, "vocab_size": encoder.get_vocab_size(), "eos_id": eos}
+        if pieces.join(out / "tokens" / name, out / name, options, 0.0):
+            store = Store.open(out / name)
+            rows = [store.document(i) for i in range(store.num_documents)]
+            found[name] = [(row, store.read([row["start"]], row["num_tokens"])[0].tolist()) for row in rows]
+    return found
+
+
+def text_of(ids, encoder):
+    """A document's text back from its ids, FIM or not."""
+    sentinel = {encoder.token_to_id(token): token for token in fim.SENTINELS}
+    assert ids[-1] == encoder.token_to_id(EOS) and ids[-1] not in ids[:-1]
+    parts, name = {"": []}, ""
+    for id in ids[:-1]:
+        if id in sentinel:
+            name = sentinel[id]
+            assert name not in parts
+            parts[name] = []
+        else:
+            parts[name].append(id)
+    text = {name: encoder.decode(part, skip_special_tokens=False) for name, part in parts.items()}
+    order = [""] if len(parts) == 1 else [fim.PREFIX, fim.MIDDLE, fim.SUFFIX]
+    assert len(parts) in (1, 4)
+    return "".join(text[name] for name in order)
+
+
+def test_the_pieces_of_a_fim_document_give_back_the_document(cleaned, tokenizer):
+    config = make_recipe(fim_rate=0.5)
+    [rows] = stores(cleaned, config, tokenizer).values()
+    encoder = load_tokenizer(tokenizer)
+    assert sorted(text_of(ids, encoder) for _, ids in rows) == sorted(TEXTS)
+    modes = Counter(row["metadata"]["fim"]["mode"] for row, _ in rows)
+    assert set(modes) == {"plain", "psm", "spm"} and 40 <= modes["plain"] <= 80
+    for row, ids in rows:
+        assert (encoder.token_to_id(fim.MIDDLE) in ids) == (row["metadata"]["fim"]["mode"] != "plain")
+
+
+def test_fim_documents_have_stores_of_their_own_where_asked_as_k2_had(cleaned, tokenizer):
+    config = make_recipe(fim_rate=0.5, fim_stores=True, repeats=0.5)
+    found = stores(cleaned, config, tokenizer)
+    modes = {name: {row["metadata"]["fim"]["mode"] for row, _ in rows} for name, rows in found.items()}
+    assert modes == {"code": {"plain"}, "code-fim": {"psm"}, "code-spm": {"spm"}}
+    assert tokenise.stores_of(config, "code") == {"code": 0.5, "code-fim": 0.5, "code-spm": 0.5}
+
+
+def test_the_order_is_that_of_the_keys_whatever_the_buckets_and_batches(cleaned, tokenizer, monkeypatch):
+    config = make_recipe()
+    [rows] = stores(cleaned, config, tokenizer).values()
+    keys = [kept.order_key(config.seed, row["id"]) for row, _ in rows]
+    assert keys == sorted(keys) and len(keys) == len(TEXTS)
+    monkeypatch.setattr(tokenise, "BATCH_BYTES", 100)
+    monkeypatch.setattr(kept, "RUN_BYTES", 2000)  # several runs in a file
+    assert list(stores(cleaned, config, tokenizer, num_buckets=1).values()) == [rows]
+    config.seed = 5
+    [other] = stores(cleaned, config, tokenizer).values()
+    assert [row["id"] for row, _ in other] != [row["id"] for row, _ in rows]
+
+
+def test_duplicates_go_and_survivors_know_of_them_and_are_upsampled(cleaned, tokenizer):
+    first = [one.id for one in read_documents(cleaned / "clean/documents/00000.jsonl.zst")]
+    second = [one.id for one in read_documents(cleaned / "clean/documents/00001.jsonl.zst")]
+    row = {"reason": None, "survivor_rank": 0, "by": [], "sources": [], "copies": 1}
+    rows = [
+        {**row, "index": 3, "survivor_index": 3, "copies": 7, "by": [{"name": "code", "count": 7}], "sources": ["f9"]},
+        {**row, "index": 5, "survivor_index": 3, "reason": "near"},
+        {**row, "index": 6, "survivor_index": 6, "copies": 2},
+    ]
+    (cleaned / "duplicates").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), cleaned / "duplicates/00000.parquet")
+    config = make_recipe(upsample=((2, 3), (6, 5)))
+    found = stores(cleaned, config, tokenizer)
+    ids = {name: {row["id"] for row, _ in rows} for name, rows in found.items()}
+    assert ids["code-x3"] == {first[6]} and ids["code-x5"] == {first[3]}
+    assert ids["code"] == set(first + second) - {first[3], first[5], first[6]}
+    [(kept_row, _)] = found["code-x5"]
+    assert kept_row["metadata"]["duplicates"] == {"copies": 7, "by": {"code": 7}, "sources": ["f9"]}
+    tally = json.loads((cleaned / "kept/00000.json").read_text())
+    assert tally["steps"]["duplicates"]["removed"]["near"]["documents"] == 1
+    assert tally["kept"]["documents"] == len(first) - 1
+    assert tokenise.stores_of(config, "code") == {"code": 1, "code-x3": 3, "code-x5": 5}
+
+
+@given(st.text(max_size=40), st.text("0123456789abcdef", min_size=64, max_size=64))
+def test_every_cut_lies_in_the_document_and_its_parts_are_the_document(text, id):
+    cut = fim.draw(id, len(text), **CUT)
+    assert cut == fim.draw(id, len(text), **CUT)
+    assert 0 <= cut.first <= cut.second <= len(text)
+    parts = fim.parts(text, cut)
+    joined = {name: "".join(part for other, part in parts if other == name) for name, _ in parts}
+    behind_middle = joined.get(fim.MIDDLE, "") + (joined.get("", "") if cut.mode != "plain" else "")
+    whole = joined[""] if cut.mode == "plain" else joined[fim.PREFIX] + behind_middle + joined[fim.SUFFIX]
+    assert whole == text
+
+
+def test_shares_and_places_of_cuts_are_those_asked_for():
+    cuts = [fim.draw(f"{i:064x}", 9, **CUT) for i in range(8000)]
+    modes = Counter(cut.mode for cut in cuts)
+    for mode, share in {"plain": 0.5, "psm": 0.25, "spm": 0.25}.items():
+        assert abs(modes[mode] - 8000 * share) < 5 * (8000 * share * (1 - share)) ** 0.5
+    places = Counter(place for cut in cuts if cut.mode != "plain" for place in (cut.first, cut.second))
+    assert set(places) == set(range(10)) and max(places.values()) < 1.25 * min(places.values())
+    assert {fim.draw(f"{i:064x}", 9, seed=3, rate=1.0, spm_rate=1.0).mode for i in range(200)} == {"spm"}
+    assert {fim.draw(f"{i:064x}", 9, seed=3, rate=0.0, spm_rate=1.0).mode for i in range(200)} == {"plain"}
+    assert [fim.draw(f"{i:064x}", 9, **{**CUT, "seed": 4}) for i in range(50)] != cuts[:50]
+
+
+def test_the_cuts_never_change():
+    """A store made years later must be the same."""
+    assert fim.draw("ab" * 32, 1000, seed=22238, rate=1.0, spm_rate=0.5) == ("spm", 106, 645)
+    assert kept.order_key(22238, "ab" * 32) == 4877093539816258020
+
+
+def test_a_tokenizer_without_the_sentinels_is_refused(cleaned, tmp_path):
+    tokenizer = train_bpe(TEXTS, 330)
+    plain = json.loads(tokenizer.to_str())
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] != "<fim_suffix>"]
+    path = tmp_path / "plain.json"
+    path.write_text(json.dumps(plain))
+    with pytest.raises(ConfigError, match="no token <fim_suffix>, which fim_rate needs"):
+        stores(cleaned, make_recipe(fim_rate=0.5), path)
+
+
+def test_a_damaged_file_between_stages_is_found(cleaned, tokenizer):
+    path = cleaned / "clean/documents/00001.jsonl.zst"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    for damaged in (whole[:-20], whole[:-1], whole[:100], bytes(flipped), whole + b"x"):
+        path.write_bytes(damaged)
+        with pytest.raises(StorageError, match=r"00001.jsonl.zst is damaged .*prepare again"):
+            stores(cleaned, make_recipe(), tokenizer)
+
+
+def test_pieces_join_to_what_was_added_in_the_order_of_their_names(tmp_path):
+    draw = np.random.default_rng(0)
+    documents = [draw.integers(0, 70_000, draw.integers(0, 9)) for _ in range(40)]
+    for piece in (1, 0, 2):
+        with pieces.PieceWriter(tmp_path / f"pieces/{piece:05d}", vocab_size=70_000, eos_id=7) as writer:
+            for i in range(piece * 20, min(40, piece * 20 + 20)):
+                writer.add(documents[i], id=f"{i}", source="s", metadata={"n": i}, eos=i % 3 > 0)
+    options = {"tokenizer_sha256": "0" * 64, "vocab_size": 70_000, "eos_id": 7}
+    info = pieces.join(tmp_path / "pieces", tmp_path / "store", options, 0.25)
+    store = Store.open(tmp_path / "store", verify="sha256")
+    assert store.num_documents == 40 and store.root_digest == info["root_digest"]
+    assert 0 < info["num_train_tokens"] <= 0.75 * info["num_tokens"] + 9
+    for i, ids in enumerate(documents):
+        row = store.document(i)
+        expected = [*ids.tolist(), 7] if i % 3 else ids.tolist()
+        assert (row["id"], row["metadata"], row["num_tokens"]) == (f"{i}", {"n": i}, len(expected))
+        if expected:
+            assert store.read([row["start"]], len(expected))[0].tolist() == expected
+
+
+def test_pieces_that_do_not_fit_are_refused(tmp_path):
+    options = {"tokenizer_sha256": "0" * 64, "vocab_size": 100, "eos_id": 7}
+    with pytest.raises(ConfigError, match="token id 100, outside the vocabulary of 100"):
+        with pieces.PieceWriter(tmp_path / "pieces/00000", vocab_size=100, eos_id=7) as writer:
+            writer.add([3, 100], id="a", source="s")
+    assert not list((tmp_path / "pieces").glob("*.parquet"))
+    with pieces.PieceWriter(tmp_path / "pieces/00000", vocab_size=100, eos_id=7) as writer:
+        writer.add([3, 4], id="a", source="s")
+    (tmp_path / "pieces/00000.tokens").write_bytes(b"\1\0\2\0")
+    with pytest.raises(StorageError, match="has 2 tokens, its documents 3"):
+        pieces.join(tmp_path / "pieces", tmp_path / "store", options, 0.0)
+    assert not (tmp_path / "store/store.json").exists()
+    pq.write_table(DOCUMENTS.empty_table(), tmp_path / "pieces/00000.parquet")
+    assert pieces.join(tmp_path / "pieces", tmp_path / "store", options, 0.0) is None
+
+
+def test_documents_are_read_back_as_they_were(tmp_path):
+    found = [document(text, subset="s", source=text) for text in ("", "\n", "\u2028\r\n\x00\x85", "ä" * 3_000_000)]
+    write_documents(tmp_path / "d", found)
+    assert list(read_documents(tmp_path / "d")) == found
+    assert to_line(found[2]).count(b"\n") == 1
