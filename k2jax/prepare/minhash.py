@@ -8,8 +8,8 @@ similarity J agree in each with probability J, and in a whole band with J^hashes
               `str.split` for its tokenizer, as FineWeb without spaCy, which takes 80% of the time and needs English
   characters  lower case, no ASCII punctuation, white space squeezed: SlimPajama's and TxT360's
 
-Files: `bands/<band>/<rank>.sig`, for each document with a shingle its hashes of the band (u8) and its index (u4), little
-endian, sorted; `<rank>.json`, written last, says how many.
+Files, as datatrove's: `bucket_<band>/<rank>.minhash.sig`, for each document with a shingle its hashes of the band (u8)
+and its index (u4), little endian, sorted. `<rank>.json`, written last, says how many and with which parameters.
 """
 
 import json
@@ -27,6 +27,7 @@ from datatrove.utils.text import NUMBERS_PATTERN, PUNCTUATION, WHITESPACE_PATTER
 
 from k2jax.errors import StorageError
 from k2jax.prepare.documents import whole_file, write_json
+from k2jax.prepare.index import open_records
 
 PRIME = (1 << 61) - 1  # of datatrove's and datasketch's permutations, (a x + b mod 2^64) mod PRIME
 SHINGLES = 1 << 15  # hashed at a time: bounds a long document's memory
@@ -35,8 +36,9 @@ ROWS = 1024  # signatures held before they go to the disk
 
 _UPPER, _LOWER = string.ascii_uppercase.encode(), string.ascii_lowercase.encode()
 _ASCII_PUNCTUATION = "".join(c for c in PUNCTUATION if c.isascii()).encode()
-_WORDS = bytes.maketrans(_UPPER + _ASCII_PUNCTUATION, _LOWER + b" " * len(_ASCII_PUNCTUATION))
-_CHARACTERS = bytes.maketrans(_UPPER + b"\x1c\x1d\x1e\x1f", _LOWER + b"    ")  # str.split, not bytes.split, cuts at those
+_WHITE = b"\t\n\v\f\r\x1c\x1d\x1e\x1f"  # of ASCII, to Python's str
+_WORDS = bytes.maketrans(_UPPER + _WHITE + _ASCII_PUNCTUATION, _LOWER + b" " * len(_WHITE + _ASCII_PUNCTUATION))
+_CHARACTERS = bytes.maketrans(_UPPER + _WHITE, _LOWER + b" " * len(_WHITE))
 _NUMBER = re.compile(rb"[0-9]+(?:[.,][0-9]+)?")
 _OTHER = re.compile(rb"[\x80-\xff]+")
 _SPACED = str.maketrans(dict.fromkeys((c for c in PUNCTUATION if not c.isascii()), " "))
@@ -65,7 +67,7 @@ class MinHash(NamedTuple):
 
 def signature_path(folder: Path, band: int, rank: int) -> Path:
     """Of one band of one task's documents."""
-    return folder / "bands" / f"{band:03d}" / f"{rank:05d}.sig"
+    return folder / f"bucket_{band:03d}" / f"{rank:05d}.minhash.sig"
 
 
 def write_signatures(documents: Iterable[tuple[int, str]], folder: Path, rank: int, config: MinHash) -> None:
@@ -90,21 +92,23 @@ def write_signatures(documents: Iterable[tuple[int, str]], folder: Path, rank: i
             order = np.lexsort((records["document"], *reversed(records["hashes"].T)))
             with whole_file(signature_path(folder, band, rank)) as file:
                 file.write(records[order].tobytes())
-    write_json(folder / f"{rank:05d}.json", {"signatures": len(indices)})
+    write_json(folder / f"{rank:05d}.json", {"signatures": len(indices), "parameters": config._asdict()})
 
 
 def open_signatures(folder: Path, band: int, rank: int, config: MinHash) -> np.ndarray:
-    """One signature file, on the disk until it is read; StorageError if it is missing or short."""
+    """One signature file, on the disk until it is read; StorageError if it is missing, short or made otherwise."""
     path = signature_path(folder, band, rank)
     remedy = "remove the signatures and prepare again"
     try:
-        expected = json.loads((folder / f"{rank:05d}.json").read_text())["signatures"] * config.record.itemsize
-        found = path.stat().st_size
+        made = json.loads((folder / f"{rank:05d}.json").read_text())
     except (OSError, ValueError) as error:
-        raise StorageError(f"signatures of task {rank} cannot be read ({error}): {remedy}") from error
-    if found != expected:
-        raise StorageError(f"{path} has {found:,} bytes, not {expected:,}: {remedy}")
-    return np.memmap(path, config.record, "r") if found else np.empty(0, config.record)
+        raise StorageError(f"{folder}/{rank:05d}.json cannot be read ({error}): {remedy}") from error
+    if made["parameters"] != config._asdict():
+        raise StorageError(f"{path} was made with {made['parameters']}, not {config._asdict()}: {remedy}")
+    records = open_records(path, config.record)
+    if len(records) != made["signatures"]:
+        raise StorageError(f"{path} has {len(records):,} signatures, not {made['signatures']:,}: {remedy}")
+    return records
 
 
 class Signer:
@@ -121,20 +125,20 @@ class Signer:
 
     def sign(self, text: str) -> np.ndarray | None:
         """The smallest hash of each permutation (uint64), or None for a text shorter than one n-gram."""
-        smallest = shingles = None
-        for block in _shingles(text, self._config):
+        smallest = best = None
+        for block in hashed_shingles(text, self._config):
             block.sort()  # numpy's unique takes ten times as long
             block = block[np.r_[True, block[1:] != block[:-1]]]
             for at in range(0, len(block), CACHED):
                 low, chosen = self._smallest(block[at : at + CACHED])
                 if smallest is None:
-                    smallest, shingles = low, chosen
+                    smallest, best = low, chosen
                 else:
-                    shingles = np.where(low < smallest, chosen, shingles)
+                    best = np.where(low < smallest, chosen, best)
                     smallest = np.minimum(low, smallest)
-        if shingles is None:
+        if best is None:
             return None
-        x = shingles * self._a[:, 0] + self._b[:, 0]
+        x = best * self._a[:, 0] + self._b[:, 0]
         x = (x & np.uint64(PRIME)) + (x >> 61)
         return np.where(x >= PRIME, x - np.uint64(PRIME), x)
 
@@ -147,8 +151,8 @@ class Signer:
         return work[np.arange(len(work)), where], shingles[where]
 
 
-def _shingles(text: str, config: MinHash) -> Iterator[np.ndarray]:
-    """The hashes of all n-grams, in blocks."""
+def hashed_shingles(text: str, config: MinHash) -> Iterator[np.ndarray]:
+    """The hashes of all n-grams of a text (uint64), in blocks."""
     if config.unit == "words":
         data = normalise_words(text)
         spaces = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(" "))
@@ -174,9 +178,9 @@ def _shingles(text: str, config: MinHash) -> Iterator[np.ndarray]:
 def normalise_words(text: str) -> bytes:
     """The words of datatrove's simplify_text, in UTF-8 with one space between them."""
     if text.isascii():
-        return b" ".join(_NUMBER.sub(b"0", text.encode()).translate(_WORDS).split())
+        return _squeezed(_NUMBER.sub(b"0", text.encode()).translate(_WORDS))
     data = NUMBERS_PATTERN.sub("0", text.lower()).encode().translate(_WORDS)
-    return b" ".join(_OTHER.sub(_without_marks, data).split())
+    return _squeezed(_OTHER.sub(_without_marks, data))
 
 
 def _without_marks(match: re.Match[bytes]) -> bytes:
@@ -188,7 +192,15 @@ def _without_marks(match: re.Match[bytes]) -> bytes:
 def normalise_characters(text: str) -> str:
     """Lower case, without ASCII punctuation, white space squeezed to single spaces."""
     data = text.lower().encode().translate(_CHARACTERS, string.punctuation.encode())
-    return b" ".join(data.split()).decode() if text.isascii() else " ".join(data.decode().split())
+    return _squeezed(data).decode() if text.isascii() else " ".join(data.decode().split())
+
+
+def _squeezed(data: bytes) -> bytes:
+    """Without a space at the ends or after a space: as b" ".join(data.split(b" ")), and no list of words in memory."""
+    array = np.frombuffer(data, np.uint8)
+    keep = array != ord(" ")
+    keep[1:] |= keep[:-1]
+    return array[keep].tobytes().strip(b" ")
 
 
 # XXH64 (xxhash.com/doc/v0.8.3, doc/xxhash_spec.md) of many windows of one length at once.
@@ -211,24 +223,22 @@ def xxh64_windows(data: np.ndarray, starts: np.ndarray | None, length: int) -> n
         chosen = overlapping[at : at + count] if starts is None else overlapping[starts + at]
         return chosen.astype(np.uint64)
 
-    at, hashes = 0, np.full(count, _P5, np.uint64)
+    done, hashes = 0, np.full(count, _P5, np.uint64)
     if length >= 32:
         sums = [np.full(count, v % (1 << 64), np.uint64) for v in (_P1 + _P2, _P2, 0, -_P1)]
         for at in range(0, length - 31, 32):
             sums = [_round(total, lanes(at + 8 * i, "<u8")) for i, total in enumerate(sums)]
-        at += 32
+        done = length // 32 * 32
         hashes = sum(_rotated(total, by) for total, by in zip(sums, (1, 7, 12, 18), strict=True))
         for total in sums:
             hashes = (hashes ^ _round(np.uint64(0), total)) * _P1 + _P4
     hashes += np.uint64(length)
-    for at in range(at, length - 7, 8):
+    for at in range(done, length - 7, 8):
         hashes = _rotated(hashes ^ _round(np.uint64(0), lanes(at, "<u8")), 27) * _P1 + _P4
-    at = length // 8 * 8
-    if at + 4 <= length:
-        hashes = _rotated(hashes ^ (lanes(at, "<u4") * _P1), 23) * _P2 + _P3
-        at += 4
-    for last in range(at, length):
-        hashes = _rotated(hashes ^ (lanes(last, "u1") * _P5), 11) * _P1
+    if length % 8 >= 4:
+        hashes = _rotated(hashes ^ (lanes(length // 8 * 8, "<u4") * _P1), 23) * _P2 + _P3
+    for at in range(length // 4 * 4, length):
+        hashes = _rotated(hashes ^ (lanes(at, "u1") * _P5), 11) * _P1
     for shift, factor in ((33, _P2), (29, _P3), (32, 1)):
         hashes ^= hashes >> shift
         hashes *= np.uint64(factor)
