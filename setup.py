@@ -25,13 +25,29 @@ BASE = [
     "tqdm>=4.66,<5",
     "tensorboardX>=2.6.4,<3",
 ]
+FASTTEXT = "fasttext-numpy2-wheel>=0.9.2,<0.10"  # no wheels for Python 3.13 and macOS: there it needs a compiler
 TRANSFORMERS = "transformers>=5,<6"
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "hf": [TRANSFORMERS],
     "wandb": ["wandb>=0.19,<1"],
-    "data": ["datatrove[io]>=0.10.1,<0.11"],
+    # datatrove's own extras bring what is not needed here (spaCy's like) and lack what is: trafilatura imports
+    # lxml_html_clean and does not say so.
+    "data": [
+        "datatrove>=0.10.1,<0.11",
+        "lxml_html_clean>=0.4,<0.5",
+        "nltk>=3.9,<4",
+        "orjson>=3.10,<4",
+        "regex>=2024.11",
+        "sentencepiece>=0.2,<0.3",
+        "trafilatura>=1.11,<1.12",
+        "warcio>=1.7,<2",
+        "xxhash>=3.4,<4",
+        "zstandard>=0.23,<0.26",
+    ],
+    "langid": [FASTTEXT],
+    "ray": ["ray[default]>=2.50,<3"],
     "eval": ["lm_eval>=0.4.13,<0.5"],
     "seqio": ["seqio>=0.0.20,<0.1"],
     "test": [
@@ -41,6 +57,7 @@ EXTRAS = {
         "ruff>=0.17,<0.18",
         "scipy>=1.15,<2",
         "pandas>=2.2,<4",
+        f"{FASTTEXT} ; python_version < '3.13' and sys_platform == 'linux'",
     ],
     # What our numbers are compared with, in tests and benchmarks.
     "parity": ["torch==2.13.0", TRANSFORMERS, "accelerate>=1,<2"],

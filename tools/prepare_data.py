@@ -1,6 +1,11 @@
-"""Documents to stores: python tools/prepare_data.py --config=experiments/data/NAME.py --out=DIR
+"""Documents to stores.
 
-A finished DIR is left as it is; an unfinished one is made again from the start.
+    python tools/prepare_data.py --config=experiments/data/NAME.py --out=DIR [--executor=local|ray|slurm] [--workers=N]
+    python tools/prepare_data.py --seqio_mixture=NAME --module=MODULE --out=DIR
+
+DIR gets tokenizer.json, a store for each subset, card/ (what came in, what was left out and why, as data.md, data.json
+and index.html) and data.json. Stopped at any time, the same command goes on where it was; a finished DIR is left as it
+is. What comes out does not depend on the executor or the workers.
 """
 
 import argparse
@@ -9,34 +14,43 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from k2jax.errors import run_main  # noqa: E402
+from k2jax.errors import ConfigError, run_main  # noqa: E402
 
 
 def main() -> None:
     """Parses the command line, prepares, and says what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="the data experiment: a Python file with get_config(), see experiments/data",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="folder for tokenizer.json, a store for each subset, and data.json (summary)",
-    )
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE", help="the data experiment, a Python file; see experiments/data")
+    what.add_argument("--seqio_mixture", metavar="NAME", help="a seqio Task or Mixture (pip install 'k2jax[seqio]')")
+    add("--module", help="of --seqio_mixture: the module that registers it when it is imported")
+    add("--out", required=True, metavar="DIR", help="folder for what comes out; all workers must see it")
+    add("--executor", choices=("local", "ray", "slurm"), default="local", help="where tasks run (default: local)")
+    add("--workers", type=int, default=0, metavar="N", help="tasks at once (default: the cores of this machine)")
+    add("--keep_stages", action="store_true", help="keep what lies between documents and stores, in DIR/stages")
     args = parser.parse_args()
+    if args.seqio_mixture and not args.module:
+        parser.error("--seqio_mixture needs --module, the module that registers it")
+    try:
+        from k2jax.prepare import build, recipe  # after the arguments: --help needs none of it
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'k2jax[data]'") from error
 
-    from k2jax.data import prepare  # after the arguments: --help needs none of it
+    if args.config:
+        config = recipe.load_config(args.config)
+    else:
+        from k2jax.prepare import seqio_bridge
 
-    data, was_there = prepare.prepare(prepare.load_config(args.config), args.out)
+        config = seqio_bridge.recipe_of_mixture(args.seqio_mixture, args.module)
+    data, was_there = build.build(
+        config, args.out, executor=args.executor, workers=args.workers, keep_stages=args.keep_stages
+    )
     print(
         f"{args.out}: {'finished earlier, left as it is' if was_there else 'finished'}; "
         f"tokenizer of {data['vocab_size']:,} ids, SHA-256 {data['tokenizer_sha256'][:16]}"
     )
-    print(prepare.describe(data), flush=True)
+    print(build.describe(data), flush=True)
 
 
 if __name__ == "__main__":

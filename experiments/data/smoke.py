@@ -8,7 +8,7 @@ depends on the Python and the packages installed here: figures compare on one ma
 
 from ml_collections import ConfigDict
 
-from k2jax.data.prepare import base, subset
+from k2jax.prepare.recipe import base, subset
 
 
 def get_config() -> ConfigDict:
@@ -16,11 +16,12 @@ def get_config() -> ConfigDict:
     c.vocab_size = 4096
     c.tokenizer_bytes = 2_000_000
     c.validation_fraction = 0.05
+    c.dedup.unit, c.dedup.n_grams, c.dedup.bands, c.dedup.hashes_per_band = "words", 5, 14, 8  # FineWeb's
     # Generated tables are long, stubs are short; neither is text to learn from.
     c.subsets.code = subset(
-        "python:code", max_bytes=8_000_000, min_document_bytes=200, max_document_bytes=200_000
+        "python:code", tasks=2, max_bytes=8_000_000, min_document_bytes=200, max_document_bytes=200_000
     )
-    c.subsets.docstrings = subset("python:docstrings", max_bytes=6_000_000, min_document_bytes=200)
+    c.subsets.docstrings = subset("python:docstrings", tasks=2, max_bytes=6_000_000, min_document_bytes=200)
     c.subsets.documentation = subset(
         "python:documents", max_bytes=6_000_000, min_document_bytes=200, max_document_bytes=200_000
     )

@@ -138,25 +138,42 @@ class StoreWriter:
         Raises ConfigError, and appends nothing, if a token is outside the vocabulary.
         """
         tokens = np.asarray(tokens, np.int64)
-        outside = tokens[(tokens < 0) | (tokens >= self._info["vocab_size"])]
-        if outside.size:
+        self._check(tokens, f"document {id} ({source})")
+        row = (id, source, len(tokens) + 1, canonical_json(metadata or {}).decode())
+        self._append(np.append(tokens, self._info["eos_id"]), [row])
+
+    def extend(self, tokens: np.ndarray, documents: pa.RecordBatch) -> None:
+        """Appends documents (rows of DOCUMENTS) and their tokens, all in one array, with every EOS that they have.
+
+        Raises ConfigError, and appends nothing, if a token is outside the vocabulary.
+        """
+        assert sum(documents["num_tokens"].to_pylist()) == len(tokens), "the documents' tokens, all of them"
+        self._check(tokens, f"one of the documents from {documents['id'][0]} on")
+        columns = (documents[name].to_pylist() for name in DOCUMENTS.names)
+        self._append(tokens, list(zip(*columns, strict=True)))
+
+    def _check(self, tokens: np.ndarray, whose: str) -> None:
+        low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+        if low < 0 or high >= self._info["vocab_size"]:
             raise ConfigError(
-                f"store {self.path}: document {id} ({source}) has token id {outside[0]}, outside the "
+                f"store {self.path}: {whose} has token id {low if low < 0 else high}, outside the "
                 f"vocabulary of {self._info['vocab_size']}: tokenize it with the store's tokenizer"
             )
-        self._info["max_token_id"] = max(self._info["max_token_id"], int(tokens.max(initial=0)))
+        self._info["max_token_id"] = max(self._info["max_token_id"], high)
+
+    def _append(self, tokens: np.ndarray, rows: list[tuple]) -> None:
+        lengths = np.array([row[2] for row in rows], np.int64)
         with storage_errors(f"cannot write the store {self.path}"):
-            self._starts.append(np.array([self._tokens.size]))
+            self._starts.append(self._tokens.size + np.cumsum(lengths) - lengths)
             self._tokens.append(tokens)
-            self._tokens.append(np.array([self._info["eos_id"]]))
-            self._rows.append((id, source, len(tokens) + 1, canonical_json(metadata or {}).decode()))
-            if len(self._rows) == ROW_GROUP:
+            self._rows += rows
+            while len(self._rows) >= ROW_GROUP:
                 self._write_rows()
 
     def _write_rows(self) -> None:
-        columns = [pa.array(values) for values in zip(*self._rows, strict=True)]
+        columns = [pa.array(values) for values in zip(*self._rows[:ROW_GROUP], strict=True)]
         self._parquet.write_table(pa.table(columns, schema=DOCUMENTS), row_group_size=ROW_GROUP)
-        self._rows.clear()
+        del self._rows[:ROW_GROUP]
 
     def finish(self, validation_fraction: float = 0.0) -> dict[str, Any]:
         """Completes the store, store.json last, and returns what that holds.

@@ -7,6 +7,7 @@ A stage's task writes one file, `documents/<rank>.jsonl.zst`. A document's `id` 
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -60,11 +61,22 @@ def to_line(one: Document) -> bytes:
 
 def read_documents(path: str | os.PathLike) -> Iterator[Document]:
     """What `write_documents` wrote; StorageError if the file is damaged."""
+    with open(path, "rb") as file:
+        yield from _parsed(file, path)
+
+
+def read_frame(path: str | os.PathLike, begin: int, end: int) -> Iterator[Document]:
+    """Those in bytes [begin, end) of a file of several frames; StorageError if it is damaged."""
+    with open(path, "rb") as file:
+        file.seek(begin)
+        yield from _parsed(io.BytesIO(file.read(end - begin)), path)
+
+
+def _parsed(file: IO[bytes], path: str | os.PathLike) -> Iterator[Document]:
     try:
-        with open(path, "rb") as file:
-            for line in _lines(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)):
-                id, text, metadata = orjson.loads(line)
-                yield Document(text=text, id=id, metadata=metadata)
+        for line in _lines(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)):
+            id, text, metadata = orjson.loads(line)
+            yield Document(text=text, id=id, metadata=metadata)
     except (zstandard.ZstdError, ValueError) as error:
         raise StorageError(f"{path} is damaged ({error}): remove it and its stage, and prepare again") from error
 

@@ -1,7 +1,32 @@
-"""Runs the stages of a preparation on datatrove's executors: processes of this machine, Ray, or Slurm."""
+"""Runs the stages of a preparation on datatrove's executors: processes of this machine, Ray, or Slurm.
 
-from collections.abc import Callable
-from typing import NamedTuple
+datatrove deals out the ranks, marks those that are complete and leaves them out when it runs again. What it lacks is
+here: an error of a task reaches the user as it was raised, and a stage is over only when every rank is complete.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import multiprocess
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.utils.logging import logger
+from datatrove.utils.stats import PipelineStats
+from tqdm import tqdm
+
+from k2jax import errors
+from k2jax.errors import ConfigError, RunError
+from k2jax.prepare.documents import write_json
+
+EXECUTORS = ("local", "ray", "slurm")
+SLURM_POLL_SECONDS = 10
 
 
 class Stage(NamedTuple):
@@ -14,3 +39,157 @@ class Stage(NamedTuple):
     name: str
     tasks: int
     function: Callable[[int], None]
+
+
+class Engine(NamedTuple):
+    """Where and how stages run: `folder` holds their marks of completion and logs, by stage.
+
+    `slurm` is the recipe's section of that name; `workers` is how many tasks run at once.
+    """
+
+    folder: Path
+    executor: str
+    workers: int
+    slurm: dict[str, Any]
+
+    def run(self, stage: Stage) -> None:
+        """Runs what is not complete of a stage.
+
+        Raises what a task raised, if it was a RunError, or a RunError that names the task and the error.
+        """
+        if not stage.tasks:
+            return
+        folder = self.folder / stage.name
+        shutil.rmtree(folder / "errors", ignore_errors=True)
+        logger.disable("datatrove")  # it tells of every step; errors come from here
+        executor = self._executor(stage, folder)
+        if executor.get_incomplete_ranks(skip_completed=True):
+            with _progress(stage, folder):
+                executor.run()
+                if self.executor == "slurm":
+                    _wait_for_slurm(executor)
+        _raise_failures(stage, folder)
+        if missing := executor.get_incomplete_ranks(skip_completed=True):
+            raise RunError(
+                f"stage {stage.name}: {len(missing)} of {stage.tasks} tasks did not end, the first is {missing[0]}: "
+                f"see the logs in {folder}, then run the same command again"
+            )
+
+    def _executor(self, stage: Stage, folder: Path) -> Any:
+        options: dict[str, Any] = {
+            "pipeline": [stage.function],
+            "tasks": stage.tasks,
+            "workers": min(self.workers, stage.tasks),
+            "logging_dir": str(folder),
+        }
+        if self.executor == "local":
+            # Every stage starts processes; they are forked from one that has imported this.
+            multiprocess.set_forkserver_preload(["k2jax.prepare.build"])
+            return _Local(**options)
+        if self.executor == "ray":
+            return _Ray(**options, mem_per_cpu_gb=1)
+        return _Slurm(
+            **options,
+            partition=self.slurm["partition"],
+            time=self.slurm["time"],
+            mem_per_cpu_gb=self.slurm["gib_per_cpu"],
+            env_command=self.slurm["environment"] or None,
+            job_name=f"k2jax-{stage.name}",
+            qos=None,
+        )
+
+
+class _Ranks:
+    """One rank of a stage, for all three executors: no log of every step, and the error on record if it fails."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        logger.disable("datatrove")
+        stats = PipelineStats()
+        if self.is_rank_completed(rank):
+            return stats
+        [function] = self.pipeline
+        try:
+            function(rank)
+        except Exception as error:
+            kind = "StorageError" if isinstance(error, OSError) else type(error).__name__
+            failure = {"type": kind, "message": str(error)}
+            with contextlib.suppress(OSError):  # a full disk: the error itself goes on
+                write_json(self.logging_dir.resolve_paths(f"errors/{rank:05d}.json"), failure)
+            raise
+        with self.logging_dir.open(f"stats/{rank:05d}.json", "w") as file:
+            stats.save_to_disk(file)
+        self.mark_rank_as_completed(rank)
+        return stats
+
+
+class _Local(_Ranks, LocalPipelineExecutor):
+    pass
+
+
+class _Ray(_Ranks, RayPipelineExecutor):
+    pass
+
+
+class _Slurm(_Ranks, SlurmPipelineExecutor):
+    def launch_merge_stats(self) -> None:
+        """There is nothing to merge: counts are in the stages' own files."""
+
+
+def _raise_failures(stage: Stage, folder: Path) -> None:
+    """Raises the error of the first task that failed. Ray's executor only logs it; a RunError keeps its type."""
+    for path in sorted((folder / "errors").glob("*.json")):
+        if (folder / "completions" / path.stem).exists():
+            continue  # it failed, and passed when the executor tried again
+        failure = json.loads(path.read_text())
+        kind = getattr(errors, failure["type"], None)
+        if isinstance(kind, type) and issubclass(kind, RunError):
+            raise kind(failure["message"])
+        raise RunError(f"stage {stage.name}, task {int(path.stem)}: {failure['type']}: {failure['message']}")
+
+
+def _wait_for_slurm(executor: Any) -> None:
+    """Until every rank is complete, or the job has left the queue."""
+    while executor.get_incomplete_ranks(skip_completed=True) and executor.job_id != -1:
+        command = ["squeue", "-h", "-j", str(executor.job_id)]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        if asked.returncode != 0 or not asked.stdout.strip():
+            return
+        time.sleep(SLURM_POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _progress(stage: Stage, folder: Path) -> Iterator[None]:
+    """A bar over complete tasks, on a terminal only."""
+    with tqdm(desc=stage.name, total=stage.tasks, unit="task", disable=None, leave=False) as bar:
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(0.5):
+                bar.update(len(list((folder / "completions").glob("*"))) - bar.n)
+
+        thread = threading.Thread(target=look, daemon=True)
+        if not bar.disable:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+
+
+def check_executor(executor: str, slurm: dict[str, Any]) -> None:
+    """Raises ConfigError if the executor cannot run here, before anything is done."""
+    if executor == "ray":
+        try:
+            import ray  # noqa: F401
+        except ImportError as error:
+            raise ConfigError("--executor=ray: Ray is not installed: pip install 'k2jax[data,ray]'") from error
+    if executor == "slurm":
+        if shutil.which("sbatch") is None:
+            raise ConfigError("--executor=slurm: there is no sbatch on this machine: run it on a Slurm login node")
+        if not slurm["partition"]:
+            raise ConfigError("--executor=slurm: name the partition in the recipe: config.slurm.partition")
+
+
+def threads_for(workers: int) -> None:
+    """Tells libraries with threads of their own (tokenizers) to share the cores among the workers."""
+    os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, workers)))

@@ -5,6 +5,7 @@ is written last, so that a piece without it is unfinished. Each document ends wi
 """
 
 import os
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -13,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from k2jax.data.manifest import canonical_json
-from k2jax.data.store import DOCUMENTS, ROW_GROUP
-from k2jax.errors import ConfigError
+from k2jax.data.store import DOCUMENTS, ROW_GROUP, StoreWriter
+from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare.documents import whole_file
 
-BLOCK_TOKENS = 1 << 24  # read at a time when joining
+BATCH_DOCUMENTS = 1 << 12  # joined at a time
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -72,3 +73,28 @@ class PieceWriter:
             self._out.write(self._eos)
         self._rows.append((id, source, len(ids) + eos, canonical_json(metadata or {}).decode()))
         self.num_tokens += len(ids) + eos
+
+
+def join(folder: Path, store: Path, options: dict[str, Any], validation_fraction: float) -> dict[str, Any] | None:
+    """The pieces of a folder, in the order of their names, as a store; returns what its store.json holds.
+
+    `options` are StoreWriter's. None, and no store, if the pieces hold no document.
+    """
+    names = sorted(path.stem for path in folder.glob("*.parquet"))
+    if not any(pq.read_metadata(folder / f"{name}.parquet").num_rows for name in names):
+        return None
+    dtype = token_dtype(options["vocab_size"])
+    with StoreWriter(store, **options, overwrite=True) as writer:
+        for name in names:
+            tokens = np.memmap(folder / f"{name}.tokens", dtype) if (folder / f"{name}.tokens").stat().st_size else []
+            done = 0
+            for batch in pq.ParquetFile(folder / f"{name}.parquet").iter_batches(BATCH_DOCUMENTS):
+                count = sum(batch["num_tokens"].to_pylist())
+                writer.extend(np.asarray(tokens[done : done + count]), batch)
+                done += count
+            if done != len(tokens):
+                raise StorageError(
+                    f"{folder}/{name}.tokens has {len(tokens)} tokens, its documents {done}: remove the stage, "
+                    "and prepare again"
+                )
+        return writer.finish(validation_fraction=validation_fraction)

@@ -37,6 +37,7 @@ def base() -> ConfigDict:
     c = ConfigDict()
     c.seed = 22238  # of the order of the documents, of samples, and of FIM's draws
     c.tokenizer = ""  # tokenizer.json or SentencePiece .model; empty: one is trained on these documents
+    c.add_k2_tokens = False  # K2's 18 special tokens behind those of `tokenizer`, where it lacks them
     c.vocab_size = 32018  # ids of a trained tokenizer, K2's 18 special tokens among them
     c.tokenizer_bytes = 100_000_000  # of each subset's text that a trained tokenizer learns from; held in memory
     c.validation_fraction = 0.001  # of each store's tokens, held out at its end
@@ -130,11 +131,12 @@ class Task(NamedTuple):
     num_shards: int
 
 
-def tasks(config: ConfigDict) -> list[Task]:
-    """The tasks of reading, by rank: all parts of all subsets, in the order of their names."""
+def tasks(config: ConfigDict, *, tokens: bool = False) -> list[Task]:
+    """The tasks of reading, by rank: all parts of all subsets of text, or of tokens, in the order of their names."""
     return [
         Task(name, shard, chosen.tasks)
         for name, chosen in sorted(config.subsets.items())
+        if (kind_of(chosen.source)[0] in TOKEN_KINDS) == tokens
         for shard in range(chosen.tasks)
     ]
 
@@ -198,6 +200,8 @@ def _base_problems(config: ConfigDict) -> list[str]:
     for source in config.contamination.sources:
         if kind_of(source)[0] not in ("jsonl", "parquet", "text"):
             problems.append(f"contamination.sources: {source!r} is no jsonl:, parquet: or text: source")
+    if not config.tokenizer and tasks(config, tokens=True):
+        problems.append("tokenizer='': sources of tokens need the tokenizer.json that their ids were made with")
     if not config.subsets:
         problems.append("subsets: empty; add one with config.subsets.NAME = subset(SOURCE)")
     return problems

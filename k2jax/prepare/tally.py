@@ -1,6 +1,7 @@
 """What happened to documents, counted: by task in JSON files, added up for the data card.
 
     {"steps": {step: {"documents": n, "bytes": n, "removed": {reason: {"documents": n, "bytes": n}}}},
+     "kept": {"documents": n, "bytes": n},
      "bad": {reason: n}, "problems": ["FILE:LINE: what is wrong with it", ...],
      "languages": {code: n}, "licences": {name: n}, "lengths": {power of two: n}}
 
@@ -25,6 +26,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.steps: dict[str, dict[str, Any]] = {}
+        self.passed_on = {"documents": 0, "bytes": 0}
         self.bad: Counter[str] = Counter()
         self.problems: list[str] = []
         self.languages: Counter[str] = Counter()
@@ -52,6 +54,8 @@ class Tally:
 
     def kept(self, num_bytes: int, language: str = "", licence: str = "") -> None:
         """A document that the task passes on."""
+        self.passed_on["documents"] += 1
+        self.passed_on["bytes"] += num_bytes
         self.lengths[str(max(1, num_bytes).bit_length() - 1)] += 1
         if language:
             self.languages[language] += 1
@@ -65,6 +69,7 @@ class Tally:
                 step: {**counts, "removed": {reason: dict(n) for reason, n in sorted(counts["removed"].items())}}
                 for step, counts in self.steps.items()
             },
+            "kept": dict(self.passed_on),
             "bad": dict(sorted(self.bad.items())),
             "problems": self.problems,
             "languages": dict(sorted(self.languages.items())),

@@ -1,0 +1,285 @@
+"""A preparation from start to end: what `tools/prepare_data.py` does, stage by stage.
+
+    read, clean -> exact and near duplicates -> what stays, in its order -> tokenizer -> tokens -> stores -> data card
+
+Each stage can be stopped and goes on where it was. data.json, written last, says that all of it is there.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import k2jax
+from k2jax.data.manifest import sha256_json
+from k2jax.data.store import Store
+from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
+from k2jax.errors import ConfigError, StorageError
+from k2jax.prepare import card, clean, duplicates, kept, pieces, read, recipe, tally, token_sources, tokenise
+from k2jax.prepare import sentencepiece_model as sentencepiece
+from k2jax.prepare.documents import whole_file, write_json
+from k2jax.prepare.engine import Engine, Stage, check_executor, threads_for
+from k2jax.prepare.tokenise import Bucket
+
+FORMAT = 2
+
+
+def build(
+    config: ConfigDict, out: str | Path, *, executor: str = "local", workers: int = 0, keep_stages: bool = False
+) -> tuple[dict[str, Any], bool]:
+    """Makes tokenizer.json, the stores, the data card and, last, data.json in the folder `out`.
+
+    Returns what data.json holds, and whether it was there already. What an interrupted preparation finished is not
+    done again. `workers` tasks run at once, 0 for as many as there are cores. `keep_stages` leaves what lies between
+    documents and stores, several times the documents' size. Raises ConfigError if `out` holds anything else, was begun
+    with another recipe or other documents, or is being worked in; StorageError if it cannot be written.
+    """
+    if "://" in str(out):
+        raise ConfigError(f"--out={out}: must be a folder of this machine or of a file system that all workers see")
+    out = Path(out).absolute()
+    workers = workers or os.cpu_count() or 1
+    check_executor(executor, config.slurm.to_dict())
+    threads_for(workers)
+    was_there = (out / "data.json").exists()
+    try:
+        if was_there:
+            data = _finished(config, out)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            with _claimed(config, out):
+                data = _make(config, out, Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict()))
+        if not keep_stages:
+            shutil.rmtree(out / "stages", ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"--out={out}: {error.strerror or error} ({error.filename or out}): give a folder "
+            "that can be written, with room on its disk"
+        ) from error
+    return data, was_there
+
+
+def _make(config: ConfigDict, out: Path, engine: Engine) -> dict[str, Any]:
+    stages, plain = out / "stages", config.to_dict()
+    inputs = _inputs(config, stages)
+    for stage in [*clean.stages(config, stages), *duplicates.stages(config, stages / "clean", stages)]:
+        engine.run(stage)
+
+    buckets = _buckets(config, stages)
+    number = {bucket.subset: bucket.index + 1 for bucket in buckets}
+    deal = partial(kept.keep, out=stages, seed=config.seed, buckets=[number[t.subset] for t in recipe.tasks(config)])
+    engine.run(Stage("kept", len(recipe.tasks(config)), deal))
+    _check_not_empty(config, stages)
+
+    tokenizer = out / "tokenizer.json"
+    if config.tokenizer:
+        _take_tokenizer(config, tokenizer)
+    else:
+        learn = partial(tokenise.train_tokenizer, config=plain, out=stages, buckets=buckets, path=tokenizer)
+        engine.run(Stage("tokenizer", 1, learn))
+    encoder = load_tokenizer(tokenizer)
+    eos = sentencepiece.eos_id(encoder)
+
+    write = partial(tokenise.tokenize, config=plain, out=stages, buckets=buckets, tokenizer=tokenizer, eos=eos)
+    engine.run(Stage("tokens", len(buckets), write))
+    for stage in token_sources.stages(config, stages, tokenizer):
+        engine.run(stage)
+
+    names = sorted(path.name for path in (stages / "tokens").iterdir())
+    options = {
+        "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": encoder.get_vocab_size(), "eos_id": eos
+    }  # fmt: skip
+    join = partial(_join, out=out, names=names, options=options, fraction=config.validation_fraction)
+    engine.run(Stage("stores", len(names), join))
+
+    data = {"format": FORMAT, "config": json.loads(json.dumps(plain)), **options, "inputs": inputs}
+    data |= _summary(config, out, names)
+    card.write_card(out, data)
+    write_json(out / "data.json", data)
+    return data
+
+
+def _inputs(config: ConfigDict, stages: Path) -> dict[str, Any]:
+    """The files of each subset: number, bytes, a digest of names and sizes; they must be those of the first start."""
+    found = {}
+    for name, chosen in sorted(config.subsets.items()):
+        if recipe.kind_of(chosen.source)[0] not in recipe.TOKEN_KINDS:
+            files = [[file.name, file.size] for file in read.list_files(chosen.source)]
+            total = sum(size for _, size in files)
+            found[name] = {"files": len(files), "bytes": total, "digest": sha256_json(files)}
+    path = stages / "inputs.json"
+    if not path.exists():
+        write_json(path, found)
+    began = json.loads(path.read_text())
+    if changed := [name for name in found if found[name] != began.get(name)]:
+        raise ConfigError(
+            f"--out={stages.parent}: the files of subset {changed[0]} have changed since this preparation began "
+            f"({began.get(changed[0])} then, {found[changed[0]]} now): remove the folder and begin again"
+        )
+    return found
+
+
+def _buckets(config: ConfigDict, stages: Path) -> list[Bucket]:
+    """The tasks of tokenizing: as many for a subset as its text needs, whatever the workers."""
+    ranks: dict[str, list[int]] = {}
+    num_bytes: dict[str, int] = {}
+    for rank, task in enumerate(recipe.tasks(config)):
+        counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_text())
+        ranks.setdefault(task.subset, []).append(rank)
+        num_bytes[task.subset] = num_bytes.get(task.subset, 0) + counts["kept"]["bytes"]
+    return [
+        Bucket(name, index, ranks[name])
+        for name in ranks
+        for index in range(max(1, math.ceil(num_bytes[name] / config.bucket_bytes)))
+    ]
+
+
+def _tallies(config: ConfigDict, folder: Path) -> dict[str, dict[str, Any]]:
+    """What the tasks of a stage counted, by subset."""
+    parts: dict[str, list] = {}
+    for rank, task in enumerate(recipe.tasks(config)):
+        parts.setdefault(task.subset, []).append(json.loads((folder / f"{rank:05d}.json").read_text()))
+    return {name: tally.combine(found) for name, found in parts.items()}
+
+
+def _check_not_empty(config: ConfigDict, stages: Path) -> None:
+    """A subset of which nothing stays is a mistake, and ends before the long stages."""
+    read_and_cleaned = _tallies(config, stages / "clean" / "tally")
+    for name, counts in _tallies(config, stages / "kept").items():
+        if not counts["kept"]["documents"]:
+            why = ", ".join(f"{count:,} {reason}" for reason, count in left_out(read_and_cleaned[name], counts).items())
+            source = config.subsets[name].source
+            raise ConfigError(f"subset {name}: {source} gave no document ({why or 'nothing there'})")
+
+
+def left_out(*tallies: dict[str, Any]) -> dict[str, int]:
+    """Documents by the reason why they are not in the stores."""
+    found: dict[str, int] = {}
+    for counts in tallies:
+        for step in counts.get("steps", {}).values():
+            for reason, n in step["removed"].items():
+                found[reason] = found.get(reason, 0) + n["documents"]
+        for reason, n in counts.get("bad", {}).items():
+            found[reason] = found.get(reason, 0) + n
+    return dict(sorted(found.items()))
+
+
+def _take_tokenizer(config: ConfigDict, path: Path) -> None:
+    """The recipe's tokenizer as tokenizer.json; a SentencePiece model is turned into one of equal ids."""
+    source = Path(config.tokenizer)
+    if source.suffix == ".model":
+        tokenizer = sentencepiece.convert(source)
+    else:
+        tokenizer = load_tokenizer(source)
+    if config.add_k2_tokens:
+        tokenizer = sentencepiece.k2_tokens(tokenizer)
+    same_file = source.suffix != ".model" and not config.add_k2_tokens
+    with whole_file(path, "w") as file:
+        file.write(source.read_text(encoding="utf-8") if same_file else tokenizer.to_str())
+
+
+def _join(rank: int, *, out: Path, names: list[str], options: dict[str, Any], fraction: float) -> None:
+    """A task: one store from its pieces."""
+    pieces.join(out / "stages" / "tokens" / names[rank], out / names[rank], options, fraction)
+
+
+def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
+    """What data.json says of stores and subsets."""
+    repeats, subset_of = {}, {}
+    for name in config.subsets:
+        for store, times in tokenise.stores_of(config, name).items():
+            repeats[store], subset_of[store] = float(times), name
+    stores = {}
+    for name in names:
+        if not (out / name / "store.json").exists():
+            continue  # no document went there
+        info = Store.open(out / name).info
+        sizes = [json.loads(path.read_text())["bytes"] for path in (out / "stages" / "tokens" / name).glob("*.json")]
+        stores[name] = {
+            "subset": subset_of.get(name, name),
+            "documents": info["num_documents"],
+            "bytes": sum(sizes),
+            "tokens": info["num_tokens"],
+            "train_tokens": info["num_train_tokens"],
+            "root_digest": info["root_digest"],
+            "repeats": repeats.get(name, 1.0),
+        }
+    cleaned = _tallies(config, out / "stages" / "clean" / "tally")
+    dealt = _tallies(config, out / "stages" / "kept")
+    return {
+        "version": k2jax.__version__,
+        "stores": stores,
+        "mix": {name: store["repeats"] for name, store in stores.items()},
+        "subsets": {name: {"clean": cleaned[name], "duplicates": dealt[name]} for name in cleaned},
+    }
+
+
+@contextlib.contextmanager
+def _claimed(config: ConfigDict, out: Path) -> Iterator[None]:
+    """This process alone works in `out`, which is empty or was begun with this recipe."""
+    begun = out / "stages" / "recipe.json"
+    if not begun.exists() and any(path.name != "stages" for path in out.iterdir()):
+        raise ConfigError(f"--out={out}: holds files that are no preparation of ours; choose an empty folder")
+    begun.parent.mkdir(exist_ok=True)
+    with open(begun.parent / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--out={out}: another process is preparing data there; wait for it") from error
+        wanted = {"config": config.to_dict(), "version": k2jax.__version__}
+        if not begun.exists():
+            write_json(begun, wanted)
+        _check_recipe(json.loads(begun.read_text())["config"], config, out, "was begun with")
+        yield
+
+
+def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str) -> None:
+    """Raises ConfigError if another recipe made what lies in `out`."""
+    wanted = json.loads(json.dumps(config.to_dict()))
+    if made != wanted:
+        changes = "; ".join(
+            f"{key} was {made.get(key)}, asked for is {wanted.get(key)}"
+            for key in sorted(made | wanted)
+            if made.get(key) != wanted.get(key)
+        )
+        raise ConfigError(f"--out={out} {how} another recipe ({changes}): remove it or choose another folder")
+
+
+def _finished(config: ConfigDict, out: Path) -> dict[str, Any]:
+    """What data.json holds, once shown to be what `config` asks for and what lies in the folder."""
+    again = f"remove {out} to prepare it again"
+    try:
+        data = json.loads((out / "data.json").read_text(encoding="utf-8"))
+        made, expected = data["config"], {name: row["root_digest"] for name, row in data["stores"].items()}
+        expected["tokenizer.json"] = data["tokenizer_sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{out}/data.json is damaged: {again}") from error
+    _check_recipe(made, config, out, "was made by")
+    for name, digest in expected.items():
+        path = out / name
+        found = tokenizer_sha256(path) if name == "tokenizer.json" else Store.open(str(path)).root_digest
+        if found != digest:
+            raise ConfigError(f"{out}/{name} has digest {found}, data.json says {digest}: {again}")
+    return data
+
+
+def describe(data: dict[str, Any]) -> str:
+    """A table of what data.json holds."""
+    lines = [f"{'store':<24}{'documents':>10}{'text':>12}{'tokens':>13}{'held out':>11}{'repeats':>9}"]
+    for name, row in data["stores"].items():
+        lines.append(
+            f"{name:<24}{row['documents']:>10,}{row['bytes'] / 1e6:>9,.2f} MB{row['tokens']:>13,}"
+            f"{row['tokens'] - row['train_tokens']:>11,}{row['repeats']:>9g}"
+        )
+    for name, counts in data["subsets"].items():
+        reasons = left_out(counts["clean"], counts["duplicates"])
+        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+        lines += [f"left out of {name}: {why}"] if why else []
+    return "\n".join(lines)

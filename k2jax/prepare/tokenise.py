@@ -1,0 +1,136 @@
+"""Documents to the pieces of stores: one bucket of a subset a task, in the order of the documents' keys.
+
+A subset gives one store or several: by how a document is turned for FIM, and by how many copies of it there were.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datatrove.data import Document
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from k2jax.data.tokenizer import load_tokenizer, train_bpe
+from k2jax.errors import ConfigError
+from k2jax.prepare import fim, kept
+from k2jax.prepare.documents import whole_file, write_json
+from k2jax.prepare.pieces import PieceWriter
+
+BATCH_BYTES = 1 << 20  # of text handed to the tokenizer at a time: enough for every core
+KEPT_METADATA = ("subset", "url", "source_id", "licence", "date", "dump", "language", "duplicates")
+
+
+class Bucket(NamedTuple):
+    """A task: bucket number `index` of a subset whose documents the tasks `ranks` of cleaning wrote."""
+
+    subset: str
+    index: int
+    ranks: list[int]
+
+
+def stores_of(config: ConfigDict, name: str) -> dict[str, float]:
+    """The stores that a subset can give, with their repeats: NAME, NAME-fim, NAME-spm, NAME-xFACTOR."""
+    chosen = config.subsets[name]
+    stores = {name: chosen.repeats}
+    if chosen.fim_stores:
+        stores |= {f"{name}-fim": chosen.repeats, f"{name}-spm": chosen.repeats}
+    return stores | {f"{name}-x{factor}": chosen.repeats * factor for _, factor in chosen.upsample}
+
+
+def store_of(chosen: ConfigDict, name: str, mode: str, copies: int) -> str:
+    """The store of one document; what is turned for FIM in a store of its own is not upsampled."""
+    if chosen.fim_stores and mode != "plain":
+        return f"{name}-fim" if mode == "psm" else f"{name}-spm"
+    factors = [factor for least, factor in chosen.upsample if copies >= least]
+    return f"{name}-x{factors[-1]}" if factors else name
+
+
+def tokenize(rank: int, *, config: dict[str, Any], out: Path, buckets: list[Bucket], tokenizer: Path, eos: int) -> None:
+    """A task: writes a piece for each store of the bucket's subset, and beside it how much text it holds.
+
+    `out` is the folder of the stages, `tokenizer` the tokenizer.json, `eos` its id for the end of a document.
+    """
+    bucket, recipe = buckets[rank], ConfigDict(config)
+    chosen = recipe.subsets[bucket.subset]
+    encoder = load_tokenizer(tokenizer)
+    sentinels = sentinel_ids(encoder, tokenizer) if chosen.fim_rate else {}
+    documents = kept.bucket_of(out, bucket.ranks, bucket.index, recipe.seed)
+    paths = {store: out / "tokens" / store / f"{bucket.index:05d}" for store in stores_of(recipe, bucket.subset)}
+    num_bytes = dict.fromkeys(paths, 0)
+    with contextlib.ExitStack() as stack:
+        size = encoder.get_vocab_size()
+        pieces = {
+            store: stack.enter_context(PieceWriter(path, vocab_size=size, eos_id=eos)) for store, path in paths.items()
+        }
+        for document, cut, ids in encoded(documents, chosen, encoder, sentinels, recipe.seed):
+            metadata = {key: document.metadata[key] for key in KEPT_METADATA if document.metadata.get(key)}
+            if chosen.fim_rate:
+                metadata["fim"] = cut._asdict()
+            copies = document.metadata.get("duplicates", {}).get("copies", 1)
+            store = store_of(chosen, bucket.subset, cut.mode, copies)
+            pieces[store].add(ids, id=document.id, source=document.metadata["source"], metadata=metadata)
+            num_bytes[store] += len(document.text.encode())
+    for store, path in paths.items():
+        write_json(f"{path}.json", {"bytes": num_bytes[store]})
+
+
+def encoded(
+    documents: Iterable[Document], chosen: ConfigDict, encoder: Tokenizer, sentinels: dict[str, int], seed: int
+) -> Iterator[tuple[Document, fim.Cut, list[int]]]:
+    """Each document with its cut and its ids: the tokenizer gets batches, of the texts between sentinels."""
+    for batch in batches(documents):
+        cuts = [
+            fim.draw(one.id, len(one.text), seed=seed, rate=chosen.fim_rate, spm_rate=chosen.fim_spm_rate)
+            for one in batch
+        ]
+        parts = [fim.parts(one.text, cut) for one, cut in zip(batch, cuts, strict=True)]
+        texts = [text for pairs in parts for _, text in pairs]
+        encodings = iter(encoder.encode_batch_fast(texts, add_special_tokens=False))
+        for one, cut, pairs in zip(batch, cuts, parts, strict=True):
+            ids: list[int] = []
+            for sentinel, _ in pairs:
+                ids += [sentinels[sentinel]] if sentinel else []
+                ids += next(encodings).ids
+            yield one, cut, ids
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of about BATCH_BYTES of text."""
+    batch, size = [], 0
+    for one in documents:
+        batch.append(one)
+        size += len(one.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def sentinel_ids(encoder: Tokenizer, path: Path) -> dict[str, int]:
+    """The ids of FIM's sentinels; ConfigError if the tokenizer lacks one."""
+    ids = {sentinel: encoder.token_to_id(sentinel) for sentinel in fim.SENTINELS}
+    if missing := [sentinel for sentinel, id in ids.items() if id is None]:
+        raise ConfigError(
+            f"tokenizer {path}: it has no token {missing[0]}, which fim_rate needs: add FIM's tokens or set fim_rate=0"
+        )
+    return ids
+
+
+def train_tokenizer(_: int, *, config: dict[str, Any], out: Path, buckets: list[Bucket], path: Path) -> None:
+    """A task: learns a tokenizer from the first documents of each subset, in the order of their keys, to `path`."""
+    recipe = ConfigDict(config)
+    texts = []
+    for name in sorted(recipe.subsets):
+        num_bytes = 0
+        for bucket in (bucket for bucket in buckets if bucket.subset == name):
+            if num_bytes >= recipe.tokenizer_bytes:
+                break
+            for document in kept.bucket_of(out, bucket.ranks, bucket.index, recipe.seed):
+                if num_bytes < recipe.tokenizer_bytes:
+                    texts.append(document.text)
+                    num_bytes += len(document.text.encode())
+    with whole_file(path, "w") as file:
+        file.write(train_bpe(texts, recipe.vocab_size).to_str())
