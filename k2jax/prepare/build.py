@@ -69,7 +69,7 @@ def build(
 def _make(config: ConfigDict, out: Path, engine: Engine) -> dict[str, Any]:
     stages, plain = out / "stages", config.to_dict()
     inputs = _inputs(config, stages)
-    for stage in [*clean.stages(config, stages), *duplicates.stages(config, stages / "clean", stages)]:
+    for stage in [*clean.stages(config, stages), *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
         engine.run(stage)
 
     buckets = _buckets(config, stages)

@@ -176,7 +176,7 @@ def validate(config: ConfigDict) -> None:
     if not problems:
         problems = _base_problems(config)
         for name, chosen in config.subsets.items():
-            problems += _subset_problems(name, chosen)
+            problems += _subset_problems(name, chosen, config.tokenizer)
     if problems:
         raise ConfigError(f"{len(problems)} problem(s) in the data configuration: " + "; ".join(problems))
 
@@ -200,14 +200,12 @@ def _base_problems(config: ConfigDict) -> list[str]:
     for source in config.contamination.sources:
         if kind_of(source)[0] not in ("jsonl", "parquet", "text"):
             problems.append(f"contamination.sources: {source!r} is no jsonl:, parquet: or text: source")
-    if not config.tokenizer and tasks(config, tokens=True):
-        problems.append("tokenizer='': sources of tokens need the tokenizer.json that their ids were made with")
     if not config.subsets:
         problems.append("subsets: empty; add one with config.subsets.NAME = subset(SOURCE)")
     return problems
 
 
-def _subset_problems(name: str, chosen: ConfigDict) -> list[str]:
+def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]:
     where = f"subsets.{name}"
     problems = []
     if not SUBSET_NAME.fullmatch(name):
@@ -220,6 +218,8 @@ def _subset_problems(name: str, chosen: ConfigDict) -> list[str]:
     if kind not in KINDS or not rest:
         known = "; ".join(f"{kind}:WHERE ({meaning})" for kind, meaning in KINDS.items())
         problems.append(f"{where}.source={chosen.source!r}: must be one of {known}")
+    if kind in TOKEN_KINDS and not tokenizer:
+        problems.append(f"{where}: a source of tokens needs tokenizer, the one that its ids were made with")
     for key in ("max_bytes", "min_document_bytes", "max_document_bytes"):
         if chosen[key] < 0:
             problems.append(f"{where}.{key}={chosen[key]}: must not be negative")

@@ -1,0 +1,293 @@
+"""Documents become stores: the same bytes on any executor, with any workers, after any kill, and never half of it."""
+
+import fcntl
+import filecmp
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("datatrove")
+
+from k2jax.data.store import Store
+from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
+from k2jax.errors import ConfigError, StorageError
+from k2jax.prepare import build, engine, recipe
+
+REPO = Path(__file__).parent.parent
+WORDS = [a + b + c for a in ("ba", "ke", "lo", "tri") for b in ("na", "mo", "su") for c in ("", "r", "ting", "ly")]
+NEAR = 6  # documents of the web that are a book's with one word changed
+EXACT = 5  # documents of the web that are code's
+
+
+def words(i: int, count: int) -> str:
+    return " ".join(random.Random(i).choices(WORDS, k=count))
+
+
+BOOKS = [f"Book {i} says </s> and \u2581.\n{words(i, 40 + 5 * i)}" for i in range(40)]
+CODE = [f"def f{i}():\n    return {words(100 + i, 30)!r}\n" for i in range(30)]
+WEB = [f"Page {i}: {words(200 + i, 60)}" for i in range(30)]
+WEB += [book.replace("Book", "Buch") for book in BOOKS[20 : 20 + NEAR]] + CODE[:EXACT]
+
+RECIPE = """from k2jax.prepare.recipe import base, subset
+
+
+def get_config():
+    c = base()
+    c.vocab_size, c.tokenizer_bytes, c.validation_fraction, c.bucket_bytes = 330, 20_000, 0.2, 4000
+    c.subsets.books = subset("text:{corpus}/books/**/*.txt", tasks=2)
+    c.subsets.code = subset("jsonl:{corpus}/code.jsonl.gz", fim_rate=0.5, repeats=0.5)
+    c.subsets.web = subset("jsonl:{corpus}/web/*.jsonl", tasks=3, priority=1, upsample=((2, 3),), licence="CC0-1.0")
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    for i, text in enumerate(BOOKS):
+        path = root / f"books/shelf{i % 3}/{i:02}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    with gzip.open(root / "code.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in CODE)
+    (root / "web").mkdir()
+    for part in range(4):
+        rows = [{"text": text, "url": f"https://example.com/{i}"} for i, text in enumerate(WEB) if i % 4 == part]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (root / f"web/{part}.jsonl").write_text("".join(lines) + ("{not json\n" if part == 2 else ""))
+    (root / "recipe.py").write_text(RECIPE.format(corpus=root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    return recipe.load_config(str(corpus / "recipe.py"))
+
+
+@pytest.fixture(scope="module")
+def made(config, tmp_path_factory):
+    """A finished folder, by one worker, and what build() returned."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    return out, build.build(config, out, workers=1)
+
+
+def texts_of(out: Path, name: str) -> list[str]:
+    """The documents of a store, in its order, back from their tokens."""
+    store, tokenizer, texts = Store.open(out / name, verify="sha256"), load_tokenizer(out / "tokenizer.json"), []
+    for i in range(store.num_documents):
+        row = store.document(i)
+        ids = store.read([row["start"]], row["num_tokens"])[0].tolist()
+        assert ids[-1] == 2 and 2 not in ids[:-1]
+        texts.append(tokenizer.decode(ids[:-1], skip_special_tokens=False))
+        if row["metadata"].get("fim", {"mode": "plain"})["mode"] == "plain":
+            assert row["id"] == hashlib.sha256(texts[-1].encode()).hexdigest()
+    return texts
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = [sorted(str(path.relative_to(x)) for path in x.rglob("*") if path.is_file()) for x in (a, b)]
+    return names[0] == names[1] and not any(filecmp.cmpfiles(a, b, names[0], shallow=False)[1:])
+
+
+def test_every_document_is_in_its_store_once_and_summed_up(made):
+    out, (data, was_there) = made
+    assert not was_there and data == json.loads((out / "data.json").read_text())
+    assert sorted(texts_of(out, "books")) == sorted(BOOKS)
+    web = texts_of(out, "web")
+    assert sorted(web) == sorted(WEB[:30])
+    assert len(texts_of(out, "code")) == len(CODE)
+    assert sorted(data["stores"]) == ["books", "code", "web"], "no survivor of the web has copies: no web-x3"
+    for name, row in data["stores"].items():
+        store = Store.open(out / name)
+        assert (row["tokens"], row["train_tokens"]) == (store.num_tokens, store.num_train_tokens)
+        assert (row["root_digest"], row["documents"]) == (store.root_digest, store.num_documents)
+        assert store.info["tokenizer_sha256"] == data["tokenizer_sha256"] == tokenizer_sha256(out / "tokenizer.json")
+        assert 0 < row["train_tokens"] < row["tokens"]
+    assert data["stores"]["books"]["bytes"] == sum(len(text.encode()) for text in BOOKS)
+    assert data["mix"] == {"books": 1, "code": 0.5, "web": 1}
+    counts = data["subsets"]["web"]
+    assert counts["duplicates"]["steps"]["duplicates"]["removed"] == {
+        "exact": {"documents": EXACT, "bytes": sum(len(text.encode()) for text in CODE[:EXACT])},
+        "near": {"documents": NEAR, "bytes": sum(len(text.encode()) for text in WEB[30 : 30 + NEAR])},
+    }
+    assert sum(counts["clean"]["bad"].values()) == 1 and "web/2.jsonl" in f"web/{counts['clean']['problems'][0]}"
+    assert f"{data['stores']['books']['tokens']:,}" in build.describe(data) and "5 exact" in build.describe(data)
+    assert (out / "card/index.html").exists() and not (out / "stages").exists()
+
+
+def test_documents_carry_where_they_are_from_and_what_was_removed_for_them(made):
+    out, _ = made
+    rows = {}
+    for name in ("books", "code", "web"):
+        store = Store.open(out / name)
+        rows[name] = [store.document(i) for i in range(store.num_documents)]
+    assert {row["source"] for row in rows["books"]} == {f"shelf{i % 3}/{i:02}.txt" for i in range(40)}
+    assert {row["metadata"]["licence"] for row in rows["web"]} == {"CC0-1.0"}
+    assert {row["metadata"]["url"] for row in rows["web"]} == {f"https://example.com/{i}" for i in range(30)}
+    copied = [row["metadata"]["duplicates"] for row in rows["books"] if "duplicates" in row["metadata"]]
+    assert len(copied) == NEAR and all(one["by"] == {"books": 1, "web": 1} for one in copied)
+    copied = [row["metadata"]["duplicates"] for row in rows["code"] if "duplicates" in row["metadata"]]
+    assert len(copied) == EXACT and all(one["copies"] == 2 and len(one["sources"]) == 1 for one in copied)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_change_no_byte(made, config, tmp_path, workers):
+    build.build(config, tmp_path / "out", workers=workers)
+    assert same_files(made[0], tmp_path / "out")
+
+
+def test_ray_changes_no_byte(made, config, tmp_path):
+    ray = pytest.importorskip("ray")
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    ray.init(num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": str(REPO)}}, **options)
+    try:
+        build.build(config, tmp_path / "out", executor="ray", workers=2)
+    finally:
+        ray.shutdown()
+    assert same_files(made[0], tmp_path / "out")
+
+
+def command(corpus: Path, out: Path, *options: str) -> subprocess.Popen:
+    tool = [sys.executable, str(REPO / "tools/prepare_data.py"), f"--config={corpus}/recipe.py", f"--out={out}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*tool, *options], text=True, cwd=corpus, start_new_session=True, **pipes)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kills_at_any_moment_change_no_byte(made, corpus, tmp_path, workers):
+    out, kills, draw = tmp_path / "out", 0, random.Random(workers)
+    while True:
+        program = command(corpus, out, f"--workers={workers}")
+        seen = set(out.glob("stages/done/*/completions/*"))
+        wanted = draw.randint(1, 6)  # ranks to see done before the kill, then a moment in the next
+        while program.poll() is None and len(set(out.glob("stages/done/*/completions/*")) - seen) < wanted:
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.1)
+        if program.poll() is not None:
+            break
+        os.killpg(program.pid, signal.SIGKILL)
+        program.communicate()
+        kills += 1
+        assert not (out / "data.json").exists()
+    output, errors = program.communicate()
+    assert (program.returncode, errors) == (0, ""), "and no progress bar where nobody looks"
+    assert kills >= 4 and "finished;" in output
+    assert same_files(made[0], out)
+
+
+def test_a_finished_folder_is_left_as_it_is(made, config, corpus):
+    out, (data, _) = made
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert build.build(config, out) == (data, True)
+    program = command(corpus, out)
+    assert "left as it is" in program.communicate()[0] and program.returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_another_recipe_or_a_changed_file_is_refused_by_name(made, config):
+    out, _ = made
+    other = config.copy_and_resolve_references()
+    other.seed = 5
+    with pytest.raises(ConfigError, match="seed was 22238, asked for is 5"):
+        build.build(other, out)
+    tokenizer = (out / "tokenizer.json").read_text()
+    (out / "tokenizer.json").write_text(tokenizer + " ")
+    with pytest.raises(ConfigError, match="tokenizer.json has digest"):
+        build.build(config, out)
+    (out / "tokenizer.json").write_text(tokenizer)
+    whole = (out / "data.json").read_text()
+    (out / "data.json").write_text("{}")
+    with pytest.raises(ConfigError, match="damaged"):
+        build.build(config, out)
+    (out / "data.json").write_text(whole)
+
+
+def test_what_was_begun_goes_on_with_the_same_recipe_and_files_only(config, corpus, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def stop(self, stage):
+        if stage.name == "kept":
+            raise StorageError("stopped here")
+        engine_run(self, stage)
+
+    engine_run = engine.Engine.run
+    monkeypatch.setattr(engine.Engine, "run", stop)
+    with pytest.raises(StorageError, match="stopped here"):
+        build.build(config, out, workers=1)
+    other = config.copy_and_resolve_references()
+    other.subsets.web.pii = True
+    with pytest.raises(ConfigError, match="was begun with another recipe .*pii"):
+        build.build(other, out, workers=1)
+    extra = corpus / "web/9.jsonl"
+    extra.write_text('{"text": "new"}\n')
+    try:
+        with pytest.raises(ConfigError, match="the files of subset web have changed"):
+            build.build(config, out, workers=1)
+    finally:
+        extra.unlink()
+    with open(out / "stages/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process"):
+            build.build(config, out, workers=1)
+
+
+def test_a_folder_with_other_files_is_refused_and_kept(config, tmp_path):
+    (tmp_path / "out/all").mkdir(parents=True)
+    (tmp_path / "out/all/thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no preparation of ours"):
+        build.build(config, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["all", "thesis.txt"]
+
+
+def test_an_output_that_cannot_be_written_or_is_no_folder_is_one_line(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/out"):
+        build.build(config, tmp_path / "file/out")
+    with pytest.raises(ConfigError, match="must be a folder"):
+        build.build(config, "gs://bucket/data")
+
+
+def test_a_subset_of_which_nothing_stays_is_named_before_the_long_stages(config, tmp_path):
+    c = config.copy_and_resolve_references()
+    c.unlock()
+    c.subsets.web.min_document_bytes = 10_000
+    with pytest.raises(ConfigError, match=r"subset web: .* gave no document \(.*41 too short"):
+        build.build(c.lock(), tmp_path / "out", workers=1)
+    assert not (tmp_path / "out/tokenizer.json").exists()
+
+
+def test_a_tokenizer_of_another_place_is_used_as_it_is(made, config, tmp_path):
+    c = config.copy_and_resolve_references()
+    c.tokenizer = str(made[0] / "tokenizer.json")
+    data, _ = build.build(c, tmp_path / "out", workers=1)
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (made[0] / "tokenizer.json").read_bytes()
+    digests = {name: row["root_digest"] for name, row in data["stores"].items()}
+    assert digests == {name: row["root_digest"] for name, row in made[1][0]["stores"].items()}
+
+
+def test_wrong_commands_end_in_one_line(corpus, tmp_path):
+    program = command(tmp_path, tmp_path / "out")
+    output, errors = program.communicate()
+    assert program.returncode == 78 and errors.startswith("error: ") and errors.count("\n") == 1
+    program = command(corpus, tmp_path / "out", "--executor=slurm")
+    output, errors = program.communicate()
+    assert program.returncode == 78 and "no sbatch" in errors and not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_is_an_error_and_leaves_nothing_finished(config, corpus, tmp_path):
+    """`ulimit -f`: no file may be larger, as on a disk that is full."""
+    tool = f"{sys.executable} {REPO}/tools/prepare_data.py --config={corpus}/recipe.py --out={tmp_path}/out"
+    shell = ["bash", "-c", f"trap '' XFSZ; ulimit -f 8; exec {tool} --workers=1"]
+    limited = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert limited.returncode == 74, limited.stderr
+    assert limited.stderr.startswith("error: ") and limited.stderr.count("\n") == 1
+    assert not (tmp_path / "out/data.json").exists()
