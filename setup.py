@@ -39,7 +39,7 @@ EXTRAS = {
         "lxml_html_clean>=0.4,<0.5",
         "nltk>=3.9,<4",
         "orjson>=3.10,<4",
-        "regex>=2024.11",
+        "regex>=2024.11,<2027",
         "sentencepiece>=0.2,<0.3",
         "trafilatura>=1.11,<1.12",
         "warcio>=1.7,<2",
@@ -47,7 +47,7 @@ EXTRAS = {
         "zstandard>=0.23,<0.26",
     ],
     "langid": [FASTTEXT],
-    "ray": ["ray[default]>=2.50,<3"],
+    "ray": ["ray>=2.50,<3"],
     "eval": ["lm_eval>=0.4.13,<0.5"],
     "seqio": ["seqio>=0.0.20,<0.1"],
     "test": [
