@@ -1,0 +1,155 @@
+"""The stage that reads: documents of every subset, cleaned by the subset's rules, counted, whole or not at all.
+
+A task writes, below OUT/stages/clean: documents/, index/, removed/ and, where evaluation sets are named,
+contamination/; last tally/, which marks it complete. It may be killed and run again: the bytes are the same.
+"""
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datatrove.data import Document
+from ml_collections import ConfigDict
+
+from k2jax.prepare import contamination, recipe, rules
+from k2jax.prepare.documents import whole_file, write_documents, write_json
+from k2jax.prepare.engine import Stage
+from k2jax.prepare.read import documents, list_files
+from k2jax.prepare.rules import Rule
+from k2jax.prepare.tally import Tally
+
+SAMPLE_CHARACTERS = 2000  # kept of a removed document
+INDEX = pa.schema(
+    {
+        "id": pa.binary(32),
+        "subset": pa.string(),
+        "source": pa.string(),
+        "dump": pa.string(),
+        "num_bytes": pa.int64(),
+    }
+)
+INDEX_ROWS = 1 << 14  # written at a time
+
+
+def stages(config: ConfigDict, out: str | Path) -> list[Stage]:
+    """The index of evaluation sets, if any are named, and the cleaning of all subsets."""
+    at = {"config": config.to_dict(), "out": Path(out)}
+    clean_all = Stage("clean", len(recipe.tasks(config)), functools.partial(clean_task, **at))
+    if not config.contamination.sources:
+        return [clean_all]
+    return [Stage("contamination", 1, functools.partial(contamination.build, **at)), clean_all]
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for a source without files, or a rule whose file or package is missing; reads no document."""
+    for chosen in config.subsets.values():
+        if recipe.kind_of(chosen.source)[0] not in recipe.TOKEN_KINDS:
+            list_files(chosen.source)
+            rules.build(chosen)
+    for source in config.contamination.sources:
+        list_files(source)
+
+
+def clean(
+    found: Iterable[Document],
+    steps: list[Rule],
+    *,
+    tally: Tally,
+    keep_removed: Callable[[Document, str, str], None],
+) -> Iterator[Document]:
+    """The documents that pass every step, edited; their ids are of the edited texts.
+
+    `keep_removed(document, step, reason)` gets each that does not.
+    """
+    for one in found:
+        size = len(one.text.encode())
+        for step, apply in steps:
+            before = one.text
+            tally.saw(step, size)
+            if reason := apply(one):
+                tally.removed(step, reason, size)
+                keep_removed(one, step, reason)
+                break
+            if one.text != before:
+                data = one.text.encode()
+                size, one.id = len(data), hashlib.sha256(data).hexdigest()
+        else:
+            tally.kept(size, one.metadata.get("language", ""), one.metadata.get("licence", ""))
+            yield one
+
+
+def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Path) -> None:
+    """Task `rank` of recipe.tasks(config): reads, cleans and writes its documents.
+
+    A subset of tokens has no documents: its task writes empty files. Raises ConfigError and StorageError as `read`
+    does; nothing is then left that looks complete.
+    """
+    config, folder = ConfigDict(config), Path(out) / "stages" / "clean"
+    name, shard, num_shards = recipe.tasks(config)[rank]
+    chosen, tally = config.subsets[name], Tally()
+    removed = _Removed(config.removed_samples)
+    found: Iterable[Document] = ()
+    check_of: contamination.Contamination | None = None
+    if recipe.kind_of(chosen.source)[0] not in recipe.TOKEN_KINDS:
+        steps = rules.build(chosen)
+        if config.contamination.sources:
+            check_of = contamination.Contamination(contamination.folder_of(out), remove=config.contamination.remove)
+            steps.append(Rule("contamination", check_of.apply))
+        raw = documents(
+            chosen,
+            name=name,
+            shard=shard,
+            num_shards=num_shards,
+            seed=config.seed,
+            tally=tally,
+            keep_removed=removed.keep,
+        )
+        found = clean(raw, steps, tally=tally, keep_removed=removed.keep)
+    with _index(folder / "index" / f"{rank:05d}.parquet") as index:
+        write_documents(folder / "documents" / f"{rank:05d}.jsonl.zst", map(index, found))
+    write_documents(folder / "removed" / f"{rank:05d}.jsonl.zst", removed.documents)
+    if check_of:
+        write_json(folder / "contamination" / f"{rank:05d}.json", check_of.report())
+    write_json(folder / "tally" / f"{rank:05d}.json", tally.to_json())
+
+
+class _Removed:
+    """The first documents that each step removed for each reason, cut to what a person reads."""
+
+    def __init__(self, most: int):
+        self.documents: list[Document] = []
+        self._most, self._counts = most, {}
+
+    def keep(self, one: Document, step: str, reason: str) -> None:
+        count = self._counts[step, reason] = self._counts.get((step, reason), 0) + 1
+        if count <= self._most:
+            metadata = {**one.metadata, "step": step, "reason": reason}
+            self.documents.append(Document(one.text[:SAMPLE_CHARACTERS], one.id, metadata=metadata))
+
+
+@contextlib.contextmanager
+def _index(path: Path) -> Iterator[Callable[[Document], Document]]:
+    """Notes a row for each document that is handed through."""
+    with whole_file(path) as file, pq.ParquetWriter(file, INDEX, compression="zstd") as writer:
+        rows: list[tuple] = []
+
+        def note(one: Document) -> Document:
+            get = one.metadata.get
+            rows.append((bytes.fromhex(one.id), get("subset"), get("source"), get("dump"), len(one.text.encode())))
+            if len(rows) == INDEX_ROWS:
+                _write_rows(writer, rows)
+            return one
+
+        yield note
+        _write_rows(writer, rows)
+
+
+def _write_rows(writer: pq.ParquetWriter, rows: list[tuple]) -> None:
+    if rows:
+        writer.write_table(pa.table([list(column) for column in zip(*rows, strict=True)], schema=INDEX))
+        rows.clear()

@@ -1,0 +1,162 @@
+"""Which documents hold text of evaluation sets: word n-grams that stand in both.
+
+Words are runs of letters and digits, lower-cased, in Unicode's composed form: punctuation, spacing and line breaks make
+no difference. An item of an evaluation set is one string field of a record (those in lists too), or a file of text. A
+document is contaminated if it holds any n words in a row of any item; an item shorter than n words counts as a whole if
+it has at least SHORTEST, and is skipped else. Compared are 64-bit hashes (a polynomial of xxh3 of the words): two
+different n-grams agree by chance once in 2^64 pairs, for 10^7 evaluation n-grams and 10^12 words once in two corpora.
+
+The index is made once, before cleaning: `hashes.npy`, sorted, which tasks map into memory and share; `items.npy`, the
+item of each hash; `items.json`, the names of the items and what was counted. Making it takes 36 bytes an n-gram.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import xxhash
+from datatrove.data import Document
+from ml_collections import ConfigDict
+
+from k2jax.errors import ConfigError, StorageError
+from k2jax.prepare import recipe
+from k2jax.prepare.documents import whole_file, write_json
+from k2jax.prepare.files import list_files, place, shown_name
+from k2jax.prepare.read import Bad, records, text_of
+
+SHORTEST = 8  # words of an item; shorter ones ("What is the capital of France?") stand everywhere
+HITS = 100  # kept of a task, with their text
+WORD = re.compile(r"[^\W_]+")
+FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash loses a bit
+
+
+def words_of(text: str) -> list[str]:
+    """The words that are compared."""
+    return WORD.findall(unicodedata.normalize("NFC", text).lower())
+
+
+def hash_words(words: list[str]) -> npt.NDArray[np.uint64]:
+    """One hash a word."""
+    return np.fromiter((xxhash.xxh3_64_intdigest(word) for word in words), np.uint64, len(words))
+
+
+def hash_n_grams(hashes: npt.NDArray[np.uint64], n: int) -> npt.NDArray[np.uint64]:
+    """One hash for each n words in a row; none if there are fewer."""
+    count = max(len(hashes) - n + 1, 0)
+    total = np.full(count, n, np.uint64)
+    for i in range(n):
+        total = total * FACTOR + hashes[i : i + count]  # modulo 2^64
+    return total
+
+
+def build(rank: int, *, config: dict[str, Any] | ConfigDict, out: Path) -> None:
+    """Stage "contamination", one task: writes the index of the evaluation sets to OUT/stages/contamination.
+
+    Raises ConfigError if a source has no files or holds what is no record: a check that skips them is none.
+    """
+    config = ConfigDict(config)
+    n, folder = config.contamination.n_grams, folder_of(out)
+    names, hashes, items, lengths = [], [], [], set()
+    counts = Counter(items=0, too_short=0)
+    for name, text in _items(config):
+        words = words_of(text)
+        length = min(n, len(words))
+        if length < min(n, SHORTEST):
+            counts["too_short"] += 1
+            continue
+        counts["items"] += 1
+        lengths.add(length)
+        if not names or names[-1] != name:
+            names.append(name)
+        found = hash_n_grams(hash_words(words), length)
+        hashes.append(found)
+        items.append(np.full(len(found), len(names) - 1, np.uint32))
+    if not hashes:
+        raise ConfigError(f"contamination.sources={list(config.contamination.sources)}: no text of {SHORTEST} words")
+    unique, first = np.unique(np.concatenate(hashes), return_index=True)
+    for name, array in (("hashes", unique), ("items", np.concatenate(items)[first])):
+        with whole_file(folder / f"{name}.npy") as file:
+            np.save(file, array, allow_pickle=False)
+    write_json(
+        folder / "items.json", {"names": names, "lengths": sorted(lengths), "n_grams": len(unique), **counts}
+    )
+
+
+def _items(config: ConfigDict) -> Iterator[tuple[str, str]]:
+    """(name of the record, text) of every string in the evaluation sets."""
+    for source in config.contamination.sources:
+        chosen = recipe.subset(source)
+        for file in list_files(source):
+            set_name = file.path.rpartition("/")[0].rpartition("/")[2]  # "mmlu/test.jsonl" tells more than its file
+            file = file._replace(name=f"{set_name}/{file.name}" if "/" not in file.name else file.name)
+            for line, record in records(source, file, chosen=chosen, every_field=True):
+                texts = [record] if isinstance(record, Bad) else (text_of(one, 1 << 40) for one in _strings(record))
+                for text in texts:
+                    if isinstance(text, Bad):
+                        raise ConfigError(
+                            f"contamination.sources: {place(file, line)}: {text.reason} ({text.what}): repair or "
+                            "leave out the evaluation set, a check that skips parts of it is none"
+                        )
+                    yield f"{shown_name(file.name)}:{line}" if line else shown_name(file.name), text
+
+
+def _strings(value: Any) -> Iterator[str | bytes]:
+    if isinstance(value, (str, bytes)):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)
+
+
+class Contamination:
+    """The check of one task's documents; `apply` is a rule, `report` what it found."""
+
+    def __init__(self, folder: str | Path, *, remove: bool):
+        folder = Path(folder)
+        try:
+            self._index = orjson.loads((folder / "items.json").read_bytes())
+            self._hashes = np.load(folder / "hashes.npy", mmap_mode="r", allow_pickle=False)
+            self._items = np.load(folder / "items.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise StorageError(f"{folder}: the index of evaluation sets cannot be read ({error})") from error
+        self._remove = remove
+        self._documents, self._sets, self._hits = Counter(checked=0, contaminated=0), Counter(), []
+
+    def apply(self, one: Document) -> str | None:
+        """Notes the document if it is contaminated; the reason to leave it out, if those are to be removed."""
+        self._documents["checked"] += 1
+        words = words_of(one.text)
+        hashes = hash_words(words)
+        for length in self._index["lengths"]:
+            n_grams = hash_n_grams(hashes, length)
+            at = np.searchsorted(self._hashes, n_grams)
+            found = np.flatnonzero(self._hashes[np.minimum(at, len(self._hashes) - 1)] == n_grams)
+            if len(found):
+                name = self._index["names"][int(self._items[at[found[0]]])]
+                return self._note(one, name, " ".join(words[found[0] : found[0] + length]))
+        return None
+
+    def _note(self, one: Document, name: str, n_gram: str) -> str | None:
+        self._documents["contaminated"] += 1
+        evaluation_set = re.sub(r":\d+$", "", name)
+        self._sets[evaluation_set] += 1
+        if len(self._hits) < HITS:
+            hit = {"id": one.id, "source": one.metadata["source"], "evaluation": name, "n_gram": n_gram[:1000]}
+            self._hits.append(hit)
+        one.metadata["contaminated"] = name
+        return f"contaminated by {evaluation_set}" if self._remove else None
+
+    def report(self) -> dict[str, Any]:
+        """Documents checked and contaminated, these by evaluation set, and the first HITS of them."""
+        return {"documents": dict(self._documents), "sets": dict(sorted(self._sets.items())), "hits": self._hits}
+
+
+def folder_of(out: Path) -> Path:
+    """Where `build` puts the index."""
+    return Path(out) / "stages" / "contamination"

@@ -1,0 +1,190 @@
+"""What is done to a document after it is read: each rule looks at one document alone, edits it or names a reason.
+
+A rule gives the reason for which the document is left out, or None; the same document has the same fate on every
+machine and beside any other. The order is fixed: extract, language, url, lines, the filters, nfc, pii, size.
+"""
+
+import functools
+import logging
+import unicodedata
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datatrove.data import Document
+from ml_collections import ConfigDict
+
+from k2jax.errors import ConfigError
+from k2jax.prepare.lines import drop_lines
+from k2jax.prepare.pii import pii_replacer
+from k2jax.prepare.read import Bad, size_problem, text_of
+
+# A crawler keeps 1 MiB of a page (Common Crawl until 2025, then 5); what trafilatura takes grows faster than the page.
+HTML_BYTES = 5 << 20
+Apply = Callable[[Document], str | None]
+
+
+class Rule(NamedTuple):
+    """A step of cleaning, by the name that it is counted under."""
+
+    step: str
+    apply: Apply
+
+
+def build(chosen: ConfigDict) -> list[Rule]:
+    """The rules that a subset names, in their order; ConfigError for a file or package that is not there."""
+    rules = [Rule("extract", _extract())] if chosen.extract else []
+    if chosen.language_model:
+        rules.append(Rule("language", _language(chosen)))
+    if chosen.url_blocklist:
+        rules.append(Rule("url", _url(chosen.url_blocklist)))
+    if chosen.line_rules:
+        rules.append(Rule("lines", drop_lines))
+    rules += [Rule(name, _filter(name)) for name in chosen.filters]
+    if chosen.nfc:
+        rules.append(Rule("nfc", _nfc))
+    if chosen.pii:
+        rules.append(Rule("pii", _pii()))
+    if rules:
+        rules.append(Rule("size", _size(chosen.min_document_bytes, chosen.max_document_bytes)))
+    return rules
+
+
+def _extract() -> Apply:
+    """The text of a page, by trafilatura with FineWeb's choice: rather less text than boilerplate in it.
+
+    It runs in this process: in a process with a time limit, as in datatrove, what a machine under load gives is not
+    the same twice, and a missing package drops every page as "timeout". `deduplicate` is off: it would drop a
+    paragraph for what stood on earlier pages.
+    """
+    trafilatura = _import("trafilatura", "trafilatura lxml_html_clean")
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # what it cannot extract is counted here
+
+    def extract(one: Document) -> str | None:
+        if len(one.text.encode()) > HTML_BYTES:
+            return f"page over {HTML_BYTES >> 20} MiB"
+        try:
+            text = trafilatura.extract(one.text, favor_precision=True, include_comments=False, deduplicate=False)
+        except Exception as error:  # of lxml and of trafilatura's own, over what pages hold
+            return f"extraction failed: {type(error).__name__}"
+        if not text:
+            return "nothing extracted"
+        text = text_of(text, HTML_BYTES * 2)
+        if isinstance(text, Bad):
+            return text.reason
+        one.text = text
+        return None
+
+    return extract
+
+
+def _language(chosen: ConfigDict) -> Apply:
+    """Labels documents; where `languages` are named, others are left out, and those of which the model is unsure."""
+    fasttext = _import("fasttext", "fasttext-numpy2-wheel")
+    path = chosen.language_model
+    if not Path(path).is_file():
+        raise ConfigError(f"language_model={path}: no such file; fastText's lid.176.bin is one, see fasttext.cc")
+    try:
+        model = fasttext.load_model(path)
+    except ValueError as error:
+        raise ConfigError(f"language_model={path} is no model of fastText: {error}") from error
+
+    def label(one: Document) -> str | None:
+        labels, scores = model.predict(one.text.replace("\n", " "))
+        language = labels[0].removeprefix("__label__") if labels else "unknown"
+        one.metadata["language"] = language
+        if not chosen.languages:
+            return None
+        if language not in chosen.languages:
+            return f"language {language}"
+        return "language unsure" if float(scores[0]) < chosen.language_threshold else None
+
+    return label
+
+
+def _url(path: str) -> Apply:
+    """Leaves out documents whose host is a domain of the list or below one; those without a URL stay."""
+    try:
+        lines = Path(path).read_text("utf-8").lower().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"url_blocklist={path} cannot be read ({error}): expected domains, one a line") from error
+    domains = {line.strip().strip(".") for line in lines if line.strip() and not line.startswith("#")}
+
+    def blocked(one: Document) -> str | None:
+        try:
+            host = urllib.parse.urlsplit(one.metadata.get("url", "")).hostname or ""
+        except ValueError:  # brackets around what is no address
+            return None
+        parts = host.lower().strip(".").split(".")
+        return "blocked domain" if any(".".join(parts[i:]) in domains for i in range(len(parts))) else None
+
+    return blocked
+
+
+@functools.cache
+def _words() -> Any:
+    """datatrove's filters ask this for words and sentences: its own for English, spaCy, is 80% of their time."""
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    from k2jax.prepare.lines import sentences
+
+    class Words(WordTokenizer):
+        def word_tokenize(self, text: str) -> list[str]:
+            return text.split()
+
+        def sent_tokenize(self, text: str) -> list[str]:
+            return sentences(text)
+
+        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+            ends = [0]
+            for sentence in sentences(text):
+                ends.append(text.index(sentence, ends[-1]) + len(sentence))
+            return list(zip(ends[:-1], ends[1:], strict=True))
+
+    return Words()
+
+
+def _filter(name: str) -> Apply:
+    """One of datatrove's filters of documents, with the thresholds of the papers; c4 edits the text as well."""
+    from datatrove.pipeline import filters
+
+    kind = {
+        "gopher-repetition": filters.GopherRepetitionFilter,
+        "gopher-quality": filters.GopherQualityFilter,
+        "c4": filters.C4QualityFilter,
+    }[name]
+    chosen = kind(language=_words())
+
+    def apply(one: Document) -> str | None:
+        if not one.text.strip():
+            return "empty"
+        result = chosen.filter(one)
+        kept, reason = result if isinstance(result, tuple) else (result, name)
+        return None if kept else reason
+
+    return apply
+
+
+def _nfc(one: Document) -> None:
+    one.text = unicodedata.normalize("NFC", one.text)
+
+
+def _pii() -> Apply:
+    replace = pii_replacer()
+
+    def apply(one: Document) -> None:
+        one.text = replace(one.text)
+
+    return apply
+
+
+def _size(shortest: int, longest: int) -> Apply:
+    return lambda one: size_problem(len(one.text.encode()), shortest, longest)
+
+
+def _import(module: str, packages: str) -> Any:
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise ConfigError(f"{module} cannot be imported ({error}): pip install {packages}") from error

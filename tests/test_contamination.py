@@ -1,0 +1,122 @@
+"""Documents that hold text of an evaluation set are found by their words, and no others."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("datatrove", reason="the extra `data`")
+
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from k2jax.errors import ConfigError, StorageError  # noqa: E402
+from k2jax.prepare import contamination, recipe  # noqa: E402
+from k2jax.prepare.contamination import Contamination, hash_n_grams, hash_words, words_of  # noqa: E402
+from k2jax.prepare.documents import document  # noqa: E402
+
+QUESTION = "A train leaves the station at noon and travels north at sixty miles an hour; when does it arrive?"
+CHOICES = ["At three o'clock in the afternoon of the same day, of course", "Never"]
+
+
+def config_of(*sources: str, n_grams: int = 13, remove: bool = True):
+    config = recipe.base()
+    config.contamination.sources = sources
+    config.contamination.n_grams = n_grams
+    config.contamination.remove = remove
+    return config
+
+
+@pytest.fixture
+def sets(tmp_path):
+    folder = tmp_path / "evals" / "mmlu"
+    folder.mkdir(parents=True)
+    records = [{"id": 1, "question": "Short?"}, {"question": QUESTION, "choices": CHOICES, "answer": {"text": "x y"}}]
+    (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pq.write_table(pa.table({"story": ["Once there was a miller who had three sons, his mill, a donkey and a cat."]}),
+                   tmp_path / "evals" / "s.parquet")  # fmt: skip
+    plain = "one two three four five six seven eight nine ten eleven twelve 13 14"
+    (tmp_path / "evals" / "plain.txt").write_text(plain)
+    return [f"jsonl:{folder}/*.jsonl", f"parquet:{tmp_path}/evals/*.parquet", f"text:{tmp_path}/evals/*.txt"]
+
+
+def check_of(config, tmp_path) -> Contamination:
+    contamination.build(0, config=config.to_dict(), out=tmp_path / "out")
+    return Contamination(contamination.folder_of(tmp_path / "out"), remove=config.contamination.remove)
+
+
+def test_documents_with_a_questions_words_are_found_whatever_their_punctuation(sets, tmp_path):
+    check = check_of(config_of(*sets), tmp_path)
+    reason = "contaminated by mmlu/test.jsonl"
+    for text, expected in (
+        (QUESTION, reason),
+        ("Before. " + QUESTION.upper().replace(" ", "\n- ") + " And after.", reason),
+        (QUESTION.partition(" miles")[0] + " knots, as trains do on that line each day", None),  # 12 words
+        (QUESTION.partition(" an hour")[0] + " each day", reason),  # 13
+        ("It was at three o'clock, in the afternoon of the same day, of course.", reason),  # all of a short item
+        ("It was at three o'clock, in the afternoon of the same day.", None),
+        ("Short?", None),
+        ("a miller who had three sons, his mill, a donkey and a dog", None),
+        ("was a miller who had three sons, his mill, a donkey and a cat", "contaminated by evals/s.parquet"),
+        ("ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN ELEVEN TWELVE 13", "contaminated by evals/plain.txt"),
+        ("", None),
+    ):
+        assert check.apply(document(text, source="a")) == expected, text
+    report = check.report()
+    assert report["documents"] == {"checked": 11, "contaminated": 6}
+    assert report["sets"] == {"evals/plain.txt": 1, "evals/s.parquet": 1, "mmlu/test.jsonl": 4}
+    assert report["hits"][0] == {
+        "id": document(QUESTION).id, "source": "a", "evaluation": "mmlu/test.jsonl:2",
+        "n_gram": "a train leaves the station at noon and travels north at sixty miles",
+    }  # fmt: skip
+    index = json.loads((tmp_path / "out/stages/contamination/items.json").read_text())
+    assert index["items"] == 4 and index["too_short"] == 3  # "Short?", "Never", "x y"
+
+
+def test_contaminated_documents_may_stay_and_are_marked(sets, tmp_path):
+    check = check_of(config_of(*sets, remove=False), tmp_path)
+    one = document(QUESTION, source="a")
+    assert check.apply(one) is None and one.metadata["contaminated"] == "mmlu/test.jsonl:2"
+    assert check.report()["documents"]["contaminated"] == 1
+
+
+def test_an_evaluation_set_that_cannot_be_read_whole_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"q": QUESTION}) + "\n{broken\n")
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: bad JSON .*a check that skips"):
+        check_of(config_of(f"jsonl:{tmp_path}/a.jsonl"), tmp_path)
+    (tmp_path / "b.jsonl").write_text('{"q": "Why?"}\n')
+    with pytest.raises(ConfigError, match="no text of 8 words"):
+        check_of(config_of(f"jsonl:{tmp_path}/b.jsonl"), tmp_path)
+    with pytest.raises(ConfigError, match="no file matches"):
+        check_of(config_of(f"jsonl:{tmp_path}/none*.jsonl"), tmp_path)
+
+
+def test_the_index_is_the_same_twice_and_damage_to_it_is_an_error(sets, tmp_path):
+    for out in ("x", "y"):
+        check_of(config_of(*sets), tmp_path / out)
+    folders = [contamination.folder_of(tmp_path / name / "out") for name in "xy"]
+    for name in ("hashes.npy", "items.npy", "items.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    (folders[0] / "hashes.npy").write_bytes(b"")
+    with pytest.raises(StorageError, match="cannot be read"):
+        Contamination(folders[0], remove=True)
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "c"]), max_size=12)
+
+
+@given(WORDS, WORDS, st.integers(1, 4))
+def test_hashes_agree_exactly_where_n_grams_do(left, right, n):
+    def grams(words):
+        return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+    hashed = [hash_n_grams(hash_words(words), n) for words in (left, right)]
+    assert len(np.intersect1d(*hashed)) == len(grams(left) & grams(right))
+    assert [len(np.unique(one)) for one in hashed] == [len(grams(left)), len(grams(right))]
+
+
+def test_words():
+    expected = ["don", "t", "stop", "\u00e9t\u00e9", "2", "\u65e5\u672c"]
+    assert words_of("Don't-stop, E\u0301t\u00e9_2!\n\u65e5\u672c") == expected
