@@ -204,8 +204,8 @@ def _bpe(model: Model, path: str | Path) -> models.BPE:
     for (one, pair), (other, next_pair) in zip(merges, merges[1:], strict=False):
         if one == other:  # the library takes the leftmost of both
             raise ConfigError(
-                f"tokenizer {path}: pieces {''.join(pair)!r} and {''.join(next_pair)!r} have one score, which cannot be "
-                "converted exactly: use another model"
+                f"tokenizer {path}: pieces {''.join(pair)!r} and {''.join(next_pair)!r} have one score, "
+                "which cannot be converted exactly: use another model"
             )
     return models.BPE(
         {piece.text: id for id, piece in enumerate(model.pieces)},
