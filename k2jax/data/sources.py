@@ -79,6 +79,17 @@ def read(candidate: Candidate) -> str | None:
         return None
 
 
+def reader_of(source: str, name: str) -> Reader:
+    """What gets the document of that name out of its file's text, of a python: source."""
+    if source == "python:docstrings":
+        return docstrings_of
+    if source == "python:code":
+        return _whole
+    if f"{TOPICS}#" in name:
+        return _topic_of
+    return _description_of if name.endswith("/METADATA") else _whole
+
+
 def documents(chosen: ConfigDict, *, seed: int, seen: set[bytes], left_out: Counter) -> Iterator[Document]:
     """The documents that a subset (`prepare.subset()`) takes, each text once, in an order drawn by `seed`.
 
@@ -178,13 +189,11 @@ def _half(source: str) -> int:
 
 def _documents() -> Iterator[Candidate]:
     for source, path in _library_files(_is_prose):
-        if source.endswith("/METADATA"):
-            yield Candidate(source, path, _description_of)
-        elif source.endswith(TOPICS):
-            for topic in _topics_of(Path(path).read_text(encoding="utf-8")):
-                yield Candidate(f"{source}#{topic}", path, _topic_of)
-        else:
-            yield Candidate(source, path, _whole)
+        names = [source]
+        if source.endswith(TOPICS):
+            names = [f"{source}#{topic}" for topic in _topics_of(Path(path).read_text(encoding="utf-8"))]
+        for name in names:
+            yield Candidate(name, path, reader_of("python:documents", name))
 
 
 def _is_prose(name: str) -> bool:

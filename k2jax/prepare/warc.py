@@ -1,0 +1,110 @@
+"""Pages out of web archives: responses with status 200 that are HTML or plain text, and the texts of WET files."""
+
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from warcio.archiveiterator import ArchiveIterator
+from warcio.exceptions import ArchiveLoadFailed
+
+from k2jax.prepare.files import DAMAGE, File, opened
+from k2jax.prepare.read import TOO_LONG, Bad, Record
+
+HTML = ("text/html", "application/xhtml+xml")
+CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w-]{2,20})", re.IGNORECASE)
+HEAD_BYTES = 1024  # in which HTML must name its encoding
+# Of those that pages come in. Python has codecs that are none (rot13) or take for ever (punycode).
+ENCODINGS = re.compile(r"iso-?8859-?\d\d?|latin-?1|windows-?\d+|cp125\d|gb\w+|big5\w*|euc-\w+|shift.?jis|koi8-\w")
+
+
+def warc_records(file: File, *, most: int, html_only: bool, text_key: str) -> Iterator[Record]:
+    """(number of the record from 1, its page or what is wrong with it), for .warc, .warc.gz and .warc.zst.
+
+    Records that are no responses (requests, metadata) are passed over. A record whose length or digest is not what
+    its header says is bad; where none can be recognised the rest of the file is lost, and counted as such.
+    """
+    number, page = 0, None
+    try:
+        with opened(file) as stream:
+            watched = _Watched(stream)
+            for record in ArchiveIterator(watched, check_digests=True):
+                number += 1
+                page = None
+                if record.rec_type in ("response", "conversion"):
+                    page = _page(record, most, html_only, text_key)
+                    yield number, page
+            stream.read(1)  # within headers warcio takes an error for the end of the file: here it is raised again
+            if number and watched.end.strip() and not (isinstance(page, Bad) and page.reason == "damaged record"):
+                raise EOFError("it ends within a record")
+    except DAMAGE as error:
+        reason = "truncated file" if isinstance(error, EOFError) else "damaged file"
+        yield number + 1, Bad(reason, f"{error}; what follows is lost")
+    except (ArchiveLoadFailed, ValueError, AttributeError) as error:  # all of these come of headers that are none
+        yield number + 1, Bad("damaged record", f"{error}"[:80].strip() + "; what follows is lost")
+    else:
+        if not number:
+            yield 0, Bad("empty file")
+
+
+class _Watched:
+    """Remembers the end of what was read: of a whole file, the two empty lines behind each record."""
+
+    def __init__(self, stream: io.BufferedReader):
+        self._stream, self.end = stream, b""
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read1(size)  # what stands before a damage
+        self.end = (self.end + data)[-4:]
+        return data
+
+
+def _page(record: Any, most: int, html_only: bool, text_key: str) -> dict[str, Any] | Bad:
+    headers = record.rec_headers
+    length = headers.get_header("Content-Length") or "none"
+    if not length.isdigit():
+        return Bad("damaged record", f"Content-Length: {length}")
+    if record.length > most:
+        return Bad(TOO_LONG, f"{record.length} bytes")
+    http = record.http_headers
+    if record.rec_type == "response" and (http is None or http.get_statuscode() != "200"):
+        return Bad("not status 200")
+    declared = (http or headers).get_header("Content-Type") or ""
+    kind = (headers.get_header("WARC-Identified-Payload-Type") or declared).partition(";")[0].strip().lower()
+    if kind not in HTML and (html_only or kind != "text/plain"):
+        return Bad("no page", kind)
+    stream = record.content_stream()
+    content = stream.read(most + 1)
+    if len(content) > most:
+        return Bad(TOO_LONG, f"more than {most} bytes once unpacked")
+    record.raw_stream.read()  # what stands behind packed content
+    if record.raw_stream.limit:
+        return Bad("damaged record", f"it ends {record.raw_stream.limit} bytes early")
+    if not getattr(getattr(stream, "decompressor", None), "eof", True):
+        return Bad("damaged record", "its packed content ends early")
+    if any(problem.startswith("block digest failed") for problem in record.digest_checker.problems):
+        return Bad("damaged record", "its digest is another")
+    text = _decoded(content, declared)
+    if isinstance(text, Bad):
+        return text
+    return {
+        text_key: text,
+        "url": headers.get_header("WARC-Target-URI"),
+        "id": headers.get_header("WARC-Record-ID"),
+        "date": headers.get_header("WARC-Date"),
+    }
+
+
+def _decoded(content: bytes, declared: str) -> str | Bad:
+    """UTF-8 if it is, else by the encoding that the server or the page names."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        named = CHARSET.search(declared.encode("latin-1", "replace")) or CHARSET.search(content[:HEAD_BYTES])
+        encoding = named[1].decode().lower() if named else "utf-8"
+    try:
+        if ENCODINGS.fullmatch(encoding):
+            return content.decode(encoding)
+    except (UnicodeDecodeError, LookupError):
+        pass  # counted below
+    return Bad("not in its encoding", encoding)
