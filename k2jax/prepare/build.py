@@ -23,10 +23,10 @@ from k2jax.data.manifest import sha256_json
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare import card, clean, duplicates, kept, pieces, read, recipe, tally, token_sources, tokenise
+from k2jax.prepare import card, clean, duplicates, files, kept, pieces, recipe, tally, token_sources, tokenise
 from k2jax.prepare import sentencepiece_model as sentencepiece
 from k2jax.prepare.documents import whole_file, write_json
-from k2jax.prepare.engine import Engine, Stage, check_executor, threads_for
+from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.tokenise import Bucket
 
 FORMAT = 2
@@ -47,7 +47,8 @@ def build(
     out = Path(out).absolute()
     workers = workers or os.cpu_count() or 1
     check_executor(executor, config.slurm.to_dict())
-    threads_for(workers)
+    clean.check(config)
+    set_environment(workers)
     was_there = (out / "data.json").exists()
     try:
         if was_there:
@@ -69,7 +70,7 @@ def build(
 def _make(config: ConfigDict, out: Path, engine: Engine) -> dict[str, Any]:
     stages, plain = out / "stages", config.to_dict()
     inputs = _inputs(config, stages)
-    for stage in [*clean.stages(config, stages), *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
+    for stage in [*clean.stages(config, out), *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
         engine.run(stage)
 
     buckets = _buckets(config, stages)
@@ -111,9 +112,9 @@ def _inputs(config: ConfigDict, stages: Path) -> dict[str, Any]:
     found = {}
     for name, chosen in sorted(config.subsets.items()):
         if recipe.kind_of(chosen.source)[0] not in recipe.TOKEN_KINDS:
-            files = [[file.name, file.size] for file in read.list_files(chosen.source)]
-            total = sum(size for _, size in files)
-            found[name] = {"files": len(files), "bytes": total, "digest": sha256_json(files)}
+            listed = [[file.name, file.size] for file in files.list_files(chosen.source)]
+            total = sum(size for _, size in listed)
+            found[name] = {"files": len(listed), "bytes": total, "digest": sha256_json(listed)}
     path = stages / "inputs.json"
     if not path.exists():
         write_json(path, found)
@@ -237,6 +238,9 @@ def _claimed(config: ConfigDict, out: Path) -> Iterator[None]:
         if not begun.exists():
             write_json(begun, wanted)
         _check_recipe(json.loads(begun.read_text())["config"], config, out, "was begun with")
+        shutil.rmtree(out / "card", ignore_errors=True)
+        for half_written in out.glob("*.new-*"):
+            half_written.unlink()
         yield
 
 

@@ -23,6 +23,7 @@ from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
 from tqdm import tqdm
 
+import k2jax
 from k2jax import errors
 from k2jax.errors import ConfigError, RunError
 from k2jax.prepare.documents import write_json
@@ -229,6 +230,8 @@ def check_executor(executor: str, slurm: dict[str, Any]) -> None:
             raise ConfigError("--executor=slurm: name the partition in the recipe: config.slurm.partition")
 
 
-def threads_for(workers: int) -> None:
-    """Tells libraries with threads of their own (tokenizers) to share the cores among the workers."""
-    os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, workers)))
+def set_environment(workers: int) -> None:
+    """What worker processes take from this one: the k2jax that it runs, and their share of the cores (tokenizers)."""
+    here = str(Path(k2jax.__file__).parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
