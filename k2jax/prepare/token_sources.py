@@ -1,5 +1,0 @@
-"""Stub until merged."""
-
-
-def stages(config, out, tokenizer):
-    return []
