@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import multiprocessing
 import struct
 
 import numpy as np
@@ -234,6 +235,35 @@ def test_a_task_run_again_writes_the_same_bytes(tmp_path, tokenizer):
         convert(tmp_path, tokenizer, k2=subset)
         contents.append({path: path.read_bytes() for path in (tmp_path / "stages").rglob("*") if path.is_file()})
     assert contents[0] == contents[1] and len(contents[0]) == 3
+
+
+def test_the_stage_goes_to_another_process(tmp_path, tokenizer):
+    write_megatron(tmp_path / "a", [[[5]]])
+    config = recipe.base()
+    config.subsets.a = recipe.subset(f"megatron:{tmp_path}/a.bin", licence="ODC-By")
+    stage = token_sources.stage(config, tmp_path / "stages", tokenizer)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.map(stage.function, range(stage.tasks))
+    tokens, rows = pieces(tmp_path, "a")
+    assert tokens == [5, EOS] and rows[0]["metadata"] == '{"licence":"ODC-By"}'
+
+
+def test_what_is_done_to_text_alone_is_refused(tmp_path, tokenizer):
+    config = recipe.base()
+    config.subsets.text = recipe.subset("text:x", pii=True)
+    config.subsets.k2 = recipe.subset("llm360:x", pii=True, fim_rate=0.5, tasks=3, licence="ODC-By")
+    with pytest.raises(ConfigError, match="^subsets.k2: fim_rate=0.5, pii=True: a source of tokens knows only source,"):
+        token_sources.stage(config, tmp_path, tokenizer)
+
+
+def test_two_subsets_cannot_share_a_store(tmp_path, tokenizer):
+    config = recipe.base()
+    config.subsets["k2"] = recipe.subset("llm360:x")
+    config.subsets["k2_a"] = recipe.subset("llm360:y")
+    token_sources.check(config)
+    config.subsets["k2-a"] = recipe.subset("text:x")
+    with pytest.raises(ConfigError, match="^subsets.k2-a: could be the name of a store of k2"):
+        token_sources.check(config)
 
 
 def test_wrong_rows_stop_the_stage(tmp_path, tokenizer):

@@ -7,10 +7,11 @@ What the library does is put together from parts of `tokenizers`:
     decoder     the way back
 
 A BPE model without a charsmap ("identity", as LLaMA's) gives the library's ids for every text. Of the others
-`tokenizers` does two things differently, as in Hugging Face's own T5: it applies a charsmap to a whole combined
+`tokenizers` does two things differently, as in Hugging Face's own T5. It applies a charsmap to a whole combined
 character of up to five bytes or else to each of its code points, not to the longest match (letters with several accents
-behind them, Korean and Japanese in parts); and Unigram adds up scores in 64 bits, the library in 32, so that between
-segmentations that score alike another may win: 57 of 4.5 million tokens of Python's and other files, all such.
+behind them, Korean and Japanese in parts): 1 of 3,788 files with 13 million non-ASCII characters came out differently,
+a binary one. And Unigram adds up scores in 64 bits, the library in 32, so that between segmentations that score alike
+another may win: 57 of 4.5 million tokens, all such.
 """
 
 import struct

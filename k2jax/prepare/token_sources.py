@@ -37,11 +37,12 @@ from k2jax.prepare.files import DAMAGE, File, bounded_lines, list_files, opened,
 from k2jax.prepare.megatron import read_documents
 from k2jax.prepare.pieces import PieceWriter
 from k2jax.prepare.read import dealt
-from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, tasks
+from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, subset, tasks
 from k2jax.prepare.sentencepiece_model import eos_id
 from k2jax.prepare.tally import Tally
 
 MOST_STORES = 256  # of one subset: more are no subsets, but a key that differs from row to row
+KEYS = ("source", "tasks", "repeats", "licence", "max_line_bytes")  # of a subset, that mean something here
 ROW_FIELDS = ("subset_name", "source", "src_filename", "line_idx_in_src")  # kept of LLM360's rows
 
 
@@ -68,11 +69,28 @@ def token_tasks(config: ConfigDict) -> list[Task]:
     return [task for task in tasks(config) if kind_of(config.subsets[task.subset].source)[0] in TOKEN_KINDS]
 
 
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError if a subset of tokens asks for what is done to text alone, or two could have one store."""
+    usual = subset("")
+    for name, chosen in config.subsets.items():
+        kind = kind_of(chosen.source)[0]
+        wrong = [f"{key}={chosen[key]}" for key in chosen if key not in KEYS and chosen[key] != usual[key]]
+        if kind in TOKEN_KINDS and wrong:
+            raise ConfigError(
+                f"subsets.{name}: {', '.join(wrong)}: a source of tokens knows only {', '.join(KEYS)}; leave others out"
+            )
+        near = [other for other in config.subsets if other.startswith(f"{name}-")]
+        if kind == "llm360" and near:
+            raise ConfigError(f"subsets.{near[0]}: could be the name of a store of {name}, {name}-...: rename one")
+
+
 def stage(config: ConfigDict, out: Path, tokenizer: Path) -> Stage:
     """Converts the subsets that are tokens to pieces of stores below `out`, the preparation's folder of stages.
 
-    `tokenizer` is the tokenizer.json that the ids are of. A task raises ConfigError for ids outside its vocabulary.
+    `tokenizer` is the tokenizer.json that the ids are of. Raises ConfigError as `check`; a task raises it for ids
+    outside the vocabulary, too.
     """
+    check(config)
     return Stage("token-sources", len(token_tasks(config)), partial(_convert, config, Path(out), Path(tokenizer)))
 
 
@@ -95,7 +113,7 @@ def read(
         found = (one for file in files for one in read_file(file, eos=eos))
     for one in found:
         tally.saw("read", 4 * len(one.ids))
-        yield one
+        yield one._replace(metadata={**one.metadata, "licence": chosen.licence}) if chosen.licence else one
 
 
 def _megatron(file: File, eos: int) -> Iterator[TokenDocument]:
