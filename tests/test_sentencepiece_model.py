@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from k2jax.data.tokenizer import K2_SPECIAL_TOKENS, load_tokenizer
 from k2jax.errors import ConfigError
-from k2jax.prepare.sentencepiece_model import convert, eos_id, k2_tokens, read_model
+from k2jax.prepare.sentencepiece_model import convert, eos_id, k2_tokens, open_tokenizer, parse
 
 sentencepiece = pytest.importorskip("sentencepiece")
 LLAMA = {
@@ -235,11 +235,15 @@ def test_a_damaged_file_is_one_clear_line(llama, tmp_path, keep):
 
 @settings(max_examples=200)
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_model_or_one_clear_line(folder, data):
-    path = folder / "any.model"
-    path.write_bytes(data)
-    with pytest.raises(ConfigError, match="is no SentencePiece model"):
-        read_model(path)
+def test_any_bytes_are_a_model_or_one_clear_line(data):
+    with pytest.raises(ConfigError, match="^tokenizer any: is no SentencePiece model"):
+        parse(data, "any")
+
+
+def test_a_recipes_tokenizer_is_either_kind_of_file(llama, llama_pair):
+    both = [open_tokenizer(path) for path in (llama, llama.with_suffix(".json"))]
+    assert both[0].to_str() == both[1].to_str()
+    assert encode(both[1], "</s> a") == llama_pair[0].encode("</s> a")
 
 
 def test_a_missing_file_and_a_text_are_named(tmp_path):

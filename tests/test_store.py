@@ -114,6 +114,32 @@ def test_validation_fraction_is_exact(tmp_path):
         assert info["num_train_tokens"] == expected
 
 
+def test_given_documents_are_held_out(tmp_path, documents):
+    """A split of a data set stays the split: what is behind num_train_tokens, to the token."""
+    for number in (0, 1, 17, 40):
+        with StoreWriter(tmp_path / "s", vocab_size=1000, overwrite=True, **OPTIONS) as writer:
+            for i, tokens in enumerate(documents):
+                writer.add(tokens, id=str(i), source="")
+            train = sum(len(tokens) + 1 for tokens in documents[:number])
+            assert writer.finish(num_train_tokens=train)["num_train_tokens"] == train
+    with StoreWriter(tmp_path / "t", vocab_size=1000, **OPTIONS) as writer:
+        writer.add([5, 6, 7], id="", source="")
+        with pytest.raises(AssertionError):
+            writer.finish(num_train_tokens=2)  # within the document
+        writer._finished = True
+
+
+def test_rows_without_eos(tmp_path):
+    with StoreWriter(tmp_path / "s", vocab_size=1000, **OPTIONS) as writer:
+        for row in range(20):
+            writer.add([row, EOS, row + 1, row], id=str(row), source="", eos=False)
+        writer.finish(0.25)
+    opened = Store.open(tmp_path / "s")
+    assert (opened.num_tokens, opened.num_train_tokens) == (80, 60)
+    assert opened.read([4 * 7], 4).tolist() == [[7, EOS, 8, 7]]
+    assert opened.document(7)["num_tokens"] == 4 and opened.document(7)["start"] == 28
+
+
 def test_summary_makes_a_manifest(path):
     """The store's summary is all that a manifest needs; open_stores finds the stores of a manifest again."""
     summary = Store.open(path).summary()

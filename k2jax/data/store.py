@@ -125,7 +125,13 @@ class StoreWriter:
         assert self._finished or error_type, "the writer's block ended without finish()"
 
     def add(
-        self, tokens: npt.ArrayLike, *, id: str, source: str, metadata: dict[str, Any] | None = None
+        self,
+        tokens: npt.ArrayLike,
+        *,
+        id: str,
+        source: str,
+        metadata: dict[str, Any] | None = None,
+        eos: bool = True,
     ) -> None:
         """Appends one document, and EOS after it.
 
@@ -134,13 +140,14 @@ class StoreWriter:
             id: SHA-256 (hex) of the document's text.
             source: the path or URL that it came from.
             metadata: what preparation knows of it, anything that JSON can hold.
+            eos: False for a row that was cut from a stream of documents; it is not empty.
 
         Raises ConfigError, and appends nothing, if a token is outside the vocabulary.
         """
         tokens = np.asarray(tokens, np.int64)
         self._check(tokens, f"document {id} ({source})")
-        row = (id, source, len(tokens) + 1, canonical_json(metadata or {}).decode())
-        self._append(np.append(tokens, self._info["eos_id"]), [row])
+        ended = np.append(tokens, self._info["eos_id"]) if eos else tokens
+        self._append(ended, [(id, source, len(ended), canonical_json(metadata or {}).decode())])
 
     def extend(self, tokens: np.ndarray, documents: pa.RecordBatch) -> None:
         """Appends documents (rows of DOCUMENTS) and their tokens, all in one array, with every EOS that they have.
@@ -175,12 +182,14 @@ class StoreWriter:
         self._parquet.write_table(pa.table(columns, schema=DOCUMENTS), row_group_size=ROW_GROUP)
         del self._rows[:ROW_GROUP]
 
-    def finish(self, validation_fraction: float = 0.0) -> dict[str, Any]:
+    def finish(self, validation_fraction: float = 0.0, num_train_tokens: int | None = None) -> dict[str, Any]:
         """Completes the store, store.json last, and returns what that holds.
 
-        `validation_fraction` (from 0, below 1) of the tokens are held out, rounded down to whole documents.
+        `validation_fraction` (from 0, below 1) of the tokens are held out, rounded down to whole documents; or,
+        where the documents to hold out are given, what is behind the first `num_train_tokens`, which end a document.
         """
         assert 0 <= validation_fraction < 1, validation_fraction
+        assert num_train_tokens is None or validation_fraction == 0, "give one of both"
         num_documents, num_tokens = self._starts.size, self._tokens.size
         if num_documents == 0:
             raise ConfigError(f"store {self.path}: no document was added, expected at least one")
@@ -194,7 +203,9 @@ class StoreWriter:
             self._file.close()
             # Fraction(str(x)) is the decimal number that was written (0.1), not the float nearest to it.
             train = math.ceil((1 - Fraction(str(validation_fraction))) * num_tokens)
+            train = train if num_train_tokens is None else num_train_tokens
             first_held_out = storage.searchsorted(starts, train)
+            assert num_train_tokens in (None, int(starts[first_held_out].read().result())), num_train_tokens
             sizes = storage.file_sizes(self._fs, self._root)
             digests = storage.sha256_of_files(self._fs, self._root, sorted(sizes))
             info = {

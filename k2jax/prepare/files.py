@@ -31,6 +31,8 @@ PATTERNS = {  # of a source that is a folder
     "parquet": "**/*.parquet",
     "arrow": "**/*.arrow",
     "warc": "**/*.warc*",
+    "megatron": "**/*.bin",
+    "llm360": "**/*.jsonl*",
 }
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub"}  # for pip
 # What reading compressed data raises when the data is at fault; the storage's own errors are StorageError.

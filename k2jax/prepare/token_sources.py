@@ -1,0 +1,218 @@
+"""Documents that are tokens already: Megatron's .bin and .idx, LLM360's released chunks, seqio tasks.
+
+They are neither filtered nor deduplicated: their ids go to stores as they are, with the tokenizer that made them.
+A document's id is the SHA-256 (hex) of its ids as little-endian uint32, without the EOS that the store puts behind it.
+
+    megatron  each document of the index; source FILE#NUMBER, from 0
+    llm360    each row, of one length (K2: 2,048 or 8,192), cut from a stream of documents with EOS between them. It has
+              no documents of its own and gets no EOS, so that with label_shift "inside" a window is a row. One store
+              for each subset_name; source FILE:LINE, from 1
+    seqio     each example, see seqio_bridge.py
+
+A preparation's files of these, below its folder of stages:
+
+    tokens/<store>/<task:05d>           a piece of the store (pieces.py)
+    tokens/<store>/held-out-<task:05d>  the same of a seqio task's split for validation: it sorts behind the others
+    token-sources/<rank:05d>.json       written last: {"subset", "tally", "stores": {store: {"documents", "tokens",
+                                        "held_out_documents", "held_out_tokens"}}, "row_length"}
+"""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+from ml_collections import ConfigDict
+
+from k2jax.data.tokenizer import load_tokenizer
+from k2jax.errors import ConfigError
+from k2jax.prepare.documents import write_json
+from k2jax.prepare.engine import Stage
+from k2jax.prepare.files import DAMAGE, File, bounded_lines, list_files, opened, place, shown_name
+from k2jax.prepare.megatron import read_documents
+from k2jax.prepare.pieces import PieceWriter
+from k2jax.prepare.read import dealt
+from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, subset, tasks
+from k2jax.prepare.sentencepiece_model import eos_id
+from k2jax.prepare.tally import Tally
+
+MOST_STORES = 256  # of one subset: more are no subsets, but a key that differs from row to row
+KEYS = ("source", "tasks", "repeats", "licence", "max_line_bytes")  # of a subset, that mean something here
+ROW_FIELDS = ("subset_name", "source", "src_filename", "line_idx_in_src")  # kept of LLM360's rows
+
+
+class TokenDocument(NamedTuple):
+    """One document, or row, of tokens."""
+
+    ids: np.ndarray  # (n,), without EOS if `eos`
+    id: str
+    source: str
+    metadata: dict[str, Any]
+    eos: bool  # whether the store ends it with EOS
+    part: str = ""  # of the subset: its store is SUBSET-PART
+    held_out: bool = False
+
+
+def token_document(ids: np.ndarray, *, source: str, eos: bool, **more: Any) -> TokenDocument:
+    """A document with its id made of `ids`."""
+    digest = hashlib.sha256(np.ascontiguousarray(ids, "<u4").tobytes()).hexdigest()
+    return TokenDocument(ids, digest, source, more.pop("metadata", {}), eos, **more)
+
+
+def token_tasks(config: ConfigDict) -> list[Task]:
+    """The tasks of the subsets that are tokens, by rank of `stage`."""
+    return [task for task in tasks(config) if kind_of(config.subsets[task.subset].source)[0] in TOKEN_KINDS]
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError if a subset of tokens asks for what is done to text alone, or two could have one store."""
+    usual = subset("")
+    for name, chosen in config.subsets.items():
+        kind = kind_of(chosen.source)[0]
+        wrong = [f"{key}={chosen[key]}" for key in chosen if key not in KEYS and chosen[key] != usual[key]]
+        if kind in TOKEN_KINDS and wrong:
+            raise ConfigError(
+                f"subsets.{name}: {', '.join(wrong)}: a source of tokens knows only {', '.join(KEYS)}; leave others out"
+            )
+        near = [other for other in config.subsets if other.startswith(f"{name}-")]
+        if kind == "llm360" and near:
+            raise ConfigError(f"subsets.{near[0]}: could be the name of a store of {name}, {name}-...: rename one")
+
+
+def stage(config: ConfigDict, out: Path, tokenizer: Path) -> Stage:
+    """Converts the subsets that are tokens to pieces of stores below `out`, the preparation's folder of stages.
+
+    `tokenizer` is the tokenizer.json that the ids are of. Raises ConfigError as `check`; a task raises it for ids
+    outside the vocabulary, too.
+    """
+    check(config)
+    return Stage("token-sources", len(token_tasks(config)), partial(_convert, config, Path(out), Path(tokenizer)))
+
+
+def read(
+    chosen: ConfigDict, *, shard: int, num_shards: int, seed: int, tally: Tally, eos: int
+) -> Iterator[TokenDocument]:
+    """The documents of one task of a subset: those of file `shard`, `shard + num_shards`, ... of its source.
+
+    `eos` is the id of EOS: where a document ends with it, it counts once. What cannot be read is counted in `tally`,
+    which also gets a "read" step in bytes of uint32. Raises ConfigError for a source that is not what it should be.
+    """
+    kind, where = kind_of(chosen.source)
+    if kind == "seqio":
+        from k2jax.prepare import seqio_bridge  # it imports TensorFlow: 6 seconds and 0.8 GB
+
+        found = seqio_bridge.read(where, shard=shard, num_shards=num_shards, seed=seed, eos=eos)
+    else:
+        read_file = partial(_llm360, most=chosen.max_line_bytes, tally=tally) if kind == "llm360" else _megatron
+        files = dealt(list_files(chosen.source), shard=shard, num_shards=num_shards, seed=seed)
+        found = (one for file in files for one in read_file(file, eos=eos))
+    for one in found:
+        tally.saw("read", 4 * len(one.ids))
+        yield one._replace(metadata={**one.metadata, "licence": chosen.licence}) if chosen.licence else one
+
+
+def _megatron(file: File, eos: int) -> Iterator[TokenDocument]:
+    for number, ids in enumerate(read_documents(file)):
+        ids = ids[:-1] if len(ids) and ids[-1] == eos else ids  # --append-eod
+        yield token_document(ids, source=f"{shown_name(file.name)}#{number}", eos=True)
+
+
+def _llm360(file: File, *, eos: int, most: int, tally: Tally) -> Iterator[TokenDocument]:
+    number = 0
+    try:
+        with opened(file) as stream:
+            for number, line in bounded_lines(stream, most):
+                row = "longer than max_line_bytes" if line is None else _row(line)
+                if isinstance(row, TokenDocument):
+                    yield row._replace(source=f"{shown_name(file.name)}:{number}")
+                elif row:
+                    tally.problem(row, place(file, number))
+    except DAMAGE as error:
+        tally.problem("damaged", place(file, number + 1), f"{error}; what stands before it was read")
+
+
+def _row(line: bytes) -> TokenDocument | str:
+    """A row of LLM360's, or what is wrong with it; "" for an empty line."""
+    if not line.strip():
+        return ""
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return "no JSON"
+    if not isinstance(row, dict) or "token_ids" not in row:
+        return "no token_ids"
+    try:
+        ids = np.array(row["token_ids"])
+    except (ValueError, OverflowError):  # lists in it, of different lengths
+        ids = np.empty(0)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids) or not 0 <= ids.min() <= ids.max() < 1 << 32:
+        return "token_ids is no list of ids"
+    part = row.get("subset_name") or row.get("source")  # the rows of K2's second stage have no subset_name
+    part = re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-")[:100] if isinstance(part, str) else ""
+    if not part:
+        return "no subset_name"
+    metadata = {key: _short(row[key]) for key in ROW_FIELDS if isinstance(row.get(key), str | int)}
+    return token_document(ids, source="", eos=False, metadata=metadata, part=part)
+
+
+def _short(value: str | int) -> str | int:
+    return shown_name(value) if isinstance(value, str) else value
+
+
+def _convert(config: ConfigDict, out: Path, path: Path, rank: int) -> None:
+    """One task: its pieces, then the JSON that says what they hold."""
+    task, tokenizer, tally = token_tasks(config)[rank], load_tokenizer(path), Tally()
+    options = {"vocab_size": tokenizer.get_vocab_size(), "eos_id": eos_id(tokenizer)}
+    found = read(
+        config.subsets[task.subset],
+        shard=task.shard,
+        num_shards=task.num_shards,
+        seed=config.seed,
+        tally=tally,
+        eos=options["eos_id"],
+    )
+    stores: dict[str, dict[str, int]] = {}
+    row_length = 0
+    with contextlib.ExitStack() as stack:
+        pieces: dict[str, PieceWriter] = {}
+        for one in found:
+            store = f"{task.subset}-{one.part}" if one.part else task.subset
+            piece = f"{store}/{'held-out-' * one.held_out}{task.shard:05d}"
+            if piece not in pieces:
+                _check_number(task, len(pieces), one)
+                pieces[piece] = stack.enter_context(PieceWriter(out / "tokens" / piece, **options))
+            if not one.eos and one.part:
+                row_length = _same_length(row_length, one)
+            pieces[piece].add(one.ids, id=one.id, source=one.source, metadata=one.metadata, eos=one.eos)
+            _count(stores.setdefault(store, {}), one)
+    summary = {"subset": task.subset, "tally": tally.to_json(), "stores": stores, "row_length": row_length}
+    write_json(out / "token-sources" / f"{rank:05d}.json", summary)
+
+
+def _check_number(task: Task, number: int, one: TokenDocument) -> None:
+    if number == MOST_STORES:
+        raise ConfigError(
+            f"subset {task.subset}: {one.source} has the {MOST_STORES + 1}th subset_name, {one.part!r}: expected a "
+            "few, each of which becomes a store"
+        )
+
+
+def _same_length(expected: int, one: TokenDocument) -> int:
+    """A row of another length would move all rows behind it off the windows."""
+    if expected and len(one.ids) != expected:
+        raise ConfigError(
+            f"{one.source} has {len(one.ids)} token ids, the rows before it {expected}: rows of different lengths "
+            "cannot be in one subset; take the file out of its source"
+        )
+    return len(one.ids)
+
+
+def _count(counts: dict[str, int], one: TokenDocument) -> None:
+    prefix = "held_out_" if one.held_out else ""
+    for key, number in (("documents", 1), ("tokens", len(one.ids) + one.eos)):
+        counts[prefix + key] = counts.get(prefix + key, 0) + number
