@@ -64,6 +64,8 @@ def list_files(source: str) -> list[File]:
 def shown_name(name: str) -> str:
     """A name or URL from outside, in characters that print, up to NAME_CHARACTERS of them."""
     name = name[:NAME_CHARACTERS]
+    if name.isprintable():
+        return name
     return "".join(clean_name(name[i : i + 300]) for i in range(0, len(name), 300))
 
 
