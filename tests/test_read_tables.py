@@ -87,7 +87,7 @@ PAGES = [  # status, type, body, what becomes of it: a text, or the reason it gi
     ("404 Not Found", "text/html", b"<p>gone</p>", "not status 200"),
     ("200 OK", "image/png", b"\x89PNG", "no page"),
     ("200 OK", "text/html", b"<p>\xff\xfe</p>", "not in its encoding"),
-    ("200 OK", "text/html; charset=punycode", b"<p>\xff\xfe</p>", "not in its encoding"),
+    ("200 OK", "text/html; charset=unicode_escape", b"<p>\xff\xfe</p>", "not in its encoding"),
     ("200 OK", "text/html", b"<p>" + b"x" * 5000, "longer than max_line_bytes"),
     ("200 OK", "text/html", b"<p>a\0b", "NUL in the text"),
 ]
@@ -129,16 +129,16 @@ def test_pages_of_a_web_archive(tmp_path, packed):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_truncated_web_archive_keeps_whole_pages_and_is_counted(tmp_path, packed):
-    pages = [("200 OK", "text/html", b"<p>" + os.urandom(40).hex().encode(), None) for _ in range(3)]
+    pages = [("200 OK", "text/html", b"<p>" + os.urandom(40).hex().encode(), None) for _ in range(2)]
     data, ends = archive(pages, packed=packed)
     path = tmp_path / ("a.warc.gz" if packed else "a.warc")
-    for cut in range(ends[2] + 1, ends[5], 7):
+    for cut in range(0 if packed else ends[1] + 1, ends[3], 7 if packed else 1):
         path.write_bytes(data[:cut])
         found, tally = read_all(f"warc:{tmp_path}")
         whole = [end for end in ends[1::2] if end <= cut]
         assert len(whole) <= len(found) <= len(whole) + 1, cut  # one may lack but the empty lines behind it
         assert [one.text.encode() for one in found] == [page[2] for page in pages[: len(found)]]
-        if not any(end - 4 <= cut <= end for end in ends):
+        if cut and not any(end - 4 <= cut <= end for end in ends):
             assert tally.bad["truncated file"] + tally.bad["damaged record"] == 1, cut
 
 
