@@ -79,6 +79,19 @@ def test_a_dataset_that_hugging_face_saved_is_read_without_its_caches(tmp_path):
         read_all(f"arrow:{tmp_path}", text_key="body")
 
 
+def test_offsets_of_a_damaged_arrow_file_are_not_followed(tmp_path):
+    """Arrow trusts them: the process would die of a read outside its memory."""
+    table = pa.table({"text": [f"text {i:04}" for i in range(50)]})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
+        out.write_table(table)
+    data = (tmp_path / "a.arrow").read_bytes()
+    offset = (9 * 25).to_bytes(4, "little") + (9 * 26).to_bytes(4, "little")
+    assert data.count(offset) == 1
+    (tmp_path / "a.arrow").write_bytes(data.replace(offset, (1 << 30).to_bytes(4, "little") * 2))
+    found, tally = read_all(f"arrow:{tmp_path}")
+    assert found == [] and tally.bad == {"damaged file": 1}
+
+
 PAGES = [  # status, type, body, what becomes of it: a text, or the reason it gives none
     ("200 OK", "text/html; charset=utf-8", "<p>caf\u00e9</p>".encode(), None),
     ("200 OK", "text/html; charset=ISO-8859-1", "<p>caf\u00e9</p>".encode("latin-1"), None),
@@ -149,6 +162,16 @@ def test_a_record_whose_digest_is_wrong_is_bad_alone(tmp_path):
     found, tally = read_all(f"warc:{tmp_path}")
     assert [one.text for one in found] == ["<p>page 0</p>", "<p>page 2</p>"]
     assert tally.problems == ["a.warc:4: damaged record (its digest is another)"]
+
+
+def test_a_record_without_a_length_does_not_swallow_those_behind_it_in_silence(tmp_path):
+    pages = [("200 OK", "text/html", b"<p>page %d</p>" % i, None) for i in range(3)]
+    data, ends = archive(pages, packed=False)
+    request = data[ends[1] : ends[2]]
+    (tmp_path / "a.warc").write_bytes(data.replace(request, request.replace(b"Content-Length", b"Content-Lenght")))
+    found, tally = read_all(f"warc:{tmp_path}")
+    assert [one.text for one in found] == ["<p>page 0</p>"]
+    assert tally.problems == ["a.warc:3: damaged record (Content-Length: none; what follows is lost)"]
 
 
 def test_packed_content_is_unpacked_within_bounds_and_cut_content_is_bad(tmp_path):

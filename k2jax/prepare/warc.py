@@ -31,9 +31,10 @@ def warc_records(file: File, *, most: int, html_only: bool, text_key: str) -> It
             archive = ArchiveIterator(watched, check_digests=True)
             for record in archive:
                 number += 1
-                page = None
-                if record.rec_type in ("response", "conversion"):
+                page = _damage(record)
+                if page is None and record.rec_type in ("response", "conversion"):
                     page = _page(record, most, html_only, text_key)
+                if page is not None:
                     yield number, page
             stream.read(1)  # within headers warcio takes an error for the end of the file: here it is raised again
             counted = isinstance(page, Bad) and page.reason == "damaged record"
@@ -61,11 +62,16 @@ class _Watched:
         return data
 
 
+def _damage(record: Any) -> Bad | None:
+    """What is wrong with a record's header, of whatever type: without a length it swallows those behind it."""
+    length = record.rec_headers.get_header("Content-Length") or "none"
+    if not length.isdigit():
+        return Bad("damaged record", f"Content-Length: {length}; what follows is lost")
+    return None if record.rec_type else Bad("damaged record", "no WARC-Type")
+
+
 def _page(record: Any, most: int, html_only: bool, text_key: str) -> dict[str, Any] | Bad:
     headers = record.rec_headers
-    length = headers.get_header("Content-Length") or "none"
-    if not length.isdigit():
-        return Bad("damaged record", f"Content-Length: {length}")
     if record.length > most:
         return Bad(TOO_LONG, f"{record.length} bytes")
     http = record.http_headers
