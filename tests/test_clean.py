@@ -202,3 +202,10 @@ def test_names_that_climb_stay_inside_the_output(tmp_path):
     assert len(names) == 4 and sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     [row] = pq.read_table(tmp_path / "out/stages/clean/index/00000.parquet").to_pylist()
     assert row["dump"] == "../up\\n" and row["source"] == "a\\n..%2f..\\.jsonl:1"
+
+
+def test_what_is_heavy_is_imported_where_it_is_used():
+    heavy = "jax, flax, tensorflow, torch, ray, fasttext, trafilatura, warcio, spacy, nltk"
+    script = f"import sys, k2jax.prepare.clean; print(set(sys.modules) & set({heavy.split(', ')!r}))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"

@@ -7,6 +7,7 @@ import os
 import pytest
 
 pytest.importorskip("datatrove", reason="the extra `data`")
+pytest.importorskip("warcio", reason="the extra `data`")
 
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402

@@ -6,7 +6,8 @@ import unicodedata
 
 import pytest
 
-pytest.importorskip("datatrove", reason="the extra `data`")
+for _package in ("datatrove", "trafilatura", "fasttext"):
+    pytest.importorskip(_package, reason="the extra `data`")
 
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -72,7 +73,8 @@ def test_what_cannot_be_extracted_has_a_reason():
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory):
     """A real model of fastText, of a few sentences: its shipped one is 126 MB to download."""
-    fasttext = pytest.importorskip("fasttext")
+    import fasttext
+
     folder = tmp_path_factory.mktemp("model")
     english = "the house by the sea|where is the station|we have eaten all of the bread|it was raining that day"
     german = "das haus am meer|wo ist der bahnhof|wir haben das ganze brot gegessen|an dem tag hat es geregnet"
