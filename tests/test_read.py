@@ -108,7 +108,7 @@ def test_a_line_far_longer_than_allowed_is_never_in_memory(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     with opener(path, "wb") as file:
         file.write(jsonl(LINES[:1]) + b'{"text": "')
-        for _ in range(400):
+        for _ in range(200):
             file.write(b"x" * (1 << 20))
         file.write(b'"}\n' + jsonl(LINES[1:2]))
     script = f"""
@@ -205,7 +205,9 @@ def test_source_trees_are_read_whole_and_what_is_no_text_is_counted(tmp_path):
         found, tally = read_all(source)
         assert {one.metadata["source"] for one in found} == {"a/x.py", "link.py"}
         assert tally.bad == {"not UTF-8": 1, "NUL in the text": 1, "empty file": 1}
-    assert texts(f"text:{tmp_path}/.git/*") == ["hidden"]
+    assert texts(f"text:{tmp_path}/.git/*") == texts(f"text:{tmp_path}/.g*/*") == ["hidden"]
+    (tmp_path / ".git" / ".more").write_text("more hidden")
+    assert texts(f"text:{tmp_path}/.git") == ["hidden"] and texts(f"text:{tmp_path}/.git/.more") == ["more hidden"]
     assert read_all(f"text:{tmp_path}/a/*", max_line_bytes=5)[1].bad == {"longer than max_line_bytes": 1}
 
 

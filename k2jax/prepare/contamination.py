@@ -90,20 +90,19 @@ def build(rank: int, *, config: dict[str, Any] | ConfigDict, out: Path) -> None:
 
 def _items(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """(name of the record, text) of every string in the evaluation sets."""
-    for source in config.contamination.sources:
-        chosen = recipe.subset(source)
-        for file in list_files(source):
-            set_name = file.path.rpartition("/")[0].rpartition("/")[2]  # "mmlu/test.jsonl" tells more than its file
-            file = file._replace(name=f"{set_name}/{file.name}" if "/" not in file.name else file.name)
-            for line, record in records(source, file, chosen=chosen, every_field=True):
-                texts = [record] if isinstance(record, Bad) else (text_of(one, 1 << 40) for one in _strings(record))
-                for text in texts:
-                    if isinstance(text, Bad):
-                        raise ConfigError(
-                            f"contamination.sources: {place(file, line)}: {text.reason} ({text.what}): repair or "
-                            "leave out the evaluation set, a check that skips parts of it is none"
-                        )
-                    yield f"{shown_name(file.name)}:{line}" if line else shown_name(file.name), text
+    for source, file in [(one, file) for one in config.contamination.sources for file in list_files(one)]:
+        if "/" not in file.name:  # "mmlu/test.jsonl" says more than its file does
+            file = file._replace(name=f"{file.path.rpartition('/')[0].rpartition('/')[2]}/{file.name}")
+        name = shown_name(file.name)
+        for line, record in records(source, file, chosen=recipe.subset(source), every_field=True):
+            texts = [record] if isinstance(record, Bad) else (text_of(one, 1 << 40) for one in _strings(record))
+            for text in texts:
+                if isinstance(text, Bad):
+                    raise ConfigError(
+                        f"contamination.sources: {place(file, line)}: {text.reason} ({text.what}): repair or leave "
+                        "out the evaluation set, a check that skips parts of it is none"
+                    )
+                yield f"{name}:{line}" if line else name, text
 
 
 def _strings(value: Any) -> Iterator[str | bytes]:

@@ -56,7 +56,7 @@ def list_files(source: str) -> list[File]:
     if kind == "python":
         if not sources.known(source):
             raise ConfigError(f"source {source!r}: expected python:code, python:docstrings or python:documents")
-        return [File(one.source, one.path, os.path.getsize(one.path)) for one in sources.candidates(source)]
+        return [File(one.source, one.path, os.lstat(one.path).st_size) for one in sources.candidates(source)]
     found = _find(source, kind, where)
     if not found:
         raise ConfigError(f"source {source!r}: no file matches; check the path and its wildcards")
@@ -66,6 +66,8 @@ def list_files(source: str) -> list[File]:
 def shown_name(name: str) -> str:
     """A name or URL from outside, in characters that print, up to NAME_CHARACTERS of them."""
     name = name[:NAME_CHARACTERS]
+    if name.isprintable():
+        return name
     return "".join(clean_name(name[i : i + 300]) for i in range(0, len(name), 300))
 
 
@@ -79,7 +81,7 @@ def place(file: File, line: int) -> str:
 def _find(source: str, kind: str, where: str) -> list[File]:
     scheme = where.partition("://")[0] if "://" in where else ""
     try:
-        fs, root, entries = _entries(kind, where, local=not scheme)
+        fs, root, entries, hidden = _entries(kind, where, local=not scheme)
     except ImportError as error:
         package = PACKAGES.get(scheme, f"what fsspec needs for {scheme}://")
         raise ConfigError(f"source {source!r}: needs a package that is not there: pip install {package}") from error
@@ -92,7 +94,7 @@ def _find(source: str, kind: str, where: str) -> list[File]:
     files = []
     for path, entry in entries.items():
         name = path[len(root) :].lstrip("/")
-        if not _is_file(path, entry, local=not scheme) or ("/." in f"/{name}" and "/." not in where):
+        if not _is_file(path, entry, local=not scheme) or ("/." in f"/{name}" and not hidden):
             continue
         if kind == "arrow" and name.rpartition("/")[2].startswith("cache-"):
             continue  # of a transformation that Hugging Face's datasets once ran: the same rows again
@@ -100,16 +102,17 @@ def _find(source: str, kind: str, where: str) -> list[File]:
     return files
 
 
-def _entries(kind: str, where: str, *, local: bool) -> tuple[Any, str, dict[str, dict[str, Any]]]:
-    """The file system, the fixed part of the pattern, and what matches, by path."""
+def _entries(kind: str, where: str, *, local: bool) -> tuple[Any, str, dict[str, dict[str, Any]], bool]:
+    """The file system, the fixed part of the pattern, what matches, by path, and whether hidden names are meant."""
     fs, pattern = fsspec.core.url_to_fs(where)
     if fs.isfile(pattern):  # whose name may hold a wildcard's character
-        return fs, pattern.rpartition("/")[0], {pattern: fs.info(pattern)}
+        return fs, pattern.rpartition("/")[0], {pattern: fs.info(pattern)}, True
     if fs.isdir(pattern):
         pattern = f"{pattern.rstrip('/')}/{PATTERNS[kind]}"
     # A local folder that cannot be read would else be left out without a word.
     entries = fs.glob(pattern, detail=True, **({"on_error": "raise"} if local else {}))
-    return fs, re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0], entries
+    root = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    return fs, root, entries, "/." in pattern[len(root) :]
 
 
 def _is_file(path: str, entry: dict[str, Any], *, local: bool) -> bool:

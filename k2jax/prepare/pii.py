@@ -50,7 +50,7 @@ def _around_at(text: str, replace: Callable[[str], str]) -> str:
         if local and domain:
             address = text[local.start() : domain.end()]
             replaced = replace(address)
-            if replaced != address:
+            if replaced != address or EMAIL in address:
                 parts += [text[done : local.start()], replaced]
                 done = domain.end()
         at = text.find("@", at + 1)

@@ -248,7 +248,7 @@ def _parquet_records(file: File, columns: tuple[str, ...] | None, required: str 
 
 
 def _parquet_batches(raw: Stored, wanted: Callable[[pa.Schema], list[str]]) -> Iterator[pa.RecordBatch]:
-    file = pq.ParquetFile(raw)
+    file = pq.ParquetFile(raw, page_checksum_verification=True)
     yield from file.iter_batches(ROWS, columns=wanted(file.schema_arrow))
 
 
@@ -301,8 +301,11 @@ def _rows(
 
 def _values(column: pa.Array) -> list[Any]:
     """The column in Python's types; strings that are no UTF-8 stay bytes, to be counted one by one."""
+    raw = column
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        raw = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
+    raw.validate(full=True)  # offsets of a damaged file would have it read outside of its memory
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        return column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()).to_pylist()
-
+        return raw.to_pylist()

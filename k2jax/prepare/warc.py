@@ -28,14 +28,17 @@ def warc_records(file: File, *, most: int, html_only: bool, text_key: str) -> It
     try:
         with opened(file) as stream:
             watched = _Watched(stream)
-            for record in ArchiveIterator(watched, check_digests=True):
+            archive = ArchiveIterator(watched, check_digests=True)
+            for record in archive:
                 number += 1
-                page = None
-                if record.rec_type in ("response", "conversion"):
+                page = _damage(record)
+                if page is None and record.rec_type in ("response", "conversion"):
                     page = _page(record, most, html_only, text_key)
+                if page is not None:
                     yield number, page
             stream.read(1)  # within headers warcio takes an error for the end of the file: here it is raised again
-            if number and watched.end.strip() and not (isinstance(page, Bad) and page.reason == "damaged record"):
+            counted = isinstance(page, Bad) and page.reason == "damaged record"
+            if archive.offset < watched.size or (watched.end.strip() and not counted):
                 raise EOFError("it ends within a record")
     except DAMAGE as error:
         reason = "truncated file" if isinstance(error, EOFError) else "damaged file"
@@ -48,22 +51,27 @@ def warc_records(file: File, *, most: int, html_only: bool, text_key: str) -> It
 
 
 class _Watched:
-    """Remembers the end of what was read: of a whole file, the two empty lines behind each record."""
+    """How much was read, and its end: of a whole file, the two empty lines behind each record."""
 
     def __init__(self, stream: io.BufferedReader):
-        self._stream, self.end = stream, b""
+        self._stream, self.end, self.size = stream, b"", 0
 
     def read(self, size: int) -> bytes:
         data = self._stream.read1(size)  # what stands before a damage
-        self.end = (self.end + data)[-4:]
+        self.end, self.size = (self.end + data)[-4:], self.size + len(data)
         return data
+
+
+def _damage(record: Any) -> Bad | None:
+    """What is wrong with a record's header, of whatever type: without a length it swallows those behind it."""
+    length = record.rec_headers.get_header("Content-Length") or "none"
+    if not length.isdigit():
+        return Bad("damaged record", f"Content-Length: {length}; what follows is lost")
+    return None if record.rec_type else Bad("damaged record", "no WARC-Type")
 
 
 def _page(record: Any, most: int, html_only: bool, text_key: str) -> dict[str, Any] | Bad:
     headers = record.rec_headers
-    length = headers.get_header("Content-Length") or "none"
-    if not length.isdigit():
-        return Bad("damaged record", f"Content-Length: {length}")
     if record.length > most:
         return Bad(TOO_LONG, f"{record.length} bytes")
     http = record.http_headers

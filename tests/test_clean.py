@@ -1,0 +1,211 @@
+"""The stage that reads and cleans: its files agree with each other, and are the same whatever happens in between."""
+
+import json
+import multiprocessing
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("datatrove", reason="the extra `data`")
+
+import pyarrow.parquet as pq  # noqa: E402
+
+from k2jax.errors import ConfigError, StorageError  # noqa: E402
+from k2jax.prepare import recipe  # noqa: E402
+from k2jax.prepare.clean import check, clean_task, stages  # noqa: E402
+from k2jax.prepare.documents import document, read_documents  # noqa: E402
+
+SENTENCE = "The keeper of the lighthouse number {} wrote to keeper{}@example.net about the oil and the weather. "
+QUESTION = "which of these islands had a lighthouse before the year 1800 and still has one that turns today"
+
+
+def write_corpus(folder: Path, num_files: int = 6, num_documents: int = 30, filler: int = 0) -> None:
+    """`filler` bytes a document, random and the same each time, are there to be written."""
+    folder.mkdir(parents=True)
+    draw = random.Random(1)
+    for i in range(num_files):
+        lines = []
+        for j in range(num_documents):
+            text = SENTENCE.format(i, j) * (j % 7)
+            text += QUESTION * (j == 13) + draw.randbytes(filler).hex()
+            lines.append(json.dumps({"text": text, "id": f"{i}-{j}", "license": "CC0"}))
+        (folder / f"{i}.jsonl").write_text("\n".join([*lines, "{bad"]) + "\n")
+
+
+def make_config(folder: Path, tasks: int = 1, **options):
+    config = recipe.base()
+    config.subsets.web = recipe.subset(f"jsonl:{folder}/*.jsonl", tasks=tasks, nfc=True, pii=True, **options)
+    recipe.validate(config)
+    return config
+
+
+def run(config, out: Path) -> dict[str, bytes]:
+    """All stages; every file by its name."""
+    for stage in stages(config, out):
+        for rank in range(stage.tasks):
+            stage.function(rank)
+    return files_of(out)
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_tasks_files_agree(tmp_path):
+    write_corpus(tmp_path / "in")
+    config = make_config(tmp_path / "in", min_document_bytes=150)
+    config.removed_samples = 3
+    config.subsets.tokens = recipe.subset("megatron:x")
+    names = run(config, tmp_path / "out")
+    kinds = [("documents", "jsonl.zst"), ("index", "parquet"), ("removed", "jsonl.zst"), ("tally", "json")]
+    assert sorted(names) == [f"stages/clean/{a}/0000{rank}.{b}" for a, b in kinds for rank in (0, 1)]
+    clean = tmp_path / "out/stages/clean"
+    found = list(read_documents(clean / "documents/00001.jsonl.zst"))  # ranks by name: tokens, web
+    index = pq.read_table(clean / "index/00001.parquet").to_pylist()
+    assert [row["id"].hex() for row in index] == [document(one.text).id for one in found] == [one.id for one in found]
+    assert [row["num_bytes"] for row in index] == [len(one.text.encode()) for one in found]
+    assert all(row["subset"] == "web" and row["dump"] is None for row in index)
+    assert [row["source"] for row in index] == [one.metadata["source"] for one in found]
+    tally = json.loads((clean / "tally/00001.json").read_text())
+    steps = tally["steps"]
+    # Of the 30 documents of a file 5 are empty, and 5 of one sentence.
+    assert steps["read"] == {"documents": 180, "bytes": steps["read"]["bytes"],
+                             "removed": {"too short": steps["read"]["removed"]["too short"]}}  # fmt: skip
+    assert steps["read"]["removed"]["too short"]["documents"] == 180 - len(found) == 10 * 6
+    assert steps["size"]["documents"] == len(found) == sum(tally["lengths"].values()) == tally["licences"]["CC0"]
+    assert tally["bad"] == {"bad JSON": 6}
+    removed = list(read_documents(clean / "removed/00001.jsonl.zst"))
+    assert [(one.metadata["step"], one.metadata["reason"]) for one in removed] == [("read", "too short")] * 3
+    assert pq.read_metadata(clean / "index/00000.parquet").num_rows == 0
+    assert list(read_documents(clean / "documents/00000.jsonl.zst")) == []
+    assert pq.read_schema(clean / "index/00000.parquet") == pq.read_schema(clean / "index/00001.parquet")
+
+
+def test_the_parts_of_a_source_are_the_whole(tmp_path):
+    write_corpus(tmp_path / "in")
+    texts = []
+    for tasks in (1, 4):
+        out = tmp_path / str(tasks)
+        run(make_config(tmp_path / "in", tasks=tasks), out)
+        paths = sorted((out / "stages/clean/documents").iterdir())
+        assert len(paths) == tasks
+        texts.append(sorted((one.id, one.metadata["source"]) for path in paths for one in read_documents(path)))
+    assert texts[0] == texts[1] and len(texts[0]) > 100
+
+
+def test_contaminated_documents_go_and_the_report_names_them(tmp_path):
+    write_corpus(tmp_path / "in")
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "quiz.jsonl").write_text(json.dumps({"q": QUESTION.title()}) + "\n")
+    for remove in (False, True):
+        config = make_config(tmp_path / "in")
+        config.contamination.sources = (f"jsonl:{tmp_path}/evals/*.jsonl",)
+        config.contamination.remove = remove
+        out = tmp_path / f"out{remove}"
+        run(config, out)
+        report = json.loads((out / "stages/clean/contamination/00000.json").read_text())
+        assert report["documents"]["contaminated"] == 6 == report["sets"]["evals/quiz.jsonl"]
+        assert report["hits"][0]["source"].endswith(":14") and report["hits"][0]["evaluation"] == "evals/quiz.jsonl:1"
+        found = list(read_documents(out / "stages/clean/documents/00000.jsonl.zst"))
+        assert sum("contaminated" in one.metadata for one in found) == 6 * (not remove)
+        assert any(one.id == report["hits"][0]["id"] for one in found) != remove
+        step = json.loads((out / "stages/clean/tally/00000.json").read_text())["steps"]["contamination"]
+        assert step["removed"].get("contaminated by evals/quiz.jsonl", {"documents": 0})["documents"] == 6 * remove
+
+
+def test_stages_run_in_other_processes_with_the_same_bytes(tmp_path):
+    write_corpus(tmp_path / "in")
+    config = make_config(tmp_path / "in", tasks=3, filters=("gopher-quality",))
+    here = run(config, tmp_path / "here")
+    [stage] = stages(config, tmp_path / "there")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.map(stage.function, range(stage.tasks))
+    assert files_of(tmp_path / "there") == here
+
+
+def test_killed_at_any_moment_it_gives_the_same_bytes(tmp_path):
+    write_corpus(tmp_path / "in", num_files=2, num_documents=5000, filler=150)
+    config = make_config(tmp_path / "in", max_document_bytes=700)
+    expected = run(config, tmp_path / "whole")
+    script = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_clean import make_config, stages
+[stage] = stages(make_config(Path({str(tmp_path / "in")!r}), max_document_bytes=700), Path({str(tmp_path / "out")!r}))
+print("starts", flush=True)
+stage.function(0)
+"""
+    out = tmp_path / "out"
+    for size in (0, 600_000):  # of documents written
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"starts\n"
+        path = out / "stages/clean/documents/00000.jsonl.zst.new"
+        while process.poll() is None and not (path.exists() and path.stat().st_size > size):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        assert [name for name in files_of(out) if not name.endswith(".new")] == []
+    run(config, out)
+    assert files_of(out) == expected
+
+
+def test_an_error_in_the_middle_leaves_nothing_that_looks_complete(tmp_path):
+    write_corpus(tmp_path / "in")
+    (tmp_path / "in" / "7.jsonl").symlink_to("nowhere")
+    with pytest.raises(StorageError, match=r"7\.jsonl cannot be read"):
+        clean_task(0, config=make_config(tmp_path / "in").to_dict(), out=tmp_path / "out")
+    assert [name for name in files_of(tmp_path / "out") if not name.endswith(".new")] == []
+
+
+def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
+    """In a process that may write files of 4 KiB: the system then says what it says of a full disk."""
+    write_corpus(tmp_path / "in", num_files=2, num_documents=2000)
+    script = f"""
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_clean import clean_task, make_config
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+clean_task(0, config=make_config(Path({str(tmp_path / "in")!r})), out={str(tmp_path / "out")!r})
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 1 and "File too large" in result.stderr.splitlines()[-1]
+    assert [name for name in files_of(tmp_path / "out") if not name.endswith(".new")] == []
+
+
+def test_what_is_missing_is_found_before_anything_is_read(tmp_path):
+    write_corpus(tmp_path / "in")
+    check(make_config(tmp_path / "in"))
+    with pytest.raises(ConfigError, match="no file matches"):
+        check(make_config(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="language_model"):
+        check(make_config(tmp_path / "in", language_model="none.bin"))
+    config = make_config(tmp_path / "in")
+    config.contamination.sources = ("jsonl:none/*.jsonl",)
+    with pytest.raises(ConfigError, match="no file matches"):
+        check(config)
+
+
+def test_names_that_climb_stay_inside_the_output(tmp_path):
+    """A record's own id and URL, and a file's name, are never part of a path."""
+    (tmp_path / "in").mkdir()
+    record = {"text": "text", "id": "../../../escaped", "url": "file:///../..", "dump": "../up\n"}
+    (tmp_path / "in" / "a\n..%2f..\\.jsonl").write_text(json.dumps(record) + "\n")
+    names = run(make_config(tmp_path / "in"), tmp_path / "out")
+    assert len(names) == 4 and sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    [row] = pq.read_table(tmp_path / "out/stages/clean/index/00000.parquet").to_pylist()
+    assert row["dump"] == "../up\\n" and row["source"] == "a\\n..%2f..\\.jsonl:1"
+
+
+def test_what_is_heavy_is_imported_where_it_is_used():
+    heavy = "jax, flax, tensorflow, torch, ray, fasttext, trafilatura, warcio, spacy, nltk"
+    script = f"import sys, k2jax.prepare.clean; print(set(sys.modules) & set({heavy.split(', ')!r}))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
