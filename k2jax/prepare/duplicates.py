@@ -1,7 +1,8 @@
 """Deduplication: the stages, from the clean documents to what becomes of each that has a duplicate.
 
-  exact       pairs of the same text                                  one task a partition of the hashes
-  signatures  MinHash of the documents that exact left                one a task of the clean documents
+  ids         hashes of the texts, sorted                             one task for each of the clean documents
+  exact       pairs of the same text                                  one for 16 of them
+  signatures  MinHash of the documents that exact left                one for each of the clean documents
   near        pairs that share a band                                 `bands` x parts
   clusters    what pairs connect, and which document of it stays      one task
   duplicates  <rank>.parquet of the documents of each task (ROWS)     one for 64 of them
@@ -40,6 +41,7 @@ ROWS = pa.schema(
         ("sources", pa.list_(pa.string())),  # names of the removed ones
     ]
 )
+TASKS_A_PARTITION = 16  # of the clean documents: their number bounds what a task of finding exact copies holds
 TOGETHER = 64  # tasks of the clean documents whose duplicates one task looks after
 
 
@@ -51,11 +53,13 @@ def stages(config: ConfigDict, clean: Path, out: Path) -> list[Stage]:
     """
     dedup, documents = config.dedup, clean_documents(config, clean)
     num_tasks = len(documents.subsets)
-    parts = -(-num_tasks // TOGETHER)
-    partitions, minhash = parts * dedup.exact, minhash_of(config)
+    parts, partitions = -(-num_tasks // TOGETHER), -(-num_tasks // TASKS_A_PARTITION) * dedup.exact
+    minhash = minhash_of(config)
     folders = {name: out / name for name in ("exact", "signatures", "near")}
     result = []
     if dedup.exact:
+        function = functools.partial(exact.sort_ids, clean=documents, folder=folders["exact"])
+        result.append(Stage("ids", num_tasks, function))
         function = functools.partial(
             exact.find_exact, clean=documents, folder=folders["exact"], num_partitions=partitions
         )

@@ -1,4 +1,4 @@
-"""Which documents are the same text, by SHA-256: each partition of the hashes is a task of its own."""
+"""Which documents are the same text, by SHA-256: each task sorts its ids, then each range of ids is looked at alone."""
 
 from operator import itemgetter
 from pathlib import Path
@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from k2jax.prepare.documents import whole_file
-from k2jax.prepare.index import PAIR, Clean, Dumps, first_at, open_records, read_index, repeated
+from k2jax.prepare.index import PAIR, Clean, Dumps, open_records, read_index, repeated, task_bounds, within
+
+# The first 128 bits of SHA-256: 2^64 documents would give an even chance of one collision.
+ID = np.dtype([("high", "<u8"), ("low", "<u8"), ("index", "<u4")])
+
+
+def ids_path(folder: Path, task: int) -> Path:
+    """Of one task's documents."""
+    return folder / f"{task:05d}.ids"
 
 
 def pairs_path(folder: Path, partition: int) -> Path:
@@ -14,50 +22,54 @@ def pairs_path(folder: Path, partition: int) -> Path:
     return folder / f"{partition:05d}.pairs"
 
 
+def sort_ids(task: int, *, clean: Clean, folder: Path) -> None:
+    """Writes the ids (ID) of a task's documents, sorted."""
+    found = np.frombuffer(b"".join(read_index(clean, task, ["id"])["id"].to_pylist()), ">u8").reshape(-1, 4)
+    ids = np.empty(len(found), ID)
+    ids["high"], ids["low"], ids["index"] = found[:, 0], found[:, 1], np.arange(len(found))
+    with whole_file(ids_path(folder, task)) as file:
+        file.write(ids[np.lexsort((ids["low"], ids["high"]))].tobytes())
+
+
 def find_exact(partition: int, *, clean: Clean, folder: Path, num_partitions: int) -> None:
     """Writes the pairs (removed, survivor) of the partition's texts, by task and index of the removed document.
 
-    Holds about 32 bytes for each of the partition's documents.
+    Holds about 50 bytes for each of the partition's documents.
     """
-    dumps = Dumps()
-    found = [
-        _ids(clean, task, dumps, partition=partition, num_partitions=num_partitions)
-        for task in range(len(clean.subsets))
-    ]
-    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-    some = repeated(columns[0])
-    high, low, task, index, dump = (column[some] for column in columns)
-    priority = np.array(clean.priorities)[task]
-    order = np.lexsort((index, task, dumps.newest_first()[dump], priority, low, high))
-    high, low, task, index = high[order], low[order], task[order], index[order]
-    removed = np.r_[False, (high[1:] == high[:-1]) & (low[1:] == low[:-1])][: len(high)]
-    survivor = np.maximum.accumulate(np.where(removed, 0, np.arange(len(high))))
-    pairs = np.empty(len(high), PAIR)
-    pairs["task"], pairs["index"] = task, index
-    pairs["other_task"], pairs["other_index"] = task[survivor], index[survivor]
-    pairs = pairs[removed]
+    low, high = (((partition + more) << 64) // num_partitions for more in (0, 1))
+    ids, tasks = [], []
+    for task in range(len(clean.subsets)):
+        path = ids_path(folder, task)
+        ids.append(within(path, open_records(path, ID), itemgetter("high"), low, high if high >> 64 == 0 else None))
+        tasks.append(np.full(len(ids[-1]), task, np.uint32))
+    found, task = np.concatenate(ids), np.concatenate(tasks)
+    some = repeated(found["high"])
+    pairs = _pairs(found[some], task[some], clean)
     with whole_file(pairs_path(folder, partition)) as file:
         file.write(pairs[np.lexsort((pairs["index"], pairs["task"]))].tobytes())
 
 
-def _ids(
-    clean: Clean, task: int, dumps: Dumps, *, partition: int, num_partitions: int
-) -> tuple[np.ndarray, ...]:
-    """(first 8 bytes of the id, next 8, task, index, number of the dump) of a task's documents in the partition."""
-    table = read_index(clean, task, ["id", "dump"])
-    ids = np.frombuffer(b"".join(table["id"].to_pylist()), ">u8").reshape(-1, 4)
-    # 128 bits of SHA-256 do for all: 2^64 documents give an even chance of one collision.
-    high, low = ids[:, 0].astype(np.uint64), ids[:, 1].astype(np.uint64)
-    [here] = np.nonzero((high >> 32) * np.uint64(num_partitions) >> 32 == partition)
-    numbers = dumps.number(table["dump"])[here]
-    return high[here], low[here], np.full(len(here), task, np.uint32), here.astype(np.uint32), numbers
+def _pairs(ids: np.ndarray, task: np.ndarray, clean: Clean) -> np.ndarray:
+    """(removed, survivor) for each removed document."""
+    order = np.lexsort((ids["index"], task))
+    ids, task = ids[order], task[order]
+    dumps, dump = Dumps(), np.empty(len(ids), np.int32)
+    for each, where in task_bounds(task, len(clean.subsets)):
+        dump[where] = dumps.number(read_index(clean, each, ["dump"])["dump"].take(ids["index"][where]))
+    priority = np.array(clean.priorities)[task]
+    order = np.lexsort((ids["index"], task, dumps.newest_first()[dump], priority, ids["low"], ids["high"]))
+    ids, task = ids[order], task[order]
+    removed = np.zeros(len(ids), bool)
+    removed[1:] = (ids["high"][1:] == ids["high"][:-1]) & (ids["low"][1:] == ids["low"][:-1])
+    survivor = np.maximum.accumulate(np.where(removed, 0, np.arange(len(ids))))
+    pairs = np.empty(len(ids), PAIR)
+    pairs["task"], pairs["index"] = task, ids["index"]
+    pairs["other_task"], pairs["other_index"] = task[survivor], ids["index"][survivor]
+    return pairs[removed]
 
 
 def removed_of_task(task: int, *, folder: Path, num_partitions: int) -> np.ndarray:
     """The sorted indices of a task's documents that some partition removed."""
-    found = []
-    for partition in range(num_partitions):
-        pairs = open_records(pairs_path(folder, partition), PAIR)
-        first, last = (first_at(pairs, itemgetter("task"), bound) for bound in (task, task + 1))
-        found.append(pairs["index"][first:last])
+    paths = [pairs_path(folder, partition) for partition in range(num_partitions)]
+    found = [within(path, open_records(path, PAIR), itemgetter("task"), task, task + 1)["index"] for path in paths]
     return np.sort(np.concatenate(found))

@@ -89,6 +89,18 @@ def open_records(path: Path, dtype: np.dtype) -> np.ndarray:
         raise StorageError(f"{path} cannot be read ({error}): remove its stage and prepare again") from error
 
 
-def first_at(records: np.ndarray, key: Callable[[np.void], int], bound: int) -> int:
-    """Where the first of sorted records stands whose key is at least `bound`; reads a few of them."""
-    return bisect.bisect_left(range(len(records)), bound, key=lambda at: int(key(records[at])))
+def within(path: Path, records: np.ndarray, key: Callable, low: int, high: int | None) -> np.ndarray:
+    """Of a file's records, sorted by their key, those with low <= key < high; None for no end.
+
+    Reads these and a few others. Raises StorageError where they are not sorted.
+    """
+    start, end = (
+        bisect.bisect_left(range(len(records)), bound, key=lambda at: int(key(records[at]))) if bound else default
+        for bound, default in ((low, 0), (high, len(records)))
+    )
+    found = np.array(records[start:end])
+    keys = key(found)
+    inside = not len(keys) or (low <= keys[0] and (high is None or keys[-1] < high))
+    if start > end or not inside or not np.all(keys[1:] >= keys[:-1]):
+        raise StorageError(f"{path} is damaged, it is not sorted: remove its stage and prepare again")
+    return found

@@ -37,10 +37,11 @@ ROWS = 1024  # signatures held before they go to the disk
 _UPPER, _LOWER = string.ascii_uppercase.encode(), string.ascii_lowercase.encode()
 _ASCII_PUNCTUATION = "".join(c for c in PUNCTUATION if c.isascii()).encode()
 _WHITE = b"\t\n\v\f\r\x1c\x1d\x1e\x1f"  # of ASCII, to Python's str
+_OTHER_WHITE = [chr(code).encode() for code in range(0x80, 0x3001) if chr(code).isspace()]  # the last is U+3000
 _WORDS = bytes.maketrans(_UPPER + _WHITE + _ASCII_PUNCTUATION, _LOWER + b" " * len(_WHITE + _ASCII_PUNCTUATION))
 _CHARACTERS = bytes.maketrans(_UPPER + _WHITE, _LOWER + b" " * len(_WHITE))
 _NUMBER = re.compile(rb"[0-9]+(?:[.,][0-9]+)?")
-_OTHER = re.compile(rb"[\x80-\xff]+")
+_OTHER = re.compile(rb"[\x80-\xff][ \x80-\xff]*")  # with spaces: one run, not one for each word
 _SPACED = str.maketrans(dict.fromkeys((c for c in PUNCTUATION if not c.isascii()), " "))
 
 
@@ -184,15 +185,29 @@ def normalise_words(text: str) -> bytes:
 
 
 def _without_marks(match: re.Match[bytes]) -> bytes:
-    """Punctuation and white space to spaces, then no diacritics: each run of characters beyond ASCII by itself."""
+    """Punctuation and white space to spaces, then no diacritics, in a run of characters beyond ASCII."""
     text = WHITESPACE_PATTERN.sub(" ", match.group().decode().translate(_SPACED))
-    return "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn").encode()
+    return unicodedata.normalize("NFD", text).translate(_no_marks).encode()
+
+
+class _NoMarks(dict):
+    """For str.translate, which asks once for a character: nonspacing marks to nothing."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code)) == "Mn" else code
+        return self[code]
+
+
+_no_marks = _NoMarks()
 
 
 def normalise_characters(text: str) -> str:
     """Lower case, without ASCII punctuation, white space squeezed to single spaces."""
     data = text.lower().encode().translate(_CHARACTERS, string.punctuation.encode())
-    return _squeezed(data).decode() if text.isascii() else " ".join(data.decode().split())
+    if not text.isascii():
+        for white in _OTHER_WHITE:
+            data = data.replace(white, b" ")
+    return _squeezed(data).decode()
 
 
 def _squeezed(data: bytes) -> bytes:

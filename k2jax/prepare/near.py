@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.errors import StorageError
 from k2jax.prepare.documents import whole_file
-from k2jax.prepare.index import PAIR, first_at, repeated
-from k2jax.prepare.minhash import PRIME, MinHash, open_signatures, signature_path
+from k2jax.prepare.index import PAIR, repeated, within
+from k2jax.prepare.minhash import MinHash, open_signatures, signature_path
 
 STEP = 1 << 10  # every so-manieth signature of a file is looked at to choose the ranges
-HELD = 1 << 21  # signatures held at a time, and at most STEP for each file: 240 MB with 13 hashes
+HELD = 1 << 20  # signatures held at a time, and at most STEP more for each file: 113 MB with 13 hashes
 
 
 def pairs_path(folder: Path, band: int, part: int) -> Path:
@@ -36,27 +35,19 @@ def find_near(rank: int, *, signatures: Path, folder: Path, num_tasks: int, part
             records, tasks = [], []
             for task in range(num_tasks):
                 file = open_signatures(signatures, band, task, config)
-                records.append(_within(file, low, high, signature_path(signatures, band, task)))
+                records.append(within(signature_path(signatures, band, task), file, _first_hash, low, high))
                 tasks.append(np.full(len(records[-1]), task, np.uint32))
             out.write(_pairs(np.concatenate(records), np.concatenate(tasks)).tobytes())
 
 
-def _ranges(files: list[np.ndarray]) -> list[tuple[int, int]]:
+def _first_hash(records: np.ndarray) -> np.ndarray:
+    return records["hashes"][..., 0]
+
+
+def _ranges(files: list[np.ndarray]) -> list[tuple[int, int | None]]:
     """Ranges of the first hash with about HELD signatures each: all of those there are, low <= hash < high."""
     sample = np.sort(np.concatenate([file["hashes"][::STEP, 0] for file in files]))
-    bounds = np.unique(sample[HELD // STEP :: HELD // STEP]).tolist()
-    return list(itertools.pairwise([0, *bounds, PRIME]))
-
-
-def _within(file: np.ndarray, low: int, high: int, path: Path) -> np.ndarray:
-    """The signatures of a file whose first hash is in a range, checked."""
-    start, end = (first_at(file, lambda record: record["hashes"][0], bound) for bound in (low, high))
-    start, end = start if low else 0, end if high < PRIME else len(file)  # whatever is in the file is looked at
-    records = np.array(file[start:end])
-    first = records["hashes"][:, 0]
-    if start > end or not (np.all(first[1:] >= first[:-1]) and np.all((first >= low) & (first < high))):
-        raise StorageError(f"{path} is damaged, its hashes are not sorted: remove the signatures and prepare again")
-    return records
+    return list(itertools.pairwise([0, *np.unique(sample[HELD // STEP :: HELD // STEP]).tolist(), None]))
 
 
 def _pairs(records: np.ndarray, tasks: np.ndarray) -> np.ndarray:
