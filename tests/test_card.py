@@ -60,9 +60,10 @@ def clean(rank: int, task: recipe.Task, stages: Path) -> list:
         text = (
             HOSTILE[i] if i < len(HOSTILE) else "the same text in every task " * 3 if i % 20 == 19 else text
         )
-        text = f"what {task.subset} alone has twice and again" if i % 20 == 18 else text
+        text = f"what {task.subset} alone has twice and again and again" if i % 20 == 18 else text
         source = f"{task.subset}/{NAME}" if i % 2 else f"{task.subset}/{i}.txt"
         one = document(text, subset=task.subset, source=source, language="en" if i % 5 else "de")
+        one.metadata["licence"] = "CC0-1.0" if i % 3 else "<b>none</b>"
         size = len(text.encode())
         tally.saw("read", size)
         if size < 40:
@@ -76,7 +77,7 @@ def clean(rank: int, task: recipe.Task, stages: Path) -> list:
                 gone.append(document(text, source=source, step="language", reason="<script>de"))
                 continue
         tally.saw("pii", size + 1)
-        tally.kept(size + 1, one.metadata["language"], "CC0-1.0" if i % 3 else "<b>none</b>")
+        tally.kept(size + 1, one.metadata["language"], one.metadata["licence"])
         stay.append(one)
     tally.problem("not JSON", f"{task.subset}/{NAME}:17", "<b>line</b>")
     name = f"{rank:05d}"
@@ -346,7 +347,7 @@ def test_hostile_documents_are_no_markdown(hostile):
     lines = markdown(hostile).split("\n")
     outside = [line for line in lines if not line.startswith("    ")]
     assert not any("<" in line.replace("\\<", "") or "`" in line.replace("\\`", "") for line in outside)
-    assert not any(re.search(r"(?<!\\)!\[|https?:/", line) for line in outside)
+    assert not any(re.search(r"(?<!\\)(\\\\)*[<`\[@]|https?:/", line) for line in outside)
     assert "    </pre></details></body><img src=http://evil.example/x.png onerror=alert(1)>" in lines
     tables = [line for line in outside if line.startswith("|")]
     for i, line in enumerate(tables):
@@ -369,7 +370,7 @@ def test_any_text_comes_back_as_it_is_shown(text):
     assert "".join(got) == shown(text) and "\n" not in shown(text) and len(shown(text)) <= 301 * 10
     assert all(line.isprintable() for line in lines_of(text))
     assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", for_markdown(text)) == shown(text)
-    assert not re.search(r"(?<!\\)(?:\\\\)*[`<*_\[|!#~&:]", for_markdown(text))
+    assert not re.search(r"(?<!\\)(?:\\\\)*(?:[`<*_\[\]|#~&:@$]|www\.)", for_markdown(text))
 
 
 def test_the_same_bytes_every_time(out, data, card, tmp_path):

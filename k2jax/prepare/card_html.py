@@ -1,5 +1,6 @@
 """index.html of the data card: one page, nothing loaded from anywhere, no scripts; documents are untrusted text."""
 
+import html
 from typing import Any
 
 from k2jax.prepare.card_svg import bars, columns, stacked
@@ -45,7 +46,6 @@ pre { background: var(--soft); border-radius: 6px; padding: 8px 12px; margin: 2p
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; } .pair > div { min-width: 0; }
 .bad { color: var(--bad); font-weight: 600; }
 @media (max-width: 640px) { .pair { grid-template-columns: 1fr; } }
-@media print { details > * { display: block; } }
 """
 COLOURS = (("c0", "kept"), ("c1", "cleaning"), ("c2", "exact copies"), ("c3", "near copies"))
 LANGUAGES = 20  # shown
@@ -210,6 +210,8 @@ def _samples(card: dict[str, Any]) -> str:
 
 
 def _sample(one: dict[str, Any]) -> str:
-    text = "\n".join(map(for_html, lines_of(one["text"])))
+    text = html.escape("\n".join(lines_of(one["text"]))) + (
+        "…" if one["characters"] > len(one["text"]) else ""
+    )
     size = f"{number(one['characters'])} characters"
     return f'<br><span class="dim">{for_html(one["source"])}, {size}</span><pre dir="auto">{text}</pre>'

@@ -47,7 +47,7 @@ def _table(table: Table) -> list[str]:
 def _samples(samples: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = []
     for one in samples["removed"]:
-        lines += _sample(f"{one['subset']}, {one['step']}: {one['reason']}", one)
+        lines += _sample(f"{one['subset']}, {one['step']}, {one['reason']}", one)
     for pair in samples["duplicates"]:
         lines += _sample(f"{pair['removed']['subset']}, removed as {pair['reason']} copy", pair["removed"])
         lines += _sample(f"{pair['stays']['subset']}, which stayed for it", pair["stays"])
@@ -58,4 +58,4 @@ def _samples(samples: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def _sample(what: str, one: dict[str, Any]) -> list[str]:
     title = f"{for_markdown(what)} ({for_markdown(one['source'])}, {number(one['characters'])} characters)"
-    return [title, "", *code_block(one["text"]), ""]
+    return [title, "", *code_block(one["text"] + ("…" if one["characters"] > len(one["text"]) else "")), ""]

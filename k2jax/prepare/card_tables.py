@@ -146,7 +146,7 @@ def _flow_table(card: dict[str, Any]) -> list[Table]:
         "exact copies",
         "near copies",
         "kept",
-        "text",
+        "text kept",
     ]
     rows = []
     for name, counts in flow(card).items():
@@ -176,7 +176,7 @@ def _steps(card: dict[str, Any]) -> list[Table]:
             documents = [came["documents"], gone["documents"], share(gone["documents"], came["documents"])]
             sizes = [num_bytes(value["bytes"]) for value in (came, gone, left)]
             rows.append([step["step"], *documents, left["documents"], *sizes])
-        head = ["step", "documents in", "removed", "of them", "out", "text in", "removed", "out"]
+        head = ["step", "documents in", "removed", "of them", "out", "text in", "text removed", "text out"]
         tables.append(Table(head, rows, numeric=tuple(range(1, 8)), title=name))
     return tables
 

@@ -6,9 +6,8 @@ import re
 from k2jax.prepare.tally import clean_name
 
 SHOWN_CHARACTERS = 300  # of a line: where tally.clean_name cuts
-PUNCTUATION = re.compile(
-    r"([!-+.:-@\[-`{-~])"
-)  # of ASCII, all but "," "-" and "/", which start nothing within a line
+# What can mean something within a line of GitHub's Markdown, and what would make an address a link.
+MARKUP = re.compile(r"([\\`*_\[\]<>#|~&@$:]|(?<=www)\.)", re.IGNORECASE)
 
 
 def shown(text: object) -> str:
@@ -17,8 +16,10 @@ def shown(text: object) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The same line by line, for samples; a tab is a space."""
-    return [shown(line.replace("\t", " ")) for line in text.split("\n")]
+    """The same line by line and uncut, for samples; a tab is a space."""
+    size = SHOWN_CHARACTERS
+    lines = (line.replace("\t", " ") for line in text.split("\n"))
+    return ["".join(clean_name(line[i : i + size]) for i in range(0, len(line), size)) for line in lines]
 
 
 def for_html(text: object) -> str:
@@ -28,7 +29,7 @@ def for_html(text: object) -> str:
 
 def for_markdown(text: object) -> str:
     """One line of untrusted text in Markdown: no character of it is markup, no address becomes a link."""
-    return PUNCTUATION.sub(r"\\\1", shown(text))
+    return MARKUP.sub(r"\\\1", shown(text))
 
 
 def code_block(text: str) -> list[str]:
