@@ -27,13 +27,15 @@ h1 { font-size: 26px; margin: 8px 0 2px; } h2 { font-size: 19px; margin: 40px 0 
   border-top: 1px solid var(--line); } h3 { font-size: 15px; margin: 20px 0 6px; }
 p { margin: 4px 0 10px; max-width: 760px; } .dim, figcaption { color: var(--dim); }
 .tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; } .tile { background: var(--soft);
-  border-radius: 8px; padding: 10px 16px; min-width: 140px; flex: 1; }
-.tile b { display: block; font-size: 21px; font-weight: 600; }
+  border-radius: 8px; padding: 10px 16px; min-width: 120px; flex: 1 1 auto; }
+.tile b { display: block; font-size: 21px; font-weight: 600; white-space: nowrap; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13.5px; margin: 4px 0 14px; }
 th, td { padding: 4px 12px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { color: var(--dim); font-weight: 500; } td { overflow-wrap: anywhere; min-width: 60px; }
+th { color: var(--dim); font-weight: 500; } td { overflow-wrap: break-word; max-width: 560px; }
+td:first-child, th { white-space: nowrap; }
 th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; padding: 4px 10px; }
-figure { margin: 8px 0 14px; } svg.plot { display: block; width: 100%; height: auto; overflow: visible; }
+figure { margin: 8px 0 14px; overflow-x: auto; }
+svg.plot { display: block; width: 100%; min-width: 620px; height: auto; }
 svg text { fill: var(--front); font-size: 13px; } svg .dim { fill: var(--dim); } svg .small { font-size: 11px; }
 svg .end { text-anchor: end; } svg .mid { text-anchor: middle; } .axis { stroke: var(--dim); }
 .c0 { fill: var(--c0); } .c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); }
@@ -120,6 +122,11 @@ def _flow_plot(card: dict[str, Any]) -> str:
     return _figure(stacked(rows), f"Of the documents read: {_keys(COLOURS)}")
 
 
+def _stores_plot(card: dict[str, Any]) -> str:
+    rows = [(name, row["mix_tokens"], share(row["mix_share"], 1)) for name, row in card["stores"].items()]
+    return _figure(bars(rows), "Tokens in the mix") if rows else ""
+
+
 def _lengths_plot(card: dict[str, Any]) -> str:
     labels, first, last = histogram(card)
     keys = _keys((("c1", "after cleaning"), ("c0", "kept")))
@@ -136,11 +143,11 @@ def _copies_plot(card: dict[str, Any]) -> str:
     if not bins:
         return ""
     powers = range(min(bins), max(bins) + 1)
-    labels = [str(1 << p) if p < 2 else f"{1 << p}-{(2 << p) - 1}" for p in powers]
-    labels = ["2-3" if p == 1 else label for p, label in zip(powers, labels, strict=True)]
+    labels = [f"{1 << power:,}" for power in powers]
     counts = [bins.get(power, 0) for power in powers]
     return _figure(
-        columns(labels, [0] * len(counts), counts), "Clusters of copies, by the number of documents in them"
+        columns(labels, [0] * len(counts), counts),
+        "Clusters by their number of documents, each bin to twice its label",
     )
 
 

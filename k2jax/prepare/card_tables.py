@@ -198,7 +198,7 @@ def _duplicates(card: dict[str, Any]) -> list[Table]:
     found = card["duplicates"]
     pairs = {tuple(name.split(" -> ")): count for name, count in found["pairs"].items()}
     own, other = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
-    matrix = [[name, *(pairs.get((name, stays), 0) for stays in other)] for name in own]
+    matrix = [[name, *(pairs.get((name, stays), "") for stays in other)] for name in own]
     largest = [[row["subset"], row["copies"], "; ".join(row["sources"])] for row in found["largest"]]
     rules = [
         [row["subset"], _range(*row["copies"]), row["factor"], row["documents"]] for row in card["upsampling"]
