@@ -175,6 +175,65 @@ def test_the_same_bytes_with_workers_in_parts_and_over_leftovers(run, exported, 
     assert files(tmp_path / "parts") == files(exported)
 
 
+KILLED = """
+import os, signal, sys
+from k2jax.data import export_chunks
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+{point} = die
+export_chunks.export_chunks(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "left"),
+    [
+        ("os.fsync", {"chunk_00000.parquet.new"}),  # written, not yet under its name
+        ("export_chunks._sha256", {"chunk_00000.parquet"}),  # under its name, nobody has said so
+        (
+            "export_chunks.readme",
+            {f"chunk_0000{i}.parquet" for i in range(3)} | {"README.md.new"},
+        ),  # no summary
+    ],
+)
+def test_a_kill_leaves_no_summary_and_is_mended(run, exported, tmp_path, point, left):
+    command = [sys.executable, "-c", KILLED.replace("{point}", point), run, tmp_path / "out"]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert set(files(tmp_path / "out")) == left
+    export_chunks(run, tmp_path / "out")
+    assert files(tmp_path / "out") == files(exported)
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+sys.argv = sys.argv[1:2] + sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(run, exported, tmp_path):
+    """A limit on the size of files, as a disk has one on all of them: the largest chunk does not fit, or no scratch."""
+    size = max(path.stat().st_size for path in exported.glob("*.parquet"))
+    tool = ROOT / "tools" / "export_chunks.py"
+    for limit, left, shown in ((size - 1, 2, "File too large"), (1000, 0, "cannot copy documents.parquet")):
+        command = [
+            sys.executable,
+            "-c",
+            LIMITED,
+            tool,
+            str(limit),
+            "--workdir",
+            run,
+            "--out",
+            tmp_path / str(limit),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 74 and done.stderr.count("\n") == 1 and shown in done.stderr
+        names = list(files(tmp_path / str(limit)))
+        assert len(names) == left and all(name.endswith(".parquet") for name in names)
+
+
 def test_finished_chunks_are_checked_and_left(run, tmp_path):
     out, seen = tmp_path / "out", []
     export_chunks(run, out)
@@ -278,6 +337,16 @@ def test_document_table_finds_what_the_store_finds(tiny_data, tmp_path, monkeypa
                 )
                 for span, record in zip(spans, records, strict=True)
             ]
+
+
+def test_documents_that_are_not_the_stores_are_refused(tiny_data, tmp_path):
+    store = Store.open(tiny_data / "web")
+    with pytest.raises(ConfigError, match="documents.parquet has .* documents and tokens"):
+        DocumentTable.build(
+            Store(store.path, {**store.info, "num_tokens": store.num_tokens + 1}), tmp_path / "scratch"
+        )
+    with pytest.raises(StorageError, match="cannot copy documents.parquet"):
+        DocumentTable.build(store, tmp_path / "absent" / "scratch")
 
 
 def test_large_vocabularies_and_rows_without_a_target_at_their_end(tmp_path):
