@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -250,8 +251,11 @@ def test_in_less_removed_is_out_in_every_step(card):
 
 def test_steps_that_remove_nothing_keep_their_order():
     counts = {"documents": 5, "bytes": 9, "removed": {}}
-    steps = steps_of("clean", {"steps": {name: counts for name in ("c4", "pii", "nfc", "read", "own step")}})
-    assert [step["step"] for step in steps] == ["read", "c4", "nfc", "pii", "own step"]
+    steps = steps_of(
+        "clean",
+        {"steps": {name: counts for name in ("c4", "pii", "nfc", "read", "own step", "gopher-quality")}},
+    )
+    assert [step["step"] for step in steps] == ["read", "gopher-quality", "c4", "nfc", "pii", "own step"]
 
 
 def test_duplicates_are_those_of_the_stage(out, card):
@@ -399,16 +403,25 @@ def test_an_empty_preparation_has_a_card(tmp_path):
 
 def test_reports_of_contamination_are_added_up(out, data, tmp_path):
     folder = out / "stages" / "clean" / "contamination"
-    for rank in range(2):
-        write_json(folder / f"{rank:05d}.json", {"documents": 2, "evals/<b>mmlu": {"web": 1}})
+    for rank in range(3):  # books and code
+        counts = {"checked": 40, "contaminated": 2}
+        hit = {"id": "0", "source": NAME, "evaluation": "evals/<b>mmlu:3", "n_gram": HOSTILE[1]}
+        write_json(
+            folder / f"{rank:05d}.json", {"documents": counts, "sets": {"<b>mmlu": 2}, "hits": [hit] * 15}
+        )
     try:
         card = make_card(out / "stages", data)
     finally:
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-    assert card["contamination"] == {"documents": 4, "evals/<b>mmlu": {"web": 2}, "problems": []}
-    assert "evals/&lt;b&gt;mmlu.web" in page(card) and "## Contamination" in markdown(card)
+        shutil.rmtree(folder)
+    found = card["contamination"]
+    assert found["subsets"]["code"] == {"checked": 80, "contaminated": 4} and list(found["subsets"]) == [
+        "books",
+        "code",
+    ]
+    assert found["sets"] == {"<b>mmlu": 6} and len(found["hits"]) == 20
+    parsed = Page(page(card))
+    assert "evals/<b>mmlu:3" in parsed.text and HOSTILE[1] in parsed.text and "img" not in parsed.tags
+    assert "## Contamination" in markdown(card)
 
 
 def test_sizes_are_written_short():

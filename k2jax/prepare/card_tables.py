@@ -251,8 +251,17 @@ def _names(card: dict[str, Any], key: str) -> list[Table]:
 
 
 def _contamination(card: dict[str, Any]) -> list[Table]:
-    found = {key: value for key, value in card["contamination"].items() if value != []}
-    return [Table(["what", "found"], flatten(found) if found else [])]
+    found = card["contamination"]
+    rows = [
+        [name, counts["checked"], counts["contaminated"], share(counts["contaminated"], counts["checked"])]
+        for name, counts in found["subsets"].items()
+    ]
+    hits = [[hit["source"], hit["evaluation"], hit["n_gram"]] for hit in found["hits"]]
+    return [
+        Table(["subset", "checked", "contaminated", "of them"], rows, numeric=(1, 2, 3)),
+        Table(["evaluation set", "documents"], [list(item) for item in found["sets"].items()], numeric=(1,)),
+        Table(["document", "evaluation item", "first shared words"], hits, folded="The first documents"),
+    ]
 
 
 def _problems(card: dict[str, Any]) -> list[Table]:
