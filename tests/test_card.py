@@ -18,7 +18,8 @@ from k2jax.prepare import kept, recipe
 from k2jax.prepare.card import make_card, mix_of, steps_of, write_card
 from k2jax.prepare.card_html import page
 from k2jax.prepare.card_markdown import markdown
-from k2jax.prepare.card_text import for_html, for_markdown, lines_of, num_bytes, power_of_two, shown
+from k2jax.prepare.card_tables import tables_of
+from k2jax.prepare.card_text import for_html, for_markdown, lines_of, num_bytes, power_of_two, share, shown
 from k2jax.prepare.documents import document, write_documents, write_json
 from k2jax.prepare.tally import Tally, combine
 
@@ -401,6 +402,14 @@ def test_an_empty_preparation_has_a_card(tmp_path):
     assert "# Data card" in (tmp_path / "card" / "data.md").read_text()
 
 
+def test_documents_without_a_licence_are_counted_as_such(out, data):
+    changed = json.loads(json.dumps(data))
+    for stage, n in (("clean", 7), ("duplicates", 4)):
+        changed["subsets"]["web"][stage]["licences"]["CC0-1.0"] -= n
+    rows = [table.rows for table in tables_of("licences", make_card(out / "stages", changed))]
+    assert ["web", "(not stated)", 7, 4] in rows[0]
+
+
 def test_reports_of_contamination_are_added_up(out, data, tmp_path):
     folder = out / "stages" / "clean" / "contamination"
     for rank in range(3):  # books and code
@@ -428,4 +437,5 @@ def test_sizes_are_written_short():
     assert [num_bytes(n) for n in (0, 999, 1000, 999_600, 61_800_000_000_000)] == [
         "0 B", "999 B", "1 kB", "1 MB", "61.8 TB"
     ]  # fmt: skip
+    assert [share(*pair) for pair in ((1, 8), (1, 10**6), (0, 5), (0, 0))] == ["12.5%", "<0.1%", "0.0%", "-"]
     assert [power_of_two(n) for n in (0, 9, 10, 25)] == ["1 B", "512 B", "1 KiB", "32 MiB"]

@@ -10,9 +10,10 @@ from k2jax.prepare.card_tables import (
     flow,
     histogram,
     parts_of_flow,
+    stated,
     tables_of,
 )
-from k2jax.prepare.card_text import for_html, lines_of, num_bytes, number, share
+from k2jax.prepare.card_text import cut, for_html, lines_of, num_bytes, number, share, size_of
 
 # Kept, removed by cleaning, exact and near copies, other; text 4.5:1 or more on both backgrounds.
 STYLE = """
@@ -153,17 +154,14 @@ def _copies_plot(card: dict[str, Any]) -> str:
 
 def _names_plot(card: dict[str, Any], key: str) -> str:
     total: dict[str, int] = {}
-    for subset in card["subsets"].values():
-        for name, count in (list(subset[key].values()) or [{}])[-1].items():
+    for _, last in stated(card, key).values():
+        for name, count in last.items():
             total[name] = total.get(name, 0) + count
     ranked = sorted(total.items(), key=lambda item: (-item[1], item[0]))
     if (rest := sum(count for _, count in ranked[LANGUAGES:])) > 0:
         ranked = [*ranked[:LANGUAGES], ("all others", rest)]
-    return (
-        _figure(bars([(name, count, number(count)) for name, count in ranked]), "Documents kept")
-        if ranked
-        else ""
-    )
+    rows = [(name, count, number(count)) for name, count in ranked]
+    return _figure(bars(rows), "Documents kept") if rows else ""
 
 
 def _table(table: Table) -> str:
@@ -217,8 +215,5 @@ def _samples(card: dict[str, Any]) -> str:
 
 
 def _sample(one: dict[str, Any]) -> str:
-    text = html.escape("\n".join(lines_of(one["text"]))) + (
-        "…" if one["characters"] > len(one["text"]) else ""
-    )
-    size = f"{number(one['characters'])} characters"
-    return f'<br><span class="dim">{for_html(one["source"])}, {size}</span><pre dir="auto">{text}</pre>'
+    text = html.escape("\n".join(lines_of(cut(one))))
+    return f'<br><span class="dim">{for_html(one["source"])}{size_of(one)}</span><pre dir="auto">{text}</pre>'

@@ -3,7 +3,7 @@
 from typing import Any
 
 from k2jax.prepare.card_tables import SECTIONS, Table, histogram, tables_of
-from k2jax.prepare.card_text import code_block, for_markdown, num_bytes, number
+from k2jax.prepare.card_text import code_block, cut, for_markdown, num_bytes, number, size_of
 
 
 def markdown(card: dict[str, Any]) -> str:
@@ -57,5 +57,5 @@ def _samples(samples: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _sample(what: str, one: dict[str, Any]) -> list[str]:
-    title = f"{for_markdown(what)} ({for_markdown(one['source'])}, {number(one['characters'])} characters)"
-    return [title, "", *code_block(one["text"] + ("…" if one["characters"] > len(one["text"]) else "")), ""]
+    title = f"{for_markdown(what)} ({for_markdown(one['source'])}{size_of(one)})"
+    return [title, "", *code_block(cut(one)), ""]

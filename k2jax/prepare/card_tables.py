@@ -38,6 +38,9 @@ SECTIONS = (  # (key, title, what it is), in their order
 )
 
 
+NOT_STATED = "(not stated)"
+
+
 @dataclass(frozen=True)
 class Table:
     """A table: numbers and text are formatted when shown, `numeric` columns are set right, `code` in one width."""
@@ -240,12 +243,24 @@ def _stores(card: dict[str, Any]) -> list[Table]:
     return [Table(head, rows, numeric=tuple(range(2, 9)))]
 
 
-def _names(card: dict[str, Any], key: str) -> list[Table]:
-    rows = []
+def stated(card: dict[str, Any], key: str) -> dict[str, list[dict[str, int]]]:
+    """By subset: documents by language or licence after the first stage and after the last, also those without any."""
+    found = {}
     for name, subset in card["subsets"].items():
-        stages = list(subset[key].values()) or [{}]
-        for value, count in sorted(stages[0].items(), key=lambda item: (-item[1], item[0])):
-            rows.append([name, value, count, stages[-1].get(value, 0)])
+        stages = []
+        for stage, counts in subset[key].items():
+            rest = subset["kept"][stage].get("documents", 0) - sum(counts.values())
+            stages.append({**counts, NOT_STATED: rest} if rest > 0 else counts)
+        found[name] = [stages[0], stages[-1]] if stages else [{}, {}]
+    return found
+
+
+def _names(card: dict[str, Any], key: str) -> list[Table]:
+    rows = [
+        [name, value, count, last.get(value, 0)]
+        for name, (first, last) in stated(card, key).items()
+        for value, count in sorted(first.items(), key=lambda item: (-item[1], item[0]))
+    ]
     head = ["subset", key.removesuffix("s"), "after cleaning", "kept"]
     return [Table(head, rows, numeric=(2, 3), folded="By subset")]
 

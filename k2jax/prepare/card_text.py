@@ -2,6 +2,7 @@
 
 import html
 import re
+from typing import Any
 
 from k2jax.prepare.tally import clean_name
 
@@ -37,6 +38,16 @@ def code_block(text: str) -> list[str]:
     return [f"    {line}" for line in lines_of(text)]
 
 
+def cut(sample: dict[str, Any]) -> str:
+    """A sample's text, with a mark where more of it is known to follow."""
+    return sample["text"] + ("…" if sample["characters"] > len(sample["text"]) else "")
+
+
+def size_of(sample: dict[str, Any]) -> str:
+    """ ", 1,234 characters"; nothing for a removed document, of which only the beginning was kept."""
+    return "" if "reason" in sample else f", {number(sample['characters'])} characters"
+
+
 def number(value: float) -> str:
     """1,234,567 or 12.5"""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
@@ -60,4 +71,6 @@ def power_of_two(exponent: int) -> str:
 
 def share(part: float, whole: float) -> str:
     """12.3%, or a dash of nothing."""
+    if 0 < part < 0.0005 * whole:
+        return "<0.1%"
     return f"{100 * part / whole:.1f}%" if whole else "-"
