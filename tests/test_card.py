@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from k2jax.prepare import kept, recipe
+from k2jax.prepare import card_documents, kept, recipe
 from k2jax.prepare.card import make_card, mix_of, steps_of, write_card
 from k2jax.prepare.card_html import page
 from k2jax.prepare.card_markdown import markdown
@@ -302,6 +302,10 @@ def test_contradictions_are_shown_and_not_hidden(out, data):
     card = make_card(out / "stages", changed)
     assert [found.split(":")[0] for found in card["inconsistencies"]] == ["code", "web", "web"]
     assert "contradict" in page(card) and "contradict" in markdown(card)
+    changed = json.loads(json.dumps(data))
+    changed["subsets"]["code"]["duplicates"]["steps"]["duplicates"]["removed"]["exact"]["documents"] += 1
+    found = make_card(out / "stages", changed)["inconsistencies"]
+    assert any(line.startswith("code:") and "exact duplicates found" in line for line in found)
 
 
 def test_samples_have_reasons_and_are_cut(card):
@@ -313,13 +317,16 @@ def test_samples_have_reasons_and_are_cut(card):
         assert pair["removed"]["id"] == pair["stays"]["id"] and pair["reason"] in ("exact", "near")
 
 
-def test_kept_samples_are_of_documents_that_stay(out, card):
-    found = set()
-    for rank in range(5):
-        index = pq.read_table(out / f"stages/duplicates/{rank:05d}.parquet").to_pylist()
-        found |= {(rank, row["index"]) for row in index if row["reason"]}
-    stays = {one.id for rank in range(5) for one in kept.bucket_of(out / "stages", [rank], 0, 1)}
-    assert found and all(one["id"] in stays for one in card["samples"]["kept"])
+def test_kept_samples_are_of_documents_that_stay(out, data, monkeypatch):
+    monkeypatch.setattr(card_documents, "SAMPLES", 1000)
+    samples = make_card(out / "stages", data)["samples"]["kept"]
+    tasks = recipe.tasks(config_of())
+    stay = {
+        (t.subset, one.id)
+        for rank, t in enumerate(tasks)
+        for one in kept.bucket_of(out / "stages", [rank], 0, 1)
+    }
+    assert {(one["subset"], one["id"]) for one in samples} == stay
 
 
 def test_the_page_is_balanced_and_loads_nothing(hostile, html):
