@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -247,12 +248,17 @@ def test_finished_chunks_are_checked_and_left(run, tmp_path):
 
 
 def test_a_step_that_the_ledger_has_otherwise_is_refused_and_nothing_is_left(run, tmp_path):
-    workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl", "ledger/chunk-00002.jsonl")
+    workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl")
+    export_chunks(workdir, tmp_path / "out", chunks=(0, 1))
+    copy_of(run, workdir, "ledger/chunk-00002.jsonl")
     path = workdir / "ledger" / "chunk-00002.jsonl"
     path.write_text(path.read_text().replace(ledger(run)[6], "0" * 64))
     with pytest.raises(ConfigError, match="step 6: the stores give a batch of digest .* 000000000000"):
         export_chunks(workdir, tmp_path / "out")
-    assert sorted(files(tmp_path / "out")) == ["chunk_00000.parquet"]
+    assert sorted(files(tmp_path / "out")) == [
+        "README.md",
+        "chunk_00000.parquet",
+    ]  # and no chunks.json any more
 
 
 def test_a_run_at_work(run, exported, tmp_path):
@@ -279,24 +285,36 @@ def test_a_run_at_work(run, exported, tmp_path):
 
 
 def test_a_decision_of_the_journal_after_an_export_changes_what_it_must(run, tmp_path):
+    """A step that is deferred within its chunk; then a skip of the whole last chunk."""
     workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl")
-    export_chunks(workdir, tmp_path / "out")
-    before = files(tmp_path / "out")
-    opened = open_run(workdir)
     journal = [json.loads(line) for line in (workdir / "journal.jsonl").read_text().splitlines()]
-    options = {
-        "kind": "skip",
-        "positions": (64, 88),
-        "at_step": 7,
-        "by": "test",
-        "why": "the end comes early",
-    }
-    append_entry(workdir / "journal.jsonl", decide(opened.manifest, journal, **options))
-    summary = export_chunks(workdir, tmp_path / "out")
-    assert summary["num_chunks"] == len(summary["chunks"]) == 2
-    after = files(tmp_path / "out")
-    assert sorted(after) == ["README.md", "chunk_00000.parquet", "chunk_00001.parquet", "chunks.json"]
-    assert after["chunk_00001.parquet"] == before["chunk_00001.parquet"]
+    contents, summaries = [], []
+
+    def export():
+        summaries.append(export_chunks(workdir, tmp_path / "out"))
+        contents.append(files(tmp_path / "out"))
+
+    export()
+    for kind, positions in (("defer", (64, 72)), ("skip", (64, 88))):
+        options = {
+            "kind": kind,
+            "positions": positions,
+            "at_step": 7,
+            "by": "test",
+            "why": "the end comes early",
+        }
+        journal.append(decide(load_manifest(workdir / "manifest.json"), journal, **options))
+        append_entry(workdir / "journal.jsonl", journal[-1])
+        export()
+    first, deferred, skipped = contents
+    assert [summary["num_chunks"] for summary in summaries] == [3, 3, 2]
+    assert summaries[1]["chunks"][2]["positions"] == [[72, 88], [64, 72]]
+    rows = [pq.read_table(pa.BufferReader(content["chunk_00002.parquet"])) for content in (first, deferred)]
+    assert rows[1]["position"].to_pylist() == [*range(72, 88), *range(64, 72)]
+    assert rows[0].sort_by("position")["token_ids"].equals(rows[1].sort_by("position")["token_ids"])
+    assert sorted(skipped) == ["README.md", "chunk_00000.parquet", "chunk_00001.parquet", "chunks.json"]
+    for name in ("chunk_00000.parquet", "chunk_00001.parquet"):
+        assert skipped[name] == deferred[name] == first[name]
 
 
 def test_rows_are_written_in_groups_of_bounded_size(run, exported, tmp_path, monkeypatch):
