@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from k2jax.prepare import kept, recipe
+from k2jax.prepare import card_documents, kept, recipe
 from k2jax.prepare.card import make_card, mix_of, steps_of, write_card
 from k2jax.prepare.card_html import page
 from k2jax.prepare.card_markdown import markdown
-from k2jax.prepare.card_text import for_html, for_markdown, lines_of, num_bytes, power_of_two, shown
+from k2jax.prepare.card_tables import tables_of
+from k2jax.prepare.card_text import for_html, for_markdown, lines_of, num_bytes, power_of_two, share, shown
 from k2jax.prepare.documents import document, write_documents, write_json
 from k2jax.prepare.tally import Tally, combine
 
@@ -60,9 +62,10 @@ def clean(rank: int, task: recipe.Task, stages: Path) -> list:
         text = (
             HOSTILE[i] if i < len(HOSTILE) else "the same text in every task " * 3 if i % 20 == 19 else text
         )
-        text = f"what {task.subset} alone has twice and again" if i % 20 == 18 else text
+        text = f"what {task.subset} alone has twice and again and again" if i % 20 == 18 else text
         source = f"{task.subset}/{NAME}" if i % 2 else f"{task.subset}/{i}.txt"
         one = document(text, subset=task.subset, source=source, language="en" if i % 5 else "de")
+        one.metadata["licence"] = "CC0-1.0" if i % 3 else "<b>none</b>"
         size = len(text.encode())
         tally.saw("read", size)
         if size < 40:
@@ -76,7 +79,7 @@ def clean(rank: int, task: recipe.Task, stages: Path) -> list:
                 gone.append(document(text, source=source, step="language", reason="<script>de"))
                 continue
         tally.saw("pii", size + 1)
-        tally.kept(size + 1, one.metadata["language"], "CC0-1.0" if i % 3 else "<b>none</b>")
+        tally.kept(size + 1, one.metadata["language"], one.metadata["licence"])
         stay.append(one)
     tally.problem("not JSON", f"{task.subset}/{NAME}:17", "<b>line</b>")
     name = f"{rank:05d}"
@@ -249,8 +252,11 @@ def test_in_less_removed_is_out_in_every_step(card):
 
 def test_steps_that_remove_nothing_keep_their_order():
     counts = {"documents": 5, "bytes": 9, "removed": {}}
-    steps = steps_of("clean", {"steps": {name: counts for name in ("c4", "pii", "nfc", "read", "own step")}})
-    assert [step["step"] for step in steps] == ["read", "c4", "nfc", "pii", "own step"]
+    steps = steps_of(
+        "clean",
+        {"steps": {name: counts for name in ("c4", "pii", "nfc", "read", "own step", "gopher-quality")}},
+    )
+    assert [step["step"] for step in steps] == ["read", "gopher-quality", "c4", "nfc", "pii", "own step"]
 
 
 def test_duplicates_are_those_of_the_stage(out, card):
@@ -296,6 +302,10 @@ def test_contradictions_are_shown_and_not_hidden(out, data):
     card = make_card(out / "stages", changed)
     assert [found.split(":")[0] for found in card["inconsistencies"]] == ["code", "web", "web"]
     assert "contradict" in page(card) and "contradict" in markdown(card)
+    changed = json.loads(json.dumps(data))
+    changed["subsets"]["code"]["duplicates"]["steps"]["duplicates"]["removed"]["exact"]["documents"] += 1
+    found = make_card(out / "stages", changed)["inconsistencies"]
+    assert any(line.startswith("code:") and "exact duplicates found" in line for line in found)
 
 
 def test_samples_have_reasons_and_are_cut(card):
@@ -307,13 +317,16 @@ def test_samples_have_reasons_and_are_cut(card):
         assert pair["removed"]["id"] == pair["stays"]["id"] and pair["reason"] in ("exact", "near")
 
 
-def test_kept_samples_are_of_documents_that_stay(out, card):
-    found = set()
-    for rank in range(5):
-        index = pq.read_table(out / f"stages/duplicates/{rank:05d}.parquet").to_pylist()
-        found |= {(rank, row["index"]) for row in index if row["reason"]}
-    stays = {one.id for rank in range(5) for one in kept.bucket_of(out / "stages", [rank], 0, 1)}
-    assert found and all(one["id"] in stays for one in card["samples"]["kept"])
+def test_kept_samples_are_of_documents_that_stay(out, data, monkeypatch):
+    monkeypatch.setattr(card_documents, "SAMPLES", 1000)
+    samples = make_card(out / "stages", data)["samples"]["kept"]
+    tasks = recipe.tasks(config_of())
+    stay = {
+        (t.subset, one.id)
+        for rank, t in enumerate(tasks)
+        for one in kept.bucket_of(out / "stages", [rank], 0, 1)
+    }
+    assert {(one["subset"], one["id"]) for one in samples} == stay
 
 
 def test_the_page_is_balanced_and_loads_nothing(hostile, html):
@@ -346,7 +359,7 @@ def test_hostile_documents_are_no_markdown(hostile):
     lines = markdown(hostile).split("\n")
     outside = [line for line in lines if not line.startswith("    ")]
     assert not any("<" in line.replace("\\<", "") or "`" in line.replace("\\`", "") for line in outside)
-    assert not any(re.search(r"(?<!\\)!\[|https?:/", line) for line in outside)
+    assert not any(re.search(r"(?<!\\)(\\\\)*[<`\[@]|https?:/", line) for line in outside)
     assert "    </pre></details></body><img src=http://evil.example/x.png onerror=alert(1)>" in lines
     tables = [line for line in outside if line.startswith("|")]
     for i, line in enumerate(tables):
@@ -369,7 +382,7 @@ def test_any_text_comes_back_as_it_is_shown(text):
     assert "".join(got) == shown(text) and "\n" not in shown(text) and len(shown(text)) <= 301 * 10
     assert all(line.isprintable() for line in lines_of(text))
     assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", for_markdown(text)) == shown(text)
-    assert not re.search(r"(?<!\\)(?:\\\\)*[`<*_\[|!#~&:]", for_markdown(text))
+    assert not re.search(r"(?<!\\)(?:\\\\)*(?:[`<*_\[\]|#~&:@$]|www\.)", for_markdown(text))
 
 
 def test_the_same_bytes_every_time(out, data, card, tmp_path):
@@ -396,22 +409,40 @@ def test_an_empty_preparation_has_a_card(tmp_path):
     assert "# Data card" in (tmp_path / "card" / "data.md").read_text()
 
 
+def test_documents_without_a_licence_are_counted_as_such(out, data):
+    changed = json.loads(json.dumps(data))
+    for stage, n in (("clean", 7), ("duplicates", 4)):
+        changed["subsets"]["web"][stage]["licences"]["CC0-1.0"] -= n
+    rows = [table.rows for table in tables_of("licences", make_card(out / "stages", changed))]
+    assert ["web", "(not stated)", 7, 4] in rows[0]
+
+
 def test_reports_of_contamination_are_added_up(out, data, tmp_path):
     folder = out / "stages" / "clean" / "contamination"
-    for rank in range(2):
-        write_json(folder / f"{rank:05d}.json", {"documents": 2, "evals/<b>mmlu": {"web": 1}})
+    for rank in range(3):  # books and code
+        counts = {"checked": 40, "contaminated": 2}
+        hit = {"id": "0", "source": NAME, "evaluation": "evals/<b>mmlu:3", "n_gram": HOSTILE[1]}
+        write_json(
+            folder / f"{rank:05d}.json", {"documents": counts, "sets": {"<b>mmlu": 2}, "hits": [hit] * 15}
+        )
     try:
         card = make_card(out / "stages", data)
     finally:
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-    assert card["contamination"] == {"documents": 4, "evals/<b>mmlu": {"web": 2}, "problems": []}
-    assert "evals/&lt;b&gt;mmlu.web" in page(card) and "## Contamination" in markdown(card)
+        shutil.rmtree(folder)
+    found = card["contamination"]
+    assert found["subsets"]["code"] == {"checked": 80, "contaminated": 4} and list(found["subsets"]) == [
+        "books",
+        "code",
+    ]
+    assert found["sets"] == {"<b>mmlu": 6} and len(found["hits"]) == 20
+    parsed = Page(page(card))
+    assert "evals/<b>mmlu:3" in parsed.text and HOSTILE[1] in parsed.text and "img" not in parsed.tags
+    assert "## Contamination" in markdown(card)
 
 
 def test_sizes_are_written_short():
     assert [num_bytes(n) for n in (0, 999, 1000, 999_600, 61_800_000_000_000)] == [
         "0 B", "999 B", "1 kB", "1 MB", "61.8 TB"
     ]  # fmt: skip
+    assert [share(*pair) for pair in ((1, 8), (1, 10**6), (0, 5), (0, 0))] == ["12.5%", "<0.1%", "0.0%", "-"]
     assert [power_of_two(n) for n in (0, 9, 10, 25)] == ["1 B", "512 B", "1 KiB", "32 MiB"]

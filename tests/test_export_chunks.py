@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -175,6 +176,65 @@ def test_the_same_bytes_with_workers_in_parts_and_over_leftovers(run, exported, 
     assert files(tmp_path / "parts") == files(exported)
 
 
+KILLED = """
+import os, signal, sys
+from k2jax.data import export_chunks
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+{point} = die
+export_chunks.export_chunks(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "left"),
+    [
+        ("os.fsync", {"chunk_00000.parquet.new"}),  # written, not yet under its name
+        ("export_chunks._sha256", {"chunk_00000.parquet"}),  # under its name, nobody has said so
+        (
+            "export_chunks.readme",
+            {f"chunk_0000{i}.parquet" for i in range(3)} | {"README.md.new"},
+        ),  # no summary
+    ],
+)
+def test_a_kill_leaves_no_summary_and_is_mended(run, exported, tmp_path, point, left):
+    command = [sys.executable, "-c", KILLED.replace("{point}", point), run, tmp_path / "out"]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert set(files(tmp_path / "out")) == left
+    export_chunks(run, tmp_path / "out")
+    assert files(tmp_path / "out") == files(exported)
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+sys.argv = sys.argv[1:2] + sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(run, exported, tmp_path):
+    """A limit on the size of files, as a disk has one on all of them: the largest chunk does not fit, or no scratch."""
+    size = max(path.stat().st_size for path in exported.glob("*.parquet"))
+    tool = ROOT / "tools" / "export_chunks.py"
+    for limit, left, shown in ((size - 1, 2, "File too large"), (1000, 0, "cannot copy documents.parquet")):
+        command = [
+            sys.executable,
+            "-c",
+            LIMITED,
+            tool,
+            str(limit),
+            "--workdir",
+            run,
+            "--out",
+            tmp_path / str(limit),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 74 and done.stderr.count("\n") == 1 and shown in done.stderr
+        names = list(files(tmp_path / str(limit)))
+        assert len(names) == left and all(name.endswith(".parquet") for name in names)
+
+
 def test_finished_chunks_are_checked_and_left(run, tmp_path):
     out, seen = tmp_path / "out", []
     export_chunks(run, out)
@@ -188,12 +248,17 @@ def test_finished_chunks_are_checked_and_left(run, tmp_path):
 
 
 def test_a_step_that_the_ledger_has_otherwise_is_refused_and_nothing_is_left(run, tmp_path):
-    workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl", "ledger/chunk-00002.jsonl")
+    workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl")
+    export_chunks(workdir, tmp_path / "out", chunks=(0, 1))
+    copy_of(run, workdir, "ledger/chunk-00002.jsonl")
     path = workdir / "ledger" / "chunk-00002.jsonl"
     path.write_text(path.read_text().replace(ledger(run)[6], "0" * 64))
     with pytest.raises(ConfigError, match="step 6: the stores give a batch of digest .* 000000000000"):
         export_chunks(workdir, tmp_path / "out")
-    assert sorted(files(tmp_path / "out")) == ["chunk_00000.parquet"]
+    assert sorted(files(tmp_path / "out")) == [
+        "README.md",
+        "chunk_00000.parquet",
+    ]  # and no chunks.json any more
 
 
 def test_a_run_at_work(run, exported, tmp_path):
@@ -220,24 +285,36 @@ def test_a_run_at_work(run, exported, tmp_path):
 
 
 def test_a_decision_of_the_journal_after_an_export_changes_what_it_must(run, tmp_path):
+    """A step that is deferred within its chunk; then a skip of the whole last chunk."""
     workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl")
-    export_chunks(workdir, tmp_path / "out")
-    before = files(tmp_path / "out")
-    opened = open_run(workdir)
     journal = [json.loads(line) for line in (workdir / "journal.jsonl").read_text().splitlines()]
-    options = {
-        "kind": "skip",
-        "positions": (64, 88),
-        "at_step": 7,
-        "by": "test",
-        "why": "the end comes early",
-    }
-    append_entry(workdir / "journal.jsonl", decide(opened.manifest, journal, **options))
-    summary = export_chunks(workdir, tmp_path / "out")
-    assert summary["num_chunks"] == len(summary["chunks"]) == 2
-    after = files(tmp_path / "out")
-    assert sorted(after) == ["README.md", "chunk_00000.parquet", "chunk_00001.parquet", "chunks.json"]
-    assert after["chunk_00001.parquet"] == before["chunk_00001.parquet"]
+    contents, summaries = [], []
+
+    def export():
+        summaries.append(export_chunks(workdir, tmp_path / "out"))
+        contents.append(files(tmp_path / "out"))
+
+    export()
+    for kind, positions in (("defer", (64, 72)), ("skip", (64, 88))):
+        options = {
+            "kind": kind,
+            "positions": positions,
+            "at_step": 7,
+            "by": "test",
+            "why": "the end comes early",
+        }
+        journal.append(decide(load_manifest(workdir / "manifest.json"), journal, **options))
+        append_entry(workdir / "journal.jsonl", journal[-1])
+        export()
+    first, deferred, skipped = contents
+    assert [summary["num_chunks"] for summary in summaries] == [3, 3, 2]
+    assert summaries[1]["chunks"][2]["positions"] == [[72, 88], [64, 72]]
+    rows = [pq.read_table(pa.BufferReader(content["chunk_00002.parquet"])) for content in (first, deferred)]
+    assert rows[1]["position"].to_pylist() == [*range(72, 88), *range(64, 72)]
+    assert rows[0].sort_by("position")["token_ids"].equals(rows[1].sort_by("position")["token_ids"])
+    assert sorted(skipped) == ["README.md", "chunk_00000.parquet", "chunk_00001.parquet", "chunks.json"]
+    for name in ("chunk_00000.parquet", "chunk_00001.parquet"):
+        assert skipped[name] == deferred[name] == first[name]
 
 
 def test_rows_are_written_in_groups_of_bounded_size(run, exported, tmp_path, monkeypatch):
@@ -278,6 +355,16 @@ def test_document_table_finds_what_the_store_finds(tiny_data, tmp_path, monkeypa
                 )
                 for span, record in zip(spans, records, strict=True)
             ]
+
+
+def test_documents_that_are_not_the_stores_are_refused(tiny_data, tmp_path):
+    store = Store.open(tiny_data / "web")
+    with pytest.raises(ConfigError, match="documents.parquet has .* documents and tokens"):
+        DocumentTable.build(
+            Store(store.path, {**store.info, "num_tokens": store.num_tokens + 1}), tmp_path / "scratch"
+        )
+    with pytest.raises(StorageError, match="cannot copy documents.parquet"):
+        DocumentTable.build(store, tmp_path / "absent" / "scratch")
 
 
 def test_large_vocabularies_and_rows_without_a_target_at_their_end(tmp_path):

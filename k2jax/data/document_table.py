@@ -36,36 +36,41 @@ class DocumentTable:
     """The documents of one store, from the scratch files that `build` made."""
 
     def __init__(self, path: str | os.PathLike):
-        self._starts = np.load(f"{path}.npy", mmap_mode="r")
+        self._starts = np.memmap(f"{path}.starts", np.int64, "r")
         self._names = pa.ipc.open_file(pa.memory_map(f"{path}.arrow"))
         self._batch = lru_cache(maxsize=64)(self._names.get_batch)
 
     @classmethod
     def build(cls, store: Store, path: str | os.PathLike) -> Self:
-        """Writes `path`.npy and `path`.arrow, together some 150 bytes a document, and opens them.
+        """Writes `path`.starts and `path`.arrow, together some 150 bytes a document, and opens them.
 
-        Raises StorageError if the store's documents cannot be read, ConfigError if they are not its tokens'.
+        Raises StorageError if documents.parquet cannot be read or the files not written, ConfigError if its documents
+        are not those of the store's tokens.
         """
         fs, root = storage.file_system(store.path)
-        starts = np.lib.format.open_memmap(f"{path}.npy", "w+", np.int64, (store.num_documents + 1,))
+        num_documents = num_tokens = 0
         with (
             storage_errors(f"store {store.path}: cannot copy documents.parquet to {Path(path).parent}"),
             fs.open_input_file(f"{root}/documents.parquet") as file,
-            pa.ipc.new_file(f"{path}.arrow", NAMES) as out,
+            open(
+                f"{path}.starts", "wb"
+            ) as starts,  # written, not mapped: a full disk is an error, not a signal
+            pa.ipc.new_file(f"{path}.arrow", NAMES) as names,
         ):
             parquet = pq.ParquetFile(file)
+            starts.write(np.zeros(1, np.int64).tobytes())
             for group in range(parquet.num_row_groups):
                 table = parquet.read_row_group(group, ["id", "source", "num_tokens"])
-                first = group * ROW_GROUP  # every row group before the last is full
-                ends = starts[first] + np.cumsum(table["num_tokens"].to_numpy())
-                starts[first + 1 : first + 1 + len(ends)] = ends
-                out.write_batch(table.select(NAMES.names).combine_chunks().to_batches()[0])
-        if starts[-1] != store.num_tokens or len(ends) + first != store.num_documents:
+                ends = num_tokens + np.cumsum(table["num_tokens"].to_numpy(), dtype=np.int64)
+                starts.write(ends.tobytes())
+                names.write_batch(table.select(NAMES.names).combine_chunks().to_batches()[0])
+                num_documents, num_tokens = num_documents + len(table), int(ends[-1])
+        found, expected = (num_documents, num_tokens), (store.num_documents, store.num_tokens)
+        if found != expected:
             raise ConfigError(
-                f"store {store.path}: documents.parquet has {starts[-1]:,} tokens, "
-                f"the store {store.num_tokens:,}: {REMEDY}"
+                f"store {store.path}: documents.parquet has {found} documents and tokens, the store "
+                f"{expected}: {REMEDY}"
             )
-        starts.flush()
         return cls(path)
 
     def spans(self, begins: npt.ArrayLike, length: int) -> pa.ListArray:

@@ -10,6 +10,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from k2jax.prepare import recipe
 from k2jax.prepare.card_documents import copies_of, samples_of
 from k2jax.prepare.card_html import page
 from k2jax.prepare.card_markdown import markdown
@@ -23,9 +26,9 @@ LIBRARIES = (
 )  # fmt: skip
 # Tallies do not keep the order of their steps. Documents only become fewer from one to the next; this is for the rest.
 STEPS = (
-    "read", "url", "extract", "language", "line-rules", "gopher-repetition", "gopher-quality", "c4", "nfc", "pii",
-    "contamination", "duplicates",
+    "read", "extract", "language", "url", "lines", *recipe.FILTERS, "nfc", "pii", "size", "contamination", "duplicates",
 )  # fmt: skip
+HITS = 20  # contaminated documents shown
 
 
 def write_card(out: Path, data: dict[str, Any]) -> None:
@@ -67,7 +70,7 @@ def make_card(stages: Path, data: dict[str, Any]) -> dict[str, Any]:
         "stores": mix_of(data["stores"]),
         "upsampling": _upsampling(config, copies["documents_by_copies"]),
         "duplicates": {**duplicates, **copies},
-        "contamination": _contamination(stages / "clean" / "contamination"),
+        "contamination": _contamination(stages / "clean" / "contamination", config),
         "samples": samples_of(stages, config),
         "inconsistencies": _inconsistencies(subsets, duplicates["removed"]),
     }
@@ -186,13 +189,18 @@ def _inconsistencies(subsets: dict[str, dict], removed: dict[str, dict[str, int]
     return found
 
 
-def _contamination(folder: Path) -> dict[str, Any]:
-    """The reports of all tasks, added up."""
-    return (
-        combine([json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))])
-        if folder.is_dir()
-        else {}
-    )
+def _contamination(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Documents checked and contaminated by subset, contaminated ones by evaluation set, and the first of them."""
+    subsets: dict[str, list] = {}
+    sets: list[dict] = []
+    hits: list[dict] = []
+    for rank, task in enumerate(recipe.tasks(ConfigDict(config))):
+        if report := _read(folder / f"{rank:05d}.json"):
+            subsets.setdefault(task.subset, []).append({"documents": report["documents"]})
+            sets.append({"sets": report["sets"]})
+            hits = [*hits, *report["hits"]][:HITS]
+    by_subset = {name: combine(found)["documents"] for name, found in subsets.items()}
+    return {"subsets": by_subset, "sets": combine(sets).get("sets", {}), "hits": hits}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

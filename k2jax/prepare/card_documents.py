@@ -2,7 +2,7 @@
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,12 @@ def samples_of(stages: Path, config: dict[str, Any]) -> dict[str, list[dict[str,
     }
 
 
-def _fewest(found: list[Document], more: Any) -> list[Document]:
-    """The SAMPLES documents of the smallest ids: a fair choice, the same whatever the order."""
-    return heapq.nsmallest(
-        SAMPLES, [*found, *more], key=lambda one: (one.id, str(one.metadata.get("source", "")))
-    )
+def _fewest(found: list[Document], more: Iterable[Document]) -> list[Document]:
+    """The SAMPLES documents of the smallest ids, each text once: a fair choice, the same every time."""
+    for one in more:
+        if all(one.id != other.id for other in found):
+            found = sorted([*found, one], key=lambda one: one.id)[:SAMPLES]
+    return found
 
 
 def _shown(one: Document, **where: str) -> dict[str, Any]:
@@ -105,8 +106,9 @@ def _pairs(stages: Path, subsets: list[str]) -> Iterator[dict[str, Any]]:
         for row in _first_duplicates(stages, rank):
             if row["reason"] and row["survivor_index"] < SEARCHED:
                 found = wanted[row["reason"], subsets[rank], subsets[row["survivor_rank"]]]
-                if len(found) < PAIRS:
-                    found.append(((rank, row["index"]), (row["survivor_rank"], row["survivor_index"])))
+                survivor = row["survivor_rank"], row["survivor_index"]
+                if len(found) < PAIRS and all(survivor != other for _, other in found):
+                    found.append(((rank, row["index"]), survivor))
     places = {place for found in wanted.values() for pair in found for place in pair}
     texts = {}
     for rank in sorted({rank for rank, _ in places}):

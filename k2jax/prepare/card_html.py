@@ -1,5 +1,6 @@
 """index.html of the data card: one page, nothing loaded from anywhere, no scripts; documents are untrusted text."""
 
+import html
 from typing import Any
 
 from k2jax.prepare.card_svg import bars, columns, stacked
@@ -9,9 +10,10 @@ from k2jax.prepare.card_tables import (
     flow,
     histogram,
     parts_of_flow,
+    stated,
     tables_of,
 )
-from k2jax.prepare.card_text import for_html, lines_of, num_bytes, number, share
+from k2jax.prepare.card_text import cut, for_html, lines_of, num_bytes, number, share, size_of
 
 # Kept, removed by cleaning, exact and near copies, other; text 4.5:1 or more on both backgrounds.
 STYLE = """
@@ -26,13 +28,15 @@ h1 { font-size: 26px; margin: 8px 0 2px; } h2 { font-size: 19px; margin: 40px 0 
   border-top: 1px solid var(--line); } h3 { font-size: 15px; margin: 20px 0 6px; }
 p { margin: 4px 0 10px; max-width: 760px; } .dim, figcaption { color: var(--dim); }
 .tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; } .tile { background: var(--soft);
-  border-radius: 8px; padding: 10px 16px; min-width: 140px; flex: 1; }
-.tile b { display: block; font-size: 21px; font-weight: 600; }
+  border-radius: 8px; padding: 10px 16px; min-width: 120px; flex: 1 1 auto; }
+.tile b { display: block; font-size: 21px; font-weight: 600; white-space: nowrap; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13.5px; margin: 4px 0 14px; }
 th, td { padding: 4px 12px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { color: var(--dim); font-weight: 500; } td { overflow-wrap: anywhere; min-width: 60px; }
+th { color: var(--dim); font-weight: 500; } td { overflow-wrap: break-word; max-width: 560px; }
+td:first-child, th { white-space: nowrap; }
 th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; padding: 4px 10px; }
-figure { margin: 8px 0 14px; } svg.plot { display: block; width: 100%; height: auto; overflow: visible; }
+figure { margin: 8px 0 14px; overflow-x: auto; }
+svg.plot { display: block; width: 100%; min-width: 620px; height: auto; }
 svg text { fill: var(--front); font-size: 13px; } svg .dim { fill: var(--dim); } svg .small { font-size: 11px; }
 svg .end { text-anchor: end; } svg .mid { text-anchor: middle; } .axis { stroke: var(--dim); }
 .c0 { fill: var(--c0); } .c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); }
@@ -45,7 +49,6 @@ pre { background: var(--soft); border-radius: 6px; padding: 8px 12px; margin: 2p
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; } .pair > div { min-width: 0; }
 .bad { color: var(--bad); font-weight: 600; }
 @media (max-width: 640px) { .pair { grid-template-columns: 1fr; } }
-@media print { details > * { display: block; } }
 """
 COLOURS = (("c0", "kept"), ("c1", "cleaning"), ("c2", "exact copies"), ("c3", "near copies"))
 LANGUAGES = 20  # shown
@@ -120,6 +123,11 @@ def _flow_plot(card: dict[str, Any]) -> str:
     return _figure(stacked(rows), f"Of the documents read: {_keys(COLOURS)}")
 
 
+def _stores_plot(card: dict[str, Any]) -> str:
+    rows = [(name, row["mix_tokens"], share(row["mix_share"], 1)) for name, row in card["stores"].items()]
+    return _figure(bars(rows), "Tokens in the mix") if rows else ""
+
+
 def _lengths_plot(card: dict[str, Any]) -> str:
     labels, first, last = histogram(card)
     keys = _keys((("c1", "after cleaning"), ("c0", "kept")))
@@ -136,27 +144,24 @@ def _copies_plot(card: dict[str, Any]) -> str:
     if not bins:
         return ""
     powers = range(min(bins), max(bins) + 1)
-    labels = [str(1 << p) if p < 2 else f"{1 << p}-{(2 << p) - 1}" for p in powers]
-    labels = ["2-3" if p == 1 else label for p, label in zip(powers, labels, strict=True)]
+    labels = [f"{1 << power:,}" for power in powers]
     counts = [bins.get(power, 0) for power in powers]
     return _figure(
-        columns(labels, [0] * len(counts), counts), "Clusters of copies, by the number of documents in them"
+        columns(labels, [0] * len(counts), counts),
+        "Clusters by their number of documents, each bin to twice its label",
     )
 
 
 def _names_plot(card: dict[str, Any], key: str) -> str:
     total: dict[str, int] = {}
-    for subset in card["subsets"].values():
-        for name, count in (list(subset[key].values()) or [{}])[-1].items():
+    for _, last in stated(card, key).values():
+        for name, count in last.items():
             total[name] = total.get(name, 0) + count
     ranked = sorted(total.items(), key=lambda item: (-item[1], item[0]))
     if (rest := sum(count for _, count in ranked[LANGUAGES:])) > 0:
         ranked = [*ranked[:LANGUAGES], ("all others", rest)]
-    return (
-        _figure(bars([(name, count, number(count)) for name, count in ranked]), "Documents kept")
-        if ranked
-        else ""
-    )
+    rows = [(name, count, number(count)) for name, count in ranked]
+    return _figure(bars(rows), "Documents kept") if rows else ""
 
 
 def _table(table: Table) -> str:
@@ -210,6 +215,5 @@ def _samples(card: dict[str, Any]) -> str:
 
 
 def _sample(one: dict[str, Any]) -> str:
-    text = "\n".join(map(for_html, lines_of(one["text"])))
-    size = f"{number(one['characters'])} characters"
-    return f'<br><span class="dim">{for_html(one["source"])}, {size}</span><pre dir="auto">{text}</pre>'
+    text = html.escape("\n".join(lines_of(cut(one))))
+    return f'<br><span class="dim">{for_html(one["source"])}{size_of(one)}</span><pre dir="auto">{text}</pre>'

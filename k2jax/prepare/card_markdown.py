@@ -3,7 +3,7 @@
 from typing import Any
 
 from k2jax.prepare.card_tables import SECTIONS, Table, histogram, tables_of
-from k2jax.prepare.card_text import code_block, for_markdown, num_bytes, number
+from k2jax.prepare.card_text import code_block, cut, for_markdown, num_bytes, number, size_of
 
 
 def markdown(card: dict[str, Any]) -> str:
@@ -47,7 +47,7 @@ def _table(table: Table) -> list[str]:
 def _samples(samples: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = []
     for one in samples["removed"]:
-        lines += _sample(f"{one['subset']}, {one['step']}: {one['reason']}", one)
+        lines += _sample(f"{one['subset']}, {one['step']}, {one['reason']}", one)
     for pair in samples["duplicates"]:
         lines += _sample(f"{pair['removed']['subset']}, removed as {pair['reason']} copy", pair["removed"])
         lines += _sample(f"{pair['stays']['subset']}, which stayed for it", pair["stays"])
@@ -57,5 +57,5 @@ def _samples(samples: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _sample(what: str, one: dict[str, Any]) -> list[str]:
-    title = f"{for_markdown(what)} ({for_markdown(one['source'])}, {number(one['characters'])} characters)"
-    return [title, "", *code_block(one["text"]), ""]
+    title = f"{for_markdown(what)} ({for_markdown(one['source'])}{size_of(one)})"
+    return [title, "", *code_block(cut(one)), ""]

@@ -2,12 +2,8 @@
 
 from k2jax.prepare.card_text import for_html, number
 
-WIDTH, LABEL, VALUE, ROW = (
-    860,
-    200,
-    140,
-    26,
-)  # pixels of the drawing, of labels left and values right of bars, of a row
+# Pixels: of the drawing, of labels left and values right of bars, of a row.
+WIDTH, LABEL, VALUE, ROW = 860, 190, 180, 26
 BAR = WIDTH - LABEL - VALUE
 LABEL_CHARACTERS = 27
 HEIGHT, AXIS = 190, 40  # of columns, and of what is written below them

@@ -38,6 +38,9 @@ SECTIONS = (  # (key, title, what it is), in their order
 )
 
 
+NOT_STATED = "(not stated)"
+
+
 @dataclass(frozen=True)
 class Table:
     """A table: numbers and text are formatted when shown, `numeric` columns are set right, `code` in one width."""
@@ -146,7 +149,7 @@ def _flow_table(card: dict[str, Any]) -> list[Table]:
         "exact copies",
         "near copies",
         "kept",
-        "text",
+        "text kept",
     ]
     rows = []
     for name, counts in flow(card).items():
@@ -176,7 +179,7 @@ def _steps(card: dict[str, Any]) -> list[Table]:
             documents = [came["documents"], gone["documents"], share(gone["documents"], came["documents"])]
             sizes = [num_bytes(value["bytes"]) for value in (came, gone, left)]
             rows.append([step["step"], *documents, left["documents"], *sizes])
-        head = ["step", "documents in", "removed", "of them", "out", "text in", "removed", "out"]
+        head = ["step", "documents in", "removed", "of them", "out", "text in", "text removed", "text out"]
         tables.append(Table(head, rows, numeric=tuple(range(1, 8)), title=name))
     return tables
 
@@ -198,7 +201,7 @@ def _duplicates(card: dict[str, Any]) -> list[Table]:
     found = card["duplicates"]
     pairs = {tuple(name.split(" -> ")): count for name, count in found["pairs"].items()}
     own, other = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
-    matrix = [[name, *(pairs.get((name, stays), 0) for stays in other)] for name in own]
+    matrix = [[name, *(pairs.get((name, stays), "") for stays in other)] for name in own]
     largest = [[row["subset"], row["copies"], "; ".join(row["sources"])] for row in found["largest"]]
     rules = [
         [row["subset"], _range(*row["copies"]), row["factor"], row["documents"]] for row in card["upsampling"]
@@ -240,19 +243,40 @@ def _stores(card: dict[str, Any]) -> list[Table]:
     return [Table(head, rows, numeric=tuple(range(2, 9)))]
 
 
-def _names(card: dict[str, Any], key: str) -> list[Table]:
-    rows = []
+def stated(card: dict[str, Any], key: str) -> dict[str, list[dict[str, int]]]:
+    """By subset: documents by language or licence after the first stage and after the last, also those without any."""
+    found = {}
     for name, subset in card["subsets"].items():
-        stages = list(subset[key].values()) or [{}]
-        for value, count in sorted(stages[0].items(), key=lambda item: (-item[1], item[0])):
-            rows.append([name, value, count, stages[-1].get(value, 0)])
+        stages = []
+        for stage, counts in subset[key].items():
+            rest = subset["kept"][stage].get("documents", 0) - sum(counts.values())
+            stages.append({**counts, NOT_STATED: rest} if rest > 0 else counts)
+        found[name] = [stages[0], stages[-1]] if stages else [{}, {}]
+    return found
+
+
+def _names(card: dict[str, Any], key: str) -> list[Table]:
+    rows = [
+        [name, value, count, last.get(value, 0)]
+        for name, (first, last) in stated(card, key).items()
+        for value, count in sorted(first.items(), key=lambda item: (-item[1], item[0]))
+    ]
     head = ["subset", key.removesuffix("s"), "after cleaning", "kept"]
     return [Table(head, rows, numeric=(2, 3), folded="By subset")]
 
 
 def _contamination(card: dict[str, Any]) -> list[Table]:
-    found = {key: value for key, value in card["contamination"].items() if value != []}
-    return [Table(["what", "found"], flatten(found) if found else [])]
+    found = card["contamination"]
+    rows = [
+        [name, counts["checked"], counts["contaminated"], share(counts["contaminated"], counts["checked"])]
+        for name, counts in found["subsets"].items()
+    ]
+    hits = [[hit["source"], hit["evaluation"], hit["n_gram"]] for hit in found["hits"]]
+    return [
+        Table(["subset", "checked", "contaminated", "of them"], rows, numeric=(1, 2, 3)),
+        Table(["evaluation set", "documents"], [list(item) for item in found["sets"].items()], numeric=(1,)),
+        Table(["document", "evaluation item", "first shared words"], hits, folded="The first documents"),
+    ]
 
 
 def _problems(card: dict[str, Any]) -> list[Table]:

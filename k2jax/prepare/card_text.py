@@ -2,13 +2,13 @@
 
 import html
 import re
+from typing import Any
 
 from k2jax.prepare.tally import clean_name
 
 SHOWN_CHARACTERS = 300  # of a line: where tally.clean_name cuts
-PUNCTUATION = re.compile(
-    r"([!-+.:-@\[-`{-~])"
-)  # of ASCII, all but "," "-" and "/", which start nothing within a line
+# What can mean something within a line of GitHub's Markdown, and what would make an address a link.
+MARKUP = re.compile(r"([\\`*_\[\]<>#|~&@$:]|(?<=www)\.)", re.IGNORECASE)
 
 
 def shown(text: object) -> str:
@@ -17,8 +17,10 @@ def shown(text: object) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The same line by line, for samples; a tab is a space."""
-    return [shown(line.replace("\t", " ")) for line in text.split("\n")]
+    """The same line by line and uncut, for samples; a tab is a space."""
+    size = SHOWN_CHARACTERS
+    lines = (line.replace("\t", " ") for line in text.split("\n"))
+    return ["".join(clean_name(line[i : i + size]) for i in range(0, len(line), size)) for line in lines]
 
 
 def for_html(text: object) -> str:
@@ -28,12 +30,22 @@ def for_html(text: object) -> str:
 
 def for_markdown(text: object) -> str:
     """One line of untrusted text in Markdown: no character of it is markup, no address becomes a link."""
-    return PUNCTUATION.sub(r"\\\1", shown(text))
+    return MARKUP.sub(r"\\\1", shown(text))
 
 
 def code_block(text: str) -> list[str]:
     """Lines of untrusted text as a block of code in Markdown: indented, so that nothing in it can end it."""
     return [f"    {line}" for line in lines_of(text)]
+
+
+def cut(sample: dict[str, Any]) -> str:
+    """A sample's text, with a mark where more of it is known to follow."""
+    return sample["text"] + ("…" if sample["characters"] > len(sample["text"]) else "")
+
+
+def size_of(sample: dict[str, Any]) -> str:
+    """ ", 1,234 characters"; nothing for a removed document, of which only the beginning was kept."""
+    return "" if "reason" in sample else f", {number(sample['characters'])} characters"
 
 
 def number(value: float) -> str:
@@ -59,4 +71,6 @@ def power_of_two(exponent: int) -> str:
 
 def share(part: float, whole: float) -> str:
     """12.3%, or a dash of nothing."""
+    if 0 < part < 0.0005 * whole:
+        return "<0.1%"
     return f"{100 * part / whole:.1f}%" if whole else "-"
