@@ -17,7 +17,7 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from k2jax.errors import ConfigError, StorageError  # noqa: E402
 from k2jax.prepare import recipe  # noqa: E402
-from k2jax.prepare.clean import check, clean_task, stages  # noqa: E402
+from k2jax.prepare.clean import check, stages  # noqa: E402
 from k2jax.prepare.documents import document, read_documents  # noqa: E402
 
 SENTENCE = "The keeper of the lighthouse number {} wrote to keeper{}@example.net about the oil and the weather. "
@@ -56,6 +56,15 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+def half_written(out: Path) -> list[Path]:
+    return list(out.glob("stages/clean/*/*.new-*"))
+
+
+def complete(out: Path) -> list[str]:
+    """Files of a task of cleaning that look complete."""
+    return [name for name in files_of(out) if ".new-" not in name and not name.startswith("stages/clean/files/")]
+
+
 def test_a_tasks_files_agree(tmp_path):
     write_corpus(tmp_path / "in")
     config = make_config(tmp_path / "in", min_document_bytes=150)
@@ -63,15 +72,16 @@ def test_a_tasks_files_agree(tmp_path):
     config.subsets.tokens = recipe.subset("megatron:x")
     names = run(config, tmp_path / "out")
     kinds = [("documents", "jsonl.zst"), ("index", "parquet"), ("removed", "jsonl.zst"), ("tally", "json")]
-    assert sorted(names) == [f"stages/clean/{a}/0000{rank}.{b}" for a, b in kinds for rank in (0, 1)]
+    dealt = [f"stages/clean/files/{name}.json" for name in ("00000", "summary")]  # tokens are no task of this stage
+    assert sorted(names) == sorted([*dealt, *(f"stages/clean/{a}/00000.{b}" for a, b in kinds)])
     clean = tmp_path / "out/stages/clean"
-    found = list(read_documents(clean / "documents/00001.jsonl.zst"))  # ranks by name: tokens, web
-    index = pq.read_table(clean / "index/00001.parquet").to_pylist()
+    found = list(read_documents(clean / "documents/00000.jsonl.zst"))
+    index = pq.read_table(clean / "index/00000.parquet").to_pylist()
     assert [row["id"].hex() for row in index] == [document(one.text).id for one in found] == [one.id for one in found]
     assert [row["num_bytes"] for row in index] == [len(one.text.encode()) for one in found]
     assert all(row["subset"] == "web" and row["dump"] is None for row in index)
     assert [row["source"] for row in index] == [one.metadata["source"] for one in found]
-    tally = json.loads((clean / "tally/00001.json").read_text())
+    tally = json.loads((clean / "tally/00000.json").read_text())
     steps = tally["steps"]
     # Of the 30 documents of a file 5 are empty, and 5 of one sentence.
     assert steps["read"] == {"documents": 180, "bytes": steps["read"]["bytes"],
@@ -79,11 +89,10 @@ def test_a_tasks_files_agree(tmp_path):
     assert steps["read"]["removed"]["too short"]["documents"] == 180 - len(found) == 10 * 6
     assert steps["size"]["documents"] == len(found) == sum(tally["lengths"].values()) == tally["licences"]["CC0"]
     assert tally["bad"] == {"bad JSON": 6}
-    removed = list(read_documents(clean / "removed/00001.jsonl.zst"))
+    removed = list(read_documents(clean / "removed/00000.jsonl.zst"))
     assert [(one.metadata["step"], one.metadata["reason"]) for one in removed] == [("read", "too short")] * 3
-    assert pq.read_metadata(clean / "index/00000.parquet").num_rows == 0
     assert list(read_documents(clean / "documents/00000.jsonl.zst")) == []
-    assert pq.read_schema(clean / "index/00000.parquet") == pq.read_schema(clean / "index/00001.parquet")
+    assert pq.read_schema(clean / "index/00000.parquet") == pq.read_schema(clean / "index/00000.parquet")
 
 
 def test_the_parts_of_a_source_are_the_whole(tmp_path):
@@ -122,7 +131,8 @@ def test_stages_run_in_other_processes_with_the_same_bytes(tmp_path):
     write_corpus(tmp_path / "in")
     config = make_config(tmp_path / "in", tasks=3, filters=("gopher-quality",))
     here = run(config, tmp_path / "here")
-    [stage] = stages(config, tmp_path / "there")
+    deal, stage = stages(config, tmp_path / "there")
+    deal.function(0)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.map(stage.function, range(stage.tasks))
     assert files_of(tmp_path / "there") == here
@@ -137,7 +147,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_clean import make_config, stages
-[stage] = stages(make_config(Path({str(tmp_path / "in")!r}), max_document_bytes=700), Path({str(tmp_path / "out")!r}))
+config = make_config(Path({str(tmp_path / "in")!r}), max_document_bytes=700)
+deal, stage = stages(config, Path({str(tmp_path / "out")!r}))
+deal.function(0)
 print("starts", flush=True)
 stage.function(0)
 """
@@ -145,12 +157,13 @@ stage.function(0)
     for size in (0, 600_000):  # of documents written
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"starts\n"
-        path = out / "stages/clean/documents/00000.jsonl.zst.new"
-        while process.poll() is None and not (path.exists() and path.stat().st_size > size):
+        while process.poll() is None and not any(path.stat().st_size > size for path in half_written(out)):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-        assert [name for name in files_of(out) if not name.endswith(".new")] == []
+        assert complete(out) == []
+        for path in half_written(out):
+            path.unlink()
     run(config, out)
     assert files_of(out) == expected
 
@@ -159,8 +172,8 @@ def test_an_error_in_the_middle_leaves_nothing_that_looks_complete(tmp_path):
     write_corpus(tmp_path / "in")
     (tmp_path / "in" / "7.jsonl").symlink_to("nowhere")
     with pytest.raises(StorageError, match=r"7\.jsonl cannot be read"):
-        clean_task(0, config=make_config(tmp_path / "in").to_dict(), out=tmp_path / "out")
-    assert [name for name in files_of(tmp_path / "out") if not name.endswith(".new")] == []
+        run(make_config(tmp_path / "in"), tmp_path / "out")
+    assert complete(tmp_path / "out") == []
 
 
 def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
@@ -170,14 +183,16 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_clean import clean_task, make_config
+from test_clean import make_config, stages
+deal, stage = stages(make_config(Path({str(tmp_path / "in")!r})), Path({str(tmp_path / "out")!r}))
+deal.function(0)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-clean_task(0, config=make_config(Path({str(tmp_path / "in")!r})), out={str(tmp_path / "out")!r})
+stage.function(0)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 1 and "File too large" in result.stderr.splitlines()[-1]
-    assert [name for name in files_of(tmp_path / "out") if not name.endswith(".new")] == []
+    assert complete(tmp_path / "out") == []
 
 
 def test_what_is_missing_is_found_before_anything_is_read(tmp_path):
@@ -199,7 +214,7 @@ def test_names_that_climb_stay_inside_the_output(tmp_path):
     record = {"text": "text", "id": "../../../escaped", "url": "file:///../..", "dump": "../up\n"}
     (tmp_path / "in" / "a\n..%2f..\\.jsonl").write_text(json.dumps(record) + "\n")
     names = run(make_config(tmp_path / "in"), tmp_path / "out")
-    assert len(names) == 4 and sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert len(names) == 6 and sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     [row] = pq.read_table(tmp_path / "out/stages/clean/index/00000.parquet").to_pylist()
     assert row["dump"] == "../up\\n" and row["source"] == "a\\n..%2f..\\.jsonl:1"
 

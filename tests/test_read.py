@@ -36,7 +36,8 @@ def jsonl(lines: list) -> bytes:
 def read_all(source: str, *, shard=0, num_shards=1, seed=1, **options):
     tally = Tally()
     chosen = subset(source, **options)
-    found = read.documents(chosen, name="web", shard=shard, num_shards=num_shards, seed=seed, tally=tally)
+    files = read.in_order(list_files(source), seed)[shard::num_shards]
+    found = read.documents(chosen, files, name="web", shard=shard, num_shards=num_shards, tally=tally)
     return list(found), tally
 
 
@@ -114,12 +115,14 @@ def test_a_line_far_longer_than_allowed_is_never_in_memory(tmp_path, suffix):
     script = f"""
 import resource
 from k2jax.prepare import read
+from k2jax.prepare.files import list_files
 from k2jax.prepare.recipe import subset
 from k2jax.prepare.tally import Tally
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tally = Tally()
 chosen = subset("jsonl:{path}", max_line_bytes=1 << 20)
-found = list(read.documents(chosen, name="web", shard=0, num_shards=1, seed=1, tally=tally))
+files = list_files(chosen.source)
+found = list(read.documents(chosen, files, name="web", shard=0, num_shards=1, tally=tally))
 assert [one.text for one in found] == ["Document 0.", "Document 1."], found
 assert tally.bad == {{"longer than max_line_bytes": 1}} and "a.jsonl{suffix}:2:" in tally.problems[0], tally.problems
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -184,14 +187,14 @@ def test_sizes_out_of_bounds_are_removed_with_their_reason(tmp_path):
     removed = []
     tally = Tally()
     chosen = subset(f"jsonl:{tmp_path}/*", min_document_bytes=4, max_document_bytes=8)
-    found = read.documents(
-        chosen, name="web", shard=0, num_shards=1, seed=1, tally=tally, keep_removed=lambda *r: removed.append(r)
-    )
+    at = {"name": "web", "shard": 0, "num_shards": 1, "tally": tally}
+    files = list_files(chosen.source)
+    found = read.documents(chosen, files, **at, keep_removed=lambda *r: removed.append(r))
     assert [one.text for one in found] == ["xxxxx"]
     assert [reason for _, _, reason in removed] == ["too short", "too short", "too long"]
     assert tally.to_json()["steps"]["read"]["removed"]["too short"] == {"documents": 2, "bytes": 3}
     chosen = subset(f"jsonl:{tmp_path}/*", max_document_bytes=8, extract=True)  # a limit of texts, not of pages
-    assert len(list(read.documents(chosen, name="web", shard=0, num_shards=1, seed=1, tally=tally))) == 3
+    assert len(list(read.documents(chosen, files, **at))) == 3
 
 
 def test_source_trees_are_read_whole_and_what_is_no_text_is_counted(tmp_path):

@@ -240,7 +240,7 @@ def test_a_vocabulary_whose_token_0_may_stand_in_a_text_is_refused(tmp_path, byt
 
 def test_repeats_keep_the_rates_which_count_examples():
     examples, tokens = {"a": 1000, "b": 4000}, {"a": 50_000, "b": 40_000}
-    mix = seqio_bridge.mix_of_rates({"a": 3.0, "b": 1.0}, examples, tokens)
+    mix = token_sources.mix_of_rates({"a": 3.0, "b": 1.0}, examples, tokens)
     stores = {
         name: StoreSummary(name, "", "ab", 300, 1, tokens[name], tokens[name], examples[name]) for name in examples
     }
@@ -250,7 +250,7 @@ def test_repeats_keep_the_rates_which_count_examples():
     read = {name: 10 * rows[name] * examples[name] / tokens[name] for name in rows}  # tokens to examples
     assert read["a"] / read["b"] == pytest.approx(3, rel=1e-3)
     assert sum(mix[name] * tokens[name] for name in mix) == pytest.approx(90_000)
-    assert seqio_bridge.mix_of_rates(examples, examples, tokens) == {"a": 1.0, "b": 1.0}
+    assert token_sources.mix_of_rates(examples, examples, tokens) == {"a": 1.0, "b": 1.0}
 
 
 @pytest.mark.parametrize(

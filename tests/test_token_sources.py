@@ -67,6 +67,7 @@ def tokenizer(tmp_path_factory):
 def convert(tmp_path, tokenizer, **subsets):
     """Runs the stage; the summaries of its tasks."""
     config = recipe.base()
+    config.tokenizer = str(tokenizer)
     for name, chosen in subsets.items():
         config.subsets[name] = chosen
     recipe.validate(config)

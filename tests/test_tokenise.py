@@ -60,7 +60,7 @@ def stores(out, config, tokenizer, num_buckets=3):
     found = {}
     for name in tokenise.stores_of(config, "code"):
         options = {"tokenizer_sha256": "0" * 64, "vocab_size": encoder.get_vocab_size(), "eos_id": eos}
-        if pieces.join(out / "tokens" / name, out / name, options, 0.0):
+        if pieces.join(out / "tokens" / name, out / name, options, {}):
             store = Store.open(out / name)
             rows = [store.document(i) for i in range(store.num_documents)]
             found[name] = [(row, store.read([row["start"]], row["num_tokens"])[0].tolist()) for row in rows]
@@ -200,7 +200,7 @@ def test_pieces_join_to_what_was_added_in_the_order_of_their_names(tmp_path):
             for i in range(piece * 20, min(40, piece * 20 + 20)):
                 writer.add(documents[i], id=f"{i}", source="s", metadata={"n": i}, eos=i % 3 > 0)
     options = {"tokenizer_sha256": "0" * 64, "vocab_size": 70_000, "eos_id": 7}
-    info = pieces.join(tmp_path / "pieces", tmp_path / "store", options, 0.25)
+    info = pieces.join(tmp_path / "pieces", tmp_path / "store", options, {"validation_fraction": 0.25})
     store = Store.open(tmp_path / "store", verify="sha256")
     assert store.num_documents == 40 and store.root_digest == info["root_digest"]
     assert 0 < info["num_train_tokens"] <= 0.75 * info["num_tokens"] + 9
@@ -222,10 +222,10 @@ def test_pieces_that_do_not_fit_are_refused(tmp_path):
         writer.add([3, 4], id="a", source="s")
     (tmp_path / "pieces/00000.tokens").write_bytes(b"\1\0\2\0")
     with pytest.raises(StorageError, match="has 2 tokens, its documents 3"):
-        pieces.join(tmp_path / "pieces", tmp_path / "store", options, 0.0)
+        pieces.join(tmp_path / "pieces", tmp_path / "store", options, {})
     assert not (tmp_path / "store/store.json").exists()
     pq.write_table(DOCUMENTS.empty_table(), tmp_path / "pieces/00000.parquet")
-    assert pieces.join(tmp_path / "pieces", tmp_path / "store", options, 0.0) is None
+    assert pieces.join(tmp_path / "pieces", tmp_path / "store", options, {}) is None
 
 
 def test_documents_are_read_back_as_they_were(tmp_path):

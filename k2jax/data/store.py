@@ -254,6 +254,12 @@ class Store:
     def __reduce__(self) -> tuple:
         return type(self), (self.path, self.info)
 
+    @cached_property
+    def num_train_documents(self) -> int:
+        """Documents that are not held out."""
+        with storage_errors(f"store {self.path}: cannot read document_start"):
+            return storage.searchsorted(self._starts, self.num_train_tokens)
+
     def summary(self) -> StoreSummary:
         """What the manifest must know of this store."""
         fields = [name for name in StoreSummary.__dataclass_fields__ if name != "path"]

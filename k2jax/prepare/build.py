@@ -19,14 +19,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import k2jax
-from k2jax.data.manifest import sha256_json
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare import card, clean, duplicates, files, kept, pieces, recipe, tally, token_sources, tokenise
-from k2jax.prepare import sentencepiece_model as sentencepiece
+from k2jax.prepare import card, clean, duplicates, kept, pieces, recipe, tally, token_sources, tokenise
 from k2jax.prepare.documents import whole_file, write_json
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
+from k2jax.prepare.sentencepiece_model import eos_id, k2_tokens, open_tokenizer
 from k2jax.prepare.tokenise import Bucket
 
 FORMAT = 2
@@ -47,7 +46,8 @@ def build(
     out = Path(out).absolute()
     workers = workers or os.cpu_count() or 1
     check_executor(executor, config.slurm.to_dict())
-    clean.check(config)
+    token_sources.check(config)
+    inputs = clean.check(config)
     set_environment(workers)
     was_there = (out / "data.json").exists()
     try:
@@ -56,7 +56,8 @@ def build(
         else:
             out.mkdir(parents=True, exist_ok=True)
             with _claimed(config, out):
-                data = _make(config, out, Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict()))
+                engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
+                data = _make(config, out, engine, inputs)
         if not keep_stages:
             shutil.rmtree(out / "stages", ignore_errors=True)
     except OSError as error:
@@ -67,11 +68,11 @@ def build(
     return data, was_there
 
 
-def _make(config: ConfigDict, out: Path, engine: Engine) -> dict[str, Any]:
+def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any]) -> dict[str, Any]:
     stages, plain = out / "stages", config.to_dict()
-    inputs = _inputs(config, stages)
     for stage in [*clean.stages(config, out), *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
         engine.run(stage)
+        _check_inputs(inputs, stages)
 
     buckets = _buckets(config, stages)
     number = {bucket.subset: bucket.index + 1 for bucket in buckets}
@@ -86,18 +87,17 @@ def _make(config: ConfigDict, out: Path, engine: Engine) -> dict[str, Any]:
         learn = partial(tokenise.train_tokenizer, config=plain, out=stages, buckets=buckets, path=tokenizer)
         engine.run(Stage("tokenizer", 1, learn))
     encoder = load_tokenizer(tokenizer)
-    eos = sentencepiece.eos_id(encoder)
+    eos = eos_id(encoder)
 
     write = partial(tokenise.tokenize, config=plain, out=stages, buckets=buckets, tokenizer=tokenizer, eos=eos)
     engine.run(Stage("tokens", len(buckets), write))
-    for stage in token_sources.stages(config, stages, tokenizer):
-        engine.run(stage)
+    engine.run(token_sources.stage(config, stages, tokenizer))
 
     names = sorted(path.name for path in (stages / "tokens").iterdir())
     options = {
         "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": encoder.get_vocab_size(), "eos_id": eos
     }  # fmt: skip
-    join = partial(_join, out=out, names=names, options=options, fraction=config.validation_fraction)
+    join = partial(_join, config=plain, out=out, names=names, options=options)
     engine.run(Stage("stores", len(names), join))
 
     data = {"format": FORMAT, "config": json.loads(json.dumps(plain)), **options, "inputs": inputs}
@@ -107,24 +107,14 @@ def _make(config: ConfigDict, out: Path, engine: Engine) -> dict[str, Any]:
     return data
 
 
-def _inputs(config: ConfigDict, stages: Path) -> dict[str, Any]:
-    """The files of each subset: number, bytes, a digest of names and sizes; they must be those of the first start."""
-    found = {}
-    for name, chosen in sorted(config.subsets.items()):
-        if recipe.kind_of(chosen.source)[0] not in recipe.TOKEN_KINDS:
-            listed = [[file.name, file.size] for file in files.list_files(chosen.source)]
-            total = sum(size for _, size in listed)
-            found[name] = {"files": len(listed), "bytes": total, "digest": sha256_json(listed)}
-    path = stages / "inputs.json"
-    if not path.exists():
-        write_json(path, found)
-    began = json.loads(path.read_text())
-    if changed := [name for name in found if found[name] != began.get(name)]:
+def _check_inputs(inputs: dict[str, Any], stages: Path) -> None:
+    """The files of the subsets must be those that were dealt when this preparation began."""
+    began = json.loads((stages / "clean" / "files" / "summary.json").read_text())
+    if changed := [name for name in inputs if inputs[name] != began.get(name)]:
         raise ConfigError(
             f"--out={stages.parent}: the files of subset {changed[0]} have changed since this preparation began "
-            f"({began.get(changed[0])} then, {found[changed[0]]} now): remove the folder and begin again"
+            f"({began.get(changed[0])} then, {inputs[changed[0]]} now): remove the folder and begin again"
         )
-    return found
 
 
 def _buckets(config: ConfigDict, stages: Path) -> list[Bucket]:
@@ -173,53 +163,55 @@ def left_out(*tallies: dict[str, Any]) -> dict[str, int]:
 
 
 def _take_tokenizer(config: ConfigDict, path: Path) -> None:
-    """The recipe's tokenizer as tokenizer.json; a SentencePiece model is turned into one of equal ids."""
-    source = Path(config.tokenizer)
-    if source.suffix == ".model":
-        tokenizer = sentencepiece.convert(source)
-    else:
-        tokenizer = load_tokenizer(source)
+    """The recipe's tokenizer as tokenizer.json: one that is one already keeps its bytes, and so its identity."""
+    tokenizer = open_tokenizer(config.tokenizer)
     if config.add_k2_tokens:
-        tokenizer = sentencepiece.k2_tokens(tokenizer)
-    same_file = source.suffix != ".model" and not config.add_k2_tokens
+        tokenizer = k2_tokens(tokenizer)
+    as_it_is = config.tokenizer.endswith(".json") and not config.add_k2_tokens
     with whole_file(path, "w") as file:
-        file.write(source.read_text(encoding="utf-8") if same_file else tokenizer.to_str())
+        file.write(Path(config.tokenizer).read_text(encoding="utf-8") if as_it_is else tokenizer.to_str())
 
 
-def _join(rank: int, *, out: Path, names: list[str], options: dict[str, Any], fraction: float) -> None:
-    """A task: one store from its pieces."""
-    pieces.join(out / "stages" / "tokens" / names[rank], out / names[rank], options, fraction)
+def _join(rank: int, *, config: dict[str, Any], out: Path, names: list[str], options: dict[str, Any]) -> None:
+    """A task: one store from its pieces. What a seqio task has for validation is held out, else a share of the end."""
+    recipe_of_all, stages, name = ConfigDict(config), out / "stages", names[rank]
+    held_out = {"validation_fraction": recipe_of_all.validation_fraction}
+    counts = token_sources.summary(recipe_of_all, stages)[1].get(name, {})
+    if "held_out_tokens" in counts:
+        held_out = {"num_train_tokens": counts.get("tokens", 0)}
+    pieces.join(stages / "tokens" / name, out / name, options, held_out)
 
 
 def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
     """What data.json says of stores and subsets."""
-    repeats, subset_of = {}, {}
-    for name in config.subsets:
+    stages = out / "stages"
+    token_subsets, token_stores = token_sources.summary(config, stages)
+    subset_of = {name: counts["subset"] for name, counts in token_stores.items()}
+    repeats = {name: config.subsets[subset].repeats for name, subset in subset_of.items()}
+    for name in sorted({task.subset for task in recipe.tasks(config)}):
         for store, times in tokenise.stores_of(config, name).items():
-            repeats[store], subset_of[store] = float(times), name
+            repeats[store], subset_of[store] = times, name
+    opened = {name: Store.open(out / name) for name in names if (out / name / "store.json").exists()}
+    mix = {name: float(repeats[name]) for name in opened}
+    kinds = {name: recipe.kind_of(config.subsets[subset_of[name]].source)[0] for name in opened}
+    if rates := {name: mix[name] for name, kind in kinds.items() if kind == "seqio"}:
+        examples = {name: opened[name].num_train_documents for name in rates}
+        mix |= token_sources.mix_of_rates(rates, examples, {name: opened[name].num_train_tokens for name in rates})
     stores = {}
-    for name in names:
-        if not (out / name / "store.json").exists():
-            continue  # no document went there
-        info = Store.open(out / name).info
-        sizes = [json.loads(path.read_text())["bytes"] for path in (out / "stages" / "tokens" / name).glob("*.json")]
+    for name, store in opened.items():
+        sizes = [json.loads(path.read_text())["bytes"] for path in (stages / "tokens" / name).glob("*.json")]
         stores[name] = {
-            "subset": subset_of.get(name, name),
-            "documents": info["num_documents"],
-            "bytes": sum(sizes),
-            "tokens": info["num_tokens"],
-            "train_tokens": info["num_train_tokens"],
-            "root_digest": info["root_digest"],
-            "repeats": repeats.get(name, 1.0),
+            "subset": subset_of[name],
+            "documents": store.num_documents,
+            "bytes": sum(sizes),  # of text; 0 of what came as tokens
+            "tokens": store.num_tokens,
+            "train_tokens": store.num_train_tokens,
+            "root_digest": store.root_digest,
+            "repeats": mix[name],
         }
-    cleaned = _tallies(config, out / "stages" / "clean" / "tally")
-    dealt = _tallies(config, out / "stages" / "kept")
-    return {
-        "version": k2jax.__version__,
-        "stores": stores,
-        "mix": {name: store["repeats"] for name, store in stores.items()},
-        "subsets": {name: {"clean": cleaned[name], "duplicates": dealt[name]} for name in cleaned},
-    }
+    cleaned, dealt = _tallies(config, stages / "clean" / "tally"), _tallies(config, stages / "kept")
+    subsets = {name: {"clean": cleaned[name], "duplicates": dealt[name]} for name in cleaned} | token_subsets
+    return {"version": k2jax.__version__, "stores": stores, "mix": mix, "subsets": subsets}
 
 
 @contextlib.contextmanager
@@ -283,7 +275,7 @@ def describe(data: dict[str, Any]) -> str:
             f"{row['tokens'] - row['train_tokens']:>11,}{row['repeats']:>9g}"
         )
     for name, counts in data["subsets"].items():
-        reasons = left_out(counts["clean"], counts["duplicates"])
+        reasons = left_out(*counts.values())
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         lines += [f"left out of {name}: {why}"] if why else []
     return "\n".join(lines)

@@ -1,12 +1,14 @@
 """The stage that reads: documents of every subset, cleaned by the subset's rules, counted, whole or not at all.
 
-A task writes, below OUT/stages/clean: documents/, index/, removed/ and, where evaluation sets are named,
-contamination/; last tally/, which marks it complete. It may be killed and run again: the bytes are the same.
+One task deals the files to the others. Those write, below OUT/stages/clean: documents/, index/, removed/ and, where
+evaluation sets are named, contamination/; last tally/, which marks one complete. Killed and run again, a task gives the
+same bytes.
 """
 
 import contextlib
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 from ml_collections import ConfigDict
 
+from k2jax.data.manifest import sha256_json
 from k2jax.prepare import contamination, recipe, rules
 from k2jax.prepare.documents import whole_file, write_documents, write_json
 from k2jax.prepare.engine import Stage
-from k2jax.prepare.read import documents, list_files
+from k2jax.prepare.files import File, list_files
+from k2jax.prepare.read import documents, in_order
 from k2jax.prepare.rules import Rule
 from k2jax.prepare.tally import Tally
 
@@ -37,22 +41,47 @@ INDEX_ROWS = 1 << 14  # written at a time
 
 
 def stages(config: ConfigDict, out: str | Path) -> list[Stage]:
-    """The index of evaluation sets, if any are named, and the cleaning of all subsets."""
+    """The dealing of files to tasks, the index of evaluation sets, if any are named, and the cleaning."""
     at = {"config": config.to_dict(), "out": Path(out)}
+    deal = Stage("files", 1, functools.partial(deal_files, **at))
     clean_all = Stage("clean", len(recipe.tasks(config)), functools.partial(clean_task, **at))
     if not config.contamination.sources:
-        return [clean_all]
-    return [Stage("contamination", 1, functools.partial(contamination.build, **at)), clean_all]
+        return [deal, clean_all]
+    return [deal, Stage("contamination", 1, functools.partial(contamination.build, **at)), clean_all]
 
 
-def check(config: ConfigDict) -> None:
-    """Raises ConfigError for a source without files, or a rule whose file or package is missing; reads no document."""
-    for chosen in config.subsets.values():
-        if recipe.kind_of(chosen.source)[0] not in recipe.TOKEN_KINDS:
-            list_files(chosen.source)
-            rules.build(chosen)
+def check(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """The files of each subset of text: their number, bytes, and a digest of their names and sizes.
+
+    Raises ConfigError for a source without files, or a rule whose file or package is missing; reads no document.
+    """
     for source in config.contamination.sources:
         list_files(source)
+    found = {}
+    for name in sorted({task.subset for task in recipe.tasks(config)}):
+        rules.build(config.subsets[name])
+        found[name] = _summary(list_files(config.subsets[name].source))
+    return found
+
+
+def _summary(files: list[File]) -> dict[str, Any]:
+    names = [[file.name, file.size] for file in files]
+    return {"files": len(files), "bytes": sum(file.size for file in files), "digest": sha256_json(names)}
+
+
+def deal_files(_: int, *, config: dict[str, Any], out: Path) -> None:
+    """A task: lists the sources once for all, so that no two tasks see different files; clean/files/<rank>.json."""
+    whole, summary = ConfigDict(config), {}
+    for rank, task in enumerate(recipe.tasks(whole)):
+        if task.shard == 0:
+            found = list_files(whole.subsets[task.subset].source)
+            summary[task.subset], files = _summary(found), in_order(found, whole.seed)
+        write_json(_files_of(out, rank), files[task.shard :: task.num_shards])
+    write_json(out / "stages" / "clean" / "files" / "summary.json", summary)
+
+
+def _files_of(out: Path, rank: int) -> Path:
+    return out / "stages" / "clean" / "files" / f"{rank:05d}.json"
 
 
 def clean(
@@ -86,30 +115,27 @@ def clean(
 def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Path) -> None:
     """Task `rank` of recipe.tasks(config): reads, cleans and writes its documents.
 
-    A subset of tokens has no documents: its task writes empty files. Raises ConfigError and StorageError as `read`
-    does; nothing is then left that looks complete.
+    Raises ConfigError and StorageError as `read` does; nothing is then left that looks complete.
     """
     config, folder = ConfigDict(config), Path(out) / "stages" / "clean"
     name, shard, num_shards = recipe.tasks(config)[rank]
     chosen, tally = config.subsets[name], Tally()
     removed = _Removed(config.removed_samples)
-    found: Iterable[Document] = ()
     check_of: contamination.Contamination | None = None
-    if recipe.kind_of(chosen.source)[0] not in recipe.TOKEN_KINDS:
-        steps = rules.build(chosen)
-        if config.contamination.sources:
-            check_of = contamination.Contamination(contamination.folder_of(out), remove=config.contamination.remove)
-            steps.append(Rule("contamination", check_of.apply))
-        raw = documents(
-            chosen,
-            name=name,
-            shard=shard,
-            num_shards=num_shards,
-            seed=config.seed,
-            tally=tally,
-            keep_removed=removed.keep,
-        )
-        found = clean(raw, steps, tally=tally, keep_removed=removed.keep)
+    steps = rules.build(chosen)
+    if config.contamination.sources:
+        check_of = contamination.Contamination(contamination.folder_of(out), remove=config.contamination.remove)
+        steps.append(Rule("contamination", check_of.apply))
+    raw = documents(
+        chosen,
+        [File(*row) for row in json.loads(_files_of(Path(out), rank).read_text())],
+        name=name,
+        shard=shard,
+        num_shards=num_shards,
+        tally=tally,
+        keep_removed=removed.keep,
+    )
+    found = clean(raw, steps, tally=tally, keep_removed=removed.keep)
     with _index(folder / "index" / f"{rank:05d}.parquet") as index:
         write_documents(folder / "documents" / f"{rank:05d}.jsonl.zst", map(index, found))
     write_documents(folder / "removed" / f"{rank:05d}.jsonl.zst", removed.documents)

@@ -37,11 +37,14 @@ def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: on a cluster an earlier attempt may still be writing the same.
     new = path.with_name(f"{path.name}.new-{socket.gethostname()}-{os.getpid()}")
-    with open(new, mode) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        with open(new, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

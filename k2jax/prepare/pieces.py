@@ -76,10 +76,10 @@ class PieceWriter:
         self.num_tokens += len(ids) + eos
 
 
-def join(folder: Path, store: Path, options: dict[str, Any], validation_fraction: float) -> dict[str, Any] | None:
+def join(folder: Path, store: Path, options: dict[str, Any], held_out: dict[str, Any]) -> dict[str, Any] | None:
     """The pieces of a folder, in the order of their names, as a store; returns what its store.json holds.
 
-    `options` are StoreWriter's. None, and no store, if the pieces hold no document.
+    `options` are StoreWriter's, `held_out` those of its finish(). None, and no store, if the pieces hold no document.
     """
     names = sorted(path.stem for path in folder.glob("*.parquet"))
     if not any(pq.read_metadata(folder / f"{name}.parquet").num_rows for name in names):
@@ -93,7 +93,7 @@ def join(folder: Path, store: Path, options: dict[str, Any], validation_fraction
                 count = sum(batch["num_tokens"].to_pylist())
                 writer.extend(np.asarray(tokens[done : done + count]), batch)
                 done += count
-        return writer.finish(validation_fraction=validation_fraction)
+        return writer.finish(**held_out)
 
 
 def _piece(path: Path, dtype: np.dtype) -> tuple[np.ndarray, pq.ParquetFile]:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from k2jax.data import sources
 from k2jax.errors import ConfigError
 from k2jax.prepare.documents import document
-from k2jax.prepare.files import DAMAGE, File, Stored, bounded_lines, list_files, opened, place, shown_name
+from k2jax.prepare.files import DAMAGE, File, Stored, bounded_lines, opened, place, shown_name
 from k2jax.prepare.recipe import kind_of
 from k2jax.prepare.tally import Tally
 
@@ -45,15 +45,15 @@ Record = tuple[int, dict[str, Any] | Bad]  # line, row or record from 1, 0 for a
 
 def documents(
     chosen: ConfigDict,
+    files: list[File],
     *,
     name: str,
     shard: int,
     num_shards: int,
-    seed: int,
     tally: Tally,
     keep_removed: KeepRemoved | None = None,
 ) -> Iterator[Document]:
-    """The documents of one task of subset `name`: those of file `shard`, `shard + num_shards`, ... of its source.
+    """The documents of one task of subset `name`: those of its files, in their order.
 
     `max_bytes` is dealt out evenly: the task ends before the document that exceeds its part, counted as "over
     max_bytes". Documents shorter or longer than the subset's limits are removed here, in step "read"; with `extract`
@@ -62,7 +62,7 @@ def documents(
     """
     room = chosen.max_bytes // num_shards + (shard < chosen.max_bytes % num_shards)
     longest = 0 if chosen.extract else chosen.max_document_bytes
-    for file in dealt(list_files(chosen.source), shard=shard, num_shards=num_shards, seed=seed):
+    for file in files:
         seen: set[int] = set()
         for line, record in records(chosen.source, file, chosen=chosen):
             one = record if isinstance(record, Bad) else _document(record, chosen, name, file, line)
@@ -92,14 +92,14 @@ def size_problem(size: int, shortest: int, longest: int) -> str | None:
     return "too long" if longest and size > longest else None
 
 
-def dealt(files: list[File], *, shard: int, num_shards: int, seed: int) -> list[File]:
-    """A task's files, in the order that a hash of their names, keyed by the seed, puts all of them in."""
+def in_order(files: list[File], seed: int) -> list[File]:
+    """Files in the order of a hash of their names, keyed by the seed: they are dealt out to tasks in turns."""
     key = hashlib.sha256(str(seed).encode()).digest()
 
     def rank(file: File) -> bytes:
         return hashlib.blake2b(file.name.encode("utf-8", "surrogateescape"), key=key).digest()
 
-    return sorted(files, key=rank)[shard::num_shards]
+    return sorted(files, key=rank)
 
 
 def records(source: str, file: File, *, chosen: ConfigDict, every_field: bool = False) -> Iterator[Record]:

@@ -19,8 +19,10 @@ A preparation's files of these, below its folder of stages:
 
 import contextlib
 import hashlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +38,10 @@ from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import DAMAGE, File, bounded_lines, list_files, opened, place, shown_name
 from k2jax.prepare.megatron import read_documents
 from k2jax.prepare.pieces import PieceWriter
-from k2jax.prepare.read import dealt
+from k2jax.prepare.read import in_order
 from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, subset, tasks
 from k2jax.prepare.sentencepiece_model import eos_id
-from k2jax.prepare.tally import Tally
+from k2jax.prepare.tally import Tally, combine
 
 MOST_STORES = 256  # of one subset: more are no subsets, but a key that differs from row to row
 KEYS = ("source", "tasks", "repeats", "licence", "max_line_bytes")  # of a subset, that mean something here
@@ -66,7 +68,7 @@ def token_document(ids: np.ndarray, *, source: str, eos: bool, **more: Any) -> T
 
 def token_tasks(config: ConfigDict) -> list[Task]:
     """The tasks of the subsets that are tokens, by rank of `stage`."""
-    return [task for task in tasks(config) if kind_of(config.subsets[task.subset].source)[0] in TOKEN_KINDS]
+    return tasks(config, tokens=True)
 
 
 def check(config: ConfigDict) -> None:
@@ -109,7 +111,7 @@ def read(
         found = seqio_bridge.read(where, shard=shard, num_shards=num_shards, seed=seed, eos=eos)
     else:
         read_file = partial(_llm360, most=chosen.max_line_bytes, tally=tally) if kind == "llm360" else _megatron
-        files = dealt(list_files(chosen.source), shard=shard, num_shards=num_shards, seed=seed)
+        files = in_order(list_files(chosen.source), seed)[shard::num_shards]
         found = (one for file in files for one in read_file(file, eos=eos))
     for one in found:
         tally.saw("read", 4 * len(one.ids))
@@ -216,3 +218,48 @@ def _count(counts: dict[str, int], one: TokenDocument) -> None:
     prefix = "held_out_" if one.held_out else ""
     for key, number in (("documents", 1), ("tokens", len(one.ids) + one.eos)):
         counts[prefix + key] = counts.get(prefix + key, 0) + number
+
+
+def summary(config: ConfigDict, out: Path) -> tuple[dict[str, dict], dict[str, dict[str, int]]]:
+    """What the stage did: by subset {"tokens": what its tasks counted}, and by store the counts of its pieces.
+
+    Raises ConfigError if the tasks of one store have rows of different lengths.
+    """
+    parts: dict[str, list] = {}
+    stores: dict[str, dict[str, int]] = {}
+    lengths: dict[str, int] = {}
+    for rank, task in enumerate(token_tasks(config)):
+        found = json.loads((out / "token-sources" / f"{rank:05d}.json").read_text())
+        parts.setdefault(task.subset, []).append(found["tally"])
+        length = lengths.setdefault(task.subset, found["row_length"]) or found["row_length"]
+        if found["row_length"] not in (0, length):
+            raise ConfigError(
+                f"subset {task.subset}: some of its files have rows of {length} tokens, others of "
+                f"{found['row_length']}: make two subsets of them"
+            )
+        lengths[task.subset] = length
+        for store, counts in found["stores"].items():
+            total = stores.setdefault(store, {"subset": task.subset})
+            for key, number in counts.items():
+                total[key] = total.get(key, 0) + number
+    return {name: {"tokens": combine(found)} for name, found in parts.items()}, stores
+
+
+def mix_of_rates(
+    rates: Mapping[str, float], examples: Mapping[str, int], tokens: Mapping[str, int]
+) -> dict[str, float]:
+    """The repeats of stores that train as a mixture of these rates would, by name.
+
+    seqio's rates count examples: of every 8 examples of a mixture {a: 3, b: 1} 6 are a's. A manifest's rows are in
+    proportion to windows * repeats, where windows are in proportion to tokens. So repeats are rate / examples, which
+    gives examples * repeats = rate. Where each rate is a task's number of examples all repeats are 1; their scale is
+    such that the mix has as many tokens as the stores.
+
+    Args:
+        rates: of the mixture, such as the `repeats` of its recipe.
+        examples: documents of each store's training part.
+        tokens: tokens of it.
+    """
+    weights = {name: Fraction(rate) / examples[name] for name, rate in rates.items()}
+    scale = Fraction(sum(tokens[name] for name in rates), 1) / sum(weights[name] * tokens[name] for name in rates)
+    return {name: float(weight * scale) for name, weight in weights.items()}
