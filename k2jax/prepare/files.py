@@ -15,8 +15,8 @@ from typing import IO, Any, NamedTuple
 import fsspec
 import zstandard
 
-from k2jax.data import sources
 from k2jax.errors import ConfigError, StorageError
+from k2jax.prepare import python_corpus
 from k2jax.prepare.recipe import kind_of
 from k2jax.prepare.tally import clean_name
 
@@ -54,9 +54,9 @@ def list_files(source: str) -> list[File]:
     """
     kind, where = kind_of(source)
     if kind == "python":
-        if not sources.known(source):
+        if not python_corpus.known(source):
             raise ConfigError(f"source {source!r}: expected python:code, python:docstrings or python:documents")
-        return [File(one.source, one.path, os.lstat(one.path).st_size) for one in sources.candidates(source)]
+        return [File(*one, os.lstat(one.path).st_size) for one in python_corpus.candidates(source)]
     found = _find(source, kind, where)
     if not found:
         raise ConfigError(f"source {source!r}: no file matches; check the path and its wildcards")

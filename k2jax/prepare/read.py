@@ -18,8 +18,8 @@ import xxhash
 from datatrove.data import Document
 from ml_collections import ConfigDict
 
-from k2jax.data import sources
 from k2jax.errors import ConfigError
+from k2jax.prepare import python_corpus
 from k2jax.prepare.documents import document
 from k2jax.prepare.files import DAMAGE, File, Stored, bounded_lines, opened, place, shown_name
 from k2jax.prepare.recipe import kind_of
@@ -187,7 +187,7 @@ def _count(tally: Tally, bad: Bad, file: File, line: int) -> None:
 def _python_records(source: str, file: File, text_key: str) -> Iterator[Record]:
     with Stored(file.path) as raw:
         text = text_of(raw.readall(), 1 << 40)
-    text = text if isinstance(text, Bad) else sources.reader_of(source, file.name)(text, file.name)
+    text = text if isinstance(text, Bad) else python_corpus.text_of(source, file.name, text)
     if text is None:
         text = Bad("no Python", "it cannot be parsed")
     yield 0, text if isinstance(text, Bad) else {text_key: text}
