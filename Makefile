@@ -16,7 +16,7 @@ TEST_EXTRAS := $(if $(filter 0,$(PARITY)),test,test,parity,eval,tpu,ray)
 BASE_DONE := $(VENV)/.installed
 TEST_DONE := $(VENV)/.installed-$(if $(filter 0,$(PARITY)),test,test-parity)
 
-.PHONY: train test test-slow plan-65b lint lock clean
+.PHONY: train test test-seqio test-slow plan-65b lint lock clean
 
 train: $(BASE_DONE)
 	$(BIN)/python tools/prepare_data.py --config=experiments/data/smoke.py --out=data/smoke
@@ -24,6 +24,11 @@ train: $(BASE_DONE)
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+# seqio brings TensorFlow: 2.4 GB, in an environment of its own, so that nothing else can come to need it.
+test-seqio:
+	$(MAKE) VENV=.venv-seqio .venv-seqio/.installed-seqio
+	.venv-seqio/bin/python -m pytest tests/test_seqio.py
 
 test-slow: $(TEST_DONE)
 	$(BIN)/python -m pytest -m slow
@@ -50,7 +55,7 @@ lock: $(BIN)/pip
 
 # data/ and runs/ are yours and stay.
 clean:
-	rm -rf $(VENV) build dist k2jax.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
+	rm -rf $(VENV) .venv-seqio build dist k2jax.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
 	find k2jax experiments tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BASE_DONE): $(PINS) | $(BIN)/pip
@@ -62,6 +67,11 @@ $(BASE_DONE): $(PINS) | $(BIN)/pip
 $(TEST_DONE): $(PINS) $(BASE_DONE)
 	@echo "installing what the tests need into $(VENV)"
 	@$(INSTALL) --no-build-isolation --editable ".[data,$(TEST_EXTRAS)]"
+	@touch $@
+
+$(VENV)/.installed-seqio: $(PINS) $(BASE_DONE)
+	@echo "installing seqio into $(VENV)"
+	@$(INSTALL) --no-build-isolation --editable ".[data,seqio,test]"
 	@touch $@
 
 $(BIN)/pip:

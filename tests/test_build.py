@@ -285,6 +285,28 @@ def test_a_tokenizer_of_another_place_is_used_as_it_is(made, config, tmp_path):
     assert digests == {name: row["root_digest"] for name, row in made[1][0]["stores"].items()}
 
 
+def test_released_chunks_become_stores_beside_text(made, tmp_path):
+    """LLM360's rows keep their place: window w of a store is its row w."""
+    draw = random.Random(5)
+    rows = [[draw.randrange(3, 330) for _ in range(32)] for _ in range(24)]
+    lines = [{"token_ids": row, "subset_name": "ab"[i % 2], "source": "k2"} for i, row in enumerate(rows)]
+    (tmp_path / "chunk_0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{bad\n")
+    (tmp_path / "text.txt").write_text(BOOKS[0])
+    c = recipe.base()
+    c.tokenizer, c.validation_fraction = str(made[0] / "tokenizer.json"), 0.0
+    c.subsets.k2 = recipe.subset(f"llm360:{tmp_path}/chunk_*.jsonl", repeats=3)
+    c.subsets.plain = recipe.subset(f"text:{tmp_path}/text.txt")
+    recipe.validate(c)
+    data, _ = build.build(c, tmp_path / "out", workers=1)
+    assert data["mix"] == {"k2-a": 3, "k2-b": 3, "plain": 1}
+    for name, offset in (("k2-a", 0), ("k2-b", 1)):
+        store = Store.open(tmp_path / "out" / name)
+        found = store.read(range(0, store.num_tokens, 32), 32).tolist()
+        assert sorted(found) == sorted(rows[offset::2])
+    assert sum(data["subsets"]["k2"]["tokens"]["bad"].values()) == 1
+    assert "left out of k2: 1" in build.describe(data) and "k2-a" in (tmp_path / "out/card/data.md").read_text()
+
+
 def test_wrong_commands_end_in_one_line(corpus, tmp_path):
     program = command(tmp_path, tmp_path / "out")
     output, errors = program.communicate()

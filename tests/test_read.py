@@ -288,3 +288,12 @@ def test_remote_files_are_named_below_the_pattern():
     assert texts("parquet:memory://bucket/*.parquet") == ["remote"]
     with pytest.raises(ConfigError, match="no file matches"):
         list_files("jsonl:memory://bucket/none/*.jsonl")
+
+
+def test_the_dump_is_the_records_or_the_recipes_or_read_off_the_path(tmp_path):
+    path = tmp_path / "crawl/CC-MAIN-2023-14/a.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(jsonl([{"text": "x", "dump": "CC-MAIN-2013-20"}, {"text": "y"}]))
+    for options, expected in (({}, "CC-MAIN-2023-14"), ({"dump": "mine"}, "mine")):
+        found, _ = read_all(f"jsonl:{tmp_path}/crawl/**/*.jsonl", **options)
+        assert [one.metadata["dump"] for one in found] == ["CC-MAIN-2013-20", expected]

@@ -164,6 +164,22 @@ def test_the_validation_split_is_held_out_to_the_document(tmp_path):
     assert store.document(first - 1)["source"].startswith("books.v1/train")
 
 
+def test_the_command_makes_the_stores_of_a_mixture(tmp_path, folder):
+    tool = [sys.executable, str(REPO / "tools/prepare_data.py"), "--seqio_mixture=mixture", "--module=k2jax_test_tasks"]
+    run = [*tool, f"--out={tmp_path}/out", "--workers=2"]
+    first, second = (subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert "finished;" in first.stdout and "left as it is" in second.stdout
+    data = json.loads((tmp_path / "out/data.json").read_text())
+    assert sorted(data["stores"]) == ["books-v1", "more", "web-2"]
+    stores = {name: Store.open(tmp_path / "out" / name, verify="sha256") for name in data["stores"]}
+    assert [store.num_documents - store.num_train_documents for store in stores.values()] == [20, 20, 0]
+    examples = {name: repeats * stores[name].num_train_documents for name, repeats in data["mix"].items()}
+    shares = [examples[name] / sum(examples.values()) for name in ("books-v1", "web-2", "more")]
+    assert np.allclose(shares, [0.6, 0.2, 0.2]), "the mixture's rates: of examples, 1.5 to 0.5 to 0.5"
+    assert load_tokenizer(tmp_path / "out/tokenizer.json").get_vocab_size() == 310
+
+
 def test_inputs_come_before_targets(tmp_path):
     pairs, more = make(tmp_path / "a", "pairs")[1]["pairs"], make(tmp_path / "b", "More")[1]["more"]
     assert [ids for ids, _ in pairs] == [ids + ids for ids, _ in more]

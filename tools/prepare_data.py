@@ -9,6 +9,7 @@ is. What comes out does not depend on the executor or the workers.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -40,7 +41,11 @@ def main() -> None:
     if args.config:
         config = recipe.load_config(args.config)
     else:
-        from k2jax.prepare import seqio_bridge
+        sys.path.append(os.getcwd())  # where the user's module may be; workers get it, too
+        try:
+            from k2jax.prepare import seqio_bridge
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{error.name} is not installed: pip install 'k2jax[data,seqio]'") from error
 
         config = seqio_bridge.recipe_of_mixture(args.seqio_mixture, args.module)
     data, was_there = build.build(

@@ -8,6 +8,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import threading
@@ -107,6 +108,7 @@ class _Ranks:
         if self.is_rank_completed(rank):
             return stats
         [function] = self.pipeline
+        before = time.process_time()
         try:
             function(rank)
         except Exception as error:
@@ -115,6 +117,9 @@ class _Ranks:
             with contextlib.suppress(OSError):  # a full disk: the error itself goes on
                 write_json(self.logging_dir.resolve_paths(f"errors/{rank:05d}.json"), failure)
             raise
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process: with one worker, so far
+        usage = {"cpu_seconds": time.process_time() - before, "peak_bytes": peak_kib * 1024}
+        write_json(self.logging_dir.resolve_paths(f"usage/{rank:05d}.json"), usage)
         with self.logging_dir.open(f"stats/{rank:05d}.json", "w") as file:
             stats.save_to_disk(file)
         self.mark_rank_as_completed(rank)
@@ -235,3 +240,14 @@ def set_environment(workers: int) -> None:
     here = str(Path(k2jax.__file__).parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+
+
+def usage(folder: Path) -> dict[str, dict[str, float]]:
+    """What each stage whose marks are in `folder` took: CPU-seconds of all its tasks, peak memory of the largest."""
+    found = {}
+    for stage in sorted(folder.iterdir()):
+        tasks = [json.loads(path.read_text()) for path in (stage / "usage").glob("*.json")]
+        if tasks:
+            cpu_seconds = sum(task["cpu_seconds"] for task in tasks)
+            found[stage.name] = {"cpu_seconds": cpu_seconds, "peak_bytes": max(task["peak_bytes"] for task in tasks)}
+    return found

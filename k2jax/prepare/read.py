@@ -8,6 +8,7 @@ silently. Files are dealt to the tasks of a subset in an order that the seed dra
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -152,9 +153,15 @@ def _document(record: dict[str, Any], chosen: ConfigDict, name: str, file: File,
         "source_id": _short(record.get("id")),
         "licence": _short(record.get("license")) or _short(record.get("licence")) or chosen.licence,
         "date": _short(record.get("date")),
-        "dump": _short(record.get("dump")) or chosen.dump,
+        "dump": _short(record.get("dump")) or chosen.dump or _dump_of(file),
     }
     return document(text, **{key: value for key, value in metadata.items() if value})
+
+
+def _dump_of(file: File) -> str:
+    """The dump of Common Crawl that a file's path names."""
+    found = re.search(r"\bCC-MAIN-20\d\d-\d\d\b", file.path)
+    return found.group() if found else ""
 
 
 def _short(value: Any) -> str:

@@ -99,7 +99,7 @@ def subset(
     c.source = source  # KIND:WHERE, see KINDS
     c.text_key = text_key  # column or key of the text; "url", "id", "license", "date", "dump" are kept where they are
     c.licence = licence  # of documents that name none themselves
-    c.dump = dump  # such as CC-MAIN-2024-30, of documents that name none: newer dumps are kept first
+    c.dump = dump  # of documents that name none; empty: a CC-MAIN-2024-30 in the file's path. Newer ones are kept first
     c.max_bytes = max_bytes  # of text to read in all, 0 for no limit; files are taken in an order drawn by seed
     c.min_document_bytes = min_document_bytes  # shorter documents are left out
     c.max_document_bytes = max_document_bytes  # longer documents are left out, 0 for no limit

@@ -1,0 +1,152 @@
+"""What a preparation costs: CPU-seconds, MB/s and peak memory of each stage and of each rule, on this machine's files.
+
+    python tools/bench/prepare.py [--megabytes=100] [--smoke]
+
+The corpus is what `python:` sources give, with every file three times over in part, so that there are duplicates; pages
+for the rules of web text are its documents in HTML. One JSON line for each stage, each rule, the tokenizer library
+alone, and the whole: CPU-hours a TB of text, and the core-years of TxT360's 61.8 TB (compressed; k2-facts 4.6).
+"""
+
+import argparse
+import html
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from datatrove.data import Document  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from k2jax.data.tokenizer import load_tokenizer  # noqa: E402
+from k2jax.prepare import build, engine, python_corpus, recipe, rules  # noqa: E402
+from k2jax.prepare.documents import document  # noqa: E402
+
+TXT360_BYTES = 61.8e12
+RULES = ("extract", "line_rules", "gopher-repetition", "gopher-quality", "c4", "nfc", "pii")
+SHARDS = 8
+
+
+def texts() -> Iterator[str]:
+    """Documents of this Python installation: code, docstrings and descriptions."""
+    for source in ("python:documents", "python:docstrings", "python:code"):
+        for one in python_corpus.candidates(source):
+            try:
+                text = python_corpus.text_of(source, one.name, Path(one.path).read_text(encoding="utf-8"))
+                (text or "").encode()
+            except (OSError, UnicodeError):
+                continue
+            if text and len(text) < 1_000_000:
+                yield text
+
+
+def write_corpus(folder: Path, num_bytes: int) -> None:
+    """JSON lines of about that much text; every fifth document comes again, every tenth with another first line."""
+    files = [open(folder / f"{i}.jsonl", "w", encoding="utf-8") for i in range(SHARDS)]
+    size = 0
+    while size < num_bytes:  # a small installation is read again: then most of it is duplicates
+        for i, text in enumerate(texts()):
+            copies = [text] * (1 + (i % 5 == 0)) + [f"copy {i}\n{text}"] * (i % 10 == 3)
+            for copy in copies:
+                files[(i + len(copy)) % SHARDS].write(json.dumps({"text": copy}) + "\n")
+                size += len(copy.encode())
+            if size >= num_bytes:
+                break
+    for file in files:
+        file.close()
+
+
+def make_recipe(corpus: Path) -> ConfigDict:
+    c = recipe.base()
+    c.vocab_size, c.tokenizer_bytes = 4096, 2_000_000
+    c.subsets.corpus = recipe.subset(f"jsonl:{corpus}/*.jsonl", tasks=SHARDS, max_document_bytes=1_000_000)
+    recipe.validate(c)
+    return c
+
+
+def rule_costs(num_bytes: int) -> Iterator[dict]:
+    """MB of text a CPU-second of each rule alone; `extract` of pages of HTML."""
+    found, size = [], 0
+    for text in texts():
+        found.append(text)
+        size += len(text.encode())
+        if size >= num_bytes:
+            break
+    for name in RULES:
+        filters = (name,) if name in recipe.FILTERS else ()
+        flags = {} if filters else {name: True}
+        [(_, apply), *_] = rules.build(recipe.subset("text:x", filters=filters, **flags))
+        given = [page(text) if name == "extract" else document(text, subset="x", source="x") for text in found]
+        given = given[: len(given) // 10] if name == "extract" else given
+        total = sum(len(one.text.encode()) for one in given)
+        start = time.process_time()
+        for one in given:
+            apply(one)
+        seconds = time.process_time() - start
+        speed = {"mb_per_cpu_second": total / 1e6 / seconds, "documents_per_cpu_second": len(given) / seconds}
+        yield {"rule": name, **speed}
+
+
+def page(text: str) -> Document:
+    """The document as a web page might hold it."""
+    menu = "<ul>" + "<li><a href='/'>Home</a></li>" * 20 + "</ul>"
+    paragraphs = "".join(f"<p>{html.escape(part)}</p>" for part in text.split("\n\n"))
+    return document(f"<html><body>{menu}<article>{paragraphs}</article></body></html>", subset="x", source="x")
+
+
+def library_alone(documents: list[str], tokenizer: Path) -> float:
+    """CPU-seconds that the tokenizer takes for the texts, in batches as ours."""
+    encoder = load_tokenizer(tokenizer)
+    start = time.process_time()
+    for i in range(0, len(documents), 64):
+        encoder.encode_batch_fast(documents[i : i + 64], add_special_tokens=False)
+    return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=100, help="of text (default: 100)")
+    parser.add_argument("--smoke", action="store_true", help="2 MB: shows that it runs, its figures mean nothing")
+    args = parser.parse_args()
+    num_bytes = int(2e6 if args.smoke else args.megabytes * 1e6)
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, out = Path(folder) / "corpus", Path(folder) / "out"
+        corpus.mkdir()
+        write_corpus(corpus, num_bytes)
+        config = make_recipe(corpus)
+        data, _ = build.build(config, out, workers=2, keep_stages=True)
+        read = data["subsets"]["corpus"]["clean"]["steps"]["read"]
+        costs = engine.usage(out / "stages" / "done")
+        for stage, cost in costs.items():
+            report("stage", stage, cost["cpu_seconds"], read, peak_mib=cost["peak_bytes"] / 2**20)
+        kept = [json.loads(line)["text"] for path in sorted(corpus.iterdir()) for line in path.open()]
+        stored = data["stores"]["corpus"]
+        share_stored = stored["bytes"] / sum(len(text.encode()) for text in kept)
+        alone, ours = library_alone(kept, out / "tokenizer.json") * share_stored, costs["tokens"]["cpu_seconds"]
+        print(json.dumps({"tokenizer_alone_cpu_seconds": alone, "stage_tokens": ours, "share": alone / ours}))
+        whole = sum(cost["cpu_seconds"] for stage, cost in costs.items() if stage != "tokenizer")
+        report("stage", "all but training a tokenizer", whole, read)
+        each = list(rule_costs(num_bytes // 10))
+        for line in each:
+            print(json.dumps(line))
+        web = whole / read["bytes"] + sum(1 / line["mb_per_cpu_second"] / 1e6 for line in each)
+        years = web * TXT360_BYTES / 3600 / 24 / 365
+        print(json.dumps({"cpu_hours_per_tb": {"plain": whole / read["bytes"] * 1e12 / 3600, "web": web * 1e12 / 3600},
+                          "txt360_core_years": years}))  # fmt: skip
+
+
+def report(kind: str, name: str, cpu_seconds: float, read: dict, **more: float) -> None:
+    speed = {
+        "mb_per_cpu_second": read["bytes"] / 1e6 / cpu_seconds,
+        "documents_per_cpu_second": read["documents"] / cpu_seconds,
+    }
+    print(json.dumps({kind: name, "cpu_seconds": cpu_seconds, **speed, **more}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
