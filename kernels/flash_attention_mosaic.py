@@ -1,8 +1,29 @@
-"""Flash attention for Hopper GPUs, in Pallas through Mosaic GPU.
+"""Flash attention for Hopper GPUs, in Pallas through Mosaic GPU: softmax(q k') v and its gradients on wgmma.
+
+What it computes is `reference.attention`, with the arguments and results of flash_attention_triton.py and its plan: two
+backward kernels, powers of two, arrays as the model has them, blocks masked whole not taken. What is Hopper's own:
+
+- A program is one warpgroup that loads and one or two that compute, 64 rows each. The first brings blocks from HBM by
+  TMA into rings of slots; barriers tell the others that a slot is full, and it that a slot is free again.
+- Products are wgmma: the block that stays is their left operand, from shared memory; weights go in from registers.
+- Forward, the two computing warpgroups take turns: one has the matrix units while the other does its softmax. They take
+  the same blocks, so that both come to every turn. Backward, the softmax runs beside the product that does not need it.
+- Heads wider than 128 leave a warpgroup no registers for dk and dv: one sums dv, the other dk, of the same keys, and
+  both compute the weights.
+
+Compiled for an H100 and interpreted on a CPU (tests/test_flash_attention_mosaic.py): the traced program itself, with
+its barriers and copies in many orders. Not known without a GPU: speed, and what Mosaic and the GPU make of the program
+(layouts of registers, swizzles, memory fences, products in flight). tools/bench/gpu_suite.py tells.
+
+Flash attention: Dao et al. 2022 (arXiv:2205.14135); Shah et al. 2024 (arXiv:2407.08608), whose turns these are.
+
+Axes: B batch, N query heads, K key and value heads, G = N/K, T queries, S keys, H head dim; Q, J block of queries, of
+keys, or a warpgroup's rows of it.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,173 +31,364 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from k2jax.kernels.flash_attention_tpu import LOG2_E, MASKED, Documents
-from k2jax.kernels.flash_attention_triton import _visible as visible
+from k2jax.kernels.flash_attention_triton import visible_blocks
 from k2jax.kernels.mosaic_block_sizes import ROWS, BlockSizes, Cut
-
-TILES = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # of 16-bit numbers in shared memory, for wgmma
-MATRIX = plgpu.Layout.WGMMA
-BY_ROW, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # a number for each row, or column, of a MATRIX
-REGISTERS = {1: (240, 40), 2: (232, 40)}  # of a thread that computes, and that loads, by number of computing warpgroups
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x y in float32; y in shared memory, x there or in registers."""
-    def run(sums_ref):
-        plgpu.wgmma(sums_ref, x, y)
-        return sums_ref[...]
-    return pl.run_scoped(run, plgpu.ACC((x.shape[0], y.shape[1]), jnp.float32))
+from k2jax.kernels.mosaic_blocks import (
+    BY_ROW, Held, Ring, added, along, held_type, hold, masked, of_columns, of_rows, product, receive, ring_type, send,
+    take_registers, turned, weights_and_product, zeros,
+)  # fmt: skip
 
 
-def _added(sums, x, y):
-    return pl.run_state(lambda sums_ref: plgpu.wgmma(sums_ref, x, y))(plgpu.ACC.init(sums))
+# ---- kernels by blocks of queries: forward and dq --------------------------------------------------------------------
 
 
-def _across(x, shape, axis):
-    return lax.broadcast_in_dim(x, shape, [axis])
+class Place(NamedTuple):
+    """Of a program by blocks of queries: row, head, block of queries, first block of keys, the last one + 1."""
+
+    b: jax.Array
+    n: jax.Array
+    i: jax.Array
+    first: jax.Array
+    end: jax.Array | int
 
 
-def _full(shape, value, layout):
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+def _place(first_ref: Any, num_keys: int, cut: Cut, causal: bool) -> Place:
+    b, n, i = (lax.axis_index(axis) for axis in ("b", "n", "i"))
+    i = first_ref.shape[1] - 1 - i  # the last block comes first: it sees the most keys
+    end = lax.div((i + 1) * cut.queries + cut.keys - 1, cut.keys) if causal else num_keys // cut.keys
+    return Place(b, n, i, first_ref[b, i], end)
 
 
-def _masked(score, own, first, query_axis):
-    if own is not None:
-        score = jnp.where(_across(own[0], score.shape, 0) == _across(own[1], score.shape, 1), score, MASKED)
-    if first is not None:
-        at = [
-            first[axis] + plgpu.broadcasted_iota(jnp.int32, score.shape, axis, layout=MATRIX) for axis in (0, 1)
-        ]
-        score = jnp.where(at[1 - query_axis] <= at[query_axis], score, MASKED)
-    return score
+def _load_past_keys(
+    place: Place, cut: Cut, own: tuple, keys: tuple, values: tuple, held: Held, k_ring: Ring, v_ring: Ring
+) -> None:
+    """The loading warpgroup: arrays by queries (`own`), then those by keys, block by block."""
+    take_registers(True, cut.queries // ROWS)
+    b, n, i, first, end = place
+    kv = lax.div(n, own[0].shape[2] // keys[0].shape[2])
+    for w in range(cut.queries // ROWS):
+        hold(held, w, *(x.at[b, pl.ds(i * cut.queries + w * ROWS, ROWS), n] for x in own))
+
+    @pl.loop(first, end)
+    def _send_block(j: jax.Array) -> None:
+        rows = pl.ds(j * cut.keys, cut.keys)
+        send(k_ring, j - first, keys[0].at[b, rows, kv], *(x.at[b, rows] for x in keys[1:]))
+        send(v_ring, j - first, *(x.at[b, rows, kv] for x in values))
 
 
-def _past_keys(take, state, first, i, cut: Cut, num_keys: int, causal: bool):
+def _past_keys(take: Callable, state: Any, place: Place, cut: Cut, causal: bool) -> Any:
+    """`take(j, state, diagonal)` of each block of keys that the block of queries sees."""
     if not causal:
-        return lax.fori_loop(first, num_keys // cut.keys, partial(take, diagonal=False), state)
-    whole, some = lax.div(i * cut.queries, cut.keys), _seen(i, cut, num_keys, causal)
-    state = lax.fori_loop(first, whole, partial(take, diagonal=False), state)
-    return lax.fori_loop(jnp.maximum(first, whole), some, partial(take, diagonal=True), state)
+        return lax.fori_loop(place.first, place.end, partial(take, diagonal=False), state)
+    whole = lax.div(place.i * cut.queries, cut.keys)
+    state = lax.fori_loop(place.first, whole, partial(take, diagonal=False), state)
+    return lax.fori_loop(jnp.maximum(place.first, whole), place.end, partial(take, diagonal=True), state)
 
 
-def _seen(i, cut, num_keys, causal):
-    return lax.div((i + 1) * cut.queries + cut.keys - 1, cut.keys) if causal else num_keys // cut.keys
+def _forward_kernel(
+    first_ref, q_ref, k_ref, v_ref, *refs, cut: Cut, causal: bool, held: Held, k_ring: Ring, v_ring: Ring, turn: Any
+):
+    """`first_ref` (B, queries' blocks): the first block of keys. `turn`: a barrier of the computing warpgroups."""
+    *documents, out_ref, lse_ref = refs
+    place, w = _place(first_ref, k_ref.shape[1], cut, causal), lax.axis_index("warpgroup")
+    (b, n, i, first, _), warpgroups = place, cut.queries // ROWS
+    q_smem, (k_smem, *k_document), (v_smem,) = held.blocks[0].at[w], k_ring.blocks, v_ring.blocks
+    origin = i * cut.queries + w * ROWS
+    mine = pl.ds(origin, ROWS)
 
+    def swap_turns() -> None:
+        if warpgroups > 1:
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
 
-def _forward_kernel(first_ref, q_ref, k_ref, v_ref, *refs, cut: Cut, causal: bool, num_documents, **scratch):
-    documents, (out_ref, lse_ref) = refs[:num_documents], refs[num_documents:]
-    b, n, i = lax.axis_index("b"), lax.axis_index("n"), pl.num_programs
-    T, S = q_ref.shape[1], k_ref.shape[1]
-    i = T // cut.queries - 1 - lax.axis_index("i")
-    first = first_ref[b, i]
-    group = q_ref.shape[2] // k_ref.shape[2]
-    warpgroups = cut.queries // ROWS
-    wg = lax.axis_index("warpgroup")
-    q_smem, k_smem, v_smem = (scratch[x] for x in ("q_smem", "k_smem", "v_smem"))
-    q_full, k_full, v_full, k_free, v_free = (scratch[x] for x in ("q_full", "k_full", "v_full", "k_free", "v_free"))
+    def take(j: jax.Array, state: tuple, diagonal: bool, document_Q: jax.Array | None) -> tuple:
+        before_Q, sum_Q, acc_QH = state
+        slot = receive(k_ring, j - first)
+        score_QJ = product(q_smem, turned(k_smem.at[slot]), swap_turns)
+        own = (document_Q, of_columns(k_document[0], slot)) if documents else None
+        plgpu.barrier_arrive(k_ring.free.at[slot])
+        score_QJ = masked(score_QJ, own, (origin, j * cut.keys) if diagonal else None, query_axis=0)
+        most_Q = jnp.maximum(before_Q, score_QJ.max(axis=1))
+        fade_Q = jnp.exp2(before_Q - most_Q)
+        weight_QJ = jnp.exp2(score_QJ - along(most_Q, score_QJ.shape, 0))
+        sum_Q = sum_Q * fade_Q + weight_QJ.sum(axis=1)
+        acc_QH = acc_QH * along(fade_Q, acc_QH.shape, 0)
+        weight_QJ = weight_QJ.astype(v_smem.dtype)
+        swap_turns()
+        receive(v_ring, j - first)
+        acc_QH = added(acc_QH, weight_QJ, v_smem.at[slot])
+        plgpu.barrier_arrive(v_ring.free.at[slot])
+        return most_Q, sum_Q, acc_QH
 
-    @pl.when(wg == warpgroups)
-    def _load():
-        plgpu.set_max_registers(REGISTERS[warpgroups][1], action="decrease")
-        kv = lax.div(n, group)
-        for w in range(warpgroups):
-            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(i * cut.queries + w * ROWS, ROWS), n], q_smem.at[w], q_full.at[w])
+    @pl.when(w < warpgroups)
+    def _compute() -> None:
+        take_registers(False, warpgroups)
+        document_Q = of_rows(documents[0], (b, mine)) if documents else None
+        plgpu.barrier_wait(held.full.at[w])
+        pl.when(w == 1)(swap_turns)
+        state = [plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), BY_ROW) for x in (MASKED, 0.0)]
+        state = *state, zeros(ROWS, q_ref.shape[3])
+        most_Q, sum_Q, acc_QH = _past_keys(partial(take, document_Q=document_Q), state, place, cut, causal)
+        pl.when(w == 0)(swap_turns)
+        some_Q = most_Q > MASKED / 2  # a row that sees no key has weights of 1, or no block was taken
+        sum_Q = jnp.where(some_Q, sum_Q, 1.0)
+        share_Q = jnp.where(some_Q, 1.0 / sum_Q, 0.0)
+        out_ref[b, mine, n] = (acc_QH * along(share_Q, acc_QH.shape, 0)).astype(out_ref.dtype)
+        lse_ref[b, n, 0, mine] = jnp.where(some_Q, most_Q + jnp.log(sum_Q) * LOG2_E, MASKED)
 
-        def fetch(j, _):
-            step = j - first
-            slot = lax.rem(step, cut.stages)
-            rows = pl.ds(j * cut.keys, cut.keys)
-            @pl.when(step >= cut.stages)
-            def _():
-                plgpu.barrier_wait(k_free.at[slot])
-            plgpu.copy_gmem_to_smem(k_ref.at[b, rows, kv], k_smem.at[slot], k_full.at[slot])
-            if documents:
-                plgpu.copy_gmem_to_smem(documents[1].at[b, rows], scratch["document_smem"].at[slot], k_full.at[slot])
-            @pl.when(step >= cut.stages)
-            def _():
-                plgpu.barrier_wait(v_free.at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[b, rows, kv], v_smem.at[slot], v_full.at[slot])
-
-        lax.fori_loop(first, _seen(i, cut, S, causal), fetch, None)
-
-    @pl.when(wg < warpgroups)
-    def _compute():
-        plgpu.set_max_registers(REGISTERS[warpgroups][0], action="increase")
-        rows = pl.ds(i * cut.queries + wg * ROWS, ROWS)
-        document_Q = None
-        if documents:
-            document_Q = plgpu.load(documents[0], (b, rows), layout=BY_ROW, optimized=False)
-        plgpu.barrier_wait(q_full.at[wg])
-
-        def take(j, state, diagonal):
-            before_Q, sum_Q, acc_QH = state
-            slot = lax.rem(j - first, cut.stages)
-            plgpu.barrier_wait(k_full.at[slot])
-            score_QJ = _product(q_smem.at[wg], plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
-            own = None
-            if documents:
-                own = document_Q, plgpu.load(scratch["document_smem"], (slot,), layout=BY_COLUMN, optimized=False)
-            plgpu.barrier_arrive(k_free.at[slot])
-            at = (i * cut.queries + wg * ROWS, j * cut.keys) if diagonal else None
-            score_QJ = _masked(score_QJ, own, at, 0)
-            most_Q = jnp.maximum(before_Q, score_QJ.max(axis=1))
-            fade_Q = jnp.exp2(before_Q - most_Q)
-            weight_QJ = jnp.exp2(score_QJ - _across(most_Q, score_QJ.shape, 0))
-            sum_Q = sum_Q * fade_Q + weight_QJ.sum(axis=1)
-            acc_QH = acc_QH * _across(fade_Q, acc_QH.shape, 0)
-            plgpu.barrier_wait(v_full.at[slot])
-            acc_QH = _added(acc_QH, weight_QJ.astype(v_ref.dtype), v_smem.at[slot])
-            plgpu.barrier_arrive(v_free.at[slot])
-            return most_Q, sum_Q, acc_QH
-
-        H = q_ref.shape[3]
-        state = _full((ROWS,), MASKED, BY_ROW), _full((ROWS,), 0.0, BY_ROW), _full((ROWS, H), 0.0, MATRIX)
-        most_Q, sum_Q, acc_QH = _past_keys(take, state, first, i, cut, S, causal)
-        some_Q = most_Q > MASKED / 2
-        total_Q = jnp.where(some_Q, sum_Q, 1.0)
-        share_Q = jnp.where(some_Q, 1.0 / total_Q, 0.0)
-        out_ref[b, rows, n] = (acc_QH * _across(share_Q, acc_QH.shape, 0)).astype(out_ref.dtype)
-        lse_ref[b, n, 0, rows] = jnp.where(some_Q, most_Q + jnp.log2(total_Q), MASKED)
+    arrays = (q_ref,), (k_ref, *documents[1:]), (v_ref,)
+    pl.when(w == warpgroups)(partial(_load_past_keys, place, cut, *arrays, held, k_ring, v_ring))
 
 
 def forward(
     q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, documents: Documents,
     *, sizes: BlockSizes, causal: bool, out_dtype: jnp.dtype, interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    cut, (B, N, T, head_dim) = sizes.forward, q_BNTH.shape
-    q_BTNH, k_BSKH, v_BSKH = (_positions_first(x, sizes.head_dim) for x in (q_BNTH, k_BKSH, v_BKSH))
-    S, H = k_BSKH.shape[1], sizes.head_dim
-    first_BI, _ = visible(documents, (B, T, S), cut)
-    dtype = q_BNTH.dtype
-    wgs = cut.queries // ROWS
-    scratch = dict(
-        q_smem=plgpu.SMEM((wgs, ROWS, H), dtype, transforms=TILES),
-        k_smem=plgpu.SMEM((cut.stages, cut.keys, H), dtype, transforms=TILES),
-        v_smem=plgpu.SMEM((cut.stages, cut.keys, H), dtype, transforms=TILES),
-        q_full=plgpu.Barrier(num_barriers=wgs),
-        k_full=plgpu.Barrier(num_arrivals=2 if documents else 1, num_barriers=cut.stages),
-        v_full=plgpu.Barrier(num_barriers=cut.stages),
-        k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=cut.stages),
-        v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=cut.stages),
-    )
-    if documents:
-        scratch["document_smem"] = plgpu.SMEM((cut.stages, cut.keys), jnp.int32)
-    kernel = plgpu.kernel(
-        partial(_forward_kernel, cut=cut, causal=causal, num_documents=len(documents or ())),
-        out_type=[
-            jax.ShapeDtypeStruct(q_BTNH.shape, out_dtype),
-            jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
-        ],
+    """(out_BNTH, lse_BN1T float32) of q times log2(e) / sqrt(H), as in flash_attention_triton.py.
+
+    q, k and v are bfloat16 or float16, heads no wider than `sizes.head_dim`. ValueError for others.
+    """
+    (B, N, T, head_dim), cut = q_BNTH.shape, sizes.forward
+    q_BTNH, k_BSKH, v_BSKH = (_positions_first(x, sizes) for x in (q_BNTH, k_BKSH, v_BKSH))
+    first_BI, _ = visible_blocks(documents, (B, T, k_BSKH.shape[1]), cut)
+    out = [jax.ShapeDtypeStruct(q_BTNH.shape, out_dtype), jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32)]
+    warpgroups = cut.queries // ROWS
+    scratch = _rings_by_keys(cut, 1, sizes.head_dim, q_BNTH.dtype, documents)
+    scratch["turn"] = plgpu.Barrier(num_arrivals=warpgroups)
+    kernel = partial(_forward_kernel, cut=cut, causal=causal)
+    run = _call(kernel, "forward", ("b", B, "n", N, "i", T // cut.queries), warpgroups, out, scratch, interpret)
+    out_BTNH, lse_BN1T = run(first_BI, q_BTNH, k_BSKH, v_BSKH, *(documents or ()))
+    return _heads_first(out_BTNH, head_dim), lse_BN1T
+
+
+def _rings_by_keys(cut: Cut, held: int, head_dim: int, dtype: jnp.dtype, documents: Documents) -> dict[str, Any]:
+    warpgroups, matrix = cut.queries // ROWS, (cut.keys, head_dim)
+    ids = [jnp.int32] if documents else []
+    return {
+        "held": held_type(warpgroups, held, head_dim, dtype),
+        "k_ring": ring_type(cut.stages, warpgroups, matrix, dtype, *ids),
+        "v_ring": ring_type(cut.stages, warpgroups, matrix, dtype),
+    }
+
+
+def _call(kernel: Callable, name: str, grid: tuple, warpgroups: int, out: list, scratch: dict, interpret: bool) -> Any:
+    return plgpu.kernel(
+        kernel,
+        out_type=out,
         scratch_types=scratch,
-        grid=(B, N, T // cut.queries),
-        grid_names=("b", "n", "i"),
-        num_threads=wgs + 1,
+        grid=grid[1::2],
+        grid_names=grid[::2],
+        num_threads=warpgroups + 1,
         thread_name="warpgroup",
-        kernel_name="flash_attention_forward",
+        kernel_name=f"flash_attention_{name}",
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret or None,
     )
-    out_BTNH, lse_BN1T = kernel(first_BI, q_BTNH, k_BSKH, v_BSKH, *(documents or ()))
-    return out_BTNH[..., :head_dim].transpose(0, 2, 1, 3), lse_BN1T
 
 
-def _positions_first(x_BNTH: jax.Array, width: int) -> jax.Array:
-    return jnp.pad(x_BNTH.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, 0), (0, width - x_BNTH.shape[3])))
+def _positions_first(x_BNTH: jax.Array, sizes: BlockSizes) -> jax.Array:
+    """(B, T, N, H), with zeros after each head's numbers up to what the kernels are cut for."""
+    padding = sizes.head_dim - x_BNTH.shape[3]
+    if padding < 0 or x_BNTH.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"these kernels are for heads up to {sizes.head_dim} wide of bfloat16 or float16, not {x_BNTH.shape[3]} of "
+            f"{x_BNTH.dtype}: take flash_attention_triton.py's block sizes"
+        )
+    return jnp.pad(x_BNTH.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, 0), (0, padding)))
+
+
+def _heads_first(x_BTNH: jax.Array, head_dim: int) -> jax.Array:
+    return x_BTNH[..., :head_dim].transpose(0, 2, 1, 3)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+def _dq_kernel(
+    first_ref, q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, *refs,
+    cut: Cut, causal: bool, scale: float, held: Held, k_ring: Ring, v_ring: Ring,
+):  # fmt: skip
+    """One block of queries past the keys that it sees, as in `_forward_kernel`."""
+    *documents, dq_ref = refs
+    place, w = _place(first_ref, k_ref.shape[1], cut, causal), lax.axis_index("warpgroup")
+    (b, n, i, first, _), warpgroups = place, cut.queries // ROWS
+    (q_smem, dout_smem), (k_smem, *k_document), (v_smem,) = held.blocks, k_ring.blocks, v_ring.blocks
+    origin = i * cut.queries + w * ROWS
+    mine = pl.ds(origin, ROWS)
+
+    def take(j: jax.Array, dq_QH: jax.Array, diagonal: bool, lse_Q: Any, delta_Q: Any, document_Q: Any) -> jax.Array:
+        slot = receive(k_ring, j - first)
+        own = (document_Q, of_columns(k_document[0], slot)) if documents else None
+        receive(v_ring, j - first)
+
+        def weigh(score_QJ: jax.Array) -> jax.Array:
+            score_QJ = masked(score_QJ, own, (origin, j * cut.keys) if diagonal else None, query_axis=0)
+            return jnp.exp2(score_QJ - along(lse_Q, score_QJ.shape, 0))
+
+        scores, dweights = (q_smem.at[w], turned(k_smem.at[slot])), (dout_smem.at[w], turned(v_smem.at[slot]))
+        weight_QJ, dweight_QJ = weights_and_product(scores, dweights, weigh)
+        plgpu.barrier_arrive(v_ring.free.at[slot])
+        dscore_QJ = weight_QJ * (dweight_QJ - along(delta_Q, weight_QJ.shape, 0))
+        dq_QH = added(dq_QH, dscore_QJ.astype(k_smem.dtype), k_smem.at[slot])
+        plgpu.barrier_arrive(k_ring.free.at[slot])
+        return dq_QH
+
+    @pl.when(w < warpgroups)
+    def _compute() -> None:
+        take_registers(False, warpgroups)
+        own = {"lse_Q": of_rows(lse_ref, (b, n, 0, mine)), "delta_Q": of_rows(delta_ref, (b, n, 0, mine))}
+        own["document_Q"] = of_rows(documents[0], (b, mine)) if documents else None
+        plgpu.barrier_wait(held.full.at[w])
+        dq_QH = _past_keys(partial(take, **own), zeros(ROWS, q_ref.shape[3]), place, cut, causal)
+        dq_ref[b, mine, n] = (dq_QH * scale).astype(dq_ref.dtype)
+
+    arrays = (q_ref, dout_ref), (k_ref, *documents[1:]), (v_ref,)
+    pl.when(w == warpgroups)(partial(_load_past_keys, place, cut, *arrays, held, k_ring, v_ring))
+
+
+class Keys(NamedTuple):
+    """Of a program by blocks of keys: row, head, block of keys; blocks of queries: the first and the last + 1 of those
+    that see it, the first that sees all of it."""
+
+    b: jax.Array
+    kv: jax.Array
+    j: jax.Array
+    first: jax.Array | int
+    end: jax.Array
+    whole: jax.Array | int
+
+
+def _dkv_kernel(
+    last_ref, q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, *refs,
+    cut: Cut, causal: bool, apart: bool, held: Held, q_ring: Ring, dout_ring: Ring,
+):  # fmt: skip
+    """One block of keys past the queries that see it, of all heads that share it. `last_ref` (B, keys' blocks): the last
+    block of queries + 1. `apart`: two warpgroups have the same keys, the first sums dv, the second dk."""
+    *documents, dk_ref, dv_ref = refs
+    b, kv, j, w = (lax.axis_index(axis) for axis in ("b", "k", "j", "warpgroup"))
+    first = lax.div(j * cut.keys, cut.queries) if causal else 0
+    whole = lax.div((j + 1) * cut.keys + cut.queries - 2, cut.queries) if causal else 0
+    keys = Keys(b, kv, j, first, jnp.maximum(last_ref[b, j], first), whole)
+    warpgroups, part = (2, 0) if apart else (cut.keys // ROWS, w)  # `part` of the block of keys
+    origin = j * cut.keys + part * ROWS
+    mine, G = pl.ds(origin, ROWS), q_ref.shape[2] // k_ref.shape[2]
+
+    def compute(*names: str) -> None:
+        take_registers(False, warpgroups)
+        document_J = of_rows(documents[0], (b, mine)) if documents else None
+        plgpu.barrier_wait(held.full.at[part])
+        blocks = [block.at[part] for block in held.blocks]
+        take = partial(_dkv_of_block, keys, cut, origin, document_J, blocks, q_ring, dout_ring)
+
+        def of_head(g: jax.Array, sums: dict) -> dict:
+            start = keys.first
+            if causal:
+                start = jnp.minimum(whole, keys.end)
+                sums = lax.fori_loop(keys.first, start, partial(take, g=g, diagonal=True), sums)
+            return lax.fori_loop(start, keys.end, partial(take, g=g, diagonal=False), sums)
+
+        sums = lax.fori_loop(0, G, of_head, {name: zeros(ROWS, k_ref.shape[3]) for name in names})
+        if "dk" in sums:
+            dk_ref[b, mine, kv] = (sums["dk"] * (1 / LOG2_E)).astype(dk_ref.dtype)  # q holds scale * log2(e)
+        if "dv" in sums:
+            dv_ref[b, mine, kv] = sums["dv"].astype(dv_ref.dtype)
+
+    if apart:
+        pl.when(w == 0)(partial(compute, "dv"))
+        pl.when(w == 1)(partial(compute, "dk"))
+    else:
+        pl.when(w < warpgroups)(partial(compute, "dk", "dv"))
+    queries = (q_ref, lse_ref, *documents[1:]), (dout_ref, delta_ref)
+    pl.when(w == warpgroups)(
+        partial(_load_past_queries, keys, cut, G, warpgroups, *queries, (k_ref, v_ref), held, q_ring, dout_ring)
+    )
+
+
+def _load_past_queries(
+    keys: Keys, cut: Cut, G: int, warpgroups: int, queries: tuple, douts: tuple, own: tuple,
+    held: Held, q_ring: Ring, dout_ring: Ring,
+) -> None:  # fmt: skip
+    """The loading warpgroup: keys and values (`own`), then what is by queries, head by head."""
+    take_registers(True, warpgroups)
+    b, kv, j, first, end, _ = keys
+    for part in range(cut.keys // ROWS):
+        rows = pl.ds(j * cut.keys + part * ROWS, ROWS)
+        hold(held, part, *(x.at[b, rows, kv] for x in own))
+
+    @pl.loop(0, G)
+    def _send_head(g: jax.Array) -> None:
+        n = kv * G + g
+
+        @pl.loop(first, end)
+        def _send_block(i: jax.Array) -> None:
+            rows, step = pl.ds(i * cut.queries, cut.queries), g * (end - first) + i - first
+            q_ref, lse_ref, *document_ref = queries
+            ids = [x.at[b, rows] for x in document_ref]
+            send(q_ring, step, q_ref.at[b, rows, n], lse_ref.at[b, n, 0, rows], *ids)
+            send(dout_ring, step, douts[0].at[b, rows, n], douts[1].at[b, n, 0, rows])
+
+
+def _dkv_of_block(
+    keys: Keys, cut: Cut, origin: jax.Array, document_J: jax.Array | None, own: list, q_ring: Ring, dout_ring: Ring,
+    i: jax.Array, sums: dict, *, g: jax.Array, diagonal: bool,
+) -> dict:  # fmt: skip
+    """`sums`, of dk or dv or both, and what the i-th block of queries of the g-th head adds to them."""
+    (k_smem, v_smem), (q_smem, lse_smem, *q_document), (dout_smem, delta_smem) = own, q_ring.blocks, dout_ring.blocks
+    step, sums = g * (keys.end - keys.first) + i - keys.first, dict(sums)
+    slot = receive(q_ring, step)
+    receive(dout_ring, step)
+
+    def weigh(score_JQ: jax.Array) -> jax.Array:
+        documents = None if document_J is None else (document_J, of_columns(q_document[0], slot))
+        score_JQ = masked(score_JQ, documents, (origin, i * cut.queries) if diagonal else None, query_axis=1)
+        return jnp.exp2(score_JQ - along(of_columns(lse_smem, slot), score_JQ.shape, 1))
+
+    scores = k_smem, turned(q_smem.at[slot])
+    if "dk" in sums:
+        weight_JQ, dweight_JQ = weights_and_product(scores, (v_smem, turned(dout_smem.at[slot])), weigh)
+    else:
+        weight_JQ = weigh(product(*scores))
+    if "dv" in sums:
+        sums["dv"] = added(sums["dv"], weight_JQ.astype(dout_smem.dtype), dout_smem.at[slot])
+    if "dk" in sums:
+        dscore_JQ = weight_JQ * (dweight_JQ - along(of_columns(delta_smem, slot), weight_JQ.shape, 1))
+    plgpu.barrier_arrive(dout_ring.free.at[slot])
+    if "dk" in sums:
+        sums["dk"] = added(sums["dk"], dscore_JQ.astype(q_smem.dtype), q_smem.at[slot])
+    plgpu.barrier_arrive(q_ring.free.at[slot])
+    return sums
+
+
+def backward(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, documents: Documents,
+    lse_BN1T: jax.Array, delta_BN1T: jax.Array, dout_BNTH: jax.Array,
+    *, sizes: BlockSizes, causal: bool, out_dtype: jnp.dtype, interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """(dq_BNTH by q without its factor, dk_BKSH, dv_BKSH); arguments as in `forward`, delta is dout . out."""
+    (B, N, T, head_dim), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
+    lse_BN1T = jnp.where(lse_BN1T > MASKED / 2, lse_BN1T, -MASKED)  # so that weights are 0 where no key is seen
+    dtype, dout_BNTH = q_BNTH.dtype, dout_BNTH.astype(q_BNTH.dtype)
+    q_BTNH, dout_BTNH, k_BSKH, v_BSKH = (_positions_first(x, sizes) for x in (q_BNTH, dout_BNTH, k_BKSH, v_BKSH))
+    arrays = q_BTNH, dout_BTNH, lse_BN1T, delta_BN1T, k_BSKH, v_BSKH
+
+    cut, out = sizes.dq, [jax.ShapeDtypeStruct(q_BTNH.shape, out_dtype)]
+    first_BI, _ = visible_blocks(documents, (B, T, S), cut)
+    scratch = _rings_by_keys(cut, 2, sizes.head_dim, dtype, documents)
+    kernel = partial(_dq_kernel, cut=cut, causal=causal, scale=head_dim**-0.5)
+    grid = ("b", B, "n", N, "i", T // cut.queries)
+    [dq_BTNH] = _call(kernel, "dq", grid, cut.queries // ROWS, out, scratch, interpret)(
+        first_BI, *arrays, *(documents or ())
+    )
+
+    cut, out = sizes.dkv, [jax.ShapeDtypeStruct(k_BSKH.shape, out_dtype)] * 2
+    _, last_BJ = visible_blocks(documents, (B, T, S), cut)
+    warpgroups, matrix = 2 if sizes.apart else cut.keys // ROWS, (cut.queries, sizes.head_dim)
+    scratch = {"held": held_type(cut.keys // ROWS, 2, sizes.head_dim, dtype)}
+    ids = [jnp.int32] if documents else []
+    scratch["q_ring"] = ring_type(cut.stages, warpgroups, matrix, dtype, jnp.float32, *ids)
+    scratch["dout_ring"] = ring_type(cut.stages, warpgroups, matrix, dtype, jnp.float32)
+    kernel = partial(_dkv_kernel, cut=cut, causal=causal, apart=sizes.apart)
+    grid = ("b", B, "k", K, "j", S // cut.keys)
+    by_keys = () if documents is None else documents[::-1]
+    dk_BSKH, dv_BSKH = _call(kernel, "dkv", grid, warpgroups, out, scratch, interpret)(last_BJ, *arrays, *by_keys)
+    return tuple(_heads_first(x, head_dim) for x in (dq_BTNH, dk_BSKH, dv_BSKH))
