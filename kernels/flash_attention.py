@@ -3,8 +3,8 @@
 What it computes is `reference.attention`. Rows longer than a kernel holds are taken in pairs of parts, each with its
 log of softmax's denominator, by which the parts' results are put together: as ring attention does between devices.
 
-The kernels are those of flash_attention_tpu.py or flash_attention_triton.py, whose functions have the same arguments:
-the type of the block sizes says which.
+The kernels are those of flash_attention_tpu.py, flash_attention_triton.py or flash_attention_mosaic.py, whose functions
+have the same arguments: the type of the block sizes says which.
 
 Axes: B batch, N query heads, K key and value heads, T positions, H head dim.
 """
@@ -20,9 +20,9 @@ from k2jax.kernels.flash_attention_tpu import LOG2_E, Documents, Interpret
 
 from k2jax.kernels import flash_attention_tpu as tpu
 from k2jax.kernels import flash_attention_triton as triton
-from k2jax.kernels import triton_block_sizes
+from k2jax.kernels import mosaic_block_sizes, triton_block_sizes
 
-BlockSizes = tpu.BlockSizes | triton_block_sizes.BlockSizes
+BlockSizes = tpu.BlockSizes | triton_block_sizes.BlockSizes | mosaic_block_sizes.BlockSizes
 
 
 def flash_attention(
@@ -66,6 +66,10 @@ def default_sizes(length: int, head_dim: int, dtype: jnp.dtype) -> BlockSizes:
 
 
 def _kernels(sizes: BlockSizes) -> Any:
+    if isinstance(sizes, mosaic_block_sizes.BlockSizes):
+        from k2jax.kernels import flash_attention_mosaic  # only where asked for: it imports Mosaic GPU
+
+        return flash_attention_mosaic
     return tpu if isinstance(sizes, tpu.BlockSizes) else triton
 
 
