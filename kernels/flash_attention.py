@@ -37,9 +37,10 @@ def flash_attention(
     """Causal attention (B, T, N, H) in the type of `q`; sums and softmax are float32. Differentiable.
 
     Args:
-        q_BTNH: bfloat16 or float32, as k and v; N is a multiple of K. T is any length, H at most 256.
+        q_BTNH: bfloat16 or float32 (Mosaic's kernels: bfloat16 or float16), as k and v; N is a multiple of K. T is any
+            length, H at most 256.
         document_BT: int32; keeps each position within its own document. None: the row is one.
-        sizes: None takes `default_sizes`.
+        sizes: of the kernels to take; None takes `default_sizes`.
         interpret: without a TPU or GPU.
     """
     T = q_BTNH.shape[1]
@@ -90,11 +91,13 @@ class Options(NamedTuple):
     interpret: Interpret = False
 
 
-def options_of_chunks(length: int, head_dim: int, dtype: jnp.dtype) -> Options:
+def options_of_chunks(
+    length: int, head_dim: int, dtype: jnp.dtype, sizes: BlockSizes | None = None
+) -> Options:
     """For chunks of `length` positions, a multiple of LANES, which are not filled up: blocks that divide them."""
-    sizes = default_sizes(length, head_dim, dtype)
+    sizes = sizes or default_sizes(length, head_dim, dtype)
     if not isinstance(sizes, tpu.BlockSizes):
-        return Options(sizes)  # blocks of the GPU's table divide LANES
+        return Options(sizes)  # blocks of the GPUs' tables divide LANES
     blocks = gcd(sizes.forward, length), gcd(sizes.backward, length)
     strips = min(sizes.forward_strip, blocks[0]), min(sizes.backward_strip, blocks[1])
     return Options(tpu.BlockSizes(blocks[0], strips[0], blocks[1], strips[1], sizes.resident))

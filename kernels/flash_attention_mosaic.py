@@ -30,14 +30,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from k2jax.kernels.flash_attention_mosaic_dkv import dkv
 from k2jax.kernels.flash_attention_tpu import LOG2_E, MASKED, Documents
 from k2jax.kernels.flash_attention_triton import visible_blocks
 from k2jax.kernels.mosaic_block_sizes import ROWS, BlockSizes, Cut
-from k2jax.kernels.mosaic_blocks import (
-    BY_ROW, Held, Ring, added, along, held_type, hold, masked, of_columns, of_rows, product, receive, ring_type, send,
-    take_registers, turned, weights_and_product, zeros,
-)  # fmt: skip
+from k2jax.kernels.mosaic_blocks import Held, Ring
 
+from k2jax.kernels import mosaic_blocks as mosaic
 
 # ---- kernels by blocks of queries: forward and dq --------------------------------------------------------------------
 
@@ -63,17 +62,17 @@ def _load_past_keys(
     place: Place, cut: Cut, own: tuple, keys: tuple, values: tuple, held: Held, k_ring: Ring, v_ring: Ring
 ) -> None:
     """The loading warpgroup: arrays by queries (`own`), then those by keys, block by block."""
-    take_registers(True, cut.queries // ROWS)
+    mosaic.take_registers(True, cut.queries // ROWS)
     b, n, i, first, end = place
     kv = lax.div(n, own[0].shape[2] // keys[0].shape[2])
     for w in range(cut.queries // ROWS):
-        hold(held, w, *(x.at[b, pl.ds(i * cut.queries + w * ROWS, ROWS), n] for x in own))
+        mosaic.hold(held, w, *(x.at[b, pl.ds(i * cut.queries + w * ROWS, ROWS), n] for x in own))
 
     @pl.loop(first, end)
     def _send_block(j: jax.Array) -> None:
         rows = pl.ds(j * cut.keys, cut.keys)
-        send(k_ring, j - first, keys[0].at[b, rows, kv], *(x.at[b, rows] for x in keys[1:]))
-        send(v_ring, j - first, *(x.at[b, rows, kv] for x in values))
+        mosaic.send(k_ring, j - first, keys[0].at[b, rows, kv], *(x.at[b, rows] for x in keys[1:]))
+        mosaic.send(v_ring, j - first, *(x.at[b, rows, kv] for x in values))
 
 
 def _past_keys(take: Callable, state: Any, place: Place, cut: Cut, causal: bool) -> Any:
@@ -103,37 +102,37 @@ def _forward_kernel(
 
     def take(j: jax.Array, state: tuple, diagonal: bool, document_Q: jax.Array | None) -> tuple:
         before_Q, sum_Q, acc_QH = state
-        slot = receive(k_ring, j - first)
-        score_QJ = product(q_smem, turned(k_smem.at[slot]), swap_turns)
-        own = (document_Q, of_columns(k_document[0], slot)) if documents else None
+        slot = mosaic.receive(k_ring, j - first)
+        score_QJ = mosaic.product(q_smem, mosaic.turned(k_smem.at[slot]), swap_turns)
+        own = (document_Q, mosaic.of_columns(k_document[0], slot)) if documents else None
         plgpu.barrier_arrive(k_ring.free.at[slot])
-        score_QJ = masked(score_QJ, own, (origin, j * cut.keys) if diagonal else None, query_axis=0)
+        score_QJ = mosaic.masked(score_QJ, own, (origin, j * cut.keys) if diagonal else None, query_axis=0)
         most_Q = jnp.maximum(before_Q, score_QJ.max(axis=1))
         fade_Q = jnp.exp2(before_Q - most_Q)
-        weight_QJ = jnp.exp2(score_QJ - along(most_Q, score_QJ.shape, 0))
+        weight_QJ = jnp.exp2(score_QJ - mosaic.along(most_Q, score_QJ.shape, 0))
         sum_Q = sum_Q * fade_Q + weight_QJ.sum(axis=1)
-        acc_QH = acc_QH * along(fade_Q, acc_QH.shape, 0)
+        acc_QH = acc_QH * mosaic.along(fade_Q, acc_QH.shape, 0)
         weight_QJ = weight_QJ.astype(v_smem.dtype)
         swap_turns()
-        receive(v_ring, j - first)
-        acc_QH = added(acc_QH, weight_QJ, v_smem.at[slot])
+        mosaic.receive(v_ring, j - first)
+        acc_QH = mosaic.added(acc_QH, weight_QJ, v_smem.at[slot])
         plgpu.barrier_arrive(v_ring.free.at[slot])
         return most_Q, sum_Q, acc_QH
 
     @pl.when(w < warpgroups)
     def _compute() -> None:
-        take_registers(False, warpgroups)
-        document_Q = of_rows(documents[0], (b, mine)) if documents else None
+        mosaic.take_registers(False, warpgroups)
+        document_Q = mosaic.of_rows(documents[0], (b, mine)) if documents else None
         plgpu.barrier_wait(held.full.at[w])
         pl.when(w == 1)(swap_turns)
-        state = [plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), BY_ROW) for x in (MASKED, 0.0)]
-        state = *state, zeros(ROWS, q_ref.shape[3])
+        state = [plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), mosaic.BY_ROW) for x in (MASKED, 0.0)]
+        state = *state, mosaic.zeros(ROWS, q_ref.shape[3])
         most_Q, sum_Q, acc_QH = _past_keys(partial(take, document_Q=document_Q), state, place, cut, causal)
         pl.when(w == 0)(swap_turns)
         some_Q = most_Q > MASKED / 2  # a row that sees no key has weights of 1, or no block was taken
         sum_Q = jnp.where(some_Q, sum_Q, 1.0)
         share_Q = jnp.where(some_Q, 1.0 / sum_Q, 0.0)
-        out_ref[b, mine, n] = (acc_QH * along(share_Q, acc_QH.shape, 0)).astype(out_ref.dtype)
+        out_ref[b, mine, n] = (acc_QH * mosaic.along(share_Q, acc_QH.shape, 0)).astype(out_ref.dtype)
         lse_ref[b, n, 0, mine] = jnp.where(some_Q, most_Q + jnp.log(sum_Q) * LOG2_E, MASKED)
 
     arrays = (q_ref,), (k_ref, *documents[1:]), (v_ref,)
@@ -156,7 +155,8 @@ def forward(
     scratch = _rings_by_keys(cut, 1, sizes.head_dim, q_BNTH.dtype, documents)
     scratch["turn"] = plgpu.Barrier(num_arrivals=warpgroups)
     kernel = partial(_forward_kernel, cut=cut, causal=causal)
-    run = _call(kernel, "forward", ("b", B, "n", N, "i", T // cut.queries), warpgroups, out, scratch, interpret)
+    grid = {"b": B, "n": N, "i": T // cut.queries}
+    run = mosaic.program(kernel, "forward", grid, warpgroups, out, scratch, interpret)
     out_BTNH, lse_BN1T = run(first_BI, q_BTNH, k_BSKH, v_BSKH, *(documents or ()))
     return _heads_first(out_BTNH, head_dim), lse_BN1T
 
@@ -165,25 +165,10 @@ def _rings_by_keys(cut: Cut, held: int, head_dim: int, dtype: jnp.dtype, documen
     warpgroups, matrix = cut.queries // ROWS, (cut.keys, head_dim)
     ids = [jnp.int32] if documents else []
     return {
-        "held": held_type(warpgroups, held, head_dim, dtype),
-        "k_ring": ring_type(cut.stages, warpgroups, matrix, dtype, *ids),
-        "v_ring": ring_type(cut.stages, warpgroups, matrix, dtype),
+        "held": mosaic.held_type(warpgroups, held, head_dim, dtype),
+        "k_ring": mosaic.ring_type(cut.stages, warpgroups, matrix, dtype, *ids),
+        "v_ring": mosaic.ring_type(cut.stages, warpgroups, matrix, dtype),
     }
-
-
-def _call(kernel: Callable, name: str, grid: tuple, warpgroups: int, out: list, scratch: dict, interpret: bool) -> Any:
-    return plgpu.kernel(
-        kernel,
-        out_type=out,
-        scratch_types=scratch,
-        grid=grid[1::2],
-        grid_names=grid[::2],
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        kernel_name=f"flash_attention_{name}",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret or None,
-    )
 
 
 def _positions_first(x_BNTH: jax.Array, sizes: BlockSizes) -> jax.Array:
@@ -217,146 +202,36 @@ def _dq_kernel(
     mine = pl.ds(origin, ROWS)
 
     def take(j: jax.Array, dq_QH: jax.Array, diagonal: bool, lse_Q: Any, delta_Q: Any, document_Q: Any) -> jax.Array:
-        slot = receive(k_ring, j - first)
-        own = (document_Q, of_columns(k_document[0], slot)) if documents else None
-        receive(v_ring, j - first)
+        slot = mosaic.receive(k_ring, j - first)
+        own = (document_Q, mosaic.of_columns(k_document[0], slot)) if documents else None
+        mosaic.receive(v_ring, j - first)
 
         def weigh(score_QJ: jax.Array) -> jax.Array:
-            score_QJ = masked(score_QJ, own, (origin, j * cut.keys) if diagonal else None, query_axis=0)
-            return jnp.exp2(score_QJ - along(lse_Q, score_QJ.shape, 0))
+            score_QJ = mosaic.masked(score_QJ, own, (origin, j * cut.keys) if diagonal else None, query_axis=0)
+            return jnp.exp2(score_QJ - mosaic.along(lse_Q, score_QJ.shape, 0))
 
-        scores, dweights = (q_smem.at[w], turned(k_smem.at[slot])), (dout_smem.at[w], turned(v_smem.at[slot]))
-        weight_QJ, dweight_QJ = weights_and_product(scores, dweights, weigh)
+        scores = q_smem.at[w], mosaic.turned(k_smem.at[slot])
+        dweights = dout_smem.at[w], mosaic.turned(v_smem.at[slot])
+        weight_QJ, dweight_QJ = mosaic.weights_and_product(scores, dweights, weigh)
         plgpu.barrier_arrive(v_ring.free.at[slot])
-        dscore_QJ = weight_QJ * (dweight_QJ - along(delta_Q, weight_QJ.shape, 0))
-        dq_QH = added(dq_QH, dscore_QJ.astype(k_smem.dtype), k_smem.at[slot])
+        dscore_QJ = weight_QJ * (dweight_QJ - mosaic.along(delta_Q, weight_QJ.shape, 0))
+        dq_QH = mosaic.added(dq_QH, dscore_QJ.astype(k_smem.dtype), k_smem.at[slot])
         plgpu.barrier_arrive(k_ring.free.at[slot])
         return dq_QH
 
     @pl.when(w < warpgroups)
     def _compute() -> None:
-        take_registers(False, warpgroups)
-        own = {"lse_Q": of_rows(lse_ref, (b, n, 0, mine)), "delta_Q": of_rows(delta_ref, (b, n, 0, mine))}
-        own["document_Q"] = of_rows(documents[0], (b, mine)) if documents else None
+        mosaic.take_registers(False, warpgroups)
+        lse_Q, delta_Q = (mosaic.of_rows(x, (b, n, 0, mine)) for x in (lse_ref, delta_ref))
+        own = {"lse_Q": lse_Q, "delta_Q": delta_Q, "document_Q": None}
+        if documents:
+            own["document_Q"] = mosaic.of_rows(documents[0], (b, mine))
         plgpu.barrier_wait(held.full.at[w])
-        dq_QH = _past_keys(partial(take, **own), zeros(ROWS, q_ref.shape[3]), place, cut, causal)
+        dq_QH = _past_keys(partial(take, **own), mosaic.zeros(ROWS, q_ref.shape[3]), place, cut, causal)
         dq_ref[b, mine, n] = (dq_QH * scale).astype(dq_ref.dtype)
 
     arrays = (q_ref, dout_ref), (k_ref, *documents[1:]), (v_ref,)
     pl.when(w == warpgroups)(partial(_load_past_keys, place, cut, *arrays, held, k_ring, v_ring))
-
-
-class Keys(NamedTuple):
-    """Of a program by blocks of keys: row, head, block of keys; blocks of queries: the first and the last + 1 of those
-    that see it, the first that sees all of it."""
-
-    b: jax.Array
-    kv: jax.Array
-    j: jax.Array
-    first: jax.Array | int
-    end: jax.Array
-    whole: jax.Array | int
-
-
-def _dkv_kernel(
-    last_ref, q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, *refs,
-    cut: Cut, causal: bool, apart: bool, held: Held, q_ring: Ring, dout_ring: Ring,
-):  # fmt: skip
-    """One block of keys past the queries that see it, of all heads that share it. `last_ref` (B, keys' blocks): the last
-    block of queries + 1. `apart`: two warpgroups have the same keys, the first sums dv, the second dk."""
-    *documents, dk_ref, dv_ref = refs
-    b, kv, j, w = (lax.axis_index(axis) for axis in ("b", "k", "j", "warpgroup"))
-    first = lax.div(j * cut.keys, cut.queries) if causal else 0
-    whole = lax.div((j + 1) * cut.keys + cut.queries - 2, cut.queries) if causal else 0
-    keys = Keys(b, kv, j, first, jnp.maximum(last_ref[b, j], first), whole)
-    warpgroups, part = (2, 0) if apart else (cut.keys // ROWS, w)  # `part` of the block of keys
-    origin = j * cut.keys + part * ROWS
-    mine, G = pl.ds(origin, ROWS), q_ref.shape[2] // k_ref.shape[2]
-
-    def compute(*names: str) -> None:
-        take_registers(False, warpgroups)
-        document_J = of_rows(documents[0], (b, mine)) if documents else None
-        plgpu.barrier_wait(held.full.at[part])
-        blocks = [block.at[part] for block in held.blocks]
-        take = partial(_dkv_of_block, keys, cut, origin, document_J, blocks, q_ring, dout_ring)
-
-        def of_head(g: jax.Array, sums: dict) -> dict:
-            start = keys.first
-            if causal:
-                start = jnp.minimum(whole, keys.end)
-                sums = lax.fori_loop(keys.first, start, partial(take, g=g, diagonal=True), sums)
-            return lax.fori_loop(start, keys.end, partial(take, g=g, diagonal=False), sums)
-
-        sums = lax.fori_loop(0, G, of_head, {name: zeros(ROWS, k_ref.shape[3]) for name in names})
-        if "dk" in sums:
-            dk_ref[b, mine, kv] = (sums["dk"] * (1 / LOG2_E)).astype(dk_ref.dtype)  # q holds scale * log2(e)
-        if "dv" in sums:
-            dv_ref[b, mine, kv] = sums["dv"].astype(dv_ref.dtype)
-
-    if apart:
-        pl.when(w == 0)(partial(compute, "dv"))
-        pl.when(w == 1)(partial(compute, "dk"))
-    else:
-        pl.when(w < warpgroups)(partial(compute, "dk", "dv"))
-    queries = (q_ref, lse_ref, *documents[1:]), (dout_ref, delta_ref)
-    pl.when(w == warpgroups)(
-        partial(_load_past_queries, keys, cut, G, warpgroups, *queries, (k_ref, v_ref), held, q_ring, dout_ring)
-    )
-
-
-def _load_past_queries(
-    keys: Keys, cut: Cut, G: int, warpgroups: int, queries: tuple, douts: tuple, own: tuple,
-    held: Held, q_ring: Ring, dout_ring: Ring,
-) -> None:  # fmt: skip
-    """The loading warpgroup: keys and values (`own`), then what is by queries, head by head."""
-    take_registers(True, warpgroups)
-    b, kv, j, first, end, _ = keys
-    for part in range(cut.keys // ROWS):
-        rows = pl.ds(j * cut.keys + part * ROWS, ROWS)
-        hold(held, part, *(x.at[b, rows, kv] for x in own))
-
-    @pl.loop(0, G)
-    def _send_head(g: jax.Array) -> None:
-        n = kv * G + g
-
-        @pl.loop(first, end)
-        def _send_block(i: jax.Array) -> None:
-            rows, step = pl.ds(i * cut.queries, cut.queries), g * (end - first) + i - first
-            q_ref, lse_ref, *document_ref = queries
-            ids = [x.at[b, rows] for x in document_ref]
-            send(q_ring, step, q_ref.at[b, rows, n], lse_ref.at[b, n, 0, rows], *ids)
-            send(dout_ring, step, douts[0].at[b, rows, n], douts[1].at[b, n, 0, rows])
-
-
-def _dkv_of_block(
-    keys: Keys, cut: Cut, origin: jax.Array, document_J: jax.Array | None, own: list, q_ring: Ring, dout_ring: Ring,
-    i: jax.Array, sums: dict, *, g: jax.Array, diagonal: bool,
-) -> dict:  # fmt: skip
-    """`sums`, of dk or dv or both, and what the i-th block of queries of the g-th head adds to them."""
-    (k_smem, v_smem), (q_smem, lse_smem, *q_document), (dout_smem, delta_smem) = own, q_ring.blocks, dout_ring.blocks
-    step, sums = g * (keys.end - keys.first) + i - keys.first, dict(sums)
-    slot = receive(q_ring, step)
-    receive(dout_ring, step)
-
-    def weigh(score_JQ: jax.Array) -> jax.Array:
-        documents = None if document_J is None else (document_J, of_columns(q_document[0], slot))
-        score_JQ = masked(score_JQ, documents, (origin, i * cut.queries) if diagonal else None, query_axis=1)
-        return jnp.exp2(score_JQ - along(of_columns(lse_smem, slot), score_JQ.shape, 1))
-
-    scores = k_smem, turned(q_smem.at[slot])
-    if "dk" in sums:
-        weight_JQ, dweight_JQ = weights_and_product(scores, (v_smem, turned(dout_smem.at[slot])), weigh)
-    else:
-        weight_JQ = weigh(product(*scores))
-    if "dv" in sums:
-        sums["dv"] = added(sums["dv"], weight_JQ.astype(dout_smem.dtype), dout_smem.at[slot])
-    if "dk" in sums:
-        dscore_JQ = weight_JQ * (dweight_JQ - along(of_columns(delta_smem, slot), weight_JQ.shape, 1))
-    plgpu.barrier_arrive(dout_ring.free.at[slot])
-    if "dk" in sums:
-        sums["dk"] = added(sums["dk"], dscore_JQ.astype(q_smem.dtype), q_smem.at[slot])
-    plgpu.barrier_arrive(q_ring.free.at[slot])
-    return sums
 
 
 def backward(
@@ -365,30 +240,18 @@ def backward(
     *, sizes: BlockSizes, causal: bool, out_dtype: jnp.dtype, interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """(dq_BNTH by q without its factor, dk_BKSH, dv_BKSH); arguments as in `forward`, delta is dout . out."""
-    (B, N, T, head_dim), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
+    B, N, T, head_dim = q_BNTH.shape
     lse_BN1T = jnp.where(lse_BN1T > MASKED / 2, lse_BN1T, -MASKED)  # so that weights are 0 where no key is seen
     dtype, dout_BNTH = q_BNTH.dtype, dout_BNTH.astype(q_BNTH.dtype)
     q_BTNH, dout_BTNH, k_BSKH, v_BSKH = (_positions_first(x, sizes) for x in (q_BNTH, dout_BNTH, k_BKSH, v_BKSH))
     arrays = q_BTNH, dout_BTNH, lse_BN1T, delta_BN1T, k_BSKH, v_BSKH
 
     cut, out = sizes.dq, [jax.ShapeDtypeStruct(q_BTNH.shape, out_dtype)]
-    first_BI, _ = visible_blocks(documents, (B, T, S), cut)
+    first_BI, _ = visible_blocks(documents, (B, T, k_BKSH.shape[2]), cut)
     scratch = _rings_by_keys(cut, 2, sizes.head_dim, dtype, documents)
     kernel = partial(_dq_kernel, cut=cut, causal=causal, scale=head_dim**-0.5)
-    grid = ("b", B, "n", N, "i", T // cut.queries)
-    [dq_BTNH] = _call(kernel, "dq", grid, cut.queries // ROWS, out, scratch, interpret)(
-        first_BI, *arrays, *(documents or ())
-    )
-
-    cut, out = sizes.dkv, [jax.ShapeDtypeStruct(k_BSKH.shape, out_dtype)] * 2
-    _, last_BJ = visible_blocks(documents, (B, T, S), cut)
-    warpgroups, matrix = 2 if sizes.apart else cut.keys // ROWS, (cut.queries, sizes.head_dim)
-    scratch = {"held": held_type(cut.keys // ROWS, 2, sizes.head_dim, dtype)}
-    ids = [jnp.int32] if documents else []
-    scratch["q_ring"] = ring_type(cut.stages, warpgroups, matrix, dtype, jnp.float32, *ids)
-    scratch["dout_ring"] = ring_type(cut.stages, warpgroups, matrix, dtype, jnp.float32)
-    kernel = partial(_dkv_kernel, cut=cut, causal=causal, apart=sizes.apart)
-    grid = ("b", B, "k", K, "j", S // cut.keys)
-    by_keys = () if documents is None else documents[::-1]
-    dk_BSKH, dv_BSKH = _call(kernel, "dkv", grid, warpgroups, out, scratch, interpret)(last_BJ, *arrays, *by_keys)
+    grid = {"b": B, "n": N, "i": T // cut.queries}
+    run = mosaic.program(kernel, "dq", grid, cut.queries // ROWS, out, scratch, interpret)
+    [dq_BTNH] = run(first_BI, *arrays, *(documents or ()))
+    dk_BSKH, dv_BSKH = dkv(arrays, documents, sizes, causal, out_dtype, interpret)
     return tuple(_heads_first(x, head_dim) for x in (dq_BTNH, dk_BSKH, dv_BSKH))

@@ -23,15 +23,15 @@ class Cut:
             if getattr(self, name) not in (ROWS, 2 * ROWS):
                 raise ValueError(f"Cut.{name}={getattr(self, name)} must be {ROWS} or {2 * ROWS}")
         if self.stages < 2:
-            raise ValueError(f"Cut.stages={self.stages} must be 2 or more: one block is computed, the next is on its way")
+            raise ValueError(f"Cut.stages={self.stages} must be 2 or more: the next block comes while one is computed")
 
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """How each of the three kernels cuts its work for heads up to `head_dim` wide. ValueError where one cannot be cut so.
+    """How each of the three kernels cuts its work, for heads up to `head_dim` wide. ValueError where one cannot be.
 
-    A program of forward and of dq holds a block of queries, one of dkv a block of keys; a warpgroup has ROWS of them, but
-    that both warpgroups of dkv have the same for heads wider than WIDE.
+    A program of forward and of dq holds a block of queries, one of dkv a block of keys, of which a warpgroup has ROWS;
+    for heads wider than WIDE both warpgroups of dkv have the same.
     """
 
     forward: Cut
@@ -47,7 +47,7 @@ class BlockSizes:
             raise ValueError(f"BlockSizes.dkv: blocks of {self.dkv.keys} keys: {ROWS} for heads wider than {WIDE}")
         for kernel, found in self.shared_bytes().items():
             if found > SHARED_MEMORY:
-                raise ValueError(f"BlockSizes.{kernel} takes {found} bytes of shared memory, Hopper has {SHARED_MEMORY}")
+                raise ValueError(f"BlockSizes.{kernel} takes {found} bytes of shared memory of {SHARED_MEMORY}")
 
     @property
     def apart(self) -> bool:

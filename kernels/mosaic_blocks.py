@@ -36,7 +36,7 @@ class Held(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Blocks that go past: in each slot one of each array, and barriers: it is full, all warpgroups are done with it."""
+    """Blocks that go past: in each slot one of each array, and barriers: it is full, every reader is done with it."""
 
     blocks: tuple
     full: Any
@@ -74,6 +74,28 @@ def receive(ring: Ring, step: jax.Array) -> jax.Array:
     slot = lax.rem(step, ring.blocks[0].shape[0])
     plgpu.barrier_wait(ring.full.at[slot])
     return slot
+
+
+def program(
+    kernel: Callable, name: str, grid: dict[str, int], warpgroups: int, out: list, scratch: dict, interpret: bool
+) -> Callable[..., list[jax.Array]]:
+    """Runs `kernel` at each place of the grid, the last axis fastest, by `warpgroups` that compute and one that loads.
+
+    NotImplementedError for `interpret`.
+    """
+    if interpret:
+        raise NotImplementedError("JAX cannot interpret these kernels (products of registers); their tests can")
+    return plgpu.kernel(
+        kernel,
+        out_type=out,
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name=f"flash_attention_{name}",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
 
 
 # ---- mathematics of a block ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A Hopper of a few lines: runs programs of Pallas Mosaic GPU on a CPU, as they were traced, in an order drawn by chance.
+"""A Hopper in Python: runs programs of Pallas Mosaic GPU on a CPU, as they were traced, in an order drawn by chance.
 
 Each warpgroup is a Python generator that gives up its turn wherever another could come in between. What a GPU does in
 the background happens at any time allowed: a copy to shared memory makes its target unreadable at once (not-a-number)
@@ -11,6 +11,7 @@ layouts of registers, swizzles, fences between shared memory's two ways in, and 
 
 import random
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -19,38 +20,66 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic_gpu.core import BarrierType, UnswizzleRef, UntilingTransform
 from jax._src.state import indexing, types
+from jax.experimental.pallas.mosaic_gpu import kernel as plgpu_kernel
 
 STEPS_LIMIT = 1_000_000
 
 
-def run(function: Callable, *arrays: jax.Array, seed: int = 0) -> list[np.ndarray]:
-    """The flat results of `function`, whose kernels run on this machine and whose rest runs in JAX."""
-    traced = jax.make_jaxpr(function)(*arrays)
-    return [np.asarray(x) for x in _outside(traced, jax.tree.leaves(arrays), random.Random(seed))]
+def kernel(*arguments: Any, seed: int = 0, **options: Any) -> Callable:
+    """What `plgpu.kernel` gives back, but that it runs on this machine; `seed` of the chance that orders its steps."""
+
+    def call(*arrays: jax.Array) -> Any:
+        [equation] = _kernels(jax.make_jaxpr(plgpu_kernel(*arguments, **options))(*arrays).jaxpr)
+        found = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in equation.params["out_avals"]]
+        return jax.pure_callback(partial(_launch, equation.params, seed), found, *arrays)
+
+    return call
 
 
-def _outside(closed: Any, arguments: list, chance: random.Random) -> list:
-    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    env |= dict(zip(closed.jaxpr.invars, arguments, strict=True))
-    for equation in closed.jaxpr.eqns:
-        values, name, params = [_read(env, x) for x in equation.invars], equation.primitive.name, equation.params
-        if name in ("jit", "custom_vmap_call"):
-            found = _outside(params["jaxpr" if name == "jit" else "call"], values, chance)
-        elif name == "mpmd_map":
-            found = _launch(params, values, chance)
-        else:
-            found = _compute(equation, values)
-        env |= zip(equation.outvars, found, strict=True)
-    return [_read(env, x) for x in closed.jaxpr.outvars]
+def _kernels(jaxpr: Any) -> list:
+    calls = [x for x in jaxpr.eqns if x.primitive.name == "custom_vmap_call"]
+    return [x for x in jaxpr.eqns if x.primitive.name == "mpmd_map"] + [
+        x for call in calls for x in _kernels(call.params["call"].jaxpr)
+    ]
 
 
 def _read(env: dict, x: Any) -> Any:
-    return x.val if hasattr(x, "val") else env[x]
+    return np.asarray(x.val, x.aval.dtype) if hasattr(x, "val") else env[x]
+
+
+# ---- arithmetic: by primitive, of values and parameters --------------------------------------------------------------
+
+
+def _broadcast(x: Any, shape: tuple, broadcast_dimensions: tuple, **_: Any) -> np.ndarray:
+    sizes = dict(zip(broadcast_dimensions, np.shape(x), strict=True))
+    return np.broadcast_to(np.reshape(x, [sizes.get(i, 1) for i in range(len(shape))]), shape)
+
+
+def _iota(shape: tuple, dimension: int, dtype: Any, **_: Any) -> np.ndarray:
+    return _broadcast(np.arange(shape[dimension], dtype=dtype), shape, (dimension,))
+
+
+def _divide(x: Any, y: Any, **_: Any) -> Any:
+    return np.floor_divide(x, y) if np.issubdtype(np.result_type(x), np.integer) else np.divide(x, y)
+
+
+COMPUTED: dict[str, Callable] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide, "rem": np.remainder,  # of none below 0
+    "max": np.maximum, "min": np.minimum, "exp2": np.exp2, "log": np.log,
+    "eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "convert_element_type": lambda x, new_dtype, **_: np.asarray(x).astype(new_dtype),
+    "select_n": lambda which, *cases: np.where(which, cases[1], cases[0]),
+    "reduce_max": lambda x, axes, **_: np.max(x, axis=axes), "reduce_sum": lambda x, axes, **_: np.sum(x, axis=axes),
+    "broadcast_in_dim": _broadcast, "iota": _iota, "layout_cast": lambda x, **_: x,
+}  # fmt: skip
 
 
 def _compute(equation: Any, values: list) -> list:
-    found = equation.primitive.bind(*values, **equation.primitive.get_bind_params(equation.params))
-    return list(found) if equation.primitive.multiple_results else [found]
+    function = COMPUTED[equation.primitive.name]
+    found = function(*values) if isinstance(function, np.ufunc) else function(*values, **equation.params)
+    [aval] = [x.aval for x in equation.outvars]
+    assert np.shape(found) == aval.shape and np.result_type(found) == aval.dtype, equation
+    return [found]
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -108,9 +137,9 @@ def _index(x: Any, size: int) -> Any:
 # ---- programs --------------------------------------------------------------------------------------------------------
 
 
-def _launch(params: dict, inputs: list, chance: random.Random) -> list:
+def _launch(params: dict, seed: int, *inputs: np.ndarray) -> list[np.ndarray]:
     """All programs of a kernel, one after the other; each number of the results must be written exactly once."""
-    [mesh], [jaxpr] = params["meshes"], params["jaxprs"]
+    [mesh], [jaxpr], chance = params["meshes"], params["jaxprs"], random.Random(seed)
     hbm = [Array(np.asarray(x)) for x in inputs]
     outs = [Array(_unknown(x.shape, x.dtype)) for x in params["out_avals"]]
     written = {id(out): np.zeros(out.values.shape, int) for out in outs}
@@ -211,10 +240,6 @@ class Program:
         self.await_products(w, 0)
         return [x if isinstance(x, Array) else cell.values for x, cell in zip(values, cells, strict=True)]
 
-    def _layout_cast(self, equation: Any, values: list, w: int) -> Iterator:
-        yield from ()
-        return values
-
     def _set_max_registers_p(self, equation: Any, values: list, w: int) -> Iterator:
         yield from ()
 
@@ -275,7 +300,7 @@ class Program:
                 for x, t in zip((a, b), transforms[1:], strict=True)
             )
             view = _view(sums, transforms[0])
-            view += left @ right
+            view += np.einsum("ik,kj->ij", left, right)  # not by a BLAS, whose threads would wait for each other
             sums.products -= 1
 
         sums.products += 1
