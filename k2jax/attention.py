@@ -5,6 +5,7 @@ Axes: B batch, T query positions, S key positions, N query heads, K key and valu
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +36,9 @@ def attend_causally(
     Args:
         document_BT: int32; keeps each position within its own document. None lets it see the whole row.
         implementation: "jnp" anywhere; "flash", our kernels, on TPUs and NVIDIA GPUs since Ampere; "cudnn", NVIDIA's,
-            on the same GPUs for bfloat16 without documents. "auto": flash on TPUs; on GPUs cudnn where it can, else
-            flash, because cuDNN is known to be fast and ours was not measured there yet (tools/bench/gpu_suite.py
-            does); jnp elsewhere.
+            on the same GPUs for bfloat16 without documents; "mosaic", our kernels for Hopper GPUs, in 16-bit numbers.
+            "auto": flash on TPUs; on GPUs cudnn where it can, else flash, because cuDNN is known to be fast and ours
+            were not measured there yet (tools/bench/gpu_suite.py does); jnp elsewhere.
     Raises ConfigError for one that cannot run here or not do this.
     """
     platform = sharding.platform()
@@ -54,6 +55,8 @@ def attend_causally(
         raise ConfigError("model.attention.implementation='flash' takes a model.head_dim of 256 at most: take 'jnp'")
     if implementation == "cudnn" and refused:
         raise ConfigError(f"model.attention.implementation='cudnn' {refused}")
+    if implementation == "mosaic" and (refused := _mosaic_refuses(q_BTNH)):
+        raise ConfigError(f"model.attention.implementation='mosaic' {refused}")
     if context.size() > 1:
         ring = _ring(implementation, q_BTNH)
         return _on_each_device(ring, q_BTNH, k_BTKH, v_BTKH, document_BT, jnp.arange(context.size()))
@@ -63,6 +66,8 @@ def attend_causally(
         attend = _attend_by_cudnn
     else:
         from k2jax.kernels.flash_attention import flash_attention as attend  # Pallas takes a second to import
+    if implementation == "mosaic":
+        attend = partial(attend, sizes=_mosaic_sizes(q_BTNH))
     if jax.sharding.get_abstract_mesh().empty:
         return attend(q_BTNH, k_BTKH, v_BTKH, document_BT)
     return _on_each_device(attend, q_BTNH, k_BTKH, v_BTKH, document_BT)
@@ -90,6 +95,27 @@ def _cudnn_refuses(platform: str, q_BTNH: jax.Array, document_BT: jax.Array | No
     return None
 
 
+def _mosaic_refuses(q_BTNH: jax.Array) -> str | None:
+    """What our kernels for Hopper cannot do of this and what to take instead; None: they can."""
+    from k2jax.kernels.mosaic_block_sizes import WIDEST
+    from k2jax.kernels.triton_block_sizes import HOPPER
+
+    if not any(name in sharding.device_kind() for name in HOPPER):
+        return f"runs on Hopper GPUs ({', '.join(HOPPER)}), this is {sharding.device_kind()}: take 'auto'"
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"computes in 16 bits, this is {q_BTNH.dtype} (precision.compute): take 'flash'"
+    if q_BTNH.shape[3] > WIDEST:
+        return f"takes a model.head_dim of {WIDEST} at most: take 'jnp'"
+    return None
+
+
+def _mosaic_sizes(q_BTNH: jax.Array) -> Any:
+    """By which flash attention knows that these kernels are meant."""
+    from k2jax.kernels.mosaic_block_sizes import block_sizes
+
+    return block_sizes(q_BTNH.shape[3])
+
+
 def _on_each_device(
     attend: Callable[..., jax.Array],
     q_BTNH: jax.Array,
@@ -114,7 +140,7 @@ def _ring(implementation: str, q_BTNH: jax.Array) -> Callable[..., jax.Array]:
     from k2jax.kernels.flash_attention_tpu import LANES
 
     forward, backward = reference.forward, reference.backward
-    if implementation == "flash":
+    if implementation in ("flash", "mosaic"):
         length = q_BTNH.shape[1]
         chunk = length // len(context.chunks(context.size()))
         if chunk % LANES:
@@ -122,7 +148,8 @@ def _ring(implementation: str, q_BTNH: jax.Array) -> Callable[..., jax.Array]:
                 f"rows of {length} positions on mesh.context={context.size()} are chunks of {chunk}: flash attention "
                 f"takes multiples of {LANES} there: change the mesh or the stage's sequence_length"
             )
-        options = flash_attention.options_of_chunks(chunk, q_BTNH.shape[3], q_BTNH.dtype)
+        sizes = _mosaic_sizes(q_BTNH) if implementation == "mosaic" else None
+        options = flash_attention.options_of_chunks(chunk, q_BTNH.shape[3], q_BTNH.dtype, sizes)
         forward = partial(flash_attention.forward_by_parts, options=options)
         backward = partial(flash_attention.backward_by_parts, options=options)
     return partial(ring_attention.ring_attention, parts=ring_attention.Parts(forward, backward))

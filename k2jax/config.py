@@ -46,7 +46,7 @@ def base() -> ConfigDict:
     c.model.rings = ()                    # sizes that gathers over mesh.fsdp go by, such as (8, 8, 8) on v5p:8x8x8
     c.model.unroll = 1                    # layers in one turn of the scan over layers: more compile slower, run faster
     c.model.attention = ConfigDict()
-    c.model.attention.implementation = "auto" # "jnp", "flash" (Pallas; TPU, GPU), "cudnn" (GPU): see attention.py
+    c.model.attention.implementation = "auto" # "jnp", "flash" (TPU, GPU), "cudnn" (GPU), "mosaic" (H100): attention.py
     c.model.pipeline = ConfigDict()       # where mesh.stage > 1
     c.model.pipeline.microbatches = 8     # that each of gradient accumulation's is cut into; a multiple of mesh.stage
     c.model.pipeline.repeats = 1          # times that each passes all stages: the bubble shrinks, more is sent
@@ -221,7 +221,7 @@ def validate(config: ConfigDict) -> None:
     divides = m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads == 0
     need(divides, "model.num_kv_heads", m.num_kv_heads, f"must divide model.num_heads={m.num_heads}")
     need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE turns pairs")
-    choices = ("auto", "jnp", "flash", "cudnn")
+    choices = ("auto", "jnp", "flash", "cudnn", "mosaic")
     found = m.attention.implementation
     need(found in choices, "model.attention.implementation", found, f"must be one of {choices}")
     known = m.remat in ("none", "dots", "full") or set(m.remat.split("+")) <= set(REMAT_NAMES)

@@ -3,8 +3,8 @@
 What it computes is `reference.attention`. Rows longer than a kernel holds are taken in pairs of parts, each with its
 log of softmax's denominator, by which the parts' results are put together: as ring attention does between devices.
 
-The kernels are those of flash_attention_tpu.py or flash_attention_triton.py, whose functions have the same arguments:
-the type of the block sizes says which.
+The kernels are those of flash_attention_tpu.py, flash_attention_triton.py or flash_attention_mosaic.py, whose functions
+have the same arguments: the type of the block sizes says which.
 
 Axes: B batch, N query heads, K key and value heads, T positions, H head dim.
 """
@@ -20,9 +20,9 @@ from k2jax.kernels.flash_attention_tpu import LOG2_E, Documents, Interpret
 
 from k2jax.kernels import flash_attention_tpu as tpu
 from k2jax.kernels import flash_attention_triton as triton
-from k2jax.kernels import triton_block_sizes
+from k2jax.kernels import mosaic_block_sizes, triton_block_sizes
 
-BlockSizes = tpu.BlockSizes | triton_block_sizes.BlockSizes
+BlockSizes = tpu.BlockSizes | triton_block_sizes.BlockSizes | mosaic_block_sizes.BlockSizes
 
 
 def flash_attention(
@@ -37,9 +37,10 @@ def flash_attention(
     """Causal attention (B, T, N, H) in the type of `q`; sums and softmax are float32. Differentiable.
 
     Args:
-        q_BTNH: bfloat16 or float32, as k and v; N is a multiple of K. T is any length, H at most 256.
+        q_BTNH: bfloat16 or float32 (Mosaic's kernels: bfloat16 or float16), as k and v; N is a multiple of K. T is any
+            length, H at most 256.
         document_BT: int32; keeps each position within its own document. None: the row is one.
-        sizes: None takes `default_sizes`.
+        sizes: of the kernels to take; None takes `default_sizes`.
         interpret: without a TPU or GPU.
     """
     T = q_BTNH.shape[1]
@@ -66,6 +67,10 @@ def default_sizes(length: int, head_dim: int, dtype: jnp.dtype) -> BlockSizes:
 
 
 def _kernels(sizes: BlockSizes) -> Any:
+    if isinstance(sizes, mosaic_block_sizes.BlockSizes):
+        from k2jax.kernels import flash_attention_mosaic  # only where asked for: it imports Mosaic GPU
+
+        return flash_attention_mosaic
     return tpu if isinstance(sizes, tpu.BlockSizes) else triton
 
 
@@ -86,11 +91,13 @@ class Options(NamedTuple):
     interpret: Interpret = False
 
 
-def options_of_chunks(length: int, head_dim: int, dtype: jnp.dtype) -> Options:
+def options_of_chunks(
+    length: int, head_dim: int, dtype: jnp.dtype, sizes: BlockSizes | None = None
+) -> Options:
     """For chunks of `length` positions, a multiple of LANES, which are not filled up: blocks that divide them."""
-    sizes = default_sizes(length, head_dim, dtype)
+    sizes = sizes or default_sizes(length, head_dim, dtype)
     if not isinstance(sizes, tpu.BlockSizes):
-        return Options(sizes)  # blocks of the GPU's table divide LANES
+        return Options(sizes)  # blocks of the GPUs' tables divide LANES
     blocks = gcd(sizes.forward, length), gcd(sizes.backward, length)
     strips = min(sizes.forward_strip, blocks[0]), min(sizes.backward_strip, blocks[1])
     return Options(tpu.BlockSizes(blocks[0], strips[0], blocks[1], strips[1], sizes.resident))

@@ -49,7 +49,7 @@ def _exp2(x: jax.Array, interpret: bool) -> jax.Array:
     return plgpu.elementwise_inline_asm(args=[x], result_shape_dtypes=[shape], **asm)[0]
 
 
-def _visible(documents: Documents, shape: tuple[int, int, int], cut: Cut) -> tuple[jax.Array, jax.Array]:
+def visible_blocks(documents: Documents, shape: tuple[int, int, int], cut: Cut) -> tuple[jax.Array, jax.Array]:
     """(first block of keys of each block of queries, last block of queries + 1 of each block of keys), int32.
 
     By ranges of document numbers: where those grow along a row, as they do, no block is taken that is masked whole.
@@ -155,7 +155,7 @@ def _by_queries(q_BTNH: jax.Array, k_BSKH: jax.Array, documents: Documents, cut:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G, last = N // K, T // cut.queries - 1  # the last block comes first: it sees the most keys
-    first_BI, _ = _visible(documents, (B, T, S), cut)
+    first_BI, _ = visible_blocks(documents, (B, T, S), cut)
     first = pl.BlockSpec((None, last + 1), lambda i, n, b: (b, 0))
     queries = pl.BlockSpec((None, cut.queries, None, H), lambda i, n, b: (b, last - i, n, 0))
     row = pl.BlockSpec((None, None, None, cut.queries), lambda i, n, b: (b, n, 0, last - i))
@@ -284,7 +284,7 @@ def _dkv(
 ) -> tuple[jax.Array, jax.Array]:
     (B, T, N, H), (S, K) = arrays[0].shape, arrays[4].shape[1:3]
     G, num_J = N // K, S // cut.keys
-    _, last_BJ = _visible(documents, (B, T, S), cut)
+    _, last_BJ = visible_blocks(documents, (B, T, S), cut)
     rows = pl.BlockSpec((None, G, None, T), lambda j, k, b: (b, k, 0, 0))
     queries = pl.BlockSpec((None, T, G, H), lambda j, k, b: (b, 0, k, 0))
     keys = pl.BlockSpec((None, cut.keys, None, H), lambda j, k, b: (b, j, k, 0))

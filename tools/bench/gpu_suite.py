@@ -2,18 +2,20 @@
 
     python tools/bench/gpu_suite.py [--sections numerics attention train checkpoint loader] [--out FILE] [--smoke]
 
-numerics: our kernels and cuDNN's against kernels/reference.py in float32: the largest error of the output and of each
-    gradient, as a share of the largest number there; and whether a second run gives the same bits.
-attention: ms and TFLOP/s (of the causal half: two products forward, five backward) of flash, cudnn and jnp in bfloat16,
-    head_dim 128, 16,384 tokens a call.
+numerics: our kernels (flash: Triton's; mosaic: Hopper's) and cuDNN's against kernels/reference.py in float32: the
+    largest error of the output and of each gradient, as a share of the largest number there; and whether a second run
+    gives the same bits.
+attention: ms and TFLOP/s (of the causal half: two products forward, five backward) of flash, mosaic, cudnn and jnp in
+    bfloat16, head_dim 128, 16,384 tokens a call.
 train: the 1B model of experiments/k2_1b.py on one device: tokens/s and MFU in both conventions, by each attention, on
     one batch that stays on the device; then with batches from the loader, and how long the step waits for them.
 checkpoint, loader: the JSON lines of tools/bench/checkpoint.py and loader.py.
-blocks: only where asked for: our kernels by their block sizes, for the table of triton_block_sizes.py.
+blocks: only where asked for: our kernels by their block sizes, for the tables of triton_block_sizes.py and
+    mosaic_block_sizes.py.
 
 Each section is a process with a time limit; one that fails is reported, the others go on, and the command then fails.
 --out is by default gpu_suite.json in the folder $OUT, or tools/bench/results/DATE_gpu_suite_DEVICE.json. --smoke runs
-everything tiny, on a CPU with the kernels interpreted: whether the suite works, before a GPU is there.
+everything tiny, on a CPU with the kernels interpreted (not mosaic's): whether the suite works, before a GPU is there.
 """
 
 import argparse
@@ -57,6 +59,8 @@ def attentions(smoke: bool) -> dict[str, Callable[..., Any]]:
     from k2jax.kernels.flash_attention import flash_attention
     from k2jax.kernels.triton_block_sizes import BlockSizes, Cut
 
+    from k2jax.kernels import mosaic_block_sizes
+
     def cudnn(q: Any, k: Any, v: Any, document_BT: Any) -> Any:
         assert document_BT is None, "cuDNN masks no documents"
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
@@ -67,10 +71,22 @@ def attentions(smoke: bool) -> dict[str, Callable[..., Any]]:
         return attend_causally(q, k, v, document_BT, "jnp")
 
     sizes = BlockSizes(*[Cut(32, 32, 4, 1)] * 3) if smoke else None
-    found = {"flash": partial(flash_attention, sizes=sizes, interpret=smoke), "cudnn": cudnn, "jnp": jnp}
-    if smoke:
-        del found["cudnn"]
+    def mosaic(q: Any, k: Any, v: Any, document_BT: Any) -> Any:
+        return flash_attention(q, k, v, document_BT, sizes=mosaic_block_sizes.block_sizes(q.shape[3]))
+
+    found = {"flash": partial(flash_attention, sizes=sizes, interpret=smoke), "jnp": jnp}
+    if not smoke:
+        found["cudnn"] = cudnn
+    if on_hopper():
+        found["mosaic"] = mosaic
     return found
+
+
+def on_hopper() -> bool:
+    import jax
+    from k2jax.kernels.triton_block_sizes import HOPPER
+
+    return any(name in jax.devices()[0].device_kind for name in HOPPER)
 
 
 def draw(B: int, T: int, N: int, K: int, H: int, dtype: str) -> list[Any]:
@@ -138,7 +154,7 @@ def numerics(smoke: bool) -> Iterator[Row]:
         expected = [np.asarray(x) for x in plain(*(x.astype(jnp.float32) for x in arrays), ids)]
         case = {"dtype": dtype, "length": T, "heads": f"{N}/{K}", "head_dim": H, "documents": masked}
         for name in contestants:
-            if name == "jnp" or (name == "cudnn" and (masked or dtype == "float32")):
+            if name == "jnp" or (name == "cudnn" and masked) or (name != "flash" and dtype == "float32"):
                 continue
 
             def measure(name: str = name, inputs: Any = (*arrays, ids), expected: Any = expected) -> Row:
@@ -185,27 +201,41 @@ def speed(attend: Callable[..., Any], B: int, T: int, N: int, K: int, H: int, ca
 
 def blocks(smoke: bool) -> Iterator[Row]:
     """One kernel's cut changed at a time, the others as the table has them."""
-    from dataclasses import replace
-    from itertools import product
-
     import jax
     from k2jax.kernels.flash_attention import flash_attention
-    from k2jax.kernels.triton_block_sizes import BlockSizes, Cut, block_sizes
 
     B, T, N, H = (1, 64, 1, 64) if smoke else (4, 4096, 16, 128)
-    sides, deep = ((32,), (1,)) if smoke else ((64, 128), (2, 3))
     *arrays, dout = draw(B, T, N, N, H, "bfloat16")
-    base = BlockSizes(*[Cut(32, 32, 4, 1)] * 3) if smoke else block_sizes(jax.devices()[0].device_kind, H, 2)
-    for kernel, cut in product(("forward", "dkv", "dq"), product(sides, sides, (4, 8), deep)):
-        sizes = replace(base, **{kernel: Cut(*cut)})
+    for cut, sizes in cuts(smoke, jax.devices()[0].device_kind, H):
 
-        def measure(sizes: BlockSizes = sizes) -> Row:
-            both = with_gradients(lambda q, k, v, ids: flash_attention(q, k, v, ids, sizes=sizes, interpret=smoke))
+        def measure(sizes: Callable[[], Any] = sizes) -> Row:
+            options = {"sizes": sizes(), "interpret": smoke}
+            both = with_gradients(lambda q, k, v, ids: flash_attention(q, k, v, ids, **options))
             return {"both_ms": round(seconds(lambda: both(*arrays, dout, None), 5) * 1e3, 3)}
 
-        names = ("queries", "keys", "warps", "stages")
-        row = tried({"kernel": kernel} | dict(zip(names, cut, strict=True)), measure)
-        yield row | {"ok": True}  # some do not fit shared memory
+        yield tried(cut, measure) | {"ok": True}  # some do not fit shared memory
+
+
+def cuts(smoke: bool, kind: str, head_dim: int) -> Iterator[tuple[Row, Callable[[], Any]]]:
+    """(what is cut how, the block sizes, ValueError where they cannot be)."""
+    from dataclasses import replace
+    from functools import partial
+    from itertools import product
+
+    from k2jax.kernels import mosaic_block_sizes, triton_block_sizes
+
+    names, Cut = ("queries", "keys", "warps", "stages"), triton_block_sizes.Cut
+    base = triton_block_sizes.block_sizes(kind, head_dim, 2)
+    if smoke:
+        base = triton_block_sizes.BlockSizes(*[Cut(32, 32, 4, 1)] * 3)
+    sides, deep = ((32,), (1,)) if smoke else ((64, 128), (2, 3))
+    for kernel, cut in product(("forward", "dkv", "dq"), product(sides, sides, (4, 8), deep)):
+        row = {"attention": "flash", "kernel": kernel} | dict(zip(names, cut, strict=True))
+        yield row, partial(replace, base, **{kernel: Cut(*cut)})
+    names, Cut, base = ("queries", "keys", "stages"), mosaic_block_sizes.Cut, mosaic_block_sizes.block_sizes(head_dim)
+    for kernel, cut in product(("forward", "dkv", "dq"), product((64, 128), (64, 128), (2, 3))) if on_hopper() else ():
+        row = {"attention": "mosaic", "kernel": kernel} | dict(zip(names, cut, strict=True))
+        yield row, partial(replace, base, **{kernel: Cut(*cut)})
 
 
 def train(smoke: bool) -> Iterator[Row]:

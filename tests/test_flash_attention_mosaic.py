@@ -1,0 +1,354 @@
+"""Flash attention for Hopper against plain jnp in float64, on a machine of Python; compiled for an H100 not here.
+
+What only a GPU can tell (numerics on its matrix units, speed) is tools/bench/gpu_suite.py's.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mosaic_machine
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from k2jax.kernels.flash_attention import flash_attention, merge
+from k2jax.kernels.mosaic_block_sizes import TABLE, BlockSizes, Cut, block_sizes
+from test_flash_attention import documents_of, draw, expected_of
+from test_topologies import HAS_PLUGIN
+
+from k2jax.attention import attend_causally
+from k2jax.errors import ConfigError
+from k2jax.kernels import flash_attention_mosaic as mosaic
+from k2jax.kernels import reference
+
+ONE = BlockSizes(*[Cut(64, 64, 2)] * 3, 64)  # one warpgroup that computes
+MIXED = BlockSizes(Cut(128, 64, 2), Cut(128, 128, 2), Cut(64, 128, 2), 64)
+KIND = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has kernels run on the machine of mosaic_machine.py, in the order of a seed."""
+
+    def switch_on(seed: int = 0) -> None:
+        monkeypatch.setattr(plgpu, "kernel", partial(mosaic_machine.kernel, seed=seed))
+
+    switch_on()
+    return switch_on
+
+
+def found_of(arrays: list[jax.Array], document_BT: jax.Array | None, sizes: BlockSizes) -> list[np.ndarray]:
+    """Out and gradients."""
+
+    def both(q, k, v, dout):
+        out, backward = jax.vjp(partial(flash_attention, document_BT=document_BT, sizes=sizes), q, k, v)
+        return out, *backward(dout)
+
+    return [np.asarray(x) for x in jax.device_get(jax.jit(both)(*arrays))]
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "K", "H", "masked", "sizes"),
+    [
+        (200, 4, 2, 64, False, None),
+        (300, 2, 1, 128, True, None),
+        (129, 2, 2, 256, True, None),
+        (200, 2, 1, 192, False, None),
+        (1, 1, 1, 96, False, None),
+        (200, 2, 1, 40, True, ONE),
+        (260, 2, 1, 64, True, MIXED),
+    ],
+)
+def test_values_and_gradients_are_the_references(machine, T, N, K, H, masked, sizes):
+    """Grouped heads, one head, one position, odd lengths, heads of 64 to 256 and not of a multiple of 64.
+
+    In float16: its rounding (11 bits) hides less than bfloat16's.
+    """
+    arrays, document_BT = draw(T, N, K, H, jnp.float16), documents_of(T) if masked else None
+    found, expected = found_of(arrays, document_BT, sizes or block_sizes(H)), expected_of(arrays, document_BT)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == jnp.float16
+        np.testing.assert_allclose(np.float64(ours), theirs, atol=2**-10 * max(1.0, np.abs(theirs).max()))
+
+
+def test_bfloat16_is_as_near_as_its_rounding(machine):
+    arrays, document_BT = draw(200, 2, 1, 64, jnp.bfloat16), documents_of(200)
+    for ours, theirs in zip(found_of(arrays, document_BT, TABLE[64]), expected_of(arrays, document_BT), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.abs(np.float64(ours) - theirs).max() < 2**-7 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(("head_dim", "seeds"), [(64, range(1, 7)), (192, range(1, 4))])
+def test_the_bits_are_the_same_in_whatever_order_warpgroups_and_copies_come(machine, head_dim: int, seeds: range):
+    """Four blocks past three slots; heads of two, so that dk and dv go on from one to the next."""
+    arrays, document_BT = draw(512, 2, 1, head_dim, jnp.float16, B=1), documents_of(512, B=1, share=0.005)
+    first = found_of(arrays, document_BT, TABLE[head_dim])
+    for seed in seeds:
+        machine(seed)
+        for ours, same in zip(found_of(arrays, document_BT, TABLE[head_dim]), first, strict=True):
+            np.testing.assert_array_equal(ours, same)
+
+
+def part(arrays, rows: slice, keys: slice, documents=None, causal=False):
+    """The forward kernel on some queries and some keys: (out_BNTH, lse_BN1T)."""
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in arrays[:3])
+    q = (q.astype(jnp.float32) * (mosaic.LOG2_E * q.shape[-1] ** -0.5)).astype(q.dtype)
+    options = {"sizes": ONE, "causal": causal, "out_dtype": jnp.float32, "interpret": False}
+    return mosaic.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], documents, **options)
+
+
+def test_a_query_that_sees_no_key_has_no_output_and_no_weight(machine):
+    """Queries of documents 1 and 2 past keys of documents 0 and 1, as in ring attention."""
+    arrays = draw(256, 2, 1, 64, jnp.float16)
+    document = jnp.asarray(np.repeat([[0, 1, 2]] * 2, [100, 128, 28], axis=1), jnp.int32)
+    first, second = slice(0, 128), slice(128, 256)
+    out, lse = part(arrays, second, first, (document[:, second], document[:, first]))
+    assert (out[:, :, 100:] == 0).all() and (lse[..., 100:] == mosaic.MASKED).all() and (lse[..., :100] > -1e3).all()
+    own = part(arrays, second, second, (document[:, second], document[:, second]), causal=True)
+    together, lse = merge([(out, lse), own])
+    expected, expected_lse_BNT = reference.attention(*(x.astype(jnp.float32) for x in arrays[:3]), (document, document))
+    np.testing.assert_allclose(together.transpose(0, 2, 1, 3), expected[:, second], atol=4e-3)
+    np.testing.assert_allclose(lse[:, :, 0] / mosaic.LOG2_E, expected_lse_BNT[..., second], atol=4e-3)
+    # Numbers 4 and 6 around the queries' 5: by their range alone the blocks could meet, and are computed.
+    strangers = jnp.full((2, 128), 5, jnp.int32), jnp.tile(jnp.array([4, 6], jnp.int32), (2, 64))
+    out, lse = part(arrays, second, first, strangers)
+    assert not out.any() and (lse == mosaic.MASKED).all()
+    d = mosaic.backward(
+        *(x.transpose(0, 2, 1, 3)[:, :, s] for x, s in zip(arrays[:3], (second, first, first), strict=True)),
+        strangers, lse, jnp.zeros_like(lse), jnp.ones_like(out),
+        sizes=ONE, causal=False, out_dtype=jnp.float32, interpret=False,
+    )  # fmt: skip
+    assert not any(x.any() for x in d), "no query sees any key"
+    assert all(x.dtype == jnp.float32 for x in d)
+
+
+def test_blocks_that_are_masked_whole_are_not_computed(machine):
+    """Not even multiplied by 0: not-a-number in their keys and values, or in their queries' gradients, stays there."""
+    q, k, v, dout = draw(256, 1, 1, 64, jnp.float16, B=1)
+    document = jnp.asarray(np.repeat([[0, 1]], [128, 128], axis=1), jnp.int32)
+    lost = slice(0, 128)
+    bad = q, k.at[:, lost].set(jnp.nan), v.at[:, lost].set(jnp.nan), dout.at[:, lost].set(0.0)
+    found = found_of(bad, document, ONE)
+    assert all(np.isfinite(x[:, 128:]).all() for x in found)
+    future = found_of((q, bad[1].at[:, 192:].set(jnp.nan), *bad[2:]), document, ONE)
+    np.testing.assert_array_equal(future[0][:, 128:192], found[0][:, 128:192])
+    # Keys and values of document 1 past queries of document 0, and the other way round in the gradient of the keys.
+    bad = q.at[:, 128:].set(jnp.nan), k, v, dout.at[:, 128:].set(jnp.nan)
+    assert all(np.isfinite(x[:, :128]).all() for x in found_of(bad, document, ONE))
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def doubled(x: jax.Array, waits: bool, arrivals: int = 1) -> np.ndarray:
+    """2 x by a kernel of two warpgroups, the first of which copies."""
+
+    def kernel(x_ref, out_ref, x_smem, full):
+        w = jax.lax.axis_index("warpgroup")
+        pl.when(w == 0)(lambda: plgpu.copy_gmem_to_smem(x_ref, x_smem, full))
+
+        @pl.when(w == 1)
+        def _compute():
+            if waits:
+                plgpu.barrier_wait(full)
+            out_ref[...] = x_smem[...] * 2.0
+
+    scratch = [plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier(num_arrivals=arrivals)]
+    options = {"out_type": x, "scratch_types": scratch, "num_threads": 2, "thread_name": "warpgroup"}
+    return np.asarray(plgpu.kernel(kernel, **options)(x)[0])
+
+
+def test_the_machine_shows_what_is_read_too_early_and_what_waits_for_ever(machine):
+    x = jnp.arange(4.0)
+    np.testing.assert_array_equal(doubled(x, waits=True), 2 * x)
+    assert np.isnan(doubled(x, waits=False)).any()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="deadlock"):
+        doubled(x, waits=True, arrivals=2)
+
+
+# ---- sizes and where it runs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [((96, 64, 2), "queries=96"), ((64, 256, 2), "keys=256 must be 64 or 128"), ((64, 64, 1), "stages=1")],
+)
+def test_cuts_that_cannot_be_are_refused(cut, message):
+    with pytest.raises(ValueError, match=message):
+        Cut(*cut)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change", "message"),
+    [
+        (64, {"head_dim": 96}, "head_dim=96 must be a multiple of 64, 256 at most"),
+        (256, {"head_dim": 320}, "head_dim=320"),
+        (256, {"dkv": Cut(64, 128, 2)}, "dkv: blocks of 128 keys: 64"),
+        (128, {"forward": Cut(128, 128, 4)}, "forward takes 299.* bytes of shared memory"),
+    ],
+)
+def test_block_sizes_that_cannot_be_are_refused(sizes: int, change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        replace(TABLE[sizes], **change)
+
+
+def test_the_table_has_sizes_for_every_head_that_divide_chunks_of_a_row():
+    """Ring attention's chunks are multiples of 128."""
+    for head_dim in range(8, 257, 8):
+        sizes = block_sizes(head_dim)
+        assert head_dim <= sizes.head_dim < head_dim + 64 and 128 % sizes.unit == 0
+    with pytest.raises(ValueError, match="heads of 256 at most, not 264"):
+        block_sizes(264)
+
+
+def test_what_these_kernels_cannot_do_is_an_error():
+    q, k, v, _ = draw(64, 1, 1, 64)
+    with pytest.raises(ValueError, match="of bfloat16 or float16, not 64 of float32: take"):
+        flash_attention(q, k, v, sizes=TABLE[64])
+    q, k, v, _ = draw(64, 1, 1, 128, jnp.bfloat16)
+    with pytest.raises(ValueError, match="heads up to 64 wide .* not 128 of bfloat16"):
+        flash_attention(q, k, v, sizes=TABLE[64])
+    with pytest.raises(NotImplementedError, match="JAX cannot interpret"):
+        flash_attention(q, k, v, sizes=TABLE[128], interpret=True)
+
+
+def test_it_is_taken_where_it_is_named_and_never_by_auto(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("k2jax.sharding.device_kind", lambda: KIND)
+    monkeypatch.setattr("k2jax.kernels.flash_attention.flash_attention", lambda *arrays, sizes=None: sizes)
+    q, k, v, _ = draw(16, 2, 2, 100, jnp.bfloat16)
+    assert attend_causally(q, k, v, documents_of(16), "mosaic") == TABLE[128]
+    assert attend_causally(q, k, v, documents_of(16), "auto") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "head_dim", "message"),
+    [
+        ("cpu", jnp.bfloat16, 128, "runs on Hopper GPUs .H100, .*, this is cpu: take 'auto'"),
+        ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, 128, "this is NVIDIA A100"),
+        ("NVIDIA B200", jnp.bfloat16, 128, "this is NVIDIA B200"),
+        ("TPU v5p", jnp.bfloat16, 128, "this is TPU v5p"),
+        (KIND, jnp.float32, 128, "computes in 16 bits, this is float32 .precision.compute.: take 'flash'"),
+        (KIND, jnp.bfloat16, 264, "takes a model.head_dim of 256 at most: take 'jnp'"),
+    ],
+)
+def test_it_is_refused_where_it_cannot(monkeypatch: pytest.MonkeyPatch, kind, dtype, head_dim, message):
+    monkeypatch.setattr("k2jax.sharding.device_kind", lambda: kind)
+    q, k, v, _ = draw(16, 2, 2, head_dim, dtype)
+    with pytest.raises(ConfigError, match=f"implementation='mosaic' .*{message}"):
+        attend_causally(q, k, v, None, "mosaic")
+
+
+# ---- compiled for an H100 --------------------------------------------------------------------------------------------
+
+COMPILE = """
+from k2jax.plan import topologies
+topologies.use_tpu_compiler()
+import re
+import jax, jax.numpy as jnp
+from k2jax import config, launch, sharding
+from k2jax.attention import attend_causally
+from k2jax.data.order import StagePlan
+from k2jax.optimizer import init_state
+def kernels(text):
+    calls = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
+    return ' '.join(sorted({re.search('flash_attention_([a-z]+)/', line)[1] for line in calls}))
+c = config.base().unlock()
+mesh = sharding.make_mesh(c.mesh, topologies.devices("h100:1"))
+place = jax.sharding.NamedSharding(mesh, jax.P())
+for dtype, T, H, documents in CASES:
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, H), dtype, sharding=place) for heads in (4, 2))
+    ids = jax.ShapeDtypeStruct((1, T), jnp.int32, sharding=place) if documents else None
+    loss = lambda q, k, ids: attend_causally(q, k, k, ids, "mosaic").astype(jnp.float32).sum()
+    with jax.set_mesh(mesh):
+        print(H, kernels(jax.jit(jax.grad(loss, (0, 1))).lower(q, k, ids).compile().as_text()))
+c.model.update(vocab_size=512, dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512)
+c.stages = (config.stage(mix={"x": 1}, sequence_length=512, rows_per_step=8),)
+c.precision.compute, c.model.attention.implementation = "bfloat16", "mosaic"
+plan = StagePlan("x", 0, 512, 8, 10, 1, 0, 80, 1, 10)
+for c.mesh.fsdp, c.mesh.tensor, c.mesh.context in ((4, 2, 1), (4, 1, 2)):
+    mesh = sharding.make_mesh(c.mesh, topologies.devices("h100:8"))
+    shapes = jax.eval_shape(lambda: init_state(c.model, 0))
+    placed = launch.place_state(c, shapes, mesh)
+    with jax.set_mesh(mesh):
+        step = launch.step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
+        batch = launch.batch_shapes(c, c.stages[0])
+        state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+        print("step", c.mesh.context, kernels(step.lower(state, batch).compile().as_text()))
+"""
+CASES = [("bfloat16", 2048, 64, True), ("bfloat16", 2048, 128, True), ("bfloat16", 500, 128, False)]
+CASES += [("float16", 129, 96, True), ("bfloat16", 500, 192, True), ("bfloat16", 2048, 256, True)]
+SPILLED = {64: 0, 128: 32, 192: 64, 256: 200}  # bytes a thread, at most: the widest heads do spill
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """(what COMPILE printed, the folder where Mosaic GPU left its PTX and what ptxas said)."""
+    if not HAS_PLUGIN:
+        pytest.skip("needs jax's CUDA plugin (the extra gpu)")
+    folder = tmp_path_factory.mktemp("compiled")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MOSAIC_GPU_DUMP_TO": str(folder)}
+    environment |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    command = [sys.executable, "-c", COMPILE.replace("CASES", repr(CASES))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines(), folder
+
+
+def test_it_compiles_for_an_h100_and_within_a_sharded_step(compiled: tuple[list[str], Path]):
+    """Three kernels, one forward and two backward; also where two devices share rows, in a ring."""
+    kernels = "dkv dq forward"
+    assert compiled[0] == [*(f"{H} {kernels}" for _, _, H, _ in CASES), f"step 1 {kernels}", f"step 2 {kernels}"]
+
+
+def test_kernels_of_the_table_use_wgmma_and_spill_next_to_no_register(compiled: tuple[list[str], Path]):
+    """By the word of ptxas, for each kernel of each case, in their order."""
+    said = sorted(compiled[1].glob("*.ptxas"), key=lambda path: int(path.stem.split("_")[-1]))
+    widths = [-(-H // 64) * 64 for _, _, H, _ in CASES for _ in range(3)]
+    assert len(said) > len(widths)
+    for path, width in zip(said, widths, strict=False):
+        text, ptx = path.read_text(), path.with_suffix(".ptx").read_text()
+        assert int(re.search(r"(\d+) bytes spill stores", text)[1]) <= SPILLED[width], f"{path.name}: {text}"
+        assert "serialized" not in text, "the compiler found no way to keep products in flight"
+        assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx and re.search(r"\.target sm_90a", ptx)
+        assert not touched_in_flight(ptx), path.name
+
+
+def touched_in_flight(ptx: str) -> list[str]:
+    """Instructions between a product's issue and its wait that touch its sums, which PTX leaves undefined.
+
+    LLVM knows nothing of the wait: what keeps other instructions behind it is Mosaic's doing, and this looks.
+    """
+    groups, issued, found = [], set(), []
+    for line in ptx.splitlines():
+        line = line.split("//")[0]
+        if "wgmma.mma_async" in line:
+            sums = line.split("wgmma.mma_async")[1].split("{")[1].split("}")[0]
+            issued |= set(re.findall(r"%\w+", sums))
+        elif "wgmma.commit_group" in line:
+            groups, issued = [*groups, issued], set()
+        elif wait := re.search(r"wgmma\.wait_group\S*\s+(\d+)", line):
+            groups = groups[max(0, len(groups) - int(wait[1])) :]
+        elif issued.union(*groups).intersection(re.findall(r"%\w+", line)):
+            found.append(line.strip())
+    return found
+
+
+def test_what_touches_sums_in_flight_is_found():
+    def ptx(between: str, wait: int, after: str) -> str:
+        lines = "wgmma.mma_async.x {%r1,%r2}, %rd1, %rd2;", "wgmma.commit_group.x;", between
+        return "\n".join([*lines, f"wgmma.wait_group.x \t{wait};", after])
+
+    early, late = "add %r9, %r1, 1;", "add %r9, %r2, 1;"
+    assert touched_in_flight(ptx("add %r9, %r3, 1;", 0, late)) == []
+    assert touched_in_flight(ptx(early, 0, late)) == [early]
+    assert touched_in_flight(ptx("", 1, late)) == [late]
