@@ -323,8 +323,9 @@ def test_the_stages_find_what_the_reference_finds(dedup, seed, tmp_path):
     }
 
 
-def test_nothing_depends_on_workers_partitions_or_what_is_held(tmp_path, monkeypatch):
-    config, tasks = recipe_of(SUBSETS), corpus(7, families=60)
+@pytest.mark.parametrize("dedup", [{}, {"unit": "characters", "n_grams": 5}], ids=str)
+def test_nothing_depends_on_workers_partitions_or_what_is_held(dedup, tmp_path, monkeypatch):
+    config, tasks = recipe_of(SUBSETS, **dedup), corpus(7, families=60)
     write_clean(config, tmp_path / "clean", tasks)
     run_stages(duplicates.stages(config, tmp_path / "clean", tmp_path / "one"))
     for module, name, value in (
@@ -510,11 +511,12 @@ def test_a_pair_of_a_document_that_is_not_there_is_an_error(task, index, tmp_pat
         run_stages(stages[2:3])
 
 
-def test_the_benchmark_runs(tmp_path):
+def test_the_benchmark_finds_what_datatrove_finds():
     command = [sys.executable, "tools/bench/dedup.py", "--smoke"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {line["benchmark"] for line in lines} == {"planted", "corpus"}
+    assert {line["benchmark"] for line in lines} == {"planted", "corpus", "clusters"}
     corpora = [line for line in lines if line["benchmark"] == "corpus"]
     assert all(line["same_clusters"] and line["same_kept"] for line in corpora if line["engine"] == "k2jax")
+    assert {line["precision"] for line in lines if "precision" in line} == {1.0}

@@ -1,4 +1,4 @@
-"""From pairs of duplicates to clusters, and the document of each that stays: one task, in about 50 bytes a document.
+"""From pairs of duplicates to clusters, and the document of each that stays: one task, in about 60 bytes a document.
 
 A cluster is all that pairs connect, exact or near. Only documents that have a duplicate are held.
 """
@@ -19,7 +19,7 @@ MEMBERS = pa.schema(
     [("task", pa.uint32()), ("index", pa.uint32()), ("survivor_task", pa.uint32()), ("survivor_index", pa.uint32())]
     + [("exact", pa.bool_())]
 )
-ROWS = 1 << 20  # pairs read, and rows written, at a time
+ROWS = 1 << 18  # pairs read, and rows written, at a time
 
 
 def find_clusters(_: int, *, clean: Clean, exact: list[Path], near: list[Path], folder: Path) -> None:
@@ -107,13 +107,17 @@ def _survivors(nodes: np.ndarray, labels: np.ndarray, clean: Clean) -> np.ndarra
         raise StorageError(f"a duplicate is of task {tasks[-1]} of {len(clean.subsets)}: remove the stages of pairs")
     newest = dumps.newest_first()
     _, place = np.unique(clean.priorities, return_inverse=True)
-    order = place[tasks] * len(newest) + newest[numbers]
-    best = np.full(len(nodes), np.iinfo(np.int64).max)
+    order = place.astype(np.int32)[tasks]
+    order *= len(newest)
+    order += newest[numbers]
+    del tasks, numbers  # with many duplicates these arrays are all the memory there is
+    best = np.full(len(nodes), np.iinfo(np.int32).max, np.int32)
     np.minimum.at(best, labels, order)
-    [chosen] = np.nonzero(order == best[labels])
-    best[:] = len(nodes)
-    np.minimum.at(best, labels[chosen], chosen)
-    return best[labels]
+    chosen = np.flatnonzero(order == best[labels]).astype(labels.dtype)
+    del order, best
+    first = np.full(len(nodes), len(nodes), labels.dtype)
+    np.minimum.at(first, labels[chosen], chosen)
+    return first[labels]
 
 
 def _summary(nodes: np.ndarray, survivors: np.ndarray, is_exact: np.ndarray, clean: Clean) -> dict:
@@ -121,15 +125,17 @@ def _summary(nodes: np.ndarray, survivors: np.ndarray, is_exact: np.ndarray, cle
     {size: clusters}}.
     """
     names, subsets = np.unique(clean.subsets, return_inverse=True)
+    counts = np.zeros((len(names), len(names), 2), np.int64)
+    for start in range(0, len(nodes), ROWS):
+        block = np.arange(start, min(start + ROWS, len(nodes)))
+        gone = block[survivors[block] != block]
+        own, other = (subsets[_split(nodes[which])[0]] for which in (gone, survivors[gone]))
+        np.add.at(counts, (own, other, is_exact[gone].astype(np.int64)), 1)
     removed: dict[str, dict[str, int]] = {name: {"exact": 0, "near": 0} for name in names.tolist()}
     pairs: Counter[str] = Counter()
-    gone = np.flatnonzero(survivors != np.arange(len(nodes)))
-    own, other = (subsets[(nodes[which] >> 32).astype(np.int64)] for which in (gone, survivors[gone]))
-    codes, counts = np.unique((own * len(names) + other) * 2 + is_exact[gone], return_counts=True)
-    for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
-        source, target = names[code // 2 // len(names)], names[code // 2 % len(names)]
-        removed[source]["exact" if code % 2 else "near"] += count
-        pairs[f"{source} -> {target}"] += count
-    sizes, counts = np.unique(np.bincount(survivors)[np.unique(survivors)], return_counts=True)
-    histogram = dict(zip(map(str, sizes.tolist()), counts.tolist(), strict=True))
+    for own, other, exact in np.argwhere(counts).tolist():
+        removed[names[own]]["exact" if exact else "near"] += int(counts[own, other, exact])
+        pairs[f"{names[own]} -> {names[other]}"] += int(counts[own, other, exact])
+    sizes = np.bincount(np.bincount(survivors))
+    histogram = {str(size): int(sizes[size]) for size in np.flatnonzero(sizes[1:]) + 1}
     return {"removed": removed, "pairs": dict(pairs), "cluster_sizes": histogram}

@@ -127,13 +127,13 @@ def signature_stage(name: str, folder: str, config: object, shipped: bool) -> ob
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     class Split(WordTokenizer):
-        def word_tokenize(self, text):
+        def word_tokenize(self, text: str) -> list[str]:
             return text.split()
 
         sent_tokenize = span_tokenize = word_tokenize
 
     class Characters(MinhashDedupSignature):
-        def get_shingles(self, text):
+        def get_shingles(self, text: str) -> np.ndarray:
             text = text.lower().translate(str.maketrans("", "", string.punctuation))
             text = re.sub(r"\s+", " ", text.strip())
             grams = (text[at : at + config.n_grams] for at in range(len(text) - config.n_grams + 1))
@@ -324,7 +324,7 @@ def main() -> None:
     if missing := [str(path) for path in args.directories if not path.is_dir()]:
         raise ConfigError(f"{', '.join(missing)}: no such directory")
     for name in SETS:
-        planted_lines(name, each=10 if args.smoke else 300)
+        planted_lines(name, each=4 if args.smoke else 300)
     directories = args.directories or ([ROOT / "k2jax", ROOT / "tests"] if args.smoke else default_directories())
     corpus(directories, args.megabytes, args.shipped)
     cluster_memory(10_000 if args.smoke else 1_000_000)
