@@ -186,9 +186,9 @@ def test_a_damaged_file_between_stages_is_found(cleaned, tokenizer):
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 4
-    for damaged in (whole[:-20], whole[:-1], whole[:100], bytes(flipped), whole + b"x"):
+    for damaged in (whole[:-20], whole[:-1], whole[:100], bytes(flipped), whole + b"x", b""):
         path.write_bytes(damaged)
-        with pytest.raises(StorageError, match=r"00001.jsonl.zst is damaged .*prepare again"):
+        with pytest.raises(StorageError, match=r"00001.jsonl.zst is (damaged|empty).*prepare again"):
             stores(cleaned, make_recipe(), tokenizer)
 
 

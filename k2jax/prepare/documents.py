@@ -73,6 +73,8 @@ def to_line(one: Document) -> bytes:
 def read_documents(path: str | os.PathLike) -> Iterator[Document]:
     """What `write_documents` wrote; StorageError if the file is damaged."""
     with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # a file of no document has a frame of nothing
+            raise StorageError(f"{path} is empty: remove it and its stage, and prepare again")
         yield from _parsed(file, path)
 
 
