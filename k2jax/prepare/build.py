@@ -22,7 +22,9 @@ import k2jax
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare import card, clean, duplicates, kept, pieces, recipe, tally, token_sources, tokenise
+from k2jax.prepare import clean, kept, pieces, recipe, tally, token_sources, tokenise
+from k2jax.prepare.card import card
+from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.documents import whole_file, write_json
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.sentencepiece_model import eos_id, k2_tokens, open_tokenizer

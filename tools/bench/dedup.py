@@ -33,10 +33,11 @@ sys.path.insert(0, str(ROOT))
 from dedup_texts import default_directories, pairs, similarity, text_files  # noqa: E402
 
 from k2jax.errors import ConfigError, run_main  # noqa: E402
-from k2jax.prepare import clusters, duplicates, recipe  # noqa: E402
+from k2jax.prepare import recipe  # noqa: E402
+from k2jax.prepare.dedup import clusters, duplicates  # noqa: E402
+from k2jax.prepare.dedup.index import PAIR, Clean  # noqa: E402
+from k2jax.prepare.dedup.minhash import MinHash  # noqa: E402
 from k2jax.prepare.documents import document, read_documents, write_documents  # noqa: E402
-from k2jax.prepare.index import PAIR, Clean  # noqa: E402
-from k2jax.prepare.minhash import MinHash  # noqa: E402
 
 SETS = {"fineweb": MinHash("words", 5, 14, 8, 1), "txt360": MinHash("characters", 13, 9, 13, 1)}
 TASKS = 8

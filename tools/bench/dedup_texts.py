@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from k2jax.prepare.minhash import MinHash, hashed_shingles
+from k2jax.prepare.dedup.minhash import MinHash, hashed_shingles
 
 MIN_BYTES, MAX_BYTES = 200, 2_000_000  # of a file
 WORDS, VOCABULARY = 300, 20_000  # of a text; words drawn by rank^-1 as in natural text

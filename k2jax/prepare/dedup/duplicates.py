@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from k2jax.errors import StorageError
-from k2jax.prepare import exact, near
-from k2jax.prepare.clusters import MEMBERS, find_clusters
+from k2jax.prepare.dedup import exact, near
+from k2jax.prepare.dedup.clusters import MEMBERS, find_clusters
+from k2jax.prepare.dedup.index import Clean, clean_documents, read_index, task_bounds
+from k2jax.prepare.dedup.minhash import MinHash, write_signatures
 from k2jax.prepare.documents import read_documents, whole_file
 from k2jax.prepare.engine import Stage
-from k2jax.prepare.index import Clean, clean_documents, read_index, task_bounds
-from k2jax.prepare.minhash import MinHash, write_signatures
 
 ROWS = pa.schema(
     [

@@ -3,8 +3,8 @@
 import html
 from typing import Any
 
-from k2jax.prepare.card_svg import bars, columns, stacked
-from k2jax.prepare.card_tables import (
+from k2jax.prepare.card.svg import bars, columns, stacked
+from k2jax.prepare.card.tables import (
     SECTIONS,
     Table,
     flow,
@@ -13,7 +13,7 @@ from k2jax.prepare.card_tables import (
     stated,
     tables_of,
 )
-from k2jax.prepare.card_text import cut, for_html, lines_of, num_bytes, number, share, size_of
+from k2jax.prepare.card.text import cut, for_html, lines_of, num_bytes, number, share, size_of
 
 # Kept, removed by cleaning, exact and near copies, other; text 4.5:1 or more on both backgrounds.
 STYLE = """

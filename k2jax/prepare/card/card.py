@@ -13,9 +13,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from k2jax.prepare import recipe
-from k2jax.prepare.card_documents import copies_of, samples_of
-from k2jax.prepare.card_html import page
-from k2jax.prepare.card_markdown import markdown
+from k2jax.prepare.card.documents import copies_of, samples_of
+from k2jax.prepare.card.html import page
+from k2jax.prepare.card.markdown import markdown
 from k2jax.prepare.documents import whole_file, write_json
 from k2jax.prepare.tally import combine
 

@@ -1,6 +1,6 @@
 """The plots of the data card: inline SVG, coloured by classes of the page's style sheet, readable without scripts."""
 
-from k2jax.prepare.card_text import for_html, number
+from k2jax.prepare.card.text import for_html, number
 
 # Pixels: of the drawing, of labels left and values right of bars, of a row.
 WIDTH, LABEL, VALUE, ROW = 860, 190, 180, 26

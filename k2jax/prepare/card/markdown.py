@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from k2jax.prepare.card_tables import SECTIONS, Table, histogram, tables_of
-from k2jax.prepare.card_text import code_block, cut, for_markdown, num_bytes, number, size_of
+from k2jax.prepare.card.tables import SECTIONS, Table, histogram, tables_of
+from k2jax.prepare.card.text import code_block, cut, for_markdown, num_bytes, number, size_of
 
 
 def markdown(card: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from k2jax.prepare.card_text import num_bytes, number, power_of_two, share
+from k2jax.prepare.card.text import num_bytes, number, power_of_two, share
 
 SECTIONS = (  # (key, title, what it is), in their order
     (

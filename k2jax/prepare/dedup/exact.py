@@ -5,8 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
+from k2jax.prepare.dedup.index import (
+    PAIR,
+    Clean,
+    Dumps,
+    open_records,
+    read_index,
+    repeated,
+    task_bounds,
+    within,
+)
 from k2jax.prepare.documents import whole_file
-from k2jax.prepare.index import PAIR, Clean, Dumps, open_records, read_index, repeated, task_bounds, within
 
 # The first 128 bits of SHA-256: 2^64 documents would give an even chance of one collision.
 ID = np.dtype([("high", "<u8"), ("low", "<u8"), ("index", "<u4")])

@@ -1,0 +1,1 @@
+"""The data card of a preparation: what came in and out, what was left out and why."""
