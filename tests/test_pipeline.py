@@ -28,7 +28,7 @@ CASES = {  # mesh, model.pipeline, what else
     "4 stages, more microbatches": ({"stage": 4, "fsdp": 2}, (8, 1), {"remat": "full"}),
     "4 stages twice": ({"stage": 4, "tensor": 2}, (4, 2), {"remat": "dots"}),
     "2 stages 4 times": ({"stage": 2, "replica": 2, "fsdp": 2}, (2, 4), {"accumulation": 2}),
-    "rows shared": ({"stage": 2, "context": 2, "tensor": 2}, (2, 2), {"remat": "q+up"}),
+    "rows shared": ({"stage": 2, "context": 2, "tensor": 2}, (2, 2), {"remat": "q+up@host"}),
 }
 
 

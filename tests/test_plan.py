@@ -19,6 +19,7 @@ from k2jax.plan.chips import CHIPS, chip_of
 from k2jax.plan.estimate import memory_refused
 from k2jax.plan.hlo import Program, array_bytes, replica_groups
 from k2jax.plan.links import HOP_S, Links
+from k2jax.plan.show import ranking
 from k2jax.plan.timeline import Timeline
 from k2jax.train import train
 
@@ -71,14 +72,16 @@ def v5p(shape: tuple[int, ...] = (8, 8, 8)) -> Links:
     return Links(CHIPS["v5p"], [SimpleNamespace(coords=place) for place in places])
 
 
-def play(step: int = 1, start: str = "", done: str = "") -> Timeline:
+def play(step: int = 1, start: str = "", done: str = "", first: int = 0) -> Timeline:
     text = LOOP.replace("STEP", str(step)).replace("START", start).replace("DONE", done)
+    text = text.replace("%zero = s32[]{:T(128)} constant(0)", f"%zero = s32[]{{:T(128)}} constant({first})")
     return Timeline(Program(text), CHIPS["v5p"], v5p())
 
 
-@pytest.mark.parametrize(("step", "turns"), [(1, 6), (2, 3), (4, 2)])
-def test_a_loop_counts_as_often_as_it_runs(step: int, turns: int):
-    parts = play(step).step()
+@pytest.mark.parametrize(("first", "step", "turns"), [(0, 1, 6), (0, 2, 3), (0, 4, 2), (1, 1, 5), (1, 2, 3), (2, 4, 1)])
+def test_a_loop_counts_as_often_as_it_runs(first: int, step: int, turns: int):
+    """One that the compiler took turns out of starts its counter later."""
+    parts = play(step, first=first).step()
     assert parts.matrix == pytest.approx(turns * 1e-3, rel=1e-3)
     assert parts.elementwise == pytest.approx(2e-3, rel=1e-3)
 
@@ -100,9 +103,56 @@ def test_a_transfer_beside_a_product_is_hidden_and_what_is_left_of_it_exposed():
         start = f"%s = ({shape}, {shape}) collective-permute-start(%big), channel_id=1, source_target_pairs={PERMUTE}"
         start = f"%big = {shape} parameter(0)\n  " + start
         found[megabytes] = play(6, start, f"%d = {shape} collective-permute-done(%s)").step()
-    assert found[45].exposed == 0 and found[45].hidden == pytest.approx(0.5e-3, rel=1e-2)
-    assert found[180].exposed == pytest.approx(1e-3, rel=1e-2) and found[180].hidden == pytest.approx(1e-3, rel=1e-2)
+    small, large = found[45].collectives, found[180].collectives
+    assert small.exposed == 0 and small.hidden == pytest.approx(0.5e-3, rel=1e-2)
+    assert large.exposed == pytest.approx(1e-3, rel=1e-2) and large.hidden == pytest.approx(1e-3, rel=1e-2)
     assert found[180].total == pytest.approx(4e-3, rel=1e-2)
+    assert found[180].host.size == 0
+
+
+# A loop that keeps an array of each turn by its host and reads another, 24 MB each: 1.5 ms by a link of 16 GB/s.
+HOST_COPIES = """%kept = f32[6,6000000]{1,0:S(5)} parameter(0)
+  %piece = f32[1,6000000]{1,0} parameter(1)
+  %to = ((f32[6,6000000]{1,0:S(5)}, f32[1,6000000]{1,0}, s32[]), f32[6,6000000]{1,0:S(5)}, u32[]{:S(2)}) \
+dynamic-update-slice-start(%kept, %piece, %i.2)
+  %from = ((f32[6,6000000]{1,0:S(5)}, s32[]), f32[1,6000000]{1,0}, u32[]{:S(2)}) dynamic-slice-start(%kept, %i.2), \
+dynamic_slice_sizes={1,6000000}
+  %other = ((f32[6,6000000]{1,0:S(5)}, s32[]), f32[1,6000000]{1,0}, u32[]{:S(2)}) dynamic-slice-start(%kept, %i.2), \
+dynamic_slice_sizes={1,6000000}"""
+HOST_DONE = """%to.1 = f32[6,6000000]{1,0:S(5)} dynamic-update-slice-done(%to)
+  %from.1 = f32[1,6000000]{1,0} dynamic-slice-done(%from)"""
+
+
+def test_copies_to_the_hosts_memory_take_a_link_of_their_own_each_way():
+    """Beside a product of 1 ms: to it and from it at once, and a second one from it after the first."""
+    gather = f"""%w = f32[22500000] parameter(2)
+  %s = (f32[22500000], f32[22500000]) collective-permute-start(%w), channel_id=1, source_target_pairs={PERMUTE}
+  """
+    done = "%d = f32[22500000] collective-permute-done(%s)\n  "
+    two = play(6, gather + HOST_COPIES, done + HOST_DONE).step()
+    assert two.host.exposed == pytest.approx(0.5e-3, rel=1e-2), "both ends are 1.5 ms after their starts"
+    assert two.host.hidden == pytest.approx(3 * 1.5e-3 - 0.5e-3, rel=1e-2)
+    assert two.host.size == 3 * 24e6
+    assert two.collectives.exposed == pytest.approx(0, abs=2e-6), "a host copy held up a collective"
+    third = play(6, HOST_COPIES, HOST_DONE + "\n  %other.1 = f32[1,6000000]{1,0} dynamic-slice-done(%other)").step()
+    assert third.host.exposed == pytest.approx(2e-3, rel=1e-2)
+    assert third.total == pytest.approx(two.total + 1.5e-3, rel=1e-2)
+
+
+def test_a_copy_counts_to_the_host_where_one_side_lies_there():
+    """Whole arrays, waited for or not; copies between the device's own memories are no transfers."""
+    array = "f32[4000000]{0}"
+    by_host = array.replace("}", ":S(5)}")
+    waited = play(6, f"%x.1 = {array} parameter(0)\n  %c = {by_host} copy(%x.1)").step()
+    assert waited.host.exposed == pytest.approx(1e-3, rel=1e-2) and waited.host.size == 16e6
+    start = f"%x.1 = {by_host} parameter(0)\n  %c = ({array}, {by_host}, u32[]{{:S(2)}}) copy-start(%x.1)"
+    hidden = play(6, start, f"%c.1 = {array} copy-done(%c)").step()
+    assert hidden.host.hidden == pytest.approx(1e-3, rel=1e-2) and hidden.host.exposed < 2e-6
+    assert play(6, start.replace("S(5)", "S(1)"), f"%c.1 = {array} copy-done(%c)").step().host.size == 0
+    body = f"%p.9 = {by_host} parameter(0)\n  ROOT %q.9 = {array} copy(%p.9)"
+    fused = LOOP.replace("STEP", "6").replace("START", f"%f = {array} fusion(%x), kind=kLoop, calls=%wrapped")
+    program = Program(f"%wrapped (a: f32[9]) -> f32[9] {{\n  {body}\n}}\n\n{fused.replace('DONE', '')}")
+    assert Timeline(program, CHIPS["v5p"], v5p()).step().host.size == 16e6
 
 
 def test_transfers_of_opposite_directions_share_no_link():
@@ -124,7 +174,8 @@ def test_a_transfer_that_is_waited_for_holds_up_those_under_way():
   %sum = {shape} all-reduce(%big), channel_id=2, replica_groups={RING}, to_apply=%add"""
     timeline = play(6, start, f"%d = {shape} collective-permute-done(%s)")
     parts = timeline.step()
-    assert parts.exposed == pytest.approx(1.75e-3 + 1e-3, rel=1e-2) and parts.hidden == pytest.approx(1e-3, rel=2e-2)
+    assert parts.collectives.exposed == pytest.approx(1.75e-3 + 1e-3, rel=1e-2)
+    assert parts.collectives.hidden == pytest.approx(1e-3, rel=2e-2)
     assert timeline.waited_for.most_common(1)[0][0].startswith("all-reduce f32[45000000]")
 
 
@@ -259,6 +310,31 @@ def test_the_search_ranks_what_fits(tiny_data: Path):
     assert meshes == {(2, 2, 1), (1, 4, 1), (1, 2, 2)} and len(tried) == 3
     times = [case["step_seconds"] for case in tried]
     assert times == sorted(times)
+
+
+@needs_tpu_compiler
+def test_the_search_tries_pipelines_and_arrays_kept_by_the_host(tiny_data: Path):
+    """Three microbatches of a pipeline are no multiple of two stages; without stages there are none to try."""
+    options = ["--search", "--pipeline", "1", "2", "--pipeline-microbatches", "2", "3", "--remat", "q+up", "q+up@host"]
+    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", *options, "--json")
+    assert code == 0, errors
+    tried = {(case["mesh"]["stage"], case["remat"]): case for case in json.loads(out)}
+    assert set(tried) == {(1, "q+up"), (1, "q+up@host"), (2, "q+up"), (2, "q+up@host")} and len(json.loads(out)) == 4
+    for stages, bubble in ((1, 0), (2, 1 / 3)):
+        by_device, by_host = tried[stages, "q+up"], tried[stages, "q+up@host"]
+        assert by_device["bubble_fraction"] == by_host["bubble_fraction"] == pytest.approx(bubble)
+        assert by_device["mesh"] == by_host["mesh"] and by_host["mesh"]["fsdp"] == 4 // stages
+        assert by_device["host_bytes_per_chip"] == by_device["host_copy_bytes"] == 0
+        assert by_device["temporary_bytes"] - by_host["temporary_bytes"] > by_host["host_bytes_per_chip"] / 2 > 0
+    rows, layers, ffn = 8 / 4, 4, 1024
+    kept = rows * 512 * ffn * 2 * layers
+    found = tried[1, "q+up@host"]
+    assert found["host_bytes_per_chip"] == pytest.approx(kept, rel=0.01)
+    assert found["host_copy_bytes"] == 2 * kept, "there and back, once a layer"
+    seconds = found["exposed_host_copy_seconds"] + found["hidden_host_copy_seconds"]
+    assert seconds == pytest.approx(2 * kept / CHIPS["v5e"].host_bytes_per_s + 2 * layers * HOP_S)
+    printed = ranking(list(tried.values()))
+    assert "q+up@host" in printed and " 1x2 q+up" in printed and "33.3%" in printed
 
 
 @needs_tpu_compiler
