@@ -28,7 +28,7 @@ CASES = {  # mesh, model.pipeline, what else
     "4 stages, more microbatches": ({"stage": 4, "fsdp": 2}, (8, 1), {"remat": "full"}),
     "4 stages twice": ({"stage": 4, "tensor": 2}, (4, 2), {"remat": "dots"}),
     "2 stages 4 times": ({"stage": 2, "replica": 2, "fsdp": 2}, (2, 4), {"accumulation": 2}),
-    "rows shared": ({"stage": 2, "context": 2, "tensor": 2}, (2, 2), {"remat": "q+up@host"}),
+    "rows shared": ({"stage": 2, "context": 2, "tensor": 2}, (2, 2), {"remat": "q+up"}),
 }
 
 
@@ -204,6 +204,7 @@ def test_a_checkpoint_knows_no_stages(tmp_path: Path):
         ({"stage": 2}, {"repeats": 3, "layers": 12}, "model.pipeline.repeats=3 must divide mesh.stage=2"),
         ({"stage": 4}, {"microbatches": 6}, "model.pipeline.microbatches=6 must be a multiple of mesh.stage=4"),
         ({"stage": 2, "fsdp": 4}, {"accumulation": 2}, "stages.0: .* gives 8, no multiple of .* = 16"),
+        ({"stage": 2}, {"remat": "q+up@host"}, "model.remat='q.up@host': no .* by the host where mesh.stage=2"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(sizes: dict, numbers: dict, message: str):
