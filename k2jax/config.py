@@ -183,9 +183,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     def fill(target: ConfigDict, source: dict[str, Any], prefix: str) -> None:
         for key, value in source.items():
             if key not in target:
-                raise ConfigError(
-                    f"config.json: unknown key {prefix}{key}: written by another version of k2jax"
-                )
+                raise ConfigError(f"config.json: unknown key {prefix}{key}: written by another version of k2jax")
             if isinstance(target[key], ConfigDict) and prefix + key != "mix":
                 fill(target[key], value, f"{prefix}{key}.")
             elif key != "stages":
@@ -227,6 +225,8 @@ def validate(config: ConfigDict) -> None:
     known = m.remat in ("none", "dots", "full") or len(set(names) & set(REMAT_NAMES)) == len(names)
     what = f"must be none, dots, full, or names joined by +, each once, {ON_HOST} after any: {', '.join(REMAT_NAMES)}"
     need(known, "model.remat", m.remat, what)
+    looped = m.unroll == 1 or ON_HOST not in m.remat  # libtpu 0.0.42 compiles no other
+    need(looped, "model.unroll", m.unroll, f"must be 1 where model.remat={m.remat} keeps arrays by the host")
     need(all(size > 0 for size in m.rings), "model.rings", m.rings, "sizes must be positive")
     need(config.loss.block > 0, "loss.block", config.loss.block, "must be positive")
     need(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "must not be negative")
