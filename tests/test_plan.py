@@ -431,7 +431,7 @@ def test_a_plan_for_other_devices_is_not_compared(tmp_path: Path):
     assert "for 512 TPU v5, this run has 8 cpu" in said[0]
 
 
-# ---- the whole of K2-65B: minutes and gigabytes (`make plan-65b`) ----------------------------------------------------
+# ---- the whole of K2-65B and K2-7B: minutes and gigabytes (`make plan-65b`) ------------------------------------------
 
 
 ROWS_SHARED = "--stage=stage2 --config.mesh.fsdp=256 --config.mesh.context=2 --config.model.rings=()"
@@ -445,10 +445,12 @@ ROWS_SHARED = "--stage=stage2 --config.mesh.fsdp=256 --config.mesh.context=2 --c
         ("k2_65b_v5p", "v5p:8x8x8", 0.65, ""),
         ("k2_65b_v6e", "v6e:16x16", 0.38, ""),
         ("k2_65b_128k", "v5p:8x8x8", 0.3, ""),
+        ("k2_7b", "v5p:4x4x4", 0.65, "--stage=stage1"),
+        ("k2_7b", "v6e:8x8", 0.38, "--config.model.remat=full"),
         ("k2_65b_v5p", "v5p:8x8x8", 0.5, ROWS_SHARED),
     ],
 )
-def test_k2_65b_fits_and_is_as_fast_as_its_experiment_says(experiment, topology, least_mfu, other):
+def test_it_fits_and_is_as_fast_as_its_experiment_says(experiment, topology, least_mfu, other):
     arguments = [f"--config=experiments/{experiment}.py", f"--topology={topology}", "--json", *other.split()]
     done = subprocess.run([sys.executable, "tools/plan.py", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
