@@ -33,7 +33,7 @@ test-seqio:
 test-slow: $(TEST_DONE)
 	$(BIN)/python -m pytest -m slow
 
-# Compiles the whole of K2-65B for the pods of its experiments: a quarter of an hour and some GB.
+# Compiles the whole of K2-65B and K2-7B for the pods of their experiments: half an hour and some GB.
 plan-65b: $(TEST_DONE)
 	$(BIN)/python -m pytest -m slow tests/test_plan.py
 

@@ -20,6 +20,7 @@ from k2jax.errors import ConfigError
 
 # Arrays of a layer that `model.remat` may keep; "attention" is its output, "middle" the stream between its two halves.
 REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
+ON_HOST = "@host"  # after a name, as in q+k+up@host: that one is kept in the host's memory
 
 
 # fmt: off
@@ -42,7 +43,7 @@ def base() -> ConfigDict:
     c.model.init_std = 0.02               # of every matrix; residual outputs are scaled down (model.py, INIT)
     c.model.tie_embeddings = False        # True: the head is the embedding transposed
     c.model.mask_documents = False        # True: attention and loss stop at document ends (K2: packed, unmasked)
-    c.model.remat = "none"                # kept for backward: "none" all, "full" layer inputs, "dots" or q+k+up: those
+    c.model.remat = "none"                # kept for backward: "none" all, "full" layer inputs, or "dots", q+k+up@host
     c.model.rings = ()                    # sizes that gathers over mesh.fsdp go by, such as (8, 8, 8) on v5p:8x8x8
     c.model.unroll = 1                    # layers in one turn of the scan over layers: more compile slower, run faster
     c.model.attention = ConfigDict()
@@ -182,9 +183,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     def fill(target: ConfigDict, source: dict[str, Any], prefix: str) -> None:
         for key, value in source.items():
             if key not in target:
-                raise ConfigError(
-                    f"config.json: unknown key {prefix}{key}: written by another version of k2jax"
-                )
+                raise ConfigError(f"config.json: unknown key {prefix}{key}: written by another version of k2jax")
             if isinstance(target[key], ConfigDict) and prefix + key != "mix":
                 fill(target[key], value, f"{prefix}{key}.")
             elif key != "stages":
@@ -203,9 +202,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
         items = [(str(i), value) for i, value in enumerate(values)]
     else:
         return {prefix: list(values) if isinstance(values, tuple) else values}
-    return {
-        k: v for key, value in items for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()
-    }
+    return {k: v for key, value in items for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def validate(config: ConfigDict) -> None:
@@ -224,8 +221,12 @@ def validate(config: ConfigDict) -> None:
     choices = ("auto", "jnp", "flash", "cudnn", "mosaic")
     found = m.attention.implementation
     need(found in choices, "model.attention.implementation", found, f"must be one of {choices}")
-    known = m.remat in ("none", "dots", "full") or set(m.remat.split("+")) <= set(REMAT_NAMES)
-    need(known, "model.remat", m.remat, f"must be none, dots, full, or names joined by +: {', '.join(REMAT_NAMES)}")
+    names = [name.removesuffix(ON_HOST) for name in m.remat.split("+")]
+    known = m.remat in ("none", "dots", "full") or len(set(names) & set(REMAT_NAMES)) == len(names)
+    what = f"must be none, dots, full, or names joined by +, each once, {ON_HOST} after any: {', '.join(REMAT_NAMES)}"
+    need(known, "model.remat", m.remat, what)
+    looped = m.unroll == 1 or ON_HOST not in m.remat  # libtpu 0.0.42 compiles no other
+    need(looped, "model.unroll", m.unroll, f"must be 1 where model.remat={m.remat} keeps arrays by the host")
     need(all(size > 0 for size in m.rings), "model.rings", m.rings, "sizes must be positive")
     need(config.loss.block > 0, "loss.block", config.loss.block, "must be positive")
     need(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "must not be negative")

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from k2jax import context, pipeline
 from k2jax.attention import attend_causally
-from k2jax.config import REMAT_NAMES
+from k2jax.config import ON_HOST, REMAT_NAMES
 from k2jax.fsdp import Rings, lookup, matmul
 from k2jax.sharding import num_stages, shard
 
@@ -162,11 +162,19 @@ class Block(nnx.Module):
 
 
 def remat_policy(remat: str) -> Callable:
-    """Of a layer's arrays, those named in `model.remat` are kept for its backward pass ("attention": with its sums)."""
+    """Of a layer's arrays, those named in `model.remat` are kept for its backward pass ("attention": with its sums).
+
+    Where the device's memory is the host's, as on CPU, it is all the same where they are kept.
+    """
     if remat == "none":
         return pipeline.keep_computed
     names = {"dots": REMAT_NAMES, "full": ()}.get(remat, remat.split("+"))
-    return jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[name for name in names if not name.endswith(ON_HOST)],
+        names_which_can_be_offloaded=[name.removesuffix(ON_HOST) for name in names if name.endswith(ON_HOST)],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 class Decoder(nnx.Module):

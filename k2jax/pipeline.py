@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax import sharding
+from k2jax.config import ON_HOST
 from k2jax.errors import ConfigError
 from k2jax.sharding import shard
 
@@ -47,10 +48,15 @@ def bubble_fraction(config: ConfigDict, mesh: Mesh) -> float:
 
 
 def check(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises ConfigError when layers or rows cannot be cut as `model.pipeline` says."""
+    """Raises ConfigError when layers or rows cannot be cut as `model.pipeline` says, or are to be kept by the host."""
     p, layers, stages = config.model.pipeline, config.model.num_layers, mesh.shape["stage"]
     if stages == 1:
         return
+    if ON_HOST in config.model.remat:  # libtpu 0.0.42 takes all turns' arrays to the host and back in every turn
+        raise ConfigError(
+            f"model.remat={config.model.remat!r}: no array is kept by the host where mesh.stage={stages}: take "
+            f"{ON_HOST} away, or set mesh.stage=1"
+        )
     if layers % (stages * p.repeats):
         raise ConfigError(
             f"model.num_layers={layers}: not divisible by mesh.stage x model.pipeline.repeats = {stages} x {p.repeats}"

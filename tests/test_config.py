@@ -94,6 +94,16 @@ def test_validate_reports_all_problems_at_once():
         assert key in str(raised.value)
 
 
+def test_arrays_that_remat_names_are_known_and_named_once():
+    for remat in ("none", "dots", "q", "q@host", "q+k@host+up"):
+        assert configuration.load(SMOKE, [f"model.remat={remat}"]).model.remat == remat
+    for remat in ("dots@host", "q+q@host", "q@cpu", "q+@host", "q@host@host", "dots+q", ""):
+        with pytest.raises(ConfigError, match="model.remat=.*each once, @host after any: q, k, v, attention"):
+            configuration.load(SMOKE, [f"model.remat={remat}"])
+    with pytest.raises(ConfigError, match="model.unroll=2: must be 1 where model.remat=q@host"):
+        configuration.load(SMOKE, ["model.remat=q@host", "model.unroll=2"])
+
+
 def test_to_dict_and_from_dict_are_inverse():
     c = configuration.load(SMOKE)
     again = configuration.from_dict(configuration.to_dict(c))

@@ -232,13 +232,13 @@ def test_layers_are_one_loop_however_many_they_are():
     assert lowered.compile().as_text().count(" while(") == 1
 
 
-def saved_floats(remat) -> int:
-    """How many numbers the forward loop keeps of each layer for the backward loop."""
+def saved_floats(remat, space=None) -> int:
+    """How many numbers the forward loop keeps of each layer for the backward loop, in any memory or in `space`."""
     forward = next(
         e for e, _ in equations(gradient_jaxpr(jnp.float32, remat=remat)) if e.primitive.name == "scan"
     )
     stacked = [v.aval for v in forward.outvars if v.aval.shape[:1] == (forward.params["length"],)]  # and not a carry
-    return sum(math.prod(a.shape) for a in stacked) // 3
+    return sum(math.prod(a.shape) for a in stacked if space in (None, a.memory_space)) // 3
 
 
 def test_remat_policies_save_what_they_say():
@@ -250,7 +250,15 @@ def test_remat_policies_save_what_they_say():
     assert saved_floats("none") > 1.5 * saved_floats("dots")
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_names_with_host_are_saved_in_the_hosts_memory_and_no_others():
+    tokens, NH, F = TOKENS[:, 1:].size, 4 * 8, 40
+    assert saved_floats("q+up@host") == saved_floats("q+up")
+    assert saved_floats("q+up@host", jax.memory.Space.Host) == tokens * F
+    assert saved_floats("q@host+up@host", jax.memory.Space.Host) == tokens * (NH + F)
+    assert saved_floats("dots", jax.memory.Space.Host) == 0
+
+
+@pytest.mark.parametrize("remat", ["dots", "full", "q@host+middle+up@host"])
 def test_remat_changes_neither_loss_nor_gradient(remat):
     def run(remat):
         m = small_model(remat=remat)

@@ -204,6 +204,7 @@ def test_a_checkpoint_knows_no_stages(tmp_path: Path):
         ({"stage": 2}, {"repeats": 3, "layers": 12}, "model.pipeline.repeats=3 must divide mesh.stage=2"),
         ({"stage": 4}, {"microbatches": 6}, "model.pipeline.microbatches=6 must be a multiple of mesh.stage=4"),
         ({"stage": 2, "fsdp": 4}, {"accumulation": 2}, "stages.0: .* gives 8, no multiple of .* = 16"),
+        ({"stage": 2}, {"remat": "q+up@host"}, "model.remat='q.up@host': no .* by the host where mesh.stage=2"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(sizes: dict, numbers: dict, message: str):

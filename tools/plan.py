@@ -1,12 +1,14 @@
 """Compiles an experiment's training step for hardware that is not here: does it fit, how fast will it run.
 
     python tools/plan.py --config=experiments/k2_65b.py --topology=v5p:8x8x8 [--stage=stage1] [--json]
-        [--workdir=DIR] [--config.KEY=VALUE ...] [--search ...]
+        [--workdir=DIR] [--config.KEY=VALUE ...]
+    python tools/plan.py --config=experiments/k2_7b.py --topology=v6e:8x8 --search --pipeline 1 2
+        --microbatches 2 4 --remat full q+k+v q+k+v@host+up@host
 
 Topologies: TPU slices as v5p:8x8x8, v6e:16x16, v5e:4x8, tpu7x:4x4x4 (extra `tpu`); h100:8, a100:64 (extra `gpu`).
 The memory is the compiler's. The time is an estimate: on TPU from the compiler's cycles, on GPU from peaks, with
 collectives by a model of the links (k2jax/plan/). --workdir keeps the plan in a run directory, where the trainer prints
-it beside what it measures.
+it beside what it measures. Remat policies are values of model.remat: a name with @host is kept in the host's memory.
 """
 
 import argparse
@@ -43,6 +45,10 @@ def main() -> None:
     parser.add_argument("--fsdp", type=int, nargs="+", metavar="N", help="of --search: sizes of fsdp to try")
     parser.add_argument("--tensor", type=int, nargs="+", default=[1], metavar="N", help="of --search (default: 1)")
     parser.add_argument("--context", type=int, nargs="+", default=[1], metavar="N", help="of --search (default: 1)")
+    parser.add_argument("--pipeline", type=int, nargs="+", default=[1], metavar="N",
+                        help="of --search: sizes of the mesh axis stage (default: 1)")  # fmt: skip
+    parser.add_argument("--pipeline-microbatches", type=int, nargs="+", metavar="N",
+                        help="of --search (default: the experiment's, made a multiple of the stages)")  # fmt: skip
     parser.add_argument(
         "--microbatches", type=int, nargs="+", metavar="N", help="of --search (default: the experiment's)"
     )
@@ -69,8 +75,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> bool:
     if args.search:
         from k2jax.plan.search import search
 
-        bounds = {"fsdp": args.fsdp, "tensor": args.tensor, "context": args.context,
-                  "microbatches": args.microbatches, "remat": args.remat}  # fmt: skip
+        axes = ("fsdp", "tensor", "context", "pipeline", "pipeline_microbatches", "microbatches", "remat")
+        bounds = {axis: getattr(args, axis) for axis in axes}
         tried = search(config, args.topology, args.stage, bounds, say)
         print(json.dumps(tried) if args.json else show.ranking(tried))
         return any(case["fits"] for case in tried)

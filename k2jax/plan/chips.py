@@ -3,7 +3,8 @@ a TPU7x or a v4. (On a v4 itself, JAX makes the two one device; its compiler wit
 
 Sources: peaks as in flops.py; memory as the TPU compiler states its limit ("exceeds available HBM (95.74G)"), or the
 data sheet's; HBM and link rates from the vendors' data sheets and, for TPU links, the scaling book's usable rates
-(jax-ml.github.io/scaling-book, "TPU networking").
+(jax-ml.github.io/scaling-book, "TPU networking"). To the host's memory: the scaling book's 16 GB/s a chip, 32 on v6e
+("TPU specs"), as much assumed of a TPU7x; GPUs' PCIe 5 and 4 with 16 lanes, by their data sheets.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Chip:
     hbm_bytes: int  # that a program may use
     hbm_bytes_per_s: float
     link_bytes_per_s: float  # one direction
+    host_bytes_per_s: float  # to the host's memory, and as much back
     cores: int = 1  # of a device, that share the grid of a kernel
     devices_per_chip: int = 1
     peak_share: float = 1.0  # of flops.py's peak, which is of a device as JAX has it on the hardware
@@ -46,13 +48,13 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", int(15.25 * GIB), 0.61e12, 45e9, devices_per_chip=2, peak_share=0.5),
-        Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 0.82e12, 45e9, wraps_from=16),
-        Chip("v5p", "TPU v5", int(95.74 * GIB), 2.77e12, 90e9, cores=2),
-        Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 1.64e12, 90e9, wraps_from=16),
-        Chip("tpu7x", "TPU7x", int(94.75 * GIB), 3.69e12, 90e9, devices_per_chip=2),
-        Chip("h100", "NVIDIA H100", 80 * 10**9, 3.35e12, 450e9, domain=8, network_bytes_per_s=50e9),
-        Chip("a100", "NVIDIA A100", 80 * 10**9, 2.04e12, 300e9, domain=8, network_bytes_per_s=25e9),
+        Chip("v4", "TPU v4", int(15.25 * GIB), 0.61e12, 45e9, 8e9, devices_per_chip=2, peak_share=0.5),
+        Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 0.82e12, 45e9, 16e9, wraps_from=16),
+        Chip("v5p", "TPU v5", int(95.74 * GIB), 2.77e12, 90e9, 16e9, cores=2),
+        Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 1.64e12, 90e9, 32e9, wraps_from=16),
+        Chip("tpu7x", "TPU7x", int(94.75 * GIB), 3.69e12, 90e9, 16e9, devices_per_chip=2),
+        Chip("h100", "NVIDIA H100", 80 * 10**9, 3.35e12, 450e9, 64e9, domain=8, network_bytes_per_s=50e9),
+        Chip("a100", "NVIDIA A100", 80 * 10**9, 2.04e12, 300e9, 32e9, domain=8, network_bytes_per_s=25e9),
     )
 }
 

@@ -98,6 +98,7 @@ def plan_stage(config: ConfigDict, index: int, mesh: jax.sharding.Mesh, chip: Ch
         held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
         needed = held + m.temp_size_in_bytes + m.generated_code_size_in_bytes
         found |= {"argument_bytes": m.argument_size_in_bytes, "temporary_bytes": m.temp_size_in_bytes}
+        found["host_bytes_per_chip"] = m.host_temp_size_in_bytes * chip.devices_per_chip
     found["hbm_bytes_per_chip"] = needed * chip.devices_per_chip
     found["fits"] = needed <= chip.hbm_bytes
     times = dict.fromkeys(
@@ -121,9 +122,12 @@ def _times(
         "matrix_seconds": parts.matrix,
         "elementwise_seconds": parts.elementwise,
         "attention_seconds": parts.attention,
-        "exposed_collective_seconds": parts.exposed,
-        "hidden_collective_seconds": parts.hidden,
-        "collective_bytes": parts.collective_bytes,
+        "exposed_collective_seconds": parts.collectives.exposed,
+        "hidden_collective_seconds": parts.collectives.hidden,
+        "collective_bytes": parts.collectives.size,
+        "exposed_host_copy_seconds": parts.host.exposed,
+        "hidden_host_copy_seconds": parts.host.hidden,
+        "host_copy_bytes": parts.host.size,
         "step_flops_causal": flops.causal * tokens,
         "step_flops_noncausal": flops.noncausal * tokens,
         "mfu_causal": flops.causal * tokens / (parts.total * devices * peak),

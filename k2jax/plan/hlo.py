@@ -12,6 +12,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _BITS = re.compile(r"\d+")
+ON_HOST = "S(5)"  # in the layout of an array that lies in the host's memory
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
@@ -75,14 +76,19 @@ class Program:
                         self.entry = found.group(2)
 
     @cached_property
+    def instructions(self) -> dict[str, Instruction]:
+        """All by name: names are unique in a program."""
+        return {i.name: i for body in self.computations.values() for i in body}
+
+    @cached_property
     def shapes(self) -> dict[str, str]:
-        """The result's type of every instruction; their names are unique in a program."""
-        return {i.name: i.result for body in self.computations.values() for i in body}
+        """The result's type of every instruction."""
+        return {name: i.result for name, i in self.instructions.items()}
 
     def trip_count(self, loop: Instruction) -> int:
         """How often a while loop runs. ValueError where its condition is not `counter < constant`.
 
-        Counters start at 0; a loop that the compiler unrolled adds more than 1 to it.
+        A loop that the compiler unrolled adds more than 1 to its counter, one that it took turns out of starts above 0.
         """
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known:
@@ -97,7 +103,11 @@ class Program:
         result = list(body.values())[-1]
         added = [body[name] for name in body[result.operands[index]].operands if name in body]
         steps = [int(i.rest.split(")")[0]) for i in added if i.opcode == "constant"]
-        return -(-int(limit.rest.split(")")[0]) // (steps[0] if steps else 1))
+        start = self.instructions[self.instructions[loop.operands[0]].operands[index]]
+        while start.opcode == "copy":
+            start = self.instructions[start.operands[0]]
+        first = int(start.rest.split(")")[0]) if start.opcode == "constant" else 0
+        return -(-(int(limit.rest.split(")")[0]) - first) // (steps[0] if steps else 1))
 
     def _named(self, computation: str | None) -> dict[str, Instruction]:
         return {i.name: i for i in self.computations[computation or ""]}
@@ -121,6 +131,21 @@ class Program:
             in_place = result.opcode == "dynamic-update-slice"
             written += array_bytes(self.shapes.get(result.operands[1], "")) if in_place else result.result_bytes
         return read + written
+
+    def host_copy(self, i: Instruction) -> tuple[int, int]:
+        """(bytes, direction) of an operation, or the start of one, that copies between the device's memory and the
+        host's: direction 1 to the host, -1 from it; (0, 0) of any other."""
+        kind = i.opcode.removesuffix("-start")
+        if kind == "fusion":  # around a copy, on GPU
+            return max((self.host_copy(inner) for inner in self.within(i)), default=(0, 0))
+        if kind not in ("copy", "dynamic-slice", "dynamic-update-slice"):
+            return 0, 0
+        source = self.shapes.get(i.operands[1 if kind == "dynamic-update-slice" else 0], "")
+        if ON_HOST not in source + i.result:
+            return 0, 0
+        cut = re.search(r"dynamic_slice_sizes=\{([\d,]*)\}", i.rest)
+        copied = _ARRAY.sub(rf"\1[{cut.group(1)}]", source) if cut else source
+        return array_bytes(copied), -1 if ON_HOST in source else 1
 
     def within(self, instruction: Instruction) -> list[Instruction]:
         """Of the computation that a fusion or call runs; those that it calls in turn included."""

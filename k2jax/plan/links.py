@@ -3,7 +3,8 @@
 TPU: a slice is a torus (or, along axes too short to close, a grid). A collective sends around rings along the axes that
 its group spans, in both directions of those that close. The compiler's text says which algorithm it took: one ring,
 or one along every axis at once. GPU: NVLink within a host, and each device's share of the network between hosts, both
-at once. Bytes over rates, plus a microsecond for each device passed.
+at once. Bytes over rates, plus a microsecond for each device passed. Every device has a link of its own to its host's
+memory, both ways at once.
 """
 
 import re
@@ -16,6 +17,7 @@ from k2jax.plan.chips import Chip
 from k2jax.plan.hlo import Instruction, Program, array_bytes, replica_groups
 
 HOP_S = 1e-6
+HOST = -1  # in the place of an axis: the link to the host's memory
 
 
 class Links:
@@ -54,6 +56,10 @@ class Links:
         rate = max(rates) if one_ring else sum(rates)
         n = len(groups[0])
         return sent * (n - 1) / n / rate + HOP_S * sum(spread[axis] // 2 for axis in axes), links
+
+    def host_copy(self, size: int, direction: int) -> tuple[float, frozenset[tuple[int, int]]]:
+        """As `transfer`, of bytes to the host's memory (1) or from it (-1)."""
+        return size / self.chip.host_bytes_per_s + HOP_S, frozenset({(HOST, direction)})
 
     def _axis_rate(self, axis: int) -> float:
         length = int(self.places[:, axis].max()) + 1

@@ -33,6 +33,8 @@ def _stage(stage: dict[str, Any]) -> list[str]:
     if "argument_bytes" in stage:
         state, temporary = stage["argument_bytes"] / GIB, stage["temporary_bytes"] / GIB
         lines.append(_row("  of a device", f"{state:.1f} GiB state and batch, {temporary:.1f} GiB temporaries"))
+        if stage["host_bytes_per_chip"]:
+            lines.append(_row("  of its host", f"{stage['host_bytes_per_chip'] / GIB:.1f} GiB a chip"))
     lines += [_row("to make it fit" if i == 0 else "or", remedy) for i, remedy in enumerate(stage["remedies"])]
     if stage["step_seconds"] is not None:
         total = stage["step_seconds"]
@@ -42,16 +44,7 @@ def _stage(stage: dict[str, Any]) -> list[str]:
                 f"{stage['step_flops_causal']:.3e} causal, {stage['step_flops_noncausal']:.3e} non-causal",
             ),
             _row("step", f"{total:.3f} s (estimated)"),
-            *(
-                _row(f"  {label}", f"{stage[key]:.3f} s ({stage[key] / total:.0%})")
-                for label, key in (
-                    ("matrix products", "matrix_seconds"),
-                    ("elementwise", "elementwise_seconds"),
-                    ("attention", "attention_seconds"),
-                    ("collectives", "exposed_collective_seconds"),
-                )
-            ),
-            _row("  behind them", f"{stage['hidden_collective_seconds']:.3f} s more of collectives"),
+            *_parts(stage),
             _row("MFU", f"{stage['mfu_causal']:.1%} causal, {stage['mfu_noncausal']:.1%} non-causal"),
             _row("tokens", f"{stage['tokens_per_second_per_chip']:,.0f} a second and chip"),
             _row("", f"{stage['tokens_per_day'] / 1e9:,.1f}B a day"),
@@ -66,16 +59,41 @@ def _stage(stage: dict[str, Any]) -> list[str]:
     return [*lines, _row("compiled in", f"{stage['compile_seconds']:.0f} s")]
 
 
+def _parts(stage: dict[str, Any]) -> list[str]:
+    """What a step's time goes to, and what runs beside it."""
+    within = {
+        "matrix products": "matrix_seconds",
+        "elementwise": "elementwise_seconds",
+        "attention": "attention_seconds",
+        "collectives": "exposed_collective_seconds",
+    }
+    beside = {"collectives": "hidden_collective_seconds"}
+    if stage["host_copy_bytes"]:
+        within["host copies"] = "exposed_host_copy_seconds"
+        beside["copies to and from the host"] = "hidden_host_copy_seconds"
+    total = stage["step_seconds"]
+    return [
+        *(_row(f"  {label}", f"{stage[key]:.3f} s ({stage[key] / total:.0%})") for label, key in within.items()),
+        *(_row("  behind them", f"{stage[key]:.3f} s more of {label}") for label, key in beside.items()),
+    ]
+
+
 def _row(label: str, value: str) -> str:
     return f"  {label:18} {value}"
 
 
 def ranking(tried: list[dict[str, Any]]) -> str:
-    """Of `search.search`, best first."""
-    lines = [f"{'mesh':28} {'micro':>5} {'remat':24} {'GiB':>6} {'of limit':>8} {'step s':>8} {'MFU':>6}"]
+    """Of `search.search`, best first. "micro": 2x8 is 2 microbatches, each in 8 of the pipeline."""
+    head = f"{'mesh':28} {'micro':>5} {'remat':24} {'GiB':>6} {'of limit':>8} {'on host':>7} {'step s':>8} {'MFU':>6}"
+    lines = [f"{head} {'bubble':>6}"]
     for case in tried:
         mesh = " ".join(f"{axis} {size}" for axis, size in case["mesh"].items() if size > 1)
+        parts = f"x{case['pipeline_microbatches']}" if case["mesh"]["stage"] > 1 else ""
+        micro = f"{case['microbatches']}{parts}"
         memory = f"{case['hbm_bytes_per_chip'] / GIB:6.1f} {case['hbm_bytes_per_chip'] / case['hbm_limit_bytes']:8.0%}"
-        speed = f"{case['step_seconds']:8.3f} {case['mfu_causal']:6.1%}" if case["fits"] else "   does not fit"
-        lines.append(f"{mesh:28} {case['microbatches']:5} {case['remat']:24} {memory} {speed}")
+        speed = "   does not fit"
+        if case["fits"]:
+            memory += f" {case['host_bytes_per_chip'] / GIB:7.1f}"
+            speed = f"{case['step_seconds']:8.3f} {case['mfu_causal']:6.1%} {case['bubble_fraction']:6.1%}"
+        lines.append(f"{mesh:28} {micro:>5} {case['remat']:24} {memory} {speed}")
     return "\n".join(lines)

@@ -2,19 +2,21 @@
 
 TPU: operations carry the compiler's own cycles; this project's attention kernels are counted by their bundles. GPU: the
 compiler says nothing, so each operation takes what its arithmetic or its bytes need, whichever is more, at stated
-shares of the peaks. Collectives are by `links.py`; they run one after the other, beside the arithmetic from their
-start to their end, and what is then still to wait for is exposed.
+shares of the peaks. Collectives and copies to and from the host's memory are by `links.py`; those that share a link
+run one after the other, beside the arithmetic from their start to their end, and what is then still to wait for is
+exposed.
 """
 
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from k2jax.plan.chips import Chip
 from k2jax.plan.hlo import Instruction, Program, array_bytes, array_shapes
 from k2jax.plan.kernels import blocks_of_table, flash_costs
-from k2jax.plan.links import Links
+from k2jax.plan.links import HOST, Links
 from k2jax.plan.topologies import GENERATIONS
 
 GPU_MATRIX_SHARE, GPU_HBM_SHARE = 0.7, 0.85  # of the peaks that long products and copies reach: assumed
@@ -25,24 +27,47 @@ FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after
         "copy-start", "copy-done", "dynamic-update-slice", "broadcast", "iota", "opt-barrier")  # fmt: skip
 
 
+class Transfer(NamedTuple):
+    """A collective, or a copy to or from the host's memory."""
+
+    name: str
+    seconds: float
+    links: frozenset[tuple[int, int]]  # that it takes: see links.py
+    size: int  # bytes: of a gather's result, of a reduction's operands
+
+
+@dataclass
+class Transfers:
+    """Seconds that the device waits for some, seconds of them beside arithmetic, and bytes that it takes part in."""
+
+    exposed: float = 0.0
+    hidden: float = 0.0
+    size: float = 0.0
+
+
 @dataclass
 class Parts:
-    """Seconds of a step on one device. They add up to `total`, but for `hidden`, which runs beside the rest."""
+    """Seconds of a step on one device. They add up to `total`, but for what is hidden and runs beside the rest."""
 
     matrix: float = 0.0
     elementwise: float = 0.0  # and copies, reductions, gathers, updates
     attention: float = 0.0
-    exposed: float = 0.0  # collectives that the device waits for
-    hidden: float = 0.0  # collectives beside arithmetic
-    collective_bytes: float = 0.0  # that a device takes part in, results of gathers and operands of reductions
+    collectives: Transfers = field(default_factory=Transfers)
+    host: Transfers = field(default_factory=Transfers)  # copies to and from the host's memory
 
     def add(self, other: "Parts", times: float = 1.0) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + times * getattr(other, field.name))
+        for mine, more in ((self, other), (self.collectives, other.collectives), (self.host, other.host)):
+            for name, value in vars(more).items():
+                if not isinstance(value, Transfers):
+                    setattr(mine, name, getattr(mine, name) + times * value)
+
+    def over(self, links: frozenset[tuple[int, int]]) -> Transfers:
+        """Of these links, those that a transfer over them counts to."""
+        return self.host if any(axis == HOST for axis, _ in links) else self.collectives
 
     @property
     def total(self) -> float:
-        return self.matrix + self.elementwise + self.attention + self.exposed
+        return self.matrix + self.elementwise + self.attention + self.collectives.exposed + self.host.exposed
 
 
 class Timeline:
@@ -51,7 +76,7 @@ class Timeline:
     def __init__(self, program: Program, chip: Chip, links: Links):
         self.program, self.chip, self.links = program, chip, links
         self.guessed_kernels: set[str] = set()  # those counted by arithmetic alone
-        self.waited_for: Counter[str] = Counter()  # seconds of a step by collective: what is exposed
+        self.waited_for: Counter[str] = Counter()  # seconds of a step by transfer: what is exposed
 
     def step(self) -> Parts:
         return self._play(self.program.entry, 1)
@@ -67,33 +92,43 @@ class Timeline:
                 parts.add(max((self._play(name, times) for name in branches), key=lambda p: p.total))
             elif i.opcode == "call":
                 parts.add(self._play(i.called("to_apply") or "", times))
-            elif _is_done(i):
-                end, _ = under_way.pop(self._key(i), (0.0, frozenset()))
-                wait = max(0.0, end - parts.total)
-                parts.exposed, parts.hidden = parts.exposed + wait, parts.hidden - wait
+            elif _is_done(i) or (i.opcode == "copy-done" and i.operands[0] in under_way):
+                end, links = under_way.pop(self._key(i), (0.0, frozenset()))
+                wait, transfers = max(0.0, end - parts.total), parts.over(links)
+                transfers.exposed, transfers.hidden = transfers.exposed + wait, transfers.hidden - wait
                 self.waited_for[f"{i.result} {i.op_name}"] += times * wait
-            elif (collective := self._collective(i)) is not None:
-                self._transfer(i, collective, parts, under_way, times)
+            elif (transfer := self._transfer(i)) is not None:
+                self._send(i, transfer, parts, under_way, times)
             else:
                 self._compute(i, parts)
         return parts
 
-    def _transfer(
-        self, i: Instruction, collective: Instruction, parts: Parts, under_way: dict[str, tuple], times: int
+    def _send(
+        self, i: Instruction, transfer: Transfer, parts: Parts, under_way: dict[str, tuple], times: int
     ) -> None:
         """Those that share links run one after the other, in the order of their starts; one that is waited for where it
         stands goes first, and holds the others up."""
-        took, links = self.links.transfer(self.program, collective)
-        parts.collective_bytes += max(collective.result_bytes, self._operand_bytes(collective))
+        took, links, transfers = transfer.seconds, transfer.links, parts.over(transfer.links)
+        transfers.size += transfer.size
         sharing = {key: (end, used) for key, (end, used) in under_way.items() if used & links and end > parts.total}
         if _is_start(i):
             begin = max([end for end, _ in sharing.values()], default=parts.total)
             under_way[self._key(i)] = begin + took, links
-            parts.hidden += took
+            transfers.hidden += took
         else:
-            parts.exposed += took
-            self.waited_for[f"{collective.collective} {collective.result} {collective.op_name}"] += times * took
+            transfers.exposed += took
+            self.waited_for[transfer.name] += times * took
             under_way |= {key: (end + took, used) for key, (end, used) in sharing.items()}
+
+    def _transfer(self, i: Instruction) -> Transfer | None:
+        """What an operation sends, or starts to send."""
+        collective = self._collective(i)
+        if collective is not None:
+            size = max(collective.result_bytes, self._operand_bytes(collective))
+            name = f"{collective.collective} {collective.result} {collective.op_name}"
+            return Transfer(name, *self.links.transfer(self.program, collective), size)
+        size, direction = self.program.host_copy(i)
+        return Transfer(f"{i.opcode} {i.result}", *self.links.host_copy(size, direction), size) if size else None
 
     def _collective(self, i: Instruction) -> Instruction | None:
         """The collective that an operation is, starts or, where it does no product as well, holds."""
@@ -110,7 +145,7 @@ class Timeline:
         """What a start and its end share: the channel of a collective that the compiler split, or the start's name."""
         if i.opcode == "fusion":
             return next((inner.channel for inner in self.program.within(i) if inner.channel), i.name)
-        return i.operands[0] if _is_done(i) else i.name
+        return i.operands[0] if i.opcode.endswith("-done") else i.name
 
     def _compute(self, i: Instruction, parts: Parts) -> None:
         within = self.program.within(i) if i.opcode == "fusion" else [i]
