@@ -188,10 +188,9 @@ def test_kills_at_any_moment_change_no_byte(made, corpus, tmp_path, workers):
         os.killpg(program.pid, signal.SIGKILL)
         program.communicate()
         kills += 1
-        assert not (out / "data.json").exists()
     output, errors = program.communicate()
     assert (program.returncode, errors) == (0, ""), "and no progress bar where nobody looks"
-    assert kills >= 4 and "finished;" in output
+    assert kills >= 4 and "finished" in output  # "finished earlier" if the last kill came behind data.json
     assert different_files(made[0], out) == []
 
 
