@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("datatrove")
 
 from k2jax.errors import ConfigError, RunError, StorageError
+from k2jax.prepare import engine as engine_module
 from k2jax.prepare.engine import Engine, Stage, check_executor
 
 SLURM = {"partition": "cpu", "time": "1:00:00", "gib_per_cpu": 1, "environment": ""}
@@ -174,6 +175,32 @@ def test_slurm_runs_the_job_script_and_a_job_that_dies_is_an_error(tmp_path, slu
         engine(tmp_path, "slurm", 2).run(stage)
     engine(tmp_path, "slurm", 2).run(stage)
     assert runs(tmp_path) == {0: 1, 1: 1, 2: 2, 3: 1}, (tmp_path / "slurm.out").read_text()
+
+
+def test_a_job_of_an_earlier_attempt_is_waited_for_not_started_again(tmp_path, slurm, monkeypatch):
+    """Its rank 1 ends while we wait: only rank 0 is left to launch."""
+    monkeypatch.setattr(engine_module, "SLURM_POLL_SECONDS", 0.01)
+    done = tmp_path / "done/note"
+    (done / "completions").mkdir(parents=True)
+    (done / "job").write_text("16")
+    (slurm / "squeue").write_text(
+        f"#!/usr/bin/env bash\nif [ ! -e {done}/completions/00001 ] && [ $3 = 16 ]; then echo 16 running; fi\n"
+        f"touch {done}/completions/00001\n"
+    )
+    engine(tmp_path, "slurm", 2).run(Stage("note", 2, partial(note, folder=tmp_path)))
+    assert runs(tmp_path) == {0: 1}
+
+
+def test_a_rank_that_failed_and_passed_when_it_was_tried_again_is_no_failure(tmp_path):
+    failure = '{"type": "ConfigError", "message": "wrong"}'
+    for name, text in {"errors/00001.json": failure, "completions/00001": ""}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    stage = Stage("note", 2, partial(note, folder=tmp_path))
+    engine_module._raise_failures(stage, tmp_path)
+    (tmp_path / "completions/00001").unlink()
+    with pytest.raises(ConfigError, match="wrong"):
+        engine_module._raise_failures(stage, tmp_path)
 
 
 def test_executors_that_cannot_run_are_refused_before_anything_is_done(tmp_path, monkeypatch):

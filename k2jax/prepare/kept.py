@@ -17,7 +17,7 @@ from datatrove.data import Document
 from k2jax.prepare.documents import compressor, read_documents, read_frame, to_line, whole_file, write_json
 from k2jax.prepare.tally import Tally
 
-RUN_BYTES = 1 << 28  # of compressed documents in memory
+RUN_BYTES = 1 << 30  # of documents, compressed in memory
 
 
 def order_key(seed: int, id: str) -> int:
@@ -76,9 +76,9 @@ def _write_runs(file: Any, documents: Iterator[Document], buckets: int, seed: in
         bucket = order_key(seed, document.id) * buckets >> 64
         if bucket not in frames:
             frames[bucket], chunks[bucket] = compressor().compressobj(), []
-        part = frames[bucket].compress(to_line(document))
-        chunks[bucket].append(part)
-        size += len(part)
+        line = to_line(document)
+        chunks[bucket].append(frames[bucket].compress(line))
+        size += len(line)
         if size > RUN_BYTES:
             write_run()
             size = 0
