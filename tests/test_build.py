@@ -221,7 +221,7 @@ def test_another_recipe_or_a_changed_file_is_refused_by_name(made, config):
     (out / "data.json").write_text(whole)
 
 
-def test_what_was_begun_goes_on_with_the_same_recipe_and_files_only(config, corpus, tmp_path, monkeypatch):
+def test_what_was_begun_goes_on_with_the_same_recipe_and_files_only(made, config, corpus, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def stop(self, stage):
@@ -248,6 +248,12 @@ def test_what_was_begun_goes_on_with_the_same_recipe_and_files_only(config, corp
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process"):
             build.build(config, out, workers=1)
+    monkeypatch.undo()
+    for half_written in ("tokenizer.json.new-host-1", "card/index.html.new-host-1"):
+        (out / half_written).parent.mkdir(exist_ok=True)
+        (out / half_written).write_text("half")
+    build.build(config, out, workers=1)
+    assert different_files(made[0], out) == []
 
 
 def test_a_folder_with_other_files_is_refused_and_kept(config, tmp_path):
@@ -277,11 +283,12 @@ def test_a_subset_of_which_nothing_stays_is_named_before_the_long_stages(config,
 
 def test_a_tokenizer_of_another_place_is_used_as_it_is(made, config, tmp_path):
     c = config.copy_and_resolve_references()
-    c.tokenizer = str(made[0] / "tokenizer.json")
+    c.tokenizer = str(tmp_path / "other.json")
+    (tmp_path / "other.json").write_text(json.dumps(json.loads((made[0] / "tokenizer.json").read_text()), indent=3))
     data, _ = build.build(c, tmp_path / "out", workers=1)
-    assert (tmp_path / "out/tokenizer.json").read_bytes() == (made[0] / "tokenizer.json").read_bytes()
-    digests = {name: row["root_digest"] for name, row in data["stores"].items()}
-    assert digests == {name: row["root_digest"] for name, row in made[1][0]["stores"].items()}
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "other.json").read_bytes()
+    tokens = {name: row["tokens"] for name, row in data["stores"].items()}
+    assert tokens == {name: row["tokens"] for name, row in made[1][0]["stores"].items()}
 
 
 def test_released_chunks_become_stores_beside_text(made, tmp_path):

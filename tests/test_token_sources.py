@@ -302,3 +302,14 @@ def test_windows_of_an_llm360_store_are_its_rows(tmp_path, tokenizer):
     assert manifest["stages"][0]["subsets"][0]["windows"] == 30 == num_windows(store.num_train_tokens, 64, "inside")
     assert store.read(np.arange(40) * 64, row_length(64, "inside")).tolist() == rows
     assert store.document(3)["source"] == "a.jsonl.gz:4"
+
+
+def test_files_of_other_row_lengths_are_found_when_they_meet_in_a_store(tmp_path, tokenizer):
+    for name, length in (("a", 4), ("b", 8)):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(row([5] * length)))
+    chosen = recipe.subset(f"llm360:{tmp_path}/*.jsonl", tasks=2)
+    convert(tmp_path, tokenizer, k2=chosen)
+    config = recipe.base()
+    config.subsets.k2 = chosen
+    with pytest.raises(ConfigError, match="^subset k2: some of its files have rows of [48] tokens, others of [48]"):
+        token_sources.summary(config, tmp_path / "stages")

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("datatrove")
 
+from k2jax.data import store as store_module
 from k2jax.data.store import DOCUMENTS, Store
 from k2jax.data.tokenizer import EOS, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import fim, kept, pieces, recipe, tokenise
-from k2jax.prepare.documents import document, read_documents, to_line, write_documents
+from k2jax.prepare.documents import document, read_documents, to_line, whole_file, write_documents
 from k2jax.prepare.tokenise import Bucket
 
 TEXTS = [f"Text {i} says </s>, \u2581 and <fim_middle>.\n" + f"wörd{i % 7} line\n" * (i % 11) for i in range(120)]
@@ -192,7 +193,8 @@ def test_a_damaged_file_between_stages_is_found(cleaned, tokenizer):
             stores(cleaned, make_recipe(), tokenizer)
 
 
-def test_pieces_join_to_what_was_added_in_the_order_of_their_names(tmp_path):
+def test_pieces_join_to_what_was_added_in_the_order_of_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "ROW_GROUP", 8)  # several to a piece
     draw = np.random.default_rng(0)
     documents = [draw.integers(0, 70_000, draw.integers(0, 9)) for _ in range(40)]
     for piece in (1, 0, 2):
@@ -226,6 +228,13 @@ def test_pieces_that_do_not_fit_are_refused(tmp_path):
     assert not (tmp_path / "store/store.json").exists()
     pq.write_table(DOCUMENTS.empty_table(), tmp_path / "pieces/00000.parquet")
     assert pieces.join(tmp_path / "pieces", tmp_path / "store", options, {}) is None
+
+
+def test_a_file_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), whole_file(tmp_path / "x") as file:
+        file.write(b"half")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_documents_are_read_back_as_they_were(tmp_path):
