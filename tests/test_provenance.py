@@ -182,11 +182,12 @@ def tool(monkeypatch, capsys):
     return call
 
 
-def test_tools(run, workdir, tool):
+def test_tools(workdir, tool):
     """Both tools say what the functions say, as text and as JSON, of stores that have moved, too."""
     moved = workdir.parent / f"{workdir.name}-stores"
     (workdir / "stores").rename(moved)
     try:
+        run = open_run(workdir, moved)
         where = ("--workdir", workdir, "--stores", moved)
         rows = [
             json.loads(line) for line in tool("which_docs.py", *where, "--step", 3, "--json").splitlines()
