@@ -5,6 +5,7 @@ One warpgroup loads: it brings blocks from HBM by TMA. The others compute, ROWS 
 Axes: capital letters are the caller's.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -143,11 +144,17 @@ def zeros(*shape: int) -> jax.Array:
 
 
 def of_rows(ref: Any, at: tuple) -> jax.Array:
-    return plgpu.load(ref, at, layout=BY_ROW, optimized=False)
+    return _loaded(ref, at, BY_ROW)
 
 
 def of_columns(ref: Any, slot: jax.Array) -> jax.Array:
-    return plgpu.load(ref, (slot,), layout=BY_COLUMN, optimized=False)
+    return _loaded(ref, (slot,), BY_COLUMN)
+
+
+def _loaded(ref: Any, at: tuple, layout: Any) -> jax.Array:
+    # jax 0.10 takes the index as an argument of its own, later ones as part of the reference.
+    place = (ref, at) if "idx" in inspect.signature(plgpu.load).parameters else (ref.at[at],)
+    return plgpu.load(*place, layout=layout, optimized=False)
 
 
 def masked(score: jax.Array, own: tuple | None, first: tuple | None, query_axis: int) -> jax.Array:

@@ -166,7 +166,8 @@ class Program:
         found = []
         for x, transforms in zip(scope.params["jaxpr"].invars, scope.params["ref_transforms"], strict=True):
             if isinstance(x.aval.dtype, BarrierType):
-                found.append([Barrier(x.aval.dtype.num_arrivals, f"{x.aval}[{i}]") for i in range(x.aval.shape[0])])
+                number = x.aval.shape[0] if x.aval.shape else 1  # newer versions of JAX have single ones
+                found.append([Barrier(x.aval.dtype.num_arrivals, f"{x.aval}[{i}]") for i in range(number)])
             else:
                 logical = types.TransformedRef(x.aval, transforms).type if transforms else x.aval
                 found.append(Array(_unknown(logical.shape, logical.dtype)))
@@ -197,10 +198,13 @@ class Program:
         """Runs a jaxpr as warpgroup w; yields a barrier to wait for, or None where others may come in between."""
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], arguments, strict=True))
         for equation in jaxpr.eqns:
-            values, rule = [_read(env, x) for x in equation.invars], getattr(self, f"_{equation.primitive.name}", None)
+            values, rule = [_read(env, x) for x in equation.invars], self.rule(equation.primitive.name)
             found = _compute(equation, values) if rule is None else (yield from rule(equation, values, w))
             env |= zip(equation.outvars, found or [], strict=True)
         return [_read(env, x) for x in jaxpr.outvars]
+
+    def rule(self, name: str) -> Callable | None:
+        return getattr(self, f"_{name.removesuffix('_p')}", None)  # JAX 0.10 has set_max_registers_p and the like
 
     # Control: each is the primitive of that name.
 
@@ -220,10 +224,12 @@ class Program:
         return carry
 
     def _scan(self, equation: Any, values: list, w: int) -> Iterator:
-        constants, carry = values[: equation.params["num_consts"]], values[equation.params["num_consts"] :]
-        assert len(carry) == equation.params["num_carry"], "a loop over arrays"
+        body, num_constants = equation.params["jaxpr"].jaxpr, len(values) - len(equation.outvars)
+        constants, carry = values[:num_constants], values[num_constants:]
+        shapes = [[x.aval.shape for x in part] for part in (body.outvars, equation.outvars)]
+        assert shapes[0] == shapes[1], "a loop over arrays"
         for _ in range(equation.params["length"]):
-            carry = yield from self.block(equation.params["jaxpr"].jaxpr, [*constants, *carry], w)
+            carry = yield from self.block(body, [*constants, *carry], w)
         return carry
 
     def _jit(self, equation: Any, values: list, w: int) -> Iterator:
@@ -240,7 +246,7 @@ class Program:
         self.await_products(w, 0)
         return [x if isinstance(x, Array) else cell.values for x, cell in zip(values, cells, strict=True)]
 
-    def _set_max_registers_p(self, equation: Any, values: list, w: int) -> Iterator:
+    def _set_max_registers(self, equation: Any, values: list, w: int) -> Iterator:
         yield from ()
 
     # Memory, barriers, products.
@@ -313,7 +319,7 @@ class Program:
         while len(self.products[w]) > most:
             self.products[w].pop(0)()
 
-    def _wgmma_accumulator_deref_p(self, equation: Any, values: list, w: int) -> Iterator:
+    def _wgmma_accumulator_deref(self, equation: Any, values: list, w: int) -> Iterator:
         yield None
         self.await_products(w, equation.params["wait_n"])
         assert not values[0].products, "sums are read before their products are done"
