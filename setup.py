@@ -32,15 +32,12 @@ EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "hf": [TRANSFORMERS],
     "wandb": ["wandb>=0.19,<1"],
-    # datatrove's own extras bring what is not needed here (spaCy's like) and lack what is: trafilatura imports
-    # lxml_html_clean and does not say so.
+    # datatrove's own extras bring more than is used here, and lack lxml_html_clean, which trafilatura imports.
     "data": [
         "datatrove>=0.10.1,<0.11",
         "lxml_html_clean>=0.4,<0.5",
-        "nltk>=3.9,<4",
         "orjson>=3.10,<4",
         "regex>=2024.11,<2027",
-        "sentencepiece>=0.2,<0.3",
         "trafilatura>=1.11,<1.12",
         "warcio>=1.7,<2",
         "xxhash>=3.4,<4",
@@ -57,6 +54,7 @@ EXTRAS = {
         "ruff>=0.17,<0.18",
         "scipy>=1.15,<2",
         "pandas>=2.2,<4",
+        "sentencepiece>=0.2,<0.3",  # what our reading of its models is compared with
         f"{FASTTEXT} ; python_version < '3.13' and sys_platform == 'linux'",
     ],
     # What our numbers are compared with, in tests and benchmarks.

@@ -36,6 +36,16 @@ def test_all_problems_of_a_recipe_are_named_at_once():
         recipe.validate(by_hand)
 
 
+def test_two_subsets_cannot_share_a_store():
+    c = base()
+    c.subsets.code = subset("text:a", fim_rate=0.5, fim_stores=True)
+    c.subsets.web = subset("text:b", upsample=((2, 3),))
+    recipe.validate(c)
+    c.subsets["code-fim"], c.subsets["web-x3"] = subset("text:c"), subset("text:d")
+    with pytest.raises(ConfigError, match="2 problem.*code-fim.*subsets.code, too: rename.*web-x3.*subsets.web, too"):
+        recipe.validate(c)
+
+
 BASE = "from k2jax.prepare.recipe import base, subset\n"
 
 
@@ -82,12 +92,10 @@ def test_shipped_recipes_are_valid(name):
 
 @pytest.mark.parametrize(("stage", "mix"), [(1, k2.STAGE1_MIX), (2, k2.STAGE2_MIX)])
 def test_k2s_recipes_make_the_stores_that_k2s_experiments_name_with_their_repeats(stage, mix):
-    from k2jax.prepare import tokenise
-
     config = recipe.load_config(str(REPO / f"experiments/data/k2_stage{stage}.py"))
     stores = {}
     for name in config.subsets:
-        stores |= tokenise.stores_of(config, name)
+        stores |= recipe.stores_of(config, name)
     assert stores == mix
 
 

@@ -18,6 +18,7 @@ from k2jax.data.store import DOCUMENTS, Store
 from k2jax.data.tokenizer import EOS, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import fim, kept, pieces, recipe, tokenise
+from k2jax.prepare.dedup.duplicates import ROWS
 from k2jax.prepare.documents import document, read_documents, to_line, whole_file, write_documents
 from k2jax.prepare.tokenise import Bucket
 
@@ -38,6 +39,8 @@ def cleaned(tmp_path):
     for rank in range(2):
         found = [document(text, subset="code", source=f"f{i}.txt") for i, text in enumerate(TEXTS) if i % 2 == rank]
         write_documents(tmp_path / f"clean/documents/{rank:05d}.jsonl.zst", found)
+        (tmp_path / "duplicates").mkdir(exist_ok=True)
+        pq.write_table(ROWS.empty_table(), tmp_path / f"duplicates/{rank:05d}.parquet")
     return tmp_path
 
 
@@ -59,7 +62,7 @@ def stores(out, config, tokenizer, num_buckets=3):
         options = {"out": out, "buckets": buckets, "tokenizer": tokenizer, "eos": eos}
         tokenise.tokenize(rank, config=config.to_dict(), **options)
     found = {}
-    for name in tokenise.stores_of(config, "code"):
+    for name in recipe.stores_of(config, "code"):
         options = {"tokenizer_sha256": "0" * 64, "vocab_size": encoder.get_vocab_size(), "eos_id": eos}
         if pieces.join(out / "tokens" / name, out / name, options, {}):
             store = Store.open(out / name)
@@ -102,7 +105,7 @@ def test_fim_documents_have_stores_of_their_own_where_asked_as_k2_had(cleaned, t
     found = stores(cleaned, config, tokenizer)
     modes = {name: {row["metadata"]["fim"]["mode"] for row, _ in rows} for name, rows in found.items()}
     assert modes == {"code": {"plain"}, "code-fim": {"psm"}, "code-spm": {"spm"}}
-    assert tokenise.stores_of(config, "code") == {"code": 0.5, "code-fim": 0.5, "code-spm": 0.5}
+    assert recipe.stores_of(config, "code") == {"code": 0.5, "code-fim": 0.5, "code-spm": 0.5}
 
 
 def test_the_order_is_that_of_the_keys_whatever_the_buckets_and_batches(cleaned, tokenizer, monkeypatch):
@@ -127,8 +130,7 @@ def test_duplicates_go_and_survivors_know_of_them_and_are_upsampled(cleaned, tok
         {**row, "index": 5, "survivor_index": 3, "reason": "near"},
         {**row, "index": 6, "survivor_index": 6, "copies": 2},
     ]
-    (cleaned / "duplicates").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), cleaned / "duplicates/00000.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, ROWS), cleaned / "duplicates/00000.parquet")
     config = make_recipe(upsample=((2, 3), (6, 5)))
     found = stores(cleaned, config, tokenizer)
     ids = {name: {row["id"] for row, _ in rows} for name, rows in found.items()}
@@ -139,7 +141,7 @@ def test_duplicates_go_and_survivors_know_of_them_and_are_upsampled(cleaned, tok
     tally = json.loads((cleaned / "kept/00000.json").read_text())
     assert tally["steps"]["duplicates"]["removed"]["near"]["documents"] == 1
     assert tally["kept"]["documents"] == len(first) - 1
-    assert tokenise.stores_of(config, "code") == {"code": 1, "code-x3": 3, "code-x5": 5}
+    assert recipe.stores_of(config, "code") == {"code": 1, "code-x3": 3, "code-x5": 5}
 
 
 @given(st.text(max_size=40), st.text("0123456789abcdef", min_size=64, max_size=64))
@@ -180,6 +182,12 @@ def test_a_tokenizer_without_the_sentinels_is_refused(cleaned, tmp_path):
     path.write_text(json.dumps(plain))
     with pytest.raises(ConfigError, match="no token <fim_suffix>, which fim_rate needs"):
         stores(cleaned, make_recipe(fim_rate=0.5), path)
+
+
+def test_without_what_deduplication_found_nothing_goes_on(cleaned, tokenizer):
+    (cleaned / "duplicates/00001.parquet").unlink()
+    with pytest.raises(StorageError, match=r"duplicates/00001.parquet cannot be read .*prepare again"):
+        stores(cleaned, make_recipe(), tokenizer)
 
 
 def test_a_damaged_file_between_stages_is_found(cleaned, tokenizer):

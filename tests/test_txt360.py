@@ -116,6 +116,8 @@ def test_every_stage_does_its_part(config, tmp_path):
     }  # fmt: skip
     assert {row["metadata"]["dump"] for row in rows(tmp_path / "out/common-crawl-x3")} == {"CC-MAIN-2024-30"}
     assert all(row["metadata"]["language"] == "en" for row in rows(tmp_path / "out/common-crawl"))
+    flagged = [row["metadata"].get("contaminated") for row in rows(tmp_path / "out/common-crawl")]
+    assert [name for name in flagged if name] == ["evals/quiz.jsonl:1"]
     card = (tmp_path / "out/card/data.md").read_text()
     assert "quiz.jsonl" in card and "jane.doe" not in card and "blocked domain" in card
 

@@ -5,7 +5,8 @@
 What differs from K2's own preparation (k2-data-prep), on purpose: FIM is drawn from each document's id, not the clock,
 and turns whole documents, not rows of 2048; no text is cut before it is tokenized; nothing is dropped at a file's end;
 the order comes from the trainer. As there, nothing is deduplicated: the sets were, by their makers.
-Sources: put the sets, as their makers publish them, under data/raw. Tokenizer: LLaMA's, and K2's 18 tokens behind it.
+Sources: put the sets under data/raw as the files and text keys named here (JSON lines plain, .gz or .zst; unpack .xz).
+Tokenizer: LLaMA's, and K2's 18 tokens behind it.
 Repeats are those of k2jax/k2.py; the training experiments have them too.
 """
 

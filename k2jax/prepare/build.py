@@ -47,15 +47,15 @@ def build(
         raise ConfigError(f"--out={out}: must be a folder of this machine or of a file system that all workers see")
     out = Path(out).absolute()
     workers = workers or os.cpu_count() or 1
-    check_executor(executor, config.slurm.to_dict())
-    token_sources.check(config)
-    inputs = clean.check(config)
-    set_environment(workers)
     was_there = (out / "data.json").exists()
     try:
         if was_there:
-            data = _finished(config, out)
+            data = _finished(config, out)  # for which neither executor nor documents need be there any more
         else:
+            check_executor(executor, config.slurm.to_dict())
+            token_sources.check(config)
+            inputs = clean.check(config)
+            set_environment(workers)
             out.mkdir(parents=True, exist_ok=True)
             with _claimed(config, out):
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
@@ -72,14 +72,16 @@ def build(
 
 def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any]) -> dict[str, Any]:
     stages, plain = out / "stages", config.to_dict()
-    for stage in [*clean.stages(config, out), *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
+    deal, *rest = clean.stages(config, out)
+    engine.run(deal)
+    _check_inputs(inputs, stages)
+    for stage in [*rest, *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
         engine.run(stage)
-        _check_inputs(inputs, stages)
 
     buckets = _buckets(config, stages)
     number = {bucket.subset: bucket.index + 1 for bucket in buckets}
-    deal = partial(kept.keep, out=stages, seed=config.seed, buckets=[number[t.subset] for t in recipe.tasks(config)])
-    engine.run(Stage("kept", len(recipe.tasks(config)), deal))
+    keep = partial(kept.keep, out=stages, seed=config.seed, buckets=[number[t.subset] for t in recipe.tasks(config)])
+    engine.run(Stage("kept", len(recipe.tasks(config)), keep))
     _check_not_empty(config, stages)
 
     tokenizer = out / "tokenizer.json"
@@ -191,7 +193,7 @@ def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
     subset_of = {name: counts["subset"] for name, counts in token_stores.items()}
     repeats = {name: config.subsets[subset].repeats for name, subset in subset_of.items()}
     for name in sorted({task.subset for task in recipe.tasks(config)}):
-        for store, times in tokenise.stores_of(config, name).items():
+        for store, times in recipe.stores_of(config, name).items():
             repeats[store], subset_of[store] = times, name
     opened = {name: Store.open(out / name) for name in names if (out / name / "store.json").exists()}
     mix = {name: float(repeats[name]) for name in opened}

@@ -48,9 +48,9 @@ def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """JSON that a person can read, whole or not at all; the same bytes for the same value."""
+    """JSON that a person can read, in the order of the value, whole or not at all."""
     with whole_file(path, "w") as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        file.write(json.dumps(value, indent=1) + "\n")
 
 
 def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
 
+from k2jax.errors import StorageError
 from k2jax.prepare.documents import compressor, read_documents, read_frame, to_line, whole_file, write_json
 from k2jax.prepare.tally import Tally
 
@@ -38,9 +40,12 @@ def keep(rank: int, *, out: Path, seed: int, buckets: list[int]) -> None:
 
 def _survivors(out: Path, name: str, tally: Tally) -> Iterator[Document]:
     """The documents of a rank without the duplicates; those that had some know how many, and where."""
-    found: dict[int, dict[str, Any]] = {}
-    if (duplicates := out / "duplicates" / f"{name}.parquet").exists():
-        found = {row.pop("index"): row for row in pq.read_table(duplicates).to_pylist()}
+    duplicates = out / "duplicates" / f"{name}.parquet"  # there for every task: without it no document would go
+    try:
+        found: dict[int, dict[str, Any]] = {row.pop("index"): row for row in pq.read_table(duplicates).to_pylist()}
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0]
+        raise StorageError(f"{duplicates} cannot be read ({reason}): remove its stage and prepare again") from error
     for index, document in enumerate(read_documents(out / "clean" / "documents" / f"{name}.jsonl.zst")):
         num_bytes = len(document.text.encode())
         tally.saw("duplicates", num_bytes)

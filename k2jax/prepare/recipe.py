@@ -141,6 +141,15 @@ def tasks(config: ConfigDict, *, tokens: bool = False) -> list[Task]:
     ]
 
 
+def stores_of(config: ConfigDict, name: str) -> dict[str, float]:
+    """The stores that a subset can give, with their repeats: NAME, NAME-fim, NAME-spm, NAME-xFACTOR."""
+    chosen = config.subsets[name]
+    stores = {name: chosen.repeats}
+    if chosen.fim_stores:
+        stores |= {f"{name}-fim": chosen.repeats, f"{name}-spm": chosen.repeats}
+    return stores | {f"{name}-x{factor}": chosen.repeats * factor for _, factor in chosen.upsample}
+
+
 def kind_of(source: str) -> tuple[str, str]:
     """("jsonl", "data/*.jsonl") of "jsonl:data/*.jsonl"."""
     kind, _, where = source.partition(":")
@@ -177,6 +186,8 @@ def validate(config: ConfigDict) -> None:
         problems = _base_problems(config)
         for name, chosen in config.subsets.items():
             problems += _subset_problems(name, chosen, config.tokenizer)
+    if not problems:
+        problems = _store_problems(config)
     if problems:
         raise ConfigError(f"{len(problems)} problem(s) in the data configuration: " + "; ".join(problems))
 
@@ -243,6 +254,16 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
     pairs = [pair for pair in chosen.upsample if len(pair) != 2 or pair[0] < 2 or pair[1] < 2]
     if pairs or list(chosen.upsample) != sorted(chosen.upsample):
         problems.append(f"{where}.upsample={chosen.upsample}: must be rising pairs (copies, factor), both 2 or more")
+    return problems
+
+
+def _store_problems(config: ConfigDict) -> list[str]:
+    """Two subsets whose documents would go to one store."""
+    problems, taken = [], {}
+    for name in config.subsets:
+        for store in stores_of(config, name):
+            if taken.setdefault(store, name) != name:
+                problems.append(f"subsets.{name}: its store {store} is one of subsets.{taken[store]}, too: rename one")
     return problems
 
 

@@ -17,9 +17,10 @@ from k2jax.errors import ConfigError
 from k2jax.prepare import fim, kept
 from k2jax.prepare.documents import whole_file, write_json
 from k2jax.prepare.pieces import PieceWriter
+from k2jax.prepare.recipe import stores_of
 
 BATCH_BYTES = 1 << 20  # of text handed to the tokenizer at a time: enough for every core
-KEPT_METADATA = ("subset", "url", "source_id", "licence", "date", "dump", "language", "duplicates")
+KEPT_METADATA = ("subset", "url", "source_id", "licence", "date", "dump", "language", "duplicates", "contaminated")
 
 
 class Bucket(NamedTuple):
@@ -28,15 +29,6 @@ class Bucket(NamedTuple):
     subset: str
     index: int
     ranks: list[int]
-
-
-def stores_of(config: ConfigDict, name: str) -> dict[str, float]:
-    """The stores that a subset can give, with their repeats: NAME, NAME-fim, NAME-spm, NAME-xFACTOR."""
-    chosen = config.subsets[name]
-    stores = {name: chosen.repeats}
-    if chosen.fim_stores:
-        stores |= {f"{name}-fim": chosen.repeats, f"{name}-spm": chosen.repeats}
-    return stores | {f"{name}-x{factor}": chosen.repeats * factor for _, factor in chosen.upsample}
 
 
 def store_of(chosen: ConfigDict, name: str, mode: str, copies: int) -> str:

@@ -21,12 +21,8 @@ from k2jax.prepare.tally import combine
 
 FORMAT = 1
 LIBRARIES = (
-    "datatrove", "tokenizers", "sentencepiece", "trafilatura", "lxml", "fasttext-wheel", "warcio", "xxhash", "numpy",
-    "scipy", "pyarrow", "zstandard", "orjson", "tensorstore", "fsspec", "seqio", "ray",
-)  # fmt: skip
-# Tallies do not keep the order of their steps. Documents only become fewer from one to the next; this is for the rest.
-STEPS = (
-    "read", "extract", "language", "url", "lines", *recipe.FILTERS, "nfc", "pii", "size", "contamination", "duplicates",
+    "datatrove", "tokenizers", "trafilatura", "lxml", "fasttext-numpy2-wheel", "warcio", "xxhash", "numpy",
+    "pyarrow", "zstandard", "orjson", "tensorstore", "fsspec", "seqio", "ray",
 )  # fmt: skip
 HITS = 20  # contaminated documents shown
 
@@ -37,7 +33,7 @@ def write_card(out: Path, data: dict[str, Any]) -> None:
     Args:
         out: of the preparation, with its `stages` still there.
         data: what the preparation's data.json will hold; needed are config, version, tokenizer_sha256, vocab_size,
-            inputs, stores, and subsets: {name: {stage: what tally.combine gave}}, stages in their order, "clean" first.
+            inputs, stores, and subsets: {name: {stage: what tally.combine gave}}, in the order of stages and steps.
 
     Raises StorageError if documents between the stages are damaged.
     """
@@ -109,13 +105,8 @@ def _subset(name: str, tallies: dict[str, dict], data: dict[str, Any]) -> dict[s
 
 def steps_of(stage: str, tally: dict[str, Any]) -> list[dict[str, Any]]:
     """A stage's steps in their order, with what came out of each: in - removed. Later steps can change bytes."""
-
-    def place(item: tuple[str, dict]) -> tuple:
-        known = STEPS.index(item[0]) if item[0] in STEPS else len(STEPS)
-        return -item[1]["documents"], known, item[0]
-
     steps = []
-    for name, counts in sorted(tally.get("steps", {}).items(), key=place):
+    for name, counts in tally.get("steps", {}).items():
         removed = {reason: dict(n) for reason, n in sorted(counts["removed"].items())}
         came = {key: counts[key] for key in ("documents", "bytes")}
         left = {key: came[key] - sum(n[key] for n in removed.values()) for key in came}
