@@ -40,7 +40,7 @@ def base() -> ConfigDict:
     c.model.head_dim = 128                # H
     c.model.ffn_dim = 22016               # F: hidden width of the SwiGLU
     c.model.norm_eps = 1e-5               # of RMSNorm
-    c.model.init_std = 0.02               # of every matrix; residual outputs are scaled down (model.py, INIT)
+    c.model.init_std = 0.02               # of every matrix; residual outputs are scaled down (decoder.py, INIT)
     c.model.tie_embeddings = False        # True: the head is the embedding transposed
     c.model.mask_documents = False        # True: attention and loss stop at document ends (K2: packed, unmasked)
     c.model.remat = "none"                # kept for backward: "none" all, "full" layer inputs, or "dots", q+k+up@host

@@ -31,10 +31,9 @@ def main() -> None:
     args = parse()
     prompts = read_prompts(args)
 
-    from k2jax.generation import Generator  # after the arguments: --help needs none of it
-    from k2jax.launch import mesh_for
-    from k2jax.sampling import Sampling, check_sampling
-    from k2jax.saved import check_tokenizer, open_step
+    from k2jax.model.sampling import Sampling, check_sampling  # after the arguments: --help needs none of it
+    from k2jax.run.saved import check_tokenizer, open_step
+    from k2jax.training.placement import mesh_for
 
     saved = open_step(args.workdir, args.step)
     encoder = check_tokenizer(saved)
@@ -48,7 +47,7 @@ def main() -> None:
             f"{saved.stage.sequence_length:,}: what lies beyond is new to it",
             file=sys.stderr,
         )
-    generator = Generator.of_step(saved, make_mesh(args.mesh) if args.mesh else mesh_for(saved.config))
+    generator = open_generator(saved, make_mesh(args.mesh) if args.mesh else mesh_for(saved.config))
     streams = len(prompts) == 1 and not args.json and sys.stdout.isatty()
     for first in range(0, len(ids), args.batch_size):
         some = slice(first, first + args.batch_size)
@@ -103,11 +102,26 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def open_generator(saved: Any, mesh: Any) -> Any:
+    """The model of a saved step, its arrays verified, on a mesh. ConfigError where the mesh does not divide them."""
+    from k2jax.model.decoder import compute_dtype, parameter_table
+    from k2jax.model.generation import Generator
+    from k2jax.parallel.sharding import check_divisible
+    from k2jax.run.saved import restore_params
+
+    m = saved.config.model
+    for name, p in parameter_table(m).items():
+        check_divisible(name, p.shape, p.axes, mesh)
+    params, dtype = restore_params(saved, mesh), compute_dtype(saved.config)
+    options = {"eos_id": saved.meta["eos_id"], "keep_params": False}  # memory peaks at the parameters and one array
+    return Generator(m, saved.stage.rope_base, params, mesh, dtype, **options)
+
+
 def make_mesh(text: str) -> Any:
     """The mesh of --mesh, over as many devices as it names. ConfigError for one that cannot be."""
     import jax
 
-    from k2jax import sharding
+    from k2jax.parallel import sharding
 
     sizes = dict.fromkeys(sharding.MESH_AXES, 1)
     for part in text.split(","):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from k2jax import config
 
 # XLA's options for the TPU compiler, tried in libtpu 0.0.42 by tools/plan.py on K2-65B, v5p:8x8x8, stage one: 15.3 s a
-# step without any of this, 10.5 s with them and the weights' gathers written out (k2jax/fsdp.py).
+# step without any of this, 10.5 s with them and the weights' gathers written out (k2jax/parallel/fsdp.py).
 TPU_OPTIONS = (
     "xla_enable_async_all_gather=true",
     "xla_enable_async_collective_permute=true",

@@ -6,7 +6,7 @@ The order within a step is fixed: preempted? -> batch -> step -> the previous st
 The metrics of a step are read before its state is saved, and never before the next step is under way otherwise.
 """
 
-from k2jax.host_memory import keep_freed_memory, use_huge_pages
+from k2jax.parallel.host_memory import keep_freed_memory, use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()
@@ -25,54 +25,59 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from k2jax import config as configuration
-from k2jax import distributed, launch, sharding
-from k2jax.checkpoint import Checkpoints
-from k2jax.chunks import checkpoint_steps, chunk_of_step, tokens_before
+from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.journal import check_journal, check_resume
 from k2jax.data.manifest import describe
 from k2jax.data.order import Order
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import Preempted, run_main
 from k2jax.generate import text_after
-from k2jax.generation import Generator
-from k2jax.ledger import Ledger, StepLog
-from k2jax.metrics import Recorder
-from k2jax.optimizer import TrainState, init_state
-from k2jax.rundir import RunDirectory, write_json
-from k2jax.sampling import Sampling
-from k2jax.validation import validate
+from k2jax.model.decoder import compute_dtype
+from k2jax.model.generation import Generator
+from k2jax.model.sampling import Sampling
+from k2jax.parallel import distributed, sharding
+from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.directory import RunDirectory, write_json
+from k2jax.run.ledger import Ledger, StepLog
+from k2jax.run.state import TrainState
+from k2jax.training.metrics import Recorder
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import check_mesh, make_state, mesh_for, move_params, place_state
+from k2jax.training.program import feed_steps
+from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_data
+from k2jax.training.validation import validate
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
     mesh = sharding.make_mesh(config.mesh)
-    launch.check_mesh(config, mesh)
+    check_mesh(config, mesh)
     with RunDirectory(workdir) as run, jax.set_mesh(mesh):
         # ---- the data is a function of manifest, journal and step --------------------------------------------------
-        stores, manifest = launch.open_data(config)
+        stores, manifest = open_data(config)
         journal = run.begin(config, manifest, dict(mesh.shape))
         order = Order(manifest, journal)
         check_journal(journal, order)
-        launch.check_processes_agree(config, order)
+        check_processes_agree(config, order)
         say(describe(manifest))
-        say(launch.describe_run(config, order, mesh))
+        say(describe_run(config, order, mesh))
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
         shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
-        shardings = launch.place_state(config, shapes, mesh)
+        shardings = place_state(config, shapes, mesh)
         save_steps = set(checkpoint_steps(order))
         # 0: of imported weights
         checkpoints = Checkpoints(run.path, [0, *sorted(save_steps)], config.checkpoint.keep_between, say)
-        state = checkpoints.restore_newest(shardings, shapes) or launch.make_state(config, shardings)
+        state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
         if step:
             check_resume(journal, checkpoints.last_data["order"], order, step)
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
 
         # ---- training ----------------------------------------------------------------------------------------------
-        meta = launch.checkpoint_meta(config, manifest, mesh)
+        meta = checkpoint_meta(config, manifest, mesh)
         save = partial(save_checkpoint, checkpoints, recorder, order, meta)
-        work = launch.work(
+        work = feed_steps(
             config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say
         )
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
@@ -157,7 +162,7 @@ def report(
     workdir: Path,
 ) -> None:
     """The end of a run: validation loss by subset, sampled text, and where things are."""
-    stage, dtype, eos_id = config.stages[-1], launch.compute_dtype(config), manifest["eos_id"]
+    stage, dtype, eos_id = config.stages[-1], compute_dtype(config), manifest["eos_id"]
     windows = config.eval.windows
     found = validate(config, stage, state.params, mesh, stores, dtype, eos_id, max_windows=windows)
     for name, v in found.items():
@@ -167,8 +172,8 @@ def report(
     encoder = load_tokenizer(workdir / "tokenizer.json")
     starts = [encoder.encode(prompt, add_special_tokens=False).ids for prompt in config.eval.prompts]
     if starts:
-        reader = launch.mesh_for(config)  # generation has no pipeline
-        params = launch.move_params(config, state.params, reader)
+        reader = mesh_for(config)  # generation has no pipeline
+        params = move_params(config, state.params, reader)
         generator = Generator(config.model, stage.rope_base, params, reader, dtype, eos_id=eos_id)
         new = generator.generate(starts, config.eval.new_tokens, sampling=Sampling(0.8), seed=config.seed)
         for prompt, start, tokens in zip(config.eval.prompts, starts, new, strict=True):

@@ -1,7 +1,8 @@
 """Ring attention: causal attention of rows that C devices share, keys and values going round from one to the next.
 
-Liu et al. 2023 (arXiv:2310.01889). Device c holds chunks c and 2C-1-c of a row's 2C (k2jax/context.py says why). In
-turn i it has the keys and values of device s = c - i (modulo C), and of those it takes, at the same cost each time:
+Liu et al. 2023 (arXiv:2310.01889). Device c holds chunks c and 2C-1-c of a row's 2C (k2jax/parallel/context.py says
+why). In turn i it has the keys and values of device s = c - i (modulo C), and of those it takes, at the same cost
+each time:
 
     turn 0, s = c:  its own, causally: within a device positions grow
     s < c:          chunk s, which all its queries see; they are before chunk 2C-1-s

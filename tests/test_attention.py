@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from k2jax.attention import LEAST_QUERIES, MAX_BLOCKS, attend_causally
+from k2jax.model.attention import LEAST_QUERIES, MAX_BLOCKS, attend_causally
 
 LENGTHS = [1, 7, LEAST_QUERIES * 2 - 1, LEAST_QUERIES * 3 + 5, LEAST_QUERIES * (MAX_BLOCKS + 1) + 3]
 

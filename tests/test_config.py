@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from k2jax import config as configuration
-from k2jax import drift
 from k2jax.errors import ConfigError
+from k2jax.run import drift
 
 SMOKE = str(Path(__file__).parent.parent / "experiments" / "smoke.py")
 

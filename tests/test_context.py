@@ -15,12 +15,15 @@ from conftest import REPOSITORY
 from k2jax.kernels.flash_attention_tpu import BlockSizes
 from test_sharding import small
 
-from k2jax import attention, context, launch, sharding
-from k2jax.attention import _on_each_device, attend_causally
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention, reference, ring_attention, triton_block_sizes
-from k2jax.model import parameter_table
-from k2jax.optimizer import init_state
+from k2jax.model import attention
+from k2jax.model.attention import _on_each_device, attend_causally
+from k2jax.model.decoder import parameter_table
+from k2jax.parallel import context, sharding
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import check_mesh, place_state
+from k2jax.training.program import batch_shapes, step_function
 
 MESHES = [
     {"context": 2},
@@ -137,8 +140,8 @@ def test_the_step_gathers_no_hidden_states(vocab_size: int):
     mesh = sharding.make_mesh({"fsdp": 2, "context": 4})
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
-        step = launch.step_function(c, plan, launch.place_state(c, shapes, mesh), mesh, eos_id=2, num_subsets=2)
-        text = step.lower(shapes, launch.batch_shapes(c, c.stages[0])).compile().as_text()
+        step = step_function(c, plan, place_state(c, shapes, mesh), mesh, eos_id=2, num_subsets=2)
+        text = step.lower(shapes, batch_shapes(c, c.stages[0])).compile().as_text()
     of_parameters = {size for p in parameter_table(c.model).values() for size in p.shape} | {1}
     of_parameters |= {c.model.dim // part for part in (2, 4, 8)}  # gathered over one mesh axis after the other
     found = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (all-gather|all-to-all)(?:-start)?\(", text)
@@ -151,11 +154,11 @@ def test_the_step_gathers_no_hidden_states(vocab_size: int):
 def test_a_length_that_cannot_be_cut_is_refused():
     c, _ = small()
     mesh = sharding.make_mesh({"fsdp": 2, "context": 4})
-    launch.check_mesh(c, mesh)
+    check_mesh(c, mesh)
     with c.unlocked():
         c.stages[0].sequence_length = 20
     with pytest.raises(ConfigError, match="stages.0: sequence_length=20 is not divisible by 2 x mesh.context = 8"):
-        launch.check_mesh(c, mesh)
+        check_mesh(c, mesh)
 
 
 def test_a_length_that_the_kernels_cannot_cut_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -171,7 +174,10 @@ TINY = """
 from k2jax.plan import topologies
 topologies.use_tpu_compiler()
 import jax
-from k2jax import config, launch, sharding
+from k2jax import config
+from k2jax.parallel import sharding
+from k2jax.training.placement import check_mesh, place_state
+from k2jax.training.program import batch_shapes, compile_lowered, step_function
 from k2jax.plan import estimate
 
 for context, masked in ((4, True), (2, False)):
@@ -181,9 +187,9 @@ for context, masked in ((4, True), (2, False)):
     c.mesh.context = context
     c.stages = (config.stage(mix={"x": 1}, sequence_length=1024, rows_per_step=4),)
     mesh = sharding.make_mesh(c.mesh, topologies.devices("v5p:2x2x1"))
-    launch.check_mesh(c, mesh)
+    check_mesh(c, mesh)
     with jax.set_mesh(mesh):
-        text = launch.compile_lowered(estimate.lower(c, 0, mesh), c).as_text()
+        text = compile_lowered(estimate.lower(c, 0, mesh), c).as_text()
     print(text.count('custom_call_target="tpu_custom_call"'))
     open(f"{context}.hlo", "w").write(text)
 """

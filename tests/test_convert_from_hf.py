@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 
 from k2jax import config as configuration
-from k2jax import launch, sharding
-from k2jax.checkpoint import Checkpoints
 from k2jax.data.journal import read_journal
 from k2jax.errors import ConfigError, StorageError
 from k2jax.hf import newrun
 from k2jax.hf.importer import import_hf
 from k2jax.hf.layout import config_from_hf
-from k2jax.ledger import Ledger
-from k2jax.optimizer import init_state
-from k2jax.saved import open_step, restore_params
+from k2jax.parallel import sharding
+from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.ledger import Ledger
+from k2jax.run.saved import open_step, restore_params
 from k2jax.train import train
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import make_state, place_state
 
 TOOLS = Path(__file__).parents[1] / "tools"
 CODES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -462,8 +463,8 @@ def test_moments_are_zero_only_when_there_are_none_at_all(tiny_config, tmp_path)
     mesh = sharding.make_mesh(config.mesh)
     shapes = jax.eval_shape(partial(init_state, config.model, config.seed))
     with jax.set_mesh(mesh):
-        shardings = launch.place_state(config, shapes, mesh)
-        state = launch.make_state(config, shardings)
+        shardings = place_state(config, shapes, mesh)
+        state = make_state(config, shardings)
         kinds = {"none": {"mu": {}, "nu": {}}, "no nu": {"nu": {}}}
         kinds["one missing"] = {"mu": {k: v for k, v in state.mu.items() if k != "embed_VD"}}
         kinds["no head"] = {"mu": {}, "nu": {}}

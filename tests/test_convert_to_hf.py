@@ -22,8 +22,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from k2jax import config as configuration
-from k2jax import sharding
-from k2jax.checkpoint import Checkpoints
 from k2jax.data.manifest import sha256_json
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, NumericsError, RunError, StorageError
@@ -34,11 +32,13 @@ from k2jax.hf.export import export
 from k2jax.hf.layout import Tensor
 from k2jax.hf.safetensors_io import INDEX, read_header
 from k2jax.hf.verify import read_certificate, verify
-from k2jax.launch import place_state
-from k2jax.model import Decoder, parameter_table
-from k2jax.optimizer import TrainState
-from k2jax.saved import SavedStep, open_array, open_step
+from k2jax.model.decoder import Decoder, parameter_table
+from k2jax.parallel import sharding
+from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.saved import SavedStep, open_array, open_step
+from k2jax.run.state import TrainState
 from k2jax.train import train
+from k2jax.training.placement import place_state
 
 SQUARE = {"vocab_size": 509, "dim": 32, "num_layers": 2, "ffn_dim": 48}
 SQUARE |= {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8}
@@ -571,7 +571,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from k2jax.hf.export import export
-from k2jax.saved import open_step
+from k2jax.run.saved import open_step
 def progress(num_bytes):
     os.kill(os.getpid(), signal.SIGKILL)
 export(open_step(sys.argv[1]), Path(sys.argv[2]), "bfloat16", 10**9, progress)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from k2jax import sharding
-from k2jax.digest import array_digest, combine
+from k2jax.parallel import sharding
+from k2jax.run.digest import array_digest, combine
 
 digest = jax.jit(array_digest)
 BASE = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)

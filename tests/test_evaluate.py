@@ -19,7 +19,7 @@ from conftest import REPOSITORY
 from faults.runs import READ_ONLY_CACHE, Trainer, trainers
 from ml_collections import ConfigDict
 
-from k2jax import evaluate, launch
+from k2jax import evaluate
 from k2jax.data.loader import BatchSource, row_length, validation_starts
 from k2jax.data.manifest import sha256_json
 from k2jax.data.provenance import open_run
@@ -30,12 +30,13 @@ from k2jax.evals import memorization, results, suites
 from k2jax.evals.results import Identity, Outcome, Results, read_result
 from k2jax.evals.session import Session, Wanted, select_steps
 from k2jax.evals.subject import Subject
-from k2jax.model import Decoder
-from k2jax.rundir import write_json
-from k2jax.saved import open_step, restore_params
-from k2jax.sharding import MESH_AXES
+from k2jax.model.decoder import Decoder
+from k2jax.parallel.sharding import MESH_AXES
+from k2jax.run.directory import write_json
+from k2jax.run.saved import open_step, restore_params
 from k2jax.train import train
-from k2jax.validation import validate
+from k2jax.training.placement import mesh_for
+from k2jax.training.validation import validate
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_another_mesh_gives_the_same_loss(run: Path, sizes: tuple[int, ...], tin
             return [v.loss for v in validate(saved.config, saved.stage, *parts, max_windows=5).values()]
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(sizes), MESH_AXES)
-    assert losses(mesh) == pytest.approx(losses(launch.mesh_for(saved.config)), rel=1e-5)
+    assert losses(mesh) == pytest.approx(losses(mesh_for(saved.config)), rel=1e-5)
 
 
 # ---- the record ------------------------------------------------------------------------------------------------------
@@ -330,7 +331,7 @@ def test_a_checkpoint_deleted_meanwhile_is_skipped_with_a_line(copy: Path):
 
 def test_the_mesh_is_the_experiments_where_it_fits(tiny_config: Callable[..., ConfigDict]):
     def shape(**overrides: Any) -> tuple[int, ...]:
-        mesh = launch.mesh_for(tiny_config(**overrides))
+        mesh = mesh_for(tiny_config(**overrides))
         assert mesh.shape["stage"] == mesh.shape["context"] == 1
         return tuple(mesh.shape[axis] for axis in ("replica", "fsdp", "tensor"))
 
@@ -499,7 +500,7 @@ def test_rows_are_those_that_the_run_read(run: Path):
 
 
 def test_rows_too_short_for_prompt_and_answer_are_refused_by_name(run: Path):
-    subject = Subject(open_step(run, 20), launch.mesh_for(open_step(run).config), batch_tokens=512, seed=0)
+    subject = Subject(open_step(run, 20), mesh_for(open_step(run).config), batch_tokens=512, seed=0)
     with pytest.raises(ConfigError, match="steps 1 to 20 read no row of 64 tokens"):
         memorization.Memorization().evaluate(subject)
     with pytest.raises(ConfigError, match="rows of step 3 have 32 tokens, 64 are needed"):

@@ -14,10 +14,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from k2jax import chunks, sharding
 from k2jax import config as configuration
-from k2jax.ledger import Ledger, StepLog, bits_float
-from k2jax.model import num_params, parameter_table
+from k2jax.data import chunks
+from k2jax.model.decoder import num_params, parameter_table
+from k2jax.parallel import sharding
+from k2jax.run.ledger import Ledger, StepLog, bits_float
 from k2jax.train import train
 
 ROOT = Path(__file__).parent.parent

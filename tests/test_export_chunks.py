@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from k2jax import launch
 from k2jax.data import document_table, export_rows
 from k2jax.data.document_table import DocumentTable
 from k2jax.data.export_chunks import export_chunks
@@ -24,8 +23,9 @@ from k2jax.data.manifest import build_manifest, load_manifest, save_manifest
 from k2jax.data.provenance import open_run, which_docs
 from k2jax.data.store import Store, StoreWriter
 from k2jax.errors import ConfigError, StorageError
-from k2jax.ledger import Ledger
+from k2jax.run.ledger import Ledger
 from k2jax.train import train
+from k2jax.training.setup import open_data
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"stages.0.steps_per_chunk": 4, "stages.0.warmup_steps": 1, "stages.1.steps_per_chunk": 3}
@@ -36,7 +36,7 @@ def run(tiny_config, tmp_path_factory):
     """Three chunks, trained: step 2 of the plan is skipped, step 4 is deferred to the end of the first stage."""
     workdir = tmp_path_factory.mktemp("run")
     config = tiny_config(**STAGES)
-    _, manifest = launch.open_data(config)
+    _, manifest = open_data(config)
     journal = []
     for kind, positions in (("skip", (8, 16)), ("defer", (24, 32))):
         options = {"kind": kind, "positions": positions, "at_step": 0, "by": "test", "why": "a spike"}

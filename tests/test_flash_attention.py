@@ -14,10 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 from k2jax.kernels.flash_attention import flash_attention, merge
 from k2jax.kernels.flash_attention_tpu import BlockSizes
 
-from k2jax.attention import attend_causally
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention_tpu as tpu
 from k2jax.kernels import reference
+from k2jax.model.attention import attend_causally
 from k2jax.plan import bundles
 
 SMALL = BlockSizes(256, 128, 256, 128, 512)  # 300 positions are two blocks and a rest; 600 are two parts
@@ -183,11 +183,14 @@ import sys
 from k2jax.plan import topologies
 topologies.use_tpu_compiler()
 import jax, jax.numpy as jnp
-from k2jax import config, launch, sharding
+from k2jax import config
+from k2jax.parallel import sharding
+from k2jax.training.placement import place_state
+from k2jax.training.program import batch_shapes, step_function
 from k2jax.data.order import StagePlan
 from k2jax.kernels.flash_attention import flash_attention
 from k2jax.kernels.flash_attention_tpu import block_sizes
-from k2jax.optimizer import init_state
+from k2jax.training.optimizer import init_state
 for generation, (smallest, _, _) in topologies.GENERATIONS.items():
     device = topologies.tpu_devices(smallest)[0]
     place = jax.sharding.SingleDeviceSharding(device)
@@ -208,10 +211,10 @@ c.mesh.fsdp, c.mesh.tensor, c.precision.compute = 2, 2, "bfloat16"
 mesh = sharding.make_mesh(c.mesh, topologies.tpu_devices("v5p:2x2x1"))
 plan = StagePlan("x", 0, 256, 8, 10, 1, 0, 80, 1, 10)
 shapes = jax.eval_shape(lambda: init_state(c.model, 0))
-placed = launch.place_state(c, shapes, mesh)
+placed = place_state(c, shapes, mesh)
 with jax.set_mesh(mesh):
-    step = launch.step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
-    batch = launch.batch_shapes(c, c.stages[0])
+    step = step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
+    batch = batch_shapes(c, c.stages[0])
     state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
     text = step.lower(state, batch).compile().as_text()
 print("kernels in the step:", text.count('custom_call_target="tpu_custom_call"'))

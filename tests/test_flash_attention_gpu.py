@@ -20,10 +20,10 @@ from k2jax.kernels.triton_block_sizes import BlockSizes, Cut
 from test_flash_attention import documents_of, draw, expected_of, values_and_gradients
 from test_topologies import HAS_PLUGIN
 
-from k2jax.attention import attend_causally
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention_triton as triton
 from k2jax.kernels import reference, triton_block_sizes
+from k2jax.model.attention import attend_causally
 
 SMALL = BlockSizes(Cut(64, 32, 4, 1), Cut(32, 64, 4, 1), Cut(64, 64, 4, 1))  # 200 positions are four blocks and a rest
 WIDE = BlockSizes(Cut(32, 128, 4, 1), Cut(128, 32, 4, 1), Cut(32, 128, 4, 1))  # a block sees parts of some others
@@ -140,7 +140,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch):
     """Makes attention believe that it is on a device of that kind, with kernels that give back their own names."""
 
     def pretend(kind: str) -> None:
-        monkeypatch.setattr("k2jax.sharding.device_kind", lambda: kind)
+        monkeypatch.setattr("k2jax.parallel.sharding.device_kind", lambda: kind)
         monkeypatch.setattr("k2jax.kernels.flash_attention.flash_attention", lambda *arrays: "flash")
         monkeypatch.setattr("jax.nn.dot_product_attention", lambda *arrays, is_causal, implementation: implementation)
 
@@ -199,10 +199,13 @@ COMPILE = """
 from k2jax.plan import topologies
 topologies.use_tpu_compiler()
 import jax, jax.numpy as jnp
-from k2jax import config, launch, sharding
-from k2jax.attention import attend_causally
+from k2jax import config
+from k2jax.parallel import sharding
+from k2jax.training.placement import place_state
+from k2jax.training.program import batch_shapes, step_function
+from k2jax.model.attention import attend_causally
 from k2jax.data.order import StagePlan
-from k2jax.optimizer import init_state
+from k2jax.training.optimizer import init_state
 def kernels(text):
     return [text.count('custom_call_target="' + name) for name in ("__gpu$xla.gpu.triton", "__cudnn$fmha")]
 def smallest():
@@ -231,10 +234,10 @@ mesh = sharding.make_mesh(c.mesh, topologies.devices("h100:8"))
 plan = StagePlan("x", 0, 256, 8, 10, 1, 0, 80, 1, 10)
 for c.model.attention.implementation in ("flash", "auto"):
     shapes = jax.eval_shape(lambda: init_state(c.model, 0))
-    placed = launch.place_state(c, shapes, mesh)
+    placed = place_state(c, shapes, mesh)
     with jax.set_mesh(mesh):
-        step = launch.step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
-        batch = launch.batch_shapes(c, c.stages[0])
+        step = step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
+        batch = batch_shapes(c, c.stages[0])
         state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
         print("step", c.model.attention.implementation, *kernels(step.lower(state, batch).compile().as_text()))
 """

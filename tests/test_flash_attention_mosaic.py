@@ -25,10 +25,10 @@ from k2jax.kernels.mosaic_block_sizes import TABLE, BlockSizes, Cut, block_sizes
 from test_flash_attention import documents_of, draw, expected_of
 from test_topologies import HAS_PLUGIN
 
-from k2jax.attention import attend_causally
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention_mosaic as mosaic
 from k2jax.kernels import reference
+from k2jax.model.attention import attend_causally
 
 ONE = BlockSizes(*[Cut(64, 64, 2)] * 3, 64)  # one warpgroup that computes
 MIXED = BlockSizes(Cut(128, 64, 2), Cut(128, 128, 2), Cut(64, 128, 2), 64)
@@ -222,7 +222,7 @@ def test_what_these_kernels_cannot_do_is_an_error():
 
 
 def test_it_is_taken_where_it_is_named_and_never_by_auto(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("k2jax.sharding.device_kind", lambda: KIND)
+    monkeypatch.setattr("k2jax.parallel.sharding.device_kind", lambda: KIND)
     monkeypatch.setattr("k2jax.kernels.flash_attention.flash_attention", lambda *arrays, sizes=None: sizes)
     q, k, v, _ = draw(16, 2, 2, 100, jnp.bfloat16)
     assert attend_causally(q, k, v, documents_of(16), "mosaic") == TABLE[128]
@@ -241,7 +241,7 @@ def test_it_is_taken_where_it_is_named_and_never_by_auto(monkeypatch: pytest.Mon
     ],
 )
 def test_it_is_refused_where_it_cannot(monkeypatch: pytest.MonkeyPatch, kind, dtype, head_dim, message):
-    monkeypatch.setattr("k2jax.sharding.device_kind", lambda: kind)
+    monkeypatch.setattr("k2jax.parallel.sharding.device_kind", lambda: kind)
     q, k, v, _ = draw(16, 2, 2, head_dim, dtype)
     with pytest.raises(ConfigError, match=f"implementation='mosaic' .*{message}"):
         attend_causally(q, k, v, None, "mosaic")
@@ -254,10 +254,13 @@ from k2jax.plan import topologies
 topologies.use_tpu_compiler()
 import re
 import jax, jax.numpy as jnp
-from k2jax import config, launch, sharding
-from k2jax.attention import attend_causally
+from k2jax import config
+from k2jax.parallel import sharding
+from k2jax.training.placement import place_state
+from k2jax.training.program import batch_shapes, step_function
+from k2jax.model.attention import attend_causally
 from k2jax.data.order import StagePlan
-from k2jax.optimizer import init_state
+from k2jax.training.optimizer import init_state
 def kernels(text):
     calls = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
     return ' '.join(sorted({re.search('flash_attention_([a-z]+)/', line)[1] for line in calls}))
@@ -277,10 +280,10 @@ plan = StagePlan("x", 0, 512, 8, 10, 1, 0, 80, 1, 10)
 for c.mesh.fsdp, c.mesh.tensor, c.mesh.context in ((4, 2, 1), (4, 1, 2)):
     mesh = sharding.make_mesh(c.mesh, topologies.devices("h100:8"))
     shapes = jax.eval_shape(lambda: init_state(c.model, 0))
-    placed = launch.place_state(c, shapes, mesh)
+    placed = place_state(c, shapes, mesh)
     with jax.set_mesh(mesh):
-        step = launch.step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
-        batch = launch.batch_shapes(c, c.stages[0])
+        step = step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
+        batch = batch_shapes(c, c.stages[0])
         state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
         print("step", c.mesh.context, kernels(step.lower(state, batch).compile().as_text()))
 """

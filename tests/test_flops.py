@@ -1,4 +1,4 @@
-"""k2jax.flops: K2's published arithmetic, a count of the products that a step really does, and the peaks."""
+"""k2jax.model.flops: K2's published arithmetic, a count of the products that a step really does, and the peaks."""
 
 import math
 from functools import partial
@@ -9,8 +9,8 @@ import pytest
 from test_model import equations, logits_of, small_model
 
 from k2jax import config
-from k2jax.flops import flops_per_token, peak_flops
-from k2jax.model import init_params
+from k2jax.model.decoder import init_params
+from k2jax.model.flops import flops_per_token, peak_flops
 
 
 @pytest.mark.parametrize(

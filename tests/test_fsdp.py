@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from test_sharding import MESHES, losses, one_device_losses, small  # noqa: F401
 
-from k2jax import fsdp, launch, sharding
 from k2jax.errors import ConfigError
-from k2jax.model import parameter_table
+from k2jax.model.decoder import parameter_table
+from k2jax.parallel import fsdp, sharding
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import check_mesh, place_state
+from k2jax.training.program import batch_shapes, step_function
 
 
 @pytest.mark.parametrize("rings", [(2, 4), (4, 2), (2, 2, 2)])
@@ -42,9 +45,9 @@ def test_no_weight_is_summed_whole(mesh: dict[str, int], rings: tuple[int, ...])
         c.model.rings = rings
     devices = sharding.make_mesh(mesh)
     with jax.set_mesh(devices):
-        shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
-        step = launch.step_function(c, plan, launch.place_state(c, shapes, devices), devices, eos_id=2, num_subsets=2)
-        text = step.lower(shapes, launch.batch_shapes(c, c.stages[0])).compile().as_text()
+        shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
+        step = step_function(c, plan, place_state(c, shapes, devices), devices, eos_id=2, num_subsets=2)
+        text = step.lower(shapes, batch_shapes(c, c.stages[0])).compile().as_text()
     found = re.findall(r"= (\(?[^=]*?) (all-reduce|reduce-scatter)\(", text)
     matrices = [p for p in parameter_table(c.model).values() if p.std is not None]
     smallest = min(np.prod(p.shape) for p in matrices) // c.model.num_layers
@@ -61,4 +64,4 @@ def test_rings_that_do_not_multiply_to_fsdp_are_refused():
     with c.unlocked():
         c.model.rings = (2, 2)
     with pytest.raises(ConfigError, match=r"model.rings=\(2, 2\) must multiply to mesh.fsdp=8"):
-        launch.check_mesh(c, sharding.make_mesh({"fsdp": 8}))
+        check_mesh(c, sharding.make_mesh({"fsdp": 8}))

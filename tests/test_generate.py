@@ -11,12 +11,14 @@ import pytest
 from jax._src import test_util as jtu
 from test_model import small_model
 
-from k2jax import generate, generation, sharding
+from k2jax import generate
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
-from k2jax.generation import Generator
-from k2jax.model import Decoder, document_ids, init_params
-from k2jax.sampling import Sampling, draw
+from k2jax.model import generation
+from k2jax.model.decoder import Decoder, document_ids, init_params
+from k2jax.model.generation import Generator
+from k2jax.model.sampling import Sampling, draw
+from k2jax.parallel import sharding
 from k2jax.train import train
 
 EOS = 2

@@ -21,18 +21,19 @@ from ml_collections import FrozenConfigDict
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 pytest.importorskip("lm_eval")
 
-from k2jax import generation, launch  # noqa: E402
 from k2jax.errors import ConfigError  # noqa: E402
 from k2jax.evals import harness, scoring, suites, tasks  # noqa: E402
 from k2jax.evals.scoring import Row, Scorer, make_batches  # noqa: E402
 from k2jax.evals.session import Session, Wanted  # noqa: E402
 from k2jax.evals.subject import Subject  # noqa: E402
-from k2jax.generation import Sampling  # noqa: E402
 from k2jax.hf.layout import config_to_hf, tensors  # noqa: E402
-from k2jax.model import Decoder, init_params, parameter_table  # noqa: E402
-from k2jax.saved import SavedStep, open_array, open_step  # noqa: E402
-from k2jax.sharding import MESH_AXES, named  # noqa: E402
+from k2jax.model import generation  # noqa: E402
+from k2jax.model.decoder import Decoder, init_params, parameter_table  # noqa: E402
+from k2jax.model.generation import Sampling  # noqa: E402
+from k2jax.parallel.sharding import MESH_AXES, named  # noqa: E402
+from k2jax.run.saved import SavedStep, open_array, open_step  # noqa: E402
 from k2jax.train import train  # noqa: E402
+from k2jax.training.placement import mesh_for  # noqa: E402
 
 TASKS = {
     # Choices of several tokens; some questions are longer than the context, some empty.
@@ -153,7 +154,7 @@ def workdir(tiny_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def subject(workdir: Path) -> Subject:
     saved = open_step(workdir)
-    return Subject(saved, launch.mesh_for(saved.config), batch_tokens=1024, seed=1234)
+    return Subject(saved, mesh_for(saved.config), batch_tokens=1024, seed=1234)
 
 
 @pytest.fixture(scope="module")

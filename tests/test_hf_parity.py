@@ -14,8 +14,8 @@ import pytest
 from test_convert_from_hf import importing, one_device_mesh
 
 from k2jax.hf.export import export
-from k2jax.model import Decoder
-from k2jax.saved import SavedStep, open_step, restore_params
+from k2jax.model.decoder import Decoder
+from k2jax.run.saved import SavedStep, open_step, restore_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -29,7 +29,7 @@ from test_convert_from_hf import (
 from k2jax import config as configuration
 from k2jax.errors import NumericsError
 from k2jax.hf.untrusted import MAX_JSON_BYTES
-from k2jax.saved import open_step
+from k2jax.run.saved import open_step
 
 INDEX = "model.safetensors.index.json"
 Folder = Path

@@ -1,7 +1,9 @@
 """Keeps the code as style.md wants it. A limit changes only here, in a commit that says why."""
 
 import ast
+import graphlib
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from k2jax import config as configuration
 
 ROOT = Path(__file__).parent.parent
 CODE = sorted([*ROOT.glob("k2jax/**/*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("kernels/**/*.py")])
+EXPERIMENTS = sorted(ROOT.glob("experiments/**/*.py"))
 TOP_LEVEL = {
     "k2jax",
     "experiments",
@@ -29,6 +32,70 @@ LONG_FUNCTIONS = {
     "k2jax/config.py:base": 100,  # one line a key, of which there may be 120 with the stages'
 }
 FORBIDDEN = r"\bpickle\b|\beval\(|\bexec\(|yaml\.load\(|shell=True|trust_remote_code|torch\.load|except:"
+
+
+# The rooms, each importing only from itself and from those named here, of which every one stands further up.
+COMMON = {"errors", "files", "paths", "config", "k2", "kernels", "__init__"}
+RUN = {"data", "parallel", "model", "run", "training"}
+MAY_IMPORT = {
+    "__init__": set(),
+    "errors": set(),
+    "kernels": set(),
+    "paths": {"errors"},
+    "files": {"errors"},
+    "config": {"errors"},
+    "k2": {"config"},
+    "data": COMMON,
+    "prepare": COMMON | {"data"},
+    "parallel": COMMON,
+    "model": COMMON | {"parallel"},
+    "run": COMMON | {"data", "parallel", "model"},
+    "training": COMMON | RUN,
+    "evals": COMMON | RUN,
+    "hf": COMMON | RUN,
+    "plan": COMMON | RUN,
+    "generate": COMMON | RUN,
+    "train": COMMON | RUN | {"generate"},
+    "evaluate": COMMON | RUN | {"evals"},
+    "experiments": {"config", "k2", "prepare"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of k2jax that a file imports, anywhere in it: "data/store", "kernels/flash_attention"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for parts in (name.split(".") for name in names if name.split(".")[0] == "k2jax"):
+            while parts[1:] and not _is_module("/".join(parts[1:])):
+                parts.pop()  # a name in a module
+            found.add("/".join(parts[1:]) or "__init__")
+    return found
+
+
+def _is_module(name: str) -> bool:
+    folder = ROOT if name.startswith("kernels/") else ROOT / "k2jax"
+    return (folder / f"{name}.py").is_file() or (folder / name).is_dir()
+
+
+def module(path: Path) -> str:
+    """The name of a file as `imports` gives it."""
+    inside = path.relative_to(ROOT).with_suffix("").as_posix()
+    return inside.removeprefix("k2jax/").removesuffix("/__init__")
+
+
+def wrong_imports(name: str, imported: set[str]) -> list[str]:
+    """Those that a file of this name may not import: of a room further down or beside its own."""
+    room = name.split("/")[0]
+    if room == "tools":
+        return []
+    allowed = MAY_IMPORT[room] | {room}
+    return sorted(other for other in imported if other.split("/")[0] not in allowed)
 
 
 def functions(tree: ast.AST) -> list[ast.FunctionDef]:
@@ -102,13 +169,37 @@ def test_the_data_side_never_imports_jax():
         assert not re.search(r"^\s*(import|from) (jax|flax)", path.read_text(), re.M), path
 
 
+@pytest.mark.parametrize("path", [*CODE, *EXPERIMENTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_only_from_rooms_before_them(path: Path):
+    wrong = wrong_imports(module(path), imports(path))
+    assert not wrong, f"{module(path)} imports {', '.join(wrong)}: move what it needs to where both may see it"
+
+
+def test_a_planted_import_the_wrong_way_is_seen(tmp_path):
+    planted = tmp_path / "planted.py"
+    for name, line, wrong in [
+        ("run/saved", "from k2jax.training.step import Batch", ["training/step"]),
+        ("model/generation", "def f():\n    from k2jax.run import saved, digest", ["run/digest", "run/saved"]),
+        ("data/store", "import k2jax.parallel.sharding", ["parallel/sharding"]),
+        ("evals/session", "from k2jax.hf import card\nfrom k2jax.data import order", ["hf/card"]),
+        ("training/step", "from k2jax.train import train", ["train"]),
+        ("prepare/dedup/near", "from k2jax.prepare.dedup import exact\nfrom k2jax import files, k2", []),
+    ]:
+        planted.write_text(line)
+        assert wrong_imports(name, imports(planted)) == wrong
+
+
+def test_no_two_files_import_each_other():
+    graph = {module(path): imports(path) - {"__init__"} for path in CODE}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"these import each other: {' <- '.join(error.args[1])}")
+
+
 def test_the_top_level_is_the_agreed_one():
-    tracked = {
-        p.name
-        for p in ROOT.iterdir()
-        if not p.name.startswith(".") and p.name not in ("data", "runs", "build", "dist")
-    }
-    extra = {
-        name for name in tracked - TOP_LEVEL if not name.endswith((".egg-info", ".pyc")) and name != "shared"
-    }
+    """Of what git knows: a stray file of the developer's own is nobody's business."""
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    top = {line.split("/")[0] for line in git.stdout.splitlines()}
+    extra = {name for name in top - TOP_LEVEL if not name.startswith(".")}
     assert not extra, f"not agreed at the top level: {extra}"

@@ -1,4 +1,4 @@
-"""k2jax.loss: the value and gradient of the loss, which targets count, and the loss by subset."""
+"""k2jax.model.loss: the value and gradient of the loss, which targets count, and the loss by subset."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ from conftest import REPOSITORY
 from test_model import logits_of, small_model
 
 from k2jax import config
-from k2jax.loss import LossOptions, head_loss, targets_and_weights
-from k2jax.model import init_params
-from k2jax.step import loss_sums
+from k2jax.model.decoder import init_params
+from k2jax.model.loss import LossOptions, head_loss, targets_and_weights
+from k2jax.training.step import loss_sums
 
 EOS = 2
 WHOLE = LossOptions()
@@ -223,7 +223,7 @@ COMPILE = """
 from k2jax.plan import topologies
 topologies.use_tpu_compiler()
 import jax, jax.numpy as jnp
-from k2jax.loss import LossOptions, head_loss
+from k2jax.model.loss import LossOptions, head_loss
 place = jax.sharding.SingleDeviceSharding(topologies.tpu_devices("v5p:2x2x1")[0])
 shape = lambda *sizes, dtype: jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
 arrays = shape(4, 2048, 1024, dtype=jnp.bfloat16), shape(1024, 32032, dtype=jnp.float32)

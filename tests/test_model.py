@@ -1,4 +1,4 @@
-"""k2jax.model and k2jax.attention: K2's shapes and initialisation, causality, document masks, remat, precision."""
+"""The decoder and its attention: K2's shapes and initialisation, causality, document masks, remat, precision."""
 
 import math
 from collections.abc import Iterator
@@ -9,10 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from k2jax import config, launch, sharding
-from k2jax.model import Decoder, document_ids, init_params, num_params, parameter_table, rms_norm, rope_table
-from k2jax.optimizer import init_state
-from k2jax.step import loss_sums
+from k2jax import config
+from k2jax.model.decoder import (
+    Decoder,
+    document_ids,
+    init_params,
+    num_params,
+    parameter_table,
+    rms_norm,
+    rope_table,
+)
+from k2jax.parallel import sharding
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import make_state, place_state
+from k2jax.training.step import loss_sums
 
 EOS = 2
 
@@ -89,7 +99,7 @@ def test_initialisation_is_the_same_on_every_mesh(sizes):
         sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]),
         sharding.make_mesh(dict(zip(("replica", "fsdp", "tensor"), sizes, strict=True))),
     ):
-        states.append(launch.make_state(c, launch.place_state(c, shapes, mesh)))
+        states.append(make_state(c, place_state(c, shapes, mesh)))
     assert len(states[1].params["embed_VD"].sharding.device_set) == 8
     one, other = map(jax.device_get, states)
     # jax 0.12 rounds a number here and there otherwise, in parts of other sizes

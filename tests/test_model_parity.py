@@ -9,8 +9,8 @@ import pytest
 from test_model import logits_of, small_model
 
 from k2jax import config
-from k2jax.model import init_params
-from k2jax.step import loss_sums
+from k2jax.model.decoder import init_params
+from k2jax.training.step import loss_sums
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""k2jax.optimizer and k2jax.step: AdamW as PyTorch's, the learning rate, accumulation, steps that are not finite."""
+"""Optimizer and step: AdamW as PyTorch's, the learning rate, accumulation, steps that are not finite."""
 
 from functools import partial
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from test_model import EOS, small_model
 
-import k2jax.step
+import k2jax.training.step
 from k2jax import config
-from k2jax.model import parameter_table
-from k2jax.optimizer import adamw, init_state, learning_rate
-from k2jax.step import Batch, mean_gradients, train_step
+from k2jax.model.decoder import parameter_table
+from k2jax.training.optimizer import adamw, init_state, learning_rate
+from k2jax.training.step import Batch, mean_gradients, train_step
 
 STAGE = {"sequence_length": 12, "rows_per_step": 8, "steps_per_chunk": 10, "chunks": 2, "warmup_steps": 4}
 
@@ -225,7 +225,7 @@ def test_one_number_of_a_gradient_that_is_not_finite_leaves_every_bit(monkeypatc
         at = {name: jnp.where(batch.digest[0, 0, 1] == i, bad, 0.0) for i, name in enumerate(names)}
         return grads | {name: grads[name].at[1, 1].add(at[name]) for name in names}, sums
 
-    monkeypatch.setattr(k2jax.step, "mean_gradients", broken)
+    monkeypatch.setattr(k2jax.training.step, "mean_gradients", broken)
     step, batch = step_of(experiment()), batch_of(1)
     for which in range(len(names)):
         for bad in range(5):

@@ -15,12 +15,15 @@ from conftest import REPOSITORY
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax import launch, pipeline, sharding
-from k2jax.checkpoint import Checkpoints
 from k2jax.data.order import StagePlan
 from k2jax.errors import ConfigError
-from k2jax.optimizer import TrainState, init_state
-from k2jax.step import Batch
+from k2jax.parallel import pipeline, sharding
+from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.state import TrainState
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import check_mesh, make_state, place_batches, place_state
+from k2jax.training.program import batch_shapes, step_function
+from k2jax.training.step import Batch
 
 ROWS, LENGTH, STEPS, FFN = 16, 16, 10, 44  # no other dimension is 44
 CASES = {  # mesh, model.pipeline, what else
@@ -64,22 +67,22 @@ def mesh_of(sizes: dict[str, int]) -> jax.sharding.Mesh:
 
 def placed_state(c: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[TrainState, TrainState]:
     shapes = jax.eval_shape(partial(init_state, c.model, c.seed))
-    return shapes, launch.place_state(c, shapes, mesh)
+    return shapes, place_state(c, shapes, mesh)
 
 
 def step_of(c: ConfigDict, mesh: jax.sharding.Mesh, shardings: TrainState):
     plan = StagePlan("stage1", 0, LENGTH, ROWS, STEPS, 1, 0, ROWS * STEPS, 1, STEPS)
-    return launch.step_function(c, plan, shardings, mesh, eos_id=2, num_subsets=1)
+    return step_function(c, plan, shardings, mesh, eos_id=2, num_subsets=1)
 
 
 def run(c: ConfigDict, sizes: dict[str, int]) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses of the first ten steps; the first one's gradients, as Adam's first moment has them: times a number."""
     mesh = mesh_of(sizes)
     with jax.set_mesh(mesh):
-        launch.check_mesh(c, mesh)
+        check_mesh(c, mesh)
         _, shardings = placed_state(c, mesh)
-        state, step = launch.make_state(c, shardings), step_of(c, mesh, shardings)
-        placement = launch.place_batches(c.stages[0], mesh)
+        state, step = make_state(c, shardings), step_of(c, mesh, shardings)
+        placement = place_batches(c.stages[0], mesh)
         draw, found, first = np.random.default_rng(0), [], {}
         for _ in range(STEPS):
             rows = {"tokens": draw.integers(0, 64, (ROWS, LENGTH + 1), np.int32) ** 2 // 63}
@@ -151,7 +154,7 @@ def test_stages_pass_activations_on_and_gather_no_parameters():
         c, mesh = small(4, repeats), mesh_of({"stage": 4})
         with jax.set_mesh(mesh):
             shapes, shardings = placed_state(c, mesh)
-            batch = launch.batch_shapes(c, c.stages[0])
+            batch = batch_shapes(c, c.stages[0])
             text = step_of(c, mesh, shardings).lower(shapes, Batch(*batch)).compile().as_text()
         assert "{{0,1},{1,2},{2,3},{3,0}}" in text and "{{1,0},{2,1},{3,2},{0,3}}" in text, "there and back"
         gathered = re.findall(r" = \(?(\w+\[[\d,]*\])[^=]* all-gather(?:-start)?\(", text)
@@ -167,7 +170,7 @@ def test_no_turn_keeps_a_copy_of_its_layers_parameters(remat: str):
     c, mesh = small(4, 2, layers=16, remat=remat), mesh_of({"stage": 4})
     with jax.set_mesh(mesh):
         shapes, shardings = placed_state(c, mesh)
-        text = str(step_of(c, mesh, shardings).trace(shapes, launch.batch_shapes(c, c.stages[0])).jaxpr)
+        text = str(step_of(c, mesh, shardings).trace(shapes, batch_shapes(c, c.stages[0])).jaxpr)
     kept = set(re.findall(r"f32\[11,2,([\d,]+)\]", text))
     assert kept and not kept & {"32,44", "44,32", "32,32", "32,8,4", "8,4,32"}, kept
 
@@ -184,7 +187,7 @@ def test_a_checkpoint_knows_no_stages(tmp_path: Path):
         with jax.set_mesh(mesh):
             shapes, shardings = placed_state(c, mesh)
             if state is None:
-                state = launch.make_state(c, shardings)
+                state = make_state(c, shardings)
                 state = state._replace(mu=jax.device_put(state.params, shardings.mu))
                 kept = jax.device_get(state)
             else:
@@ -209,7 +212,7 @@ def test_a_checkpoint_knows_no_stages(tmp_path: Path):
 )
 def test_numbers_that_do_not_fit_are_refused(sizes: dict, numbers: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        launch.check_mesh(small(**numbers), mesh_of(sizes))
+        check_mesh(small(**numbers), mesh_of(sizes))
 
 
 # ---- the TPU compiler ------------------------------------------------------------------------------------------------
@@ -218,9 +221,12 @@ COMPILE = """
 from k2jax.plan import topologies
 topologies.use_tpu_compiler()
 import jax
-from k2jax import config, launch, sharding
+from k2jax import config
+from k2jax.parallel import sharding
+from k2jax.training.placement import check_mesh, make_state, place_batches, place_state
+from k2jax.training.program import batch_shapes, step_function
 from k2jax.data.order import StagePlan
-from k2jax.optimizer import init_state
+from k2jax.training.optimizer import init_state
 c = config.base().unlock()
 c.model.update(vocab_size=512, dim=256, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512)
 c.model.update(mask_documents=True, remat="full")
@@ -229,13 +235,13 @@ c.stages = (config.stage(mix={"x": 1}, sequence_length=256, rows_per_step=64),)
 c.mesh.update(stage=2, fsdp=2, tensor=2)
 c.precision.compute = "bfloat16"
 mesh = sharding.make_mesh(c.mesh, topologies.tpu_devices("v5p:2x2x2"))
-launch.check_mesh(c, mesh)
+check_mesh(c, mesh)
 plan = StagePlan("x", 0, 256, 64, 10, 1, 0, 640, 1, 10)
 shapes = jax.eval_shape(lambda: init_state(c.model, 0))
-placed = launch.place_state(c, shapes, mesh)
+placed = place_state(c, shapes, mesh)
 with jax.set_mesh(mesh):
-    step = launch.step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
-    batch = launch.batch_shapes(c, c.stages[0])
+    step = step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
+    batch = batch_shapes(c, c.stages[0])
     print(step.lower(shapes, batch).compile().as_text())
 """
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from k2jax.errors import ConfigError
-from k2jax.metrics import planned_step_seconds
 from k2jax.plan.chips import CHIPS, chip_of
 from k2jax.plan.estimate import memory_refused
 from k2jax.plan.hlo import Program, array_bytes, replica_groups
@@ -22,6 +21,7 @@ from k2jax.plan.links import HOP_S, Links
 from k2jax.plan.show import ranking, table
 from k2jax.plan.timeline import Timeline
 from k2jax.train import train
+from k2jax.training.metrics import planned_step_seconds
 
 ROOT = Path(__file__).parent.parent
 needs_tpu_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`")

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from k2jax import sharding
-from k2jax.digest import array_digest, numpy_digest
 from k2jax.errors import ConfigError, StorageError
-from k2jax.model import parameter_table
-from k2jax.saved import open_array, open_step, restore_params, saved_steps
+from k2jax.model.decoder import parameter_table
+from k2jax.parallel import sharding
+from k2jax.run.digest import array_digest, numpy_digest
+from k2jax.run.saved import open_array, open_step, restore_params, saved_steps
 from k2jax.train import train
 
 

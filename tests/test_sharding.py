@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from k2jax import config as configuration
-from k2jax import launch, sharding
 from k2jax.data.order import StagePlan
 from k2jax.errors import ConfigError
-from k2jax.model import parameter_table
+from k2jax.model.decoder import parameter_table
+from k2jax.parallel import sharding
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import check_mesh, make_state, place_batches, place_state
+from k2jax.training.program import step_function
 
 ROWS, LENGTH, STEPS = 16, 16, 10
 AXES = ("replica", "fsdp", "context", "tensor")
@@ -59,11 +62,11 @@ def losses(shape: tuple[int, ...], microbatches: int = 1, rings: tuple[int, ...]
     devices = jax.devices()[: int(np.prod(shape))]
     mesh = sharding.make_mesh(dict(zip(AXES, shape, strict=True)), devices)
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
-        shardings = launch.place_state(c, shapes, mesh)
-        state = launch.make_state(c, shardings)
-        step = launch.step_function(c, plan, shardings, mesh, eos_id=2, num_subsets=2)
-        placement = launch.place_batches(c.stages[0], mesh)
+        shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
+        shardings = place_state(c, shapes, mesh)
+        state = make_state(c, shardings)
+        step = step_function(c, plan, shardings, mesh, eos_id=2, num_subsets=2)
+        placement = place_batches(c.stages[0], mesh)
         draw, found = np.random.default_rng(0), []
         for _ in range(STEPS):
             tokens = draw.integers(0, 64, (ROWS, LENGTH + 1), np.int32) ** 2 // 63
@@ -95,8 +98,8 @@ def test_first_ten_losses_are_the_same_on_every_mesh(
 def test_parameters_are_split_as_the_table_says():
     c, _ = small()
     mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
-    shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
-    state = launch.make_state(c, launch.place_state(c, shapes, mesh))
+    shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
+    state = make_state(c, place_state(c, shapes, mesh))
     wq = state.params["layers.wq_LDNH"]
     assert wq.addressable_shards[0].data.shape == (2, 32 // 2, 8 // 2, 4)
 
@@ -106,8 +109,8 @@ def test_moments_are_split_over_every_data_axis(shape: tuple[int, ...]):
     """Also where the parameters are copied: with replica 8 each device holds an eighth of every matrix's moments."""
     c, _ = small()
     mesh = sharding.make_mesh(dict(zip(AXES, shape, strict=True)))
-    shapes = jax.eval_shape(lambda: launch.init_state(c.model, c.seed))
-    shardings = launch.place_state(c, shapes, mesh)
+    shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
+    shardings = place_state(c, shapes, mesh)
     for name, p in parameter_table(c.model).items():
         if p.std is not None:
             part = shardings.mu[name].shard_shape(p.shape)
@@ -145,14 +148,14 @@ def test_a_mesh_that_does_not_divide_is_refused_naming_parameter_dimension_and_a
         c.model.ffn_dim = 50
     mesh = sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": 8})
     with pytest.raises(ConfigError, match="layers.w_gate_LDF: its dimension 'ffn' of 50 .* mesh.tensor=8"):
-        launch.check_mesh(c, mesh)
+        check_mesh(c, mesh)
 
 
 def test_a_batch_that_the_data_axes_do_not_divide_is_refused():
     c, _ = small(microbatches=4)
     mesh = sharding.make_mesh({"replica": 2, "fsdp": 4, "tensor": 1})
     with pytest.raises(ConfigError, match="rows_per_step=16 in 4 microbatch.* gives 4 rows"):
-        launch.check_mesh(c, mesh)
+        check_mesh(c, mesh)
 
 
 def test_a_mesh_axis_is_never_used_twice():

@@ -16,15 +16,15 @@ from conftest import REPOSITORY
 from tensorboardX.proto.event_pb2 import Event
 
 import k2jax
-from k2jax import chunks
+from k2jax.data import chunks
 from k2jax.data.journal import read_journal
 from k2jax.data.loader import batch_digest, make_loader
 from k2jax.data.manifest import load_manifest, manifest_digest
 from k2jax.data.order import Order, StagePlan
 from k2jax.data.store import open_stores
-from k2jax.ledger import Ledger, StepLog
-from k2jax.metrics import Recorder
+from k2jax.run.ledger import Ledger, StepLog
 from k2jax.train import train
+from k2jax.training.metrics import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_metrics_are_read_one_step_late(tiny_config, tmp_path: Path, monkeypatch
     values |= {"skips_in_a_row": np.int32(0), "batch_digest": np.zeros(8, np.uint32)}
     values |= {"subset_loss": np.ones(1), "subset_targets": np.ones(1)}
     clock = iter([10.0, 17.0])
-    monkeypatch.setattr("k2jax.metrics.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("k2jax.training.metrics.time.perf_counter", lambda: next(clock))
     recorder.push(1, plan, values, 0.0)
     assert list(steps.rows()) == []
     recorder.push(2, plan, values, 0.0)
@@ -203,7 +203,7 @@ def test_a_program_starts_once_more_for_huge_pages(tmp_path: Path):
     """With its arguments, once; and not where the setting is the user's."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys\nfrom k2jax.host_memory import use_huge_pages\nprint('start', flush=True)\n"
+        "import os, sys\nfrom k2jax.parallel.host_memory import use_huge_pages\nprint('start', flush=True)\n"
         "use_huge_pages()\nprint(sys.argv[1:], os.environ['GLIBC_TUNABLES'])\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"PYTHONPATH": str(REPOSITORY)}

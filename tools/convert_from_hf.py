@@ -37,7 +37,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from k2jax.hf.importer import describe, import_hf
-    from k2jax.model import num_params
+    from k2jax.model.decoder import num_params
 
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         done = import_hf(args.hf, args.out, args.name, args.allow_non_finite, bar.update)

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2jax.errors import run_main
-from k2jax.host_memory import keep_freed_memory
+from k2jax.parallel.host_memory import keep_freed_memory
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -57,8 +57,8 @@ def main() -> None:
     from k2jax.hf.export import export
     from k2jax.hf.safetensors_io import DTYPES
     from k2jax.hf.verify import read_certificate, verify
-    from k2jax.model import num_params
-    from k2jax.saved import open_step
+    from k2jax.model.decoder import num_params
+    from k2jax.run.saved import open_step
 
     started = time.perf_counter()
     step = read_certificate(args.out)["checkpoint"]["step"] if args.verify and args.step is None else args.step

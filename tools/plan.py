@@ -65,7 +65,7 @@ def main() -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> bool:
     from k2jax import config as configuration
     from k2jax.plan import estimate, show
-    from k2jax.rundir import write_json
+    from k2jax.run.directory import write_json
 
     config = configuration.load(args.config, overrides)
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from k2jax.chunks import checkpoint_steps
+from k2jax.data.chunks import checkpoint_steps
 from k2jax.data.document_table import DocumentTable
 from k2jax.data.export_readme import readme
 from k2jax.data.export_rows import GROUP_TOKENS, row_batches, schema

@@ -15,7 +15,7 @@ from k2jax.errors import ConfigError
 from k2jax.evals.progress import bar
 from k2jax.evals.scoring import Row
 from k2jax.evals.subject import Subject
-from k2jax.generation import Sampling
+from k2jax.model.generation import Sampling
 
 DEFAULT_NEW_TOKENS = 256  # as the harness's own models
 GENERATED_AT_ONCE = 64  # prompts in one call of the generator, at most

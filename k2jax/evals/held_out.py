@@ -12,8 +12,8 @@ from k2jax.errors import ConfigError
 from k2jax.evals.progress import bar
 from k2jax.evals.results import Outcome
 from k2jax.evals.subject import Subject
-from k2jax.saved import SavedStep
-from k2jax.validation import HeldOutBatch, validate
+from k2jax.run.saved import SavedStep
+from k2jax.training.validation import HeldOutBatch, validate
 
 
 class Validation:

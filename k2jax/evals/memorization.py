@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from k2jax.chunks import checkpoint_steps, chunk_of_step
+from k2jax.data.chunks import checkpoint_steps, chunk_of_step
 from k2jax.data.loader import validation_starts
 from k2jax.data.order import Order
 from k2jax.data.provenance import Run
@@ -17,7 +17,7 @@ from k2jax.errors import ConfigError
 from k2jax.evals.progress import bar
 from k2jax.evals.results import Outcome
 from k2jax.evals.subject import Subject
-from k2jax.saved import SavedStep
+from k2jax.run.saved import SavedStep
 
 PROMPT, NEW = 32, 32
 STEPS_A_CHUNK = 4  # that rows are taken from, where no steps are named

@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens after given inputs, computed where the parameters live.
 
 Only one number a wanted token comes back to the host, never logits; and logits exist for the wanted positions alone, a
-block of them at a time. Inputs are padded to a few lengths, so that few shapes compile. Axes as in model.py, and C: the
-wanted positions of a row.
+block of them at a time. Inputs are padded to a few lengths, so that few shapes compile. Axes as in
+model/decoder.py, and C: the wanted positions of a row.
 """
 
 from collections import defaultdict
@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from k2jax import sharding
-from k2jax.model import Decoder, Params, document_ids
+from k2jax.model.decoder import Decoder, Params, document_ids
+from k2jax.parallel import sharding
 
 LENGTHS = (64, 2)  # inputs are padded to 64, 128, 256, ... tokens
 WANTED = (16, 4)  # wanted positions are padded to 16, 64, 256, ...

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from k2jax import launch
-from k2jax.chunks import checkpoint_steps
+from k2jax.data.chunks import checkpoint_steps
 from k2jax.data.journal import read_journal
 from k2jax.data.manifest import load_manifest
 from k2jax.data.order import Order
@@ -22,7 +21,8 @@ from k2jax.evals.held_out import Validation
 from k2jax.evals.memorization import Memorization
 from k2jax.evals.results import Identity, Outcome, Results
 from k2jax.evals.subject import Subject
-from k2jax.saved import SavedStep, check_tokenizer, open_step, saved_steps
+from k2jax.run.saved import SavedStep, check_tokenizer, open_step, saved_steps
+from k2jax.training.placement import mesh_for
 
 
 class Evaluation(Protocol):
@@ -169,7 +169,7 @@ class Session:
             result, verb = self._store.find(saved.step, identity), "already evaluated: "
             if result is None:
                 if subject is None:
-                    w, mesh = self.wanted, launch.mesh_for(saved.config)
+                    w, mesh = self.wanted, mesh_for(saved.config)
                     subject = Subject(saved, mesh, batch_tokens=w.batch_tokens, seed=w.seed, stores=w.stores)
                 result, verb = self._measure(task, identity, subject), ""
                 self.num_new += 1

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from k2jax import launch
 from k2jax.data.provenance import Run, open_run
 from k2jax.errors import ConfigError
 from k2jax.evals.scoring import Scorer
-from k2jax.generation import Generator
-from k2jax.model import Params
-from k2jax.rundir import git_commit
-from k2jax.saved import SavedStep, restore_params
+from k2jax.model.decoder import Params, compute_dtype
+from k2jax.model.generation import Generator
+from k2jax.run.directory import git_commit
+from k2jax.run.saved import SavedStep, restore_params
 
 
 class Subject:
@@ -30,7 +29,7 @@ class Subject:
         self._stores = stores
         self.saved, self.mesh, self.batch_tokens, self.seed = saved, mesh, batch_tokens, seed
         self.eos_id: int = saved.meta["eos_id"]
-        self.compute_dtype: jnp.dtype = launch.compute_dtype(saved.config)
+        self.compute_dtype: jnp.dtype = compute_dtype(saved.config)
 
     @cached_property
     def params(self) -> Params:

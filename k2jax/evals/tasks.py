@@ -22,7 +22,7 @@ from k2jax.errors import ConfigError
 from k2jax.evals.harness import CheckpointLM
 from k2jax.evals.results import Outcome
 from k2jax.evals.subject import Subject
-from k2jax.saved import SavedStep
+from k2jax.run.saved import SavedStep
 
 VERSION = importlib.metadata.version("lm_eval")
 BOOTSTRAPS = 1000  # draws for the standard error of metrics that are no mean

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 from k2jax import __version__
 from k2jax.data.manifest import load_manifest
 from k2jax.data.tokenizer import UNK
-from k2jax.model import num_params
-from k2jax.saved import SavedStep
+from k2jax.model.decoder import num_params
+from k2jax.run.saved import SavedStep
 
 
 def special_tokens(tokenizer: Tokenizer, eos_id: int) -> dict[str, str]:

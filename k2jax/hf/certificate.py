@@ -2,7 +2,7 @@
 
 k2jax's come from its own model code and the checkpoint, the files' from reference.py: two paths that share no layout,
 no names and no mathematics. Weights are rounded to the export's type in both, and all computing is float32, so that
-nothing but rounding may lie between them. Letters as in model.py.
+nothing but rounding may lie between them. Letters as in model/decoder.py.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from k2jax.attention import attend_causally
 from k2jax.errors import NumericsError
 from k2jax.hf.reference import llama_logits
 from k2jax.hf.stream import BUDGET_BYTES, ahead, blocks, read, rounded
-from k2jax.model import Block, dense, parameter_table, rms_norm, rope_table
-from k2jax.saved import SavedStep, open_array
+from k2jax.model.attention import attend_causally
+from k2jax.model.decoder import Block, dense, parameter_table, rms_norm, rope_table
+from k2jax.run.saved import SavedStep, open_array
 
 FORMAT = 1  # of parity.json
 ROWS, POSITIONS = 2, 32

@@ -24,7 +24,7 @@ from k2jax.hf import card, certificate
 from k2jax.hf.layout import config_from_hf, config_to_hf, tensors
 from k2jax.hf.safetensors_io import CODES, DTYPES, INDEX, Entry, ShardWriter, index_json, plan_shards
 from k2jax.hf.stream import Converted, stream
-from k2jax.saved import SavedStep, check_tokenizer
+from k2jax.run.saved import SavedStep, check_tokenizer
 
 CERTIFICATE = "parity.json"
 # Of the checkpoint's meta, what the certificate repeats; a run that was imported has not all of it.

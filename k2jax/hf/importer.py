@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from k2jax import sharding
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError, NumericsError
 from k2jax.hf.export import new_folder
@@ -27,7 +26,8 @@ from k2jax.hf.newrun import Source, write_run
 from k2jax.hf.safetensors_io import INDEX, sha256_of
 from k2jax.hf.stream import sum_of_squares
 from k2jax.hf.untrusted import StoredTensor, has, plain_file, read_json, read_weights, short
-from k2jax.model import num_params, parameter_table
+from k2jax.model.decoder import num_params, parameter_table
+from k2jax.parallel import sharding
 
 ROWS = 256  # of a tensor of theirs, copied at a time: five times as fast as a whole transposition
 MAX_TOKENIZER_BYTES = 128 << 20

@@ -1,7 +1,7 @@
 """Hugging Face's LLaMA and ours: which tensor is which, and config.json both ways.
 
 A matrix of ours is (in..., out...), one of theirs (out, in), one tensor a layer. Both turn the pairs (i, i + H/2) in
-RoPE (the split-half form), so that no head is permuted. Letters as in model.py.
+RoPE (the split-half form), so that no head is permuted. Letters as in model/decoder.py.
 """
 
 import math
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from k2jax import config as configuration
 from k2jax.errors import ConfigError
 from k2jax.hf.untrusted import short
-from k2jax.model import parameter_table
+from k2jax.model.decoder import parameter_table
 
 # Their names, by the name in parameter_table; {} is the layer's number.
 NAMES = {

@@ -9,14 +9,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax import drift
-from k2jax.checkpoint import Checkpoints
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.hf.layout import HfModel
 from k2jax.hf.untrusted import StoredTensor
-from k2jax.optimizer import TrainState
-from k2jax.rundir import environment, write_json
+from k2jax.run import drift
+from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.directory import environment, write_json
+from k2jax.run.state import TrainState
 
 MAX_SEQUENCE_LENGTH = 8192  # that experiment.py proposes, however long the model's context
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -1,7 +1,7 @@
 """A checkpoint's parameters as Hugging Face's tensors, one piece after the other, in the order of a forward pass.
 
 Pieces are read, checked and converted on two threads ahead of whoever takes them, as far as a budget of memory goes.
-Letters as in model.py.
+Letters as in model/decoder.py.
 """
 
 import math
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from k2jax.digest import numpy_digest
 from k2jax.errors import StorageError
 from k2jax.hf.layout import AS_THEY_ARE, Tensor, tensors
-from k2jax.saved import SavedStep, check_digests, open_array
+from k2jax.run.digest import numpy_digest
+from k2jax.run.saved import SavedStep, check_digests, open_array
 
 BLOCK_BYTES = 1 << 26  # of embedding and head at a time, as float32; a layer's matrix is always whole
 BUDGET_BYTES = 2 << 26  # of what is being read and converted ahead, as float32

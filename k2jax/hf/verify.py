@@ -16,7 +16,7 @@ from k2jax.hf.export import CERTIFICATE, add, check_config, entry_json, small_fi
 from k2jax.hf.layout import tensors
 from k2jax.hf.safetensors_io import DTYPES, INDEX, Entry, read_header, sha256_of
 from k2jax.hf.stream import stream
-from k2jax.saved import SavedStep
+from k2jax.run.saved import SavedStep
 
 MAY_CHANGE = {CERTIFICATE, "README.md"}  # the model card is there to be edited
 

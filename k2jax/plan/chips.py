@@ -10,7 +10,7 @@ data sheet's; HBM and link rates from the vendors' data sheets and, for TPU link
 from dataclasses import dataclass
 
 from k2jax.errors import ConfigError
-from k2jax.flops import PEAK_FLOPS
+from k2jax.model.flops import PEAK_FLOPS
 
 GIB = 2**30
 

@@ -10,16 +10,18 @@ import jax
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax import launch, pipeline, sharding
 from k2jax.data.order import StagePlan
 from k2jax.errors import ConfigError
-from k2jax.flops import flops_per_token
-from k2jax.optimizer import init_state
+from k2jax.model.flops import flops_per_token
+from k2jax.parallel import pipeline, sharding
 from k2jax.plan import topologies
 from k2jax.plan.chips import GIB, Chip, chip_of
 from k2jax.plan.hlo import Program
 from k2jax.plan.links import Links
 from k2jax.plan.timeline import Timeline
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import check_mesh, place_state, state_bytes
+from k2jax.training.program import batch_shapes, compile_lowered, step_function
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
@@ -36,7 +38,7 @@ def plan(
     devices = topologies.devices(topology)
     config = with_stage(config, only) if only else config
     mesh = sharding.make_mesh(config.mesh, devices)
-    launch.check_mesh(config, mesh)
+    check_mesh(config, mesh)
     stages = {}
     for i, stage in enumerate(config.stages):
         say(f"compiling the step of {stage.name} for {len(devices)} devices of {topology}")
@@ -77,7 +79,7 @@ def plan_stage(config: ConfigDict, index: int, mesh: jax.sharding.Mesh, chip: Ch
     with jax.set_mesh(mesh):
         lowered = lower(config, index, mesh)
         try:
-            compiled = launch.compile_lowered(lowered, config)
+            compiled = compile_lowered(lowered, config)
         except jax.errors.JaxRuntimeError as error:
             needed = memory_refused(str(error))
             if needed is None:
@@ -145,15 +147,15 @@ def lower(config: ConfigDict, index: int, mesh: jax.sharding.Mesh) -> Any:
     """The training step of a stage as the trainer compiles it, for shapes alone. Under `jax.set_mesh(mesh)`."""
     stage = config.stages[index]
     shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
-    shardings = launch.place_state(config, shapes, mesh)
+    shardings = place_state(config, shapes, mesh)
     steps = stage.steps_per_chunk * stage.chunks
     row = StagePlan(
         stage.name, index, stage.sequence_length, stage.rows_per_step, stage.steps_per_chunk, stage.chunks,
         0, steps * stage.rows_per_step, 1, steps,
     )  # fmt: skip
     subsets = {name for s in config.stages for name in s.mix}
-    step = launch.step_function(config, row, shardings, mesh, eos_id=2, num_subsets=len(subsets))
-    return step.lower(shapes, launch.batch_shapes(config, stage))
+    step = step_function(config, row, shardings, mesh, eos_id=2, num_subsets=len(subsets))
+    return step.lower(shapes, batch_shapes(config, stage))
 
 
 def memory_refused(error: str) -> int | None:
@@ -166,7 +168,7 @@ def memory_refused(error: str) -> int | None:
 
 def remedies(config: ConfigDict, stage: ConfigDict, mesh: jax.sharding.Mesh, chip: Chip, needed: int) -> list[str]:
     """What would make it fit, by arithmetic: state is by device, the rest goes with the rows that a device holds."""
-    state = launch.state_bytes(config, mesh)
+    state = state_bytes(config, mesh)
     if state > chip.hbm_bytes:
         more = math.ceil(state / chip.hbm_bytes)
         return [

@@ -8,11 +8,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax import launch, sharding
 from k2jax.errors import ConfigError
+from k2jax.parallel import sharding
 from k2jax.plan import topologies
 from k2jax.plan.chips import chip_of
 from k2jax.plan.estimate import plan_stage, with_stage
+from k2jax.training.placement import check_mesh
 
 
 def search(
@@ -53,7 +54,7 @@ def search(
         try:
             configuration.validate(case)
             mesh = sharding.make_mesh(case.mesh, devices)
-            launch.check_mesh(case, mesh)
+            check_mesh(case, mesh)
         except ConfigError as error:
             refused = str(error)
             continue

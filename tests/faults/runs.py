@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from conftest import REPOSITORY
 
-from k2jax import distributed
-from k2jax.chunks import chunk_of_step
+from k2jax.data.chunks import chunk_of_step
 from k2jax.data.journal import read_journal
 from k2jax.data.manifest import load_manifest
 from k2jax.data.order import Order
 from k2jax.errors import run_main
-from k2jax.ledger import Ledger
+from k2jax.parallel import distributed
+from k2jax.run.ledger import Ledger
 from k2jax.train import main
 
 # JAX writes cache entries in place: a program that is killed or short of disk must not leave half of one.

@@ -10,14 +10,15 @@ import pytest
 from conftest import SUBSETS, VOCAB_SIZE
 
 from faults import runs
-from k2jax import launch, sharding
-from k2jax.checkpoint import Checkpoints
 from k2jax.data.journal import append_entry, decide, read_journal
 from k2jax.data.manifest import load_manifest, sha256_json
 from k2jax.data.store import Store, StoreWriter
 from k2jax.data.tokenizer import tokenizer_sha256
-from k2jax.ledger import bits_float
-from k2jax.optimizer import init_state
+from k2jax.parallel import sharding
+from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.ledger import bits_float
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import place_state
 
 SAVED_ON = {"mesh.fsdp": 4, "mesh.tensor": 2}
 OTHER_MESHES = [
@@ -54,7 +55,7 @@ def test_arrays_are_the_same_on_any_mesh(tiny_data, tiny_config, command, tmp_pa
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:num_devices])
         shapes = jax.eval_shape(partial(init_state, config.model, config.seed))
         with jax.set_mesh(mesh):
-            shardings = launch.place_state(config, shapes, mesh)
+            shardings = place_state(config, shapes, mesh)
             state = Checkpoints(tmp_path / "run").restore(25, shardings, shapes)
             assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {num_devices}
             again = Checkpoints(tmp_path / f"again{i}", [25])
@@ -212,7 +213,7 @@ def test_kill_while_drift_is_recorded(tiny_data, stopped, command, tmp_path, mon
     workdir = runs.copy_run(stopped, tmp_path / "run")
     drift = runs.arguments(tiny_data, workdir, {"seed": 5, "allow_drift": "('seed',)"})
     with monkeypatch.context() as patch:
-        patch.setattr("k2jax.rundir.save_manifest", lambda *_: 1 / 0)
+        patch.setattr("k2jax.run.directory.save_manifest", lambda *_: 1 / 0)
         assert command(*drift).code == 70
     assert len(read_journal(workdir / "journal.jsonl")) == 1
     ended = command(*drift)

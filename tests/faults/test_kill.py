@@ -75,7 +75,7 @@ def test_kills_at_random_moments(straight, start, tmp_path):
 
 DIES_SAVING = """
 import os, signal
-from k2jax import checkpoint
+from k2jax.run import checkpoint
 real = checkpoint._LateJson._save_fn
 async def save(self, item, directory):
     if "/12." in str(directory):

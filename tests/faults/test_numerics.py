@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from faults import runs
-from k2jax import checkpoint, launch, step
+from k2jax.run import checkpoint
+from k2jax.training import program, step
 
 ROW = 3  # of eight, on eight devices: one device meets the fault
 FAULTS = {
@@ -41,7 +42,7 @@ def poison(monkeypatch):
                     nats_BT = nats_BT.at[ROW].set(FAULTS[kind](nats_BT[ROW], tracing[0] == number))
             return loss, nats_BT
 
-        monkeypatch.setattr(launch, "train_step", train_step)
+        monkeypatch.setattr(program, "train_step", train_step)
         monkeypatch.setattr(step, "head_loss", head_loss)
 
     return poison

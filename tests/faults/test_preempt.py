@@ -8,15 +8,15 @@ from faults import runs
 # JAX looks for the signal once a second, and the tiny runs would be over by then.
 SLOW_STEPS = """
 import time
-from k2jax import metrics
+from k2jax.training import metrics
 push = metrics.Recorder.push
 metrics.Recorder.push = lambda *arguments: (time.sleep(0.4), push(*arguments))[1]
 """
 SLOW_COMPILING = """
 import time
-from k2jax import launch
-step_function = launch.step_function
-launch.step_function = lambda *arguments: (time.sleep(5), step_function(*arguments))[1]
+from k2jax.training import program
+step_function = program.step_function
+program.step_function = lambda *arguments: (time.sleep(5), step_function(*arguments))[1]
 """
 
 

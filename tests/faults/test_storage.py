@@ -10,10 +10,12 @@ import jax
 import pytest
 
 from faults import runs
-from k2jax import launch, sharding
-from k2jax.checkpoint import Checkpoints, flat
 from k2jax.errors import StorageError
-from k2jax.optimizer import init_state
+from k2jax.parallel import sharding
+from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.state import flat
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import place_state
 
 # Futures of failed reads that Orbax leaves unread.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -25,7 +27,7 @@ class Reader:
     def __init__(self, config):
         self.mesh = sharding.make_mesh(config.mesh)
         self.shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
-        self.shardings = launch.place_state(config, self.shapes, self.mesh)
+        self.shardings = place_state(config, self.shapes, self.mesh)
 
     def restore(self, workdir, step):
         with jax.set_mesh(self.mesh):

@@ -23,9 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from k2jax import config as configuration
-from k2jax import digest, launch, sharding
-from k2jax.checkpoint import Checkpoints, flat
-from k2jax.optimizer import init_state
+from k2jax.parallel import sharding
+from k2jax.run import digest
+from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.state import flat
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import make_state, place_state
 
 
 def timed(function: Callable[..., object], *arguments: object) -> float:
@@ -47,7 +50,7 @@ def main() -> None:
         c.model.update(head_dim=args.dim // 8, ffn_dim=args.dim * 43 // 16)
     mesh = sharding.make_mesh(c.mesh)
     shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
-    shardings = launch.place_state(c, shapes, mesh)
+    shardings = place_state(c, shapes, mesh)
     touch = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0, out_shardings=shardings)
     product = jax.jit(lambda x: x @ x @ x)
     x = jnp.ones((1500, 1500))
@@ -56,7 +59,7 @@ def main() -> None:
         product(x).block_until_ready()
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder, jax.set_mesh(mesh):
-        state = jax.block_until_ready(launch.make_state(c, shardings))
+        state = jax.block_until_ready(make_state(c, shardings))
         num_bytes = sum(array.nbytes for array in flat(state).values())
         checkpoints = Checkpoints(Path(folder), [], keep_between=1, log=lambda line: None)
         digests = jax.jit(digest.tree_digests)

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax import config as configuration  # noqa: E402
 from k2jax.data.tokenizer import EOS, tokenizer_sha256, train_bpe  # noqa: E402
-from k2jax.model import parameter_table  # noqa: E402
+from k2jax.model.decoder import parameter_table  # noqa: E402
 
 
 def experiment(num_bytes: float) -> ConfigDict:
@@ -53,9 +53,9 @@ def make_run(workdir: Path, num_bytes: float) -> None:
     """Checkpoint 1 of random weights, written as the trainer does; in a process that then gives its memory back."""
     import jax
 
-    from k2jax import sharding
-    from k2jax.checkpoint import Checkpoints
-    from k2jax.optimizer import TrainState
+    from k2jax.parallel import sharding
+    from k2jax.run.checkpoint import Checkpoints
+    from k2jax.run.state import TrainState
 
     c = experiment(num_bytes)
     workdir.mkdir()

@@ -49,9 +49,9 @@ def k2jax_generate(m: ConfigDict) -> Generate:
 
     import jax
 
-    from k2jax import sharding
-    from k2jax.generation import Generator
-    from k2jax.model import init_params
+    from k2jax.model.decoder import init_params
+    from k2jax.model.generation import Generator
+    from k2jax.parallel import sharding
 
     mesh = sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     params = jax.jit(partial(init_params, m, 0))()
@@ -67,7 +67,7 @@ def torch_generate(m: ConfigDict) -> Generate:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from k2jax.hf import layout
-    from k2jax.model import init_params
+    from k2jax.model.decoder import init_params
 
     stage = config.stage(sequence_length=2048, rope_base=ROPE_BASE)
     values = layout.config_to_hf(m, stage, dtype="float32", bos_id=None, eos_id=EOS)

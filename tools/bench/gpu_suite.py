@@ -66,7 +66,7 @@ def attentions(smoke: bool) -> dict[str, Callable[..., Any]]:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
     def jnp(q: Any, k: Any, v: Any, document_BT: Any) -> Any:
-        from k2jax.attention import attend_causally
+        from k2jax.model.attention import attend_causally
 
         return attend_causally(q, k, v, document_BT, "jnp")
 

@@ -11,11 +11,15 @@ import jax
 import numpy as np
 from loader import VOCAB_SIZE, write_store
 
-from k2jax import config, flops, launch, sharding
+from k2jax import config
 from k2jax.data.loader import make_loader
 from k2jax.data.manifest import build_manifest
 from k2jax.data.order import Order, StagePlan
-from k2jax.optimizer import init_state
+from k2jax.model import flops
+from k2jax.parallel import sharding
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import make_state, place_batches, place_state
+from k2jax.training.program import step_function
 
 EXPERIMENT = Path(__file__).resolve().parents[2] / "experiments" / "k2_1b.py"
 UNTIMED, TIMED = 2, 6  # steps
@@ -40,10 +44,10 @@ class Training:
         self.mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
         rows = stage.rows_per_step
         plan = StagePlan("bench", 0, stage.sequence_length, rows, 100_000, 1, 0, 100_000 * rows, 1, 100_000)
-        shardings = launch.place_state(c, jax.eval_shape(lambda: init_state(c.model, c.seed)), self.mesh)
+        shardings = place_state(c, jax.eval_shape(lambda: init_state(c.model, c.seed)), self.mesh)
         with jax.set_mesh(self.mesh):
-            self.step = launch.step_function(c, plan, shardings, self.mesh, eos_id=2, num_subsets=1)
-            self.state = launch.make_state(c, shardings)
+            self.step = step_function(c, plan, shardings, self.mesh, eos_id=2, num_subsets=1)
+            self.state = make_state(c, shardings)
         tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (rows, stage.sequence_length + 1))
         batch = {"tokens": tokens.astype(np.int32), "subset": np.zeros(rows, np.int32)}
         batch["digest"] = np.zeros((rows, 8), np.uint32)
@@ -66,7 +70,7 @@ class Training:
 
     def _run(self, batches: Iterator[dict[str, np.ndarray]]) -> tuple[list[float], list[float]]:
         """(seconds of each step, of them waiting for its batch), a step's metrics read while the next runs."""
-        placement = launch.place_batches(self.config.stages[0], self.mesh)
+        placement = place_batches(self.config.stages[0], self.mesh)
         step_s, wait_s, before = [], [], None
         with jax.set_mesh(self.mesh):
             started = time.perf_counter()

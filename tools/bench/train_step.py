@@ -31,7 +31,7 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax import config  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
-from k2jax.host_memory import keep_freed_memory, use_huge_pages  # noqa: E402
+from k2jax.parallel.host_memory import keep_freed_memory, use_huge_pages  # noqa: E402
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 SEQUENCE, ROWS = 512, 8
@@ -61,25 +61,27 @@ def bare_steps(dtype: str) -> Iterator[None]:
     import numpy as np
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the trainer does
-    from k2jax import launch, sharding
     from k2jax.data.order import StagePlan
-    from k2jax.optimizer import init_state
+    from k2jax.parallel import sharding
+    from k2jax.training.optimizer import init_state
+    from k2jax.training.placement import make_state, place_batches, place_state
+    from k2jax.training.program import step_function
 
     c = get_config()
     c.precision.compute = DTYPES[dtype]
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     plan = StagePlan("bench", 0, SEQUENCE, ROWS, 100_000, 1, 0, 100_000 * ROWS, 1, 100_000)
     shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
-    shardings = launch.place_state(c, shapes, mesh)
+    shardings = place_state(c, shapes, mesh)
     rows = {
         "tokens": np.random.default_rng(0).integers(3, 32000, (ROWS, SEQUENCE + 1)).astype(np.int32),
         "subset": np.zeros(ROWS, np.int32),
         "digest": np.zeros((ROWS, 8), np.uint32),
     }
     with jax.set_mesh(mesh):
-        step = launch.step_function(c, plan, shardings, mesh, eos_id=2, num_subsets=1)
-        state = launch.make_state(c, shardings)
-        batch = launch.place_batches(c.stages[0], mesh).globalize(rows)
+        step = step_function(c, plan, shardings, mesh, eos_id=2, num_subsets=1)
+        state = make_state(c, shardings)
+        batch = place_batches(c.stages[0], mesh).globalize(rows)
         while True:
             state, metrics = step(state, batch)
             assert np.isfinite(metrics["loss"])
@@ -135,7 +137,7 @@ def run_trainer(dtype: str, folder: Path) -> None:
     """What `python -m k2jax.train` does, on a store of random tokens; its times are in the metrics that it writes."""
     use_huge_pages()
     keep_freed_memory()
-    from k2jax import distributed
+    from k2jax.parallel import distributed
     from k2jax.train import train
 
     c = get_config()

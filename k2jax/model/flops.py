@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from k2jax.model import num_params
+from k2jax.model.decoder import num_params
 
 # Dense bf16 FLOP/s of one device, by the start of JAX's `device_kind`; the longest match counts. Vendors' data sheets.
 PEAK_FLOPS = {

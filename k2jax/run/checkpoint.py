@@ -25,11 +25,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from k2jax import digest
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError, RunError, StorageError
-from k2jax.model import LAYOUT_VERSION
-from k2jax.optimizer import TrainState
+from k2jax.model.decoder import LAYOUT_VERSION
+from k2jax.run import digest
+from k2jax.run.state import TrainState, flat, unflat
 
 CHUNK_BYTES = 1 << 26  # of an array on disk, at most: read, checked and decoded as a whole
 FORMAT = 1  # of the three parts; LAYOUT_VERSION is of the arrays' names and shapes
@@ -63,27 +63,6 @@ def read_meta(directory: epath.PathLike) -> dict[str, Any]:
 @dataclasses.dataclass
 class _LateJsonArgs(ocp.args.CheckpointArgs):
     item: Callable[[], dict] | None = None
-
-
-def flat(state: TrainState) -> dict[str, jax.Array]:
-    """The layout on disk: {"params/embed_VD": ..., "mu/...": ..., "step": ...}."""
-    arrays: dict[str, jax.Array] = {}
-    for field, value in state._asdict().items():
-        arrays.update(
-            {f"{field}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {field: value}
-        )
-    return arrays
-
-
-def unflat(arrays: dict[str, jax.Array]) -> TrainState:
-    fields: dict[str, Any] = {}
-    for name, value in arrays.items():
-        field, _, key = name.partition("/")
-        if key:
-            fields.setdefault(field, {})[key] = value
-        else:
-            fields[field] = value
-    return TrainState(**fields)
 
 
 def _chunks(name: str) -> ocp.SaveArgs:

@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from k2jax import config as configuration
-from k2jax import digest, sharding
-from k2jax.checkpoint import FORMAT, read_meta
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
-from k2jax.model import LAYOUT_VERSION, Params, parameter_table
+from k2jax.model.decoder import LAYOUT_VERSION, Params, parameter_table
+from k2jax.parallel import sharding
+from k2jax.run import digest
+from k2jax.run.checkpoint import FORMAT, read_meta
 
 
 class SavedStep(NamedTuple):

@@ -20,11 +20,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as kept
 from ml_collections import ConfigDict
 
-from k2jax import context, pipeline
-from k2jax.attention import attend_causally
 from k2jax.config import ON_HOST, REMAT_NAMES
-from k2jax.fsdp import Rings, lookup, matmul
-from k2jax.sharding import num_stages, shard
+from k2jax.model.attention import attend_causally
+from k2jax.parallel import context, pipeline
+from k2jax.parallel.fsdp import Rings, lookup, matmul
+from k2jax.parallel.sharding import num_stages, platform, shard
 
 Params = dict[str, jax.Array]
 Product = Callable[..., jax.Array]  # x, w, `into`: see `dense`
@@ -90,6 +90,12 @@ def num_params(m: ConfigDict) -> int:
 
 
 # ---- the layers ----------------------------------------------------------------------------------------------------
+
+
+def compute_dtype(config: ConfigDict) -> jnp.dtype:
+    """`precision.compute` with "auto" resolved: float32 on CPU, bfloat16 elsewhere."""
+    name = config.precision.compute
+    return jnp.dtype(("float32" if platform() == "cpu" else "bfloat16") if name == "auto" else name)
 
 
 def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:

@@ -1,27 +1,12 @@
-"""AdamW with K2's settings, and the learning rate as a function of the step.
-
-The state of the whole training is one pytree of plain named arrays; checkpoints hold exactly it.
-"""
-
-from typing import NamedTuple
+"""AdamW with K2's settings, its first state, and the learning rate as a function of the step."""
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from k2jax.model import Params, init_params, parameter_table
-
-
-class TrainState(NamedTuple):
-    """Everything that a step changes. Replicated int32 scalars: step, updates, skips_in_a_row."""
-
-    step: jax.Array  # the last step done; the next is step + 1
-    updates: jax.Array  # of the optimizer: steps that were not skipped
-    skips_in_a_row: jax.Array  # non-finite steps up to now
-    params: Params  # float32
-    mu: Params  # Adam's first moment, float32
-    nu: Params  # Adam's second moment, float32
+from k2jax.model.decoder import Params, init_params, parameter_table
+from k2jax.run.state import TrainState
 
 
 def init_state(m: ConfigDict, seed: int) -> TrainState:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as kept
 from jax.sharding import PartitionSpec
 
-from k2jax import context, sharding
 from k2jax.errors import ConfigError
+from k2jax.parallel import context, sharding
 
 MASKED = -1e30  # finite, so that a row with every key masked gives numbers and not NaN
 MAX_BLOCKS, LEAST_QUERIES = 8, 64  # blocks of queries, each of at least this many where there are more than one

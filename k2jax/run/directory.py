@@ -23,14 +23,14 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import config as configuration
-from k2jax import drift
-from k2jax.checkpoint import read_meta
 from k2jax.data.journal import append_entry, read_journal
 from k2jax.data.manifest import load_manifest, manifest_digest, save_manifest
 from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
-from k2jax.model import parameter_table
-from k2jax.saved import saved_steps
+from k2jax.model.decoder import parameter_table
+from k2jax.run import drift
+from k2jax.run.checkpoint import read_meta
+from k2jax.run.saved import saved_steps
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 ENVIRONMENT = (

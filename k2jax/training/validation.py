@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from k2jax import sharding
 from k2jax.config import from_dict, to_dict
 from k2jax.data.loader import row_length, validation_starts
 from k2jax.data.store import Store
-from k2jax.model import Params
-from k2jax.step import row_losses
+from k2jax.model.decoder import Params
+from k2jax.parallel import sharding
+from k2jax.training.step import row_losses
 
 UNIGRAM_TOKENS = 4_000_000  # training tokens of a subset that its unigram distribution is counted on, at most
 

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from k2jax.data.loader import batch_digest
 from k2jax.data.order import Order, StagePlan
 from k2jax.errors import NumericsError
-from k2jax.flops import flops_per_token, peak_flops
-from k2jax.ledger import Ledger, StepLog
-from k2jax.rundir import read_json
+from k2jax.model.flops import flops_per_token, peak_flops
+from k2jax.run.directory import read_json
+from k2jax.run.ledger import Ledger, StepLog
 
 
 class Recorder:

@@ -1,6 +1,6 @@
 """Next-token cross-entropy over the vocabulary, which never holds the logits of all positions.
 
-Axes: B batch, T positions, D model, V vocabulary (see model.py); S blocks of C positions of every row.
+Axes: B batch, T positions, D model, V vocabulary (see decoder.py); S blocks of C positions of every row.
 """
 
 from functools import partial
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from k2jax import fsdp
-from k2jax.fsdp import TENSOR, Rings, gather, own_part, reading, rows, scatter, tokens_spec, total
+from k2jax.parallel import fsdp
+from k2jax.parallel.fsdp import TENSOR, Rings, gather, own_part, reading, rows, scatter, tokens_spec, total
 
 Axes = tuple[str, ...]  # of the mesh, that split rows and positions
 

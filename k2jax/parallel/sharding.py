@@ -35,7 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
 }
 
-# Activations that the model pins, by the name they have in model.py.
+# Activations that the model pins, by the name they have in model/decoder.py.
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "x_BTD": ("batch", "position", "width"),
     "rows_BTD": ("rows", "position", "width"),

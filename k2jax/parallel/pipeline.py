@@ -7,7 +7,7 @@ item r M + m is microbatch m on its round r; the first stage keeps a microbatch 
 With R = 1 this is GPipe (arXiv:1811.06965), with more the circular or interleaved order of Megatron-LM
 (arXiv:2104.04473), whose bubble is R times smaller.
 
-Axes as in model.py; M microbatches, B rows of one, S stages (no keys here), R repeats, G layers of a group.
+Axes as in model/decoder.py; M microbatches, B rows of one, S stages (no keys here), R repeats, G layers of a group.
 """
 
 import math
@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from k2jax import sharding
 from k2jax.config import ON_HOST
 from k2jax.errors import ConfigError
-from k2jax.sharding import shard
+from k2jax.parallel import sharding
+from k2jax.parallel.sharding import shard
 
 Layer = Callable[..., jax.Array]  # x_BTD, arrays of one layer, rope, document_BT or None: to (B, T, D)
 

@@ -7,7 +7,7 @@ the limit is an argument of the program, so that streaming calls the same progra
 Shorter prompts are padded on the right, and all rows write a new token to the same slot of the cache, behind the
 longest prompt. Attention does not mind the gap, which `visible_BS` hides; positions are each row's own.
 
-Axes as in model.py; S counts the slots of the cache.
+Axes as in decoder.py; S counts the slots of the cache.
 """
 
 import math
@@ -21,13 +21,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from k2jax import launch, sharding
-from k2jax.attention import attend_where
 from k2jax.errors import ConfigError
-from k2jax.model import Block, Params, parameter_table, rms_norm, rope_table
-from k2jax.sampling import GREEDY, Sampling, check_sampling, draw
-from k2jax.saved import SavedStep, restore_params
-from k2jax.sharding import shard
+from k2jax.model.attention import attend_where
+from k2jax.model.decoder import Block, Params, parameter_table, rms_norm, rope_table
+from k2jax.model.sampling import GREEDY, Sampling, check_sampling, draw
+from k2jax.parallel import sharding
+from k2jax.parallel.sharding import shard
 
 PREFILL = 512  # tokens of a row in one call: bounds the memory of attention and of activations
 PIECE, LONG_PIECE = 8, 64  # tokens of a row in one call of the loop: with `on_tokens`, without (answers Ctrl-C, too)
@@ -71,21 +70,6 @@ class Generator:
         """
         self.m, self.rope_base, self.mesh, self.eos_id = FrozenConfigDict(m), rope_base, mesh, eos_id
         self.weights = _unstack(m, dict(params) if keep_params else params, mesh, jnp.dtype(compute_dtype))
-
-    @classmethod
-    def of_step(cls, saved: SavedStep, mesh: Mesh) -> "Generator":
-        """The model of a checkpoint, its arrays verified. ConfigError when the mesh does not divide them."""
-        for name, p in parameter_table(saved.config.model).items():
-            sharding.check_divisible(name, p.shape, p.axes, mesh)
-        return cls(
-            saved.config.model,
-            saved.stage.rope_base,
-            restore_params(saved, mesh),
-            mesh,
-            launch.compute_dtype(saved.config),
-            eos_id=saved.meta["eos_id"],
-            keep_params=False,
-        )
 
     def generate(
         self,

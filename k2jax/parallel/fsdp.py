@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from k2jax.sharding import platform
+from k2jax.parallel.sharding import platform
 
 SPLIT, TENSOR = ("fsdp", "context"), "tensor"
 Rings = tuple[int, ...]  # sizes that multiply to that of fsdp, major first; (): one ring

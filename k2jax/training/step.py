@@ -1,6 +1,6 @@
-"""One training step as a pure function: (state, batch) -> (state, metrics). Its jit and shardings are in train.py.
+"""One training step as a pure function: (state, batch) -> (state, metrics). Its jit and shardings: program.py.
 
-Axes: A microbatches, R rows of a microbatch, the rest as in model.py.
+Axes: A microbatches, R rows of a microbatch, the rest as in decoder.py.
 """
 
 from typing import NamedTuple
@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from k2jax import context
-from k2jax.loss import LossOptions, head_loss, targets_and_weights
-from k2jax.model import Decoder, Params, document_ids, parameter_table
-from k2jax.optimizer import TrainState, adamw, learning_rate
-from k2jax.sharding import shard
+from k2jax.model.decoder import Decoder, Params, document_ids, parameter_table
+from k2jax.model.loss import LossOptions, head_loss, targets_and_weights
+from k2jax.parallel import context
+from k2jax.parallel.sharding import shard
+from k2jax.run.state import TrainState
+from k2jax.training.optimizer import adamw, learning_rate
 
 Metrics = dict[str, jax.Array]
 

@@ -1,0 +1,1 @@
+"""The model as functions of its parameters: decoder, attention, loss, generation."""

@@ -1,0 +1,174 @@
+"""Records out of one file, by its format: source and text, JSON lines, Parquet, Arrow. Web archives are in warc.py.
+
+A reader gives (line, row or record; what is there or what is wrong with it), and goes on behind what is bad.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from k2jax.errors import ConfigError
+from k2jax.prepare import python_corpus
+from k2jax.prepare.files import DAMAGE, File, Stored, bounded_lines, opened, shown_name
+
+ROWS = 256  # of Parquet, in memory at a time
+TOO_LONG = "longer than max_line_bytes"
+
+
+class Bad(NamedTuple):
+    """Input that gives no document: the reason it is counted under, and what was found."""
+
+    reason: str
+    what: str = ""
+
+
+Record = tuple[int, dict[str, Any] | Bad]  # line, row or record from 1, 0 for a file as a whole; what is there
+
+
+def text_of(value: Any, most: int) -> str | Bad:
+    """The text, or why it is none."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            return Bad("not UTF-8", f"byte {error.start}")
+    if not isinstance(value, str):
+        return Bad("text is no string", type(value).__name__)
+    if "\0" in value:
+        return Bad("NUL in the text", f"character {value.index(chr(0))}")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        return Bad("half a surrogate pair", f"character {error.start}")
+    return Bad(TOO_LONG, f"{size} bytes") if size > most else value
+
+
+def python_records(source: str, file: File, text_key: str) -> Iterator[Record]:
+    with Stored(file.path) as raw:
+        text = text_of(raw.readall(), 1 << 40)
+    text = text if isinstance(text, Bad) else python_corpus.text_of(source, file.name, text)
+    if text is None:
+        text = Bad("no Python", "it cannot be parsed")
+    yield 0, text if isinstance(text, Bad) else {text_key: text}
+
+
+def text_records(file: File, most: int, text_key: str) -> Iterator[Record]:
+    try:
+        with opened(file) as stream:
+            data = stream.read(most + 1)
+    except DAMAGE as error:
+        yield 0, _damaged(error)
+        return
+    if not data:
+        yield 0, Bad("empty file")
+    else:
+        yield 0, {text_key: data} if len(data) <= most else Bad(TOO_LONG, f"{file.size} bytes on the storage")
+
+
+def json_records(file: File, most: int) -> Iterator[Record]:
+    number = 0
+    try:
+        with opened(file) as stream:
+            for number, line in bounded_lines(stream, most):
+                if line is None:
+                    yield number, Bad(TOO_LONG, f"more than {most} bytes")
+                elif not line.isspace():
+                    yield number, _json(line)
+    except DAMAGE as error:
+        yield number + 1, _damaged(error)
+        return
+    if not number:
+        yield 0, Bad("empty file")
+
+
+def _json(line: bytes) -> dict[str, Any] | Bad:
+    try:
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:  # orjson refuses NaN, which many a tool writes, and half surrogate pairs
+            value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Bad("not UTF-8", f"byte {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return Bad("bad JSON", str(error))
+    return value if isinstance(value, dict) else Bad("JSON that is no object", type(value).__name__)
+
+
+def _damaged(error: Exception) -> Bad:
+    return Bad("truncated file" if isinstance(error, EOFError) else "damaged file", f"{error}; what follows is lost")
+
+
+def parquet_records(file: File, columns: tuple[str, ...] | None, required: str | None) -> Iterator[Record]:
+    if not file.size:
+        yield 0, Bad("empty file")
+        return
+    with Stored(file.path) as raw:
+        yield from _rows(file, columns, required, lambda wanted: _parquet_batches(raw, wanted))
+
+
+def _parquet_batches(raw: Stored, wanted: Callable[[pa.Schema], list[str]]) -> Iterator[pa.RecordBatch]:
+    file = pq.ParquetFile(raw, page_checksum_verification=True)
+    yield from file.iter_batches(ROWS, columns=wanted(file.schema_arrow))
+
+
+def arrow_records(file: File, columns: tuple[str, ...] | None, required: str | None) -> Iterator[Record]:
+    if not file.size:
+        yield 0, Bad("empty file")
+        return
+    with Stored(file.path) as raw:
+        yield from _rows(file, columns, required, lambda wanted: _arrow_batches(raw, wanted))
+
+
+def _arrow_batches(raw: Stored, wanted: Callable[[pa.Schema], list[str]]) -> Iterator[pa.RecordBatch]:
+    """Of a stream of batches, which Hugging Face writes, or of Arrow's file format."""
+    is_file = raw.read(6) == b"ARROW1"
+    raw.seek(0)
+    if is_file:
+        reader = pa.ipc.open_file(raw)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        batches = reader = pa.ipc.open_stream(raw)
+    names = wanted(reader.schema)
+    for batch in batches:
+        yield from pa.Table.from_batches([batch]).select(names).to_batches(max_chunksize=ROWS)
+
+
+def _rows(
+    file: File,
+    columns: tuple[str, ...] | None,
+    required: str | None,
+    batches: Callable[[Callable[[pa.Schema], list[str]]], Iterator[pa.RecordBatch]],
+) -> Iterator[Record]:
+    def wanted(schema: pa.Schema) -> list[str]:
+        if required is not None and required not in schema.names:
+            raise ConfigError(
+                f"{shown_name(file.path)} has no column {required!r}, it has {', '.join(schema.names)}: name the "
+                "column of the text as text_key"
+            )
+        return [name for name in schema.names if columns is None or name in columns]
+
+    row = 0
+    try:
+        for batch in batches(wanted):
+            values = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+            for i in range(batch.num_rows):
+                row += 1
+                yield row, {name: column[i] for name, column in values.items()}
+    except (pa.ArrowException, OSError) as error:  # StorageError is none of these
+        yield row + 1, _damaged(error)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """The column in Python's types; strings that are no UTF-8 stay bytes, to be counted one by one."""
+    raw = column
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        raw = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
+    raw.validate(full=True)  # offsets of a damaged file would have it read outside of its memory
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return raw.to_pylist()

@@ -1,0 +1,1 @@
+"""What the trainer does: state, step, placement, compiled program, metrics, validation."""

@@ -1,0 +1,135 @@
+"""Where things lie: what a mesh must divide, the places of state and batches on it, and the mesh of a run's readers."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from k2jax.errors import ConfigError
+from k2jax.model.decoder import Params, num_params, parameter_table
+from k2jax.parallel import pipeline, sharding
+from k2jax.run.state import TrainState
+from k2jax.training.optimizer import init_state
+from k2jax.training.step import Batch
+
+
+def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ConfigError, before anything is compiled, for a dimension or batch that the mesh does not divide."""
+    for name, p in parameter_table(config.model).items():
+        sharding.check_divisible(name, p.shape, p.axes, mesh)
+    data_parallel = math.prod(mesh.shape[axis] for axis in sharding.DATA_AXES)
+    for i, stage in enumerate(config.stages):
+        rows = stage.rows_per_step // stage.microbatches
+        if rows % data_parallel:
+            raise ConfigError(
+                f"stages.{i}: rows_per_step={stage.rows_per_step} in {stage.microbatches} microbatch(es) gives "
+                f"{rows} rows, not divisible by mesh.replica x mesh.fsdp = {data_parallel} devices"
+            )
+        if mesh.shape["context"] > 1 and stage.sequence_length % (2 * mesh.shape["context"]):
+            raise ConfigError(
+                f"stages.{i}: sequence_length={stage.sequence_length} is not divisible by 2 x mesh.context = "
+                f"{2 * mesh.shape['context']} chunks (two of a row to a device): change the mesh or the length"
+            )
+    rings = tuple(config.model.rings)
+    if rings and math.prod(rings) != mesh.shape["fsdp"]:
+        raise ConfigError(f"model.rings={rings} must multiply to mesh.fsdp={mesh.shape['fsdp']}, or be ()")
+    pipeline.check(config, mesh)
+
+
+def mesh_for(config: ConfigDict) -> Mesh:
+    """For readers of a run: the experiment's mesh where it fits the devices here, else all of them on fsdp.
+
+    Or as many of them as divide the parameters: one always does. Readers neither pipeline nor split rows: those devices
+    count to fsdp, too.
+    """
+    devices = jax.devices()
+    table = parameter_table(config.model)
+
+    def fitting(sizes: Mapping[str, int], count: int) -> Mesh | None:
+        try:
+            mesh = sharding.make_mesh(sizes, devices[:count])
+            for name, p in table.items():
+                sharding.check_divisible(name, p.shape, p.axes, mesh)
+        except ConfigError:
+            return None
+        return mesh
+
+    own = dict(config.mesh)
+    if -1 not in (own["stage"], own["context"], own["fsdp"]):
+        own["fsdp"] *= own["stage"] * own["context"]
+    else:
+        own["fsdp"] = -1
+    own["stage"] = own["context"] = 1
+    everywhere = {"fsdp": -1}
+    fewer = (fitting(everywhere, count) for count in range(len(devices), 0, -1))
+    return fitting(own, len(devices)) or next(mesh for mesh in fewer if mesh)
+
+
+def place_state(config: ConfigDict, shapes: TrainState, mesh: Mesh) -> TrainState:
+    """The sharding of every array of the state: moments over all data axes, whatever the parameters do."""
+    table = parameter_table(config.model)
+    params = {name: sharding.named(mesh, p.axes) for name, p in table.items()}
+    moments = {
+        name: NamedSharding(mesh, sharding.optimizer_spec(p.shape, p.axes, mesh)) for name, p in table.items()
+    }
+    scalar = NamedSharding(mesh, PartitionSpec())
+    return TrainState(scalar, scalar, scalar, params, moments, dict(moments))
+
+
+def make_state(config: ConfigDict, shardings: TrainState) -> TrainState:
+    return jax.jit(lambda: init_state(config.model, config.seed), out_shardings=shardings)()
+
+
+def move_params(config: ConfigDict, params: Params, mesh: Mesh) -> Params:
+    """The parameters placed on another mesh of the same devices; on the mesh that they are on, as they are."""
+    places = {name: sharding.named(mesh, p.axes) for name, p in parameter_table(config.model).items()}
+    return jax.device_put(params, places)
+
+
+def state_bytes(config: ConfigDict, mesh: Mesh) -> float:
+    """Of float32 parameters and moments on a device."""
+    shards = math.prod(mesh.shape[axis] for axis in ("stage", "fsdp", "context", "tensor"))
+    return 4 * num_params(config.model) * (1 / shards + 2 / (shards * mesh.shape["replica"]))
+
+
+class Placement(NamedTuple):
+    """How a stage's batches lie on the mesh."""
+
+    mesh: Mesh
+    microbatches: int
+    rows: int  # of a microbatch
+    local_rows: np.ndarray  # int64: which rows of a step this process reads, microbatch by microbatch
+    local_in_micro: np.ndarray  # the same within one microbatch
+
+    def globalize(self, rows: dict[str, np.ndarray]) -> Batch:
+        """This process's rows of a step to the global batch (A, R, ...)."""
+        return Batch(*(self._global(rows[key]) for key in ("tokens", "subset", "digest")))
+
+    def _global(self, local: np.ndarray) -> jax.Array:
+        tail = local.shape[1:]
+        local = local.reshape(self.microbatches, -1, *tail)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last = index[1].indices(self.rows)[:2]
+            at = np.searchsorted(self.local_in_micro, first)
+            return local[:, at : at + last - first]
+
+        return jax.make_array_from_callback(
+            (self.microbatches, self.rows, *tail), batch_sharding(self.mesh), part
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(None, sharding.DATA_AXES))
+
+
+def place_batches(stage: ConfigDict, mesh: Mesh) -> Placement:
+    rows = stage.rows_per_step // stage.microbatches
+    slices = batch_sharding(mesh).addressable_devices_indices_map((stage.microbatches, rows)).values()
+    mine = np.unique(np.concatenate([np.arange(*index[1].indices(rows)) for index in slices]))
+    local = np.concatenate([micro * rows + mine for micro in range(stage.microbatches)])
+    return Placement(mesh, stage.microbatches, rows, local, mine)

@@ -1,0 +1,141 @@
+"""The compiled step of each stage, and the steps of a run as they are fed to it."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from k2jax.data.loader import make_loader
+from k2jax.data.order import Order, StagePlan
+from k2jax.data.store import Store
+from k2jax.errors import ConfigError
+from k2jax.model.decoder import compute_dtype
+from k2jax.parallel import sharding
+from k2jax.run.state import TrainState
+from k2jax.training.placement import batch_sharding, place_batches
+from k2jax.training.step import Batch, Metrics, train_step
+
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def step_function(
+    config: ConfigDict, plan: StagePlan, shardings: TrainState, mesh: Mesh, eos_id: int, num_subsets: int
+) -> Any:
+    """The jitted training step of a stage: the one call site of jit, shardings and donation."""
+    stage = config.stages[plan.index]
+    step = partial(
+        train_step,
+        config=config,
+        stage=stage,
+        first_step=plan.first_step,
+        eos_id=eos_id,
+        num_subsets=num_subsets,
+        compute_dtype=compute_dtype(config),
+        moment_shardings=shardings.mu,
+    )
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+
+
+def batch_shapes(config: ConfigDict, stage: ConfigDict) -> Batch:
+    """Shapes and types of a global batch."""
+    leading = (stage.microbatches, stage.rows_per_step // stage.microbatches)
+    width = stage.sequence_length + (config.data.label_shift == "next")
+    return Batch(
+        jax.ShapeDtypeStruct((*leading, width), jnp.int32),
+        jax.ShapeDtypeStruct(leading, jnp.int32),
+        jax.ShapeDtypeStruct((*leading, 8), jnp.uint32),
+    )
+
+
+def compile_lowered(lowered: Any, config: ConfigDict) -> Any:
+    """With the options of the platform in use. ConfigError for one that its compiler does not know."""
+    platform = sharding.platform()
+    options = {"tpu": config.compiler.tpu, "gpu": config.compiler.gpu}.get(platform, ())
+    try:
+        return lowered.compile(compiler_options=dict(option.split("=", 1) for option in options))
+    except jax.errors.JaxRuntimeError as error:
+        unknown = re.search(r"No such compile option: '([^']*)'", str(error))
+        if not unknown:
+            raise
+        raise ConfigError(
+            f"compiler.{platform}: the installed compiler knows no option {unknown.group(1)!r}: take it out of the "
+            f"experiment, or install the compiler that it was chosen for"
+        ) from error
+
+
+def compile_step(
+    config: ConfigDict,
+    plan: StagePlan,
+    mesh: Mesh,
+    shapes: TrainState,
+    shardings: TrainState,
+    manifest: dict[str, Any],
+    say: Callable[[str], None],
+) -> StepFunction:
+    """Compiled once for the stage: an executable takes these shapes only, so nothing can recompile later."""
+    started = time.perf_counter()
+    say(f"compiling the step of {plan.name}")
+    batch = batch_shapes(config, config.stages[plan.index])
+    jitted = step_function(config, plan, shardings, mesh, manifest["eos_id"], len(manifest["stores"]))
+    compiled = compile_lowered(jitted.lower(shapes, batch), config)
+    say(f"compiled in {time.perf_counter() - started:.1f} s")
+    return compiled
+
+
+class Work(NamedTuple):
+    """One step to do: its compiled function and its batch, and how long the batch was waited for."""
+
+    step: int
+    plan: StagePlan
+    run_step: StepFunction
+    batch: Batch
+    data_wait_s: float
+
+
+def feed_steps(
+    config: ConfigDict,
+    order: Order,
+    stores: dict[str, Store],
+    manifest: dict[str, Any],
+    mesh: Mesh,
+    shapes: TrainState,
+    shardings: TrainState,
+    *,
+    first_step: int,
+    say: Callable[[str], None],
+) -> Iterator[Work]:
+    """The steps from `first_step` to the end of the run; compiles where a stage begins. Close it to end the loader."""
+    for plan in order.stages:
+        if first_step > plan.last_step:
+            continue
+        placement = place_batches(config.stages[plan.index], mesh)
+        run_step = compile_step(config, plan, mesh, shapes, shardings, manifest, say)
+        batches = make_loader(
+            order,
+            stores,
+            label_shift=config.data.label_shift,
+            first_step=max(first_step, plan.first_step),
+            last_step=plan.last_step,
+            local_rows=placement.local_rows,
+            threads=config.data.threads,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+        )
+        with closing(batches):
+            for _ in range(max(first_step, plan.first_step), plan.last_step + 1):
+                started = time.perf_counter()
+                step, rows = next(batches)
+                data_wait_s = time.perf_counter() - started
+                yield Work(step, plan, run_step, placement.globalize(rows), data_wait_s)

@@ -1,0 +1,98 @@
+"""What a run is, before its first step: data opened and identified, processes compared, the derived numbers."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from k2jax import config as configuration
+from k2jax.data.manifest import build_manifest, manifest_digest
+from k2jax.data.order import Order
+from k2jax.data.store import Store
+from k2jax.data.tokenizer import tokenizer_sha256
+from k2jax.errors import ConfigError
+from k2jax.model.decoder import compute_dtype, num_params
+from k2jax.model.flops import flops_per_token
+from k2jax.run import drift
+from k2jax.run.directory import environment
+from k2jax.training.placement import state_bytes
+
+
+def open_data(config: ConfigDict) -> tuple[dict[str, Store], dict[str, Any]]:
+    """(stores by subset, manifest). Raises ConfigError for a store or tokenizer that is not what it should be."""
+    names = sorted({name for stage in config.stages for name in stage.mix})
+    root = config.data.root if "://" in config.data.root else str(Path(config.data.root).absolute())
+    stores = {name: Store.open(f"{root}/{name}", verify=config.data.verify) for name in names}
+    stages = [configuration.to_dict(stage) for stage in config.stages]
+    manifest = build_manifest(
+        stages=stages,
+        stores={name: store.summary() for name, store in stores.items()},
+        seed=config.seed,
+        label_shift=config.data.label_shift,
+    )
+    found = tokenizer_sha256(config.data.tokenizer)
+    if found != manifest["tokenizer_sha256"]:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer}: its SHA-256 is {found[:12]}, the stores in {root} were "
+            f"made with {manifest['tokenizer_sha256'][:12]}: name the tokenizer that made them"
+        )
+    if manifest["vocab_size"] > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: the stores in {root} hold token ids up to "
+            f"{manifest['vocab_size'] - 1}: set it to {manifest['vocab_size']} or more"
+        )
+    return stores, manifest
+
+
+def check_processes_agree(config: ConfigDict, order: Order) -> None:
+    """Raises ConfigError on every process, naming those whose configuration or data order is not process 0's."""
+    mine = hashlib.sha256((drift.config_digest(config) + order.digest()).encode()).digest()
+    all_processes = multihost_utils.process_allgather(np.frombuffer(mine, np.uint32)).reshape(
+        jax.process_count(), -1
+    )
+    odd = [i for i, fingerprint in enumerate(all_processes) if (fingerprint != all_processes[0]).any()]
+    if odd:
+        raise ConfigError(
+            f"process(es) {odd} have another configuration or data order than process 0: start all of them with the "
+            f"same command, code and data"
+        )
+
+
+def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:
+    """The derived numbers: parameters, tokens, FLOPs, memory of the state."""
+    tokens = sum((p.last_step - p.first_step + 1) * p.rows_per_step * p.sequence_length for p in order.stages)
+    params = num_params(config.model)
+    lines = [
+        f"{config.name}: {params:,} parameters, {order.num_steps:,} steps, {tokens:,} tokens; "
+        f"compute in {compute_dtype(config)} on {mesh.devices.size} {mesh.devices.flat[0].device_kind}, "
+        f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
+        f"state: {state_bytes(config, mesh) / 2**30:.2f} GiB a device (fp32 parameters and moments)",
+    ]
+    for plan in order.stages:
+        flops = flops_per_token(config.model, plan.sequence_length)
+        lines.append(
+            f"{plan.name}: steps {plan.first_step:,} to {plan.last_step:,}, {plan.rows_per_step} rows of "
+            f"{plan.sequence_length} tokens a step, {flops.causal / 1e9:.4g} GFLOP a token causal, "
+            f"{flops.noncausal / 1e9:.4g} non-causal"
+        )
+    return "\n".join(lines)
+
+
+def checkpoint_meta(config: ConfigDict, manifest: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """What every checkpoint of this launch says of where it came from."""
+    here = environment(dict(mesh.shape))
+    return {
+        "config": configuration.to_dict(config),
+        "config_digest": drift.config_digest(config),
+        "manifest_digest": manifest_digest(manifest),
+        "tokenizer_sha256": manifest["tokenizer_sha256"],
+        "eos_id": manifest["eos_id"],
+        "versions": here["versions"],
+        "commit": here["commit"],
+        "devices": here["devices"],
+    }
