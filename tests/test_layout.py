@@ -203,3 +203,10 @@ def test_the_top_level_is_the_agreed_one():
     top = {line.split("/")[0] for line in git.stdout.splitlines()}
     extra = {name for name in top - TOP_LEVEL if not name.startswith(".")}
     assert not extra, f"not agreed at the top level: {extra}"
+
+
+def test_files_that_are_named_are_there():
+    """In the README, and in what the code says of other files."""
+    for path in [ROOT / "README.md", *CODE, *EXPERIMENTS]:
+        for name in re.findall(r"(?<![\w/])((?:k2jax|kernels|tests|tools|experiments)/[\w/]+\.py)\b", path.read_text()):
+            assert "NAME" in name or (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
