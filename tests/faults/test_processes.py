@@ -76,7 +76,7 @@ def test_sigterm_to_one_stops_both(start, tmp_path):
 def test_a_dead_process_ends_the_other(start, tmp_path):
     """SIGKILL to one: the other ends by itself, not with 0, and what was saved is good."""
     workdir = tmp_path / "run"
-    patch = "from k2jax import distributed; distributed.HEARTBEAT_S = 10"
+    patch = "from k2jax.parallel import distributed; distributed.HEARTBEAT_S = 10"
     pair = runs.pair(start, workdir, devices=1, patch=patch)
     pair[0].wait_for("saved 10")
     pair[1].signal(signal.SIGKILL)
