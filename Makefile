@@ -1,6 +1,6 @@
 # `make train` and `make test` set up everything they need in .venv; the second call finds it done.
 #   PYTHON=...  the interpreter to build .venv with, 3.11 or newer
-#   PARITY=0    leaves out torch, transformers, lm_eval and the TPU compiler, and the tests that need them
+#   PARITY=0    leaves out torch, transformers, lm_eval and Ray, and the tests that need them
 #               (torch as PyPI has it brings 2.5 GB of CUDA on Linux; pip takes a CPU wheel where it is told of one)
 
 PYTHON ?= python3
@@ -12,11 +12,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The lock constrains rather than requires: each set-up takes the part of it that it needs.
 INSTALL := $(PIP) install -qq --progress-bar off --constraint requirements.lock
 PINS := setup.py requirements.lock
-TEST_EXTRAS := $(if $(filter 0,$(PARITY)),test,test,parity,eval,tpu,ray)
+TEST_EXTRAS := $(if $(filter 0,$(PARITY)),test,test,parity,eval,ray)
 BASE_DONE := $(VENV)/.installed
 TEST_DONE := $(VENV)/.installed-$(if $(filter 0,$(PARITY)),test,test-parity)
 
-.PHONY: train test test-seqio test-slow plan-65b lint lock clean
+.PHONY: train test test-compilers test-seqio test-slow plan-65b lint lock clean
 
 train: $(BASE_DONE)
 	$(BIN)/python tools/prepare_data.py --config=experiments/data/smoke.py --out=data/smoke
@@ -29,6 +29,10 @@ test: lint
 test-seqio:
 	$(MAKE) VENV=.venv-seqio .venv-seqio/.installed-seqio
 	.venv-seqio/bin/python -m pytest tests/test_seqio.py
+
+# The TPU's and the GPU's compilers, which run without either: for who changes kernels, sharding or the plan. CUDA is 4 GB.
+test-compilers: $(VENV)/.installed-compilers
+	$(BIN)/python -m pytest -n 2 -m "compilers and not slow"
 
 test-slow: $(TEST_DONE)
 	$(BIN)/python -m pytest -m slow
@@ -67,6 +71,11 @@ $(BASE_DONE): $(PINS) | $(BIN)/pip
 $(TEST_DONE): $(PINS) $(BASE_DONE)
 	@echo "installing what the tests need into $(VENV)"
 	@$(INSTALL) --no-build-isolation --editable ".[data,$(TEST_EXTRAS)]"
+	@touch $@
+
+$(VENV)/.installed-compilers: $(PINS) $(TEST_DONE)
+	@echo "installing the TPU's and the GPU's compilers into $(VENV)"
+	@$(INSTALL) --no-build-isolation --editable ".[data,$(TEST_EXTRAS),tpu,gpu]"
 	@touch $@
 
 $(VENV)/.installed-seqio: $(PINS) $(BASE_DONE)

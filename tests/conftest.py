@@ -6,12 +6,15 @@ The settings go through the environment, before JAX is imported, so that the pro
 import hashlib
 import os
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Most of what tests do is compiling: XLA takes half the time without LLVM's optimizations. Trainers that tests start as
+# programs (faults/runs.py) are compiled as a user's are.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 # Compiled programs are shared by tests, workers, subprocesses and later sessions; `make clean` removes them.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -89,6 +92,14 @@ def make_data(root: Path, seed: int = 0) -> Path:
             writer.finish(validation_fraction=0.1)
     (root / "tiny.py").write_text(EXPERIMENT.format(vocab_size=VOCAB_SIZE, root=str(root)))
     return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_of_one_file() -> Iterator[None]:
+    """They are gigabytes by the end of the suite, and no other file uses them."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,6 @@
 """Rows that devices share: ring attention is one device's attention, and nothing of a row is ever put together."""
 
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from compilers import on_tpu_compiler, run_compiling
 from k2jax.kernels.flash_attention_tpu import BlockSizes
 from test_sharding import small
 
@@ -195,19 +192,11 @@ for context, masked in ((4, True), (2, False)):
 """
 
 
-def compile_for_tpu(code: str, cwd: Path) -> list[str]:
-    pytest.importorskip("libtpu")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR")
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
+@on_tpu_compiler
 def test_the_tpu_sends_what_comes_next_while_it_computes(tmp_path: Path):
     """With the kernels; between a transfer's start and its end stands a turn's arithmetic, forward and backward."""
-    assert compile_for_tpu(TINY, tmp_path) == ["15", "9"], "5 or 3 kernels, in the forward pass, again, and backward"
+    kernels = run_compiling(TINY, tmp_path).split()
+    assert kernels == ["15", "9"], "5 or 3 kernels, in the forward pass, again, and backward"
     text = (tmp_path / "4.hlo").read_text()
     loops = [body for body in text.split("\n\n") if "collective-permute-start" in body and " conditional(" in body]
     turns = [re.findall(r" (collective-permute-start|collective-permute-done|conditional)\(", body) for body in loops]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import on_tpu_compiler, run_compiling
 from conftest import REPOSITORY
 from jax.experimental.pallas import tpu as pltpu
 from k2jax.kernels.flash_attention import flash_attention, merge
@@ -221,15 +222,9 @@ print("kernels in the step:", text.count('custom_call_target="tpu_custom_call"')
 """
 
 
+@on_tpu_compiler
 def test_it_compiles_for_every_tpu_and_within_a_sharded_step(tmp_path: Path):
-    pytest.importorskip("libtpu")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR")
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    *generations, last = done.stdout.splitlines()
+    *generations, last = run_compiling(COMPILE, tmp_path).splitlines()
     assert generations == ["v4", "v5e", "v5p", "v6e", "tpu7x"]
     assert last == "kernels in the step: 2", "forward and backward, one each in the loops over layers"
 
@@ -248,9 +243,9 @@ def test_cycles_are_counted_by_part():
         bundles.cycles(program, [1], 4)
 
 
+@on_tpu_compiler
 def test_the_compilers_bundles_are_counted(tmp_path: Path):
     """On v5p, at K2's length: no less than the arithmetic takes, and less than nine tenths of splash attention."""
-    pytest.importorskip("libtpu")
     sys.path.insert(0, str(REPOSITORY / "tools" / "bench"))
     try:
         import tpu_kernel_cost

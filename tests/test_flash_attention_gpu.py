@@ -3,10 +3,8 @@
 What only a GPU can tell (numerics on its matrix units, speed) is tools/bench/gpu_suite.py's.
 """
 
-import os
 import re
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from compilers import on_gpu_compiler, run_compiling
 from k2jax.kernels.flash_attention import flash_attention, merge
 from k2jax.kernels.triton_block_sizes import BlockSizes, Cut
 from test_flash_attention import documents_of, draw, expected_of, values_and_gradients
-from test_topologies import HAS_PLUGIN
 
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention_triton as triton
@@ -246,16 +243,11 @@ for c.model.attention.implementation in ("flash", "auto"):
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """(what COMPILE printed, the folder where XLA left its PTX)."""
-    if not HAS_PLUGIN:
-        pytest.skip("needs jax's CUDA plugin (the extra gpu)")
     folder = tmp_path_factory.mktemp("compiled")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": f"--xla_dump_to={folder}"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR")
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines(), folder
+    return run_compiling(COMPILE, folder, {"XLA_FLAGS": f"--xla_dump_to={folder}"}).splitlines(), folder
 
 
+@on_gpu_compiler
 def test_it_compiles_for_gpus_that_are_not_here_and_within_a_sharded_step(compiled: tuple[list[str], Path]):
     """Three kernels of ours, one forward and two backward, or two of cuDNN's; in a step, one each in its loops.
 
@@ -266,6 +258,7 @@ def test_it_compiles_for_gpus_that_are_not_here_and_within_a_sharded_step(compil
     assert compiled[0] == [*expected, "step flash 3 0", "step auto 0 2"]
 
 
+@on_gpu_compiler
 def test_kernels_of_the_table_spill_next_to_no_register_and_hoppers_use_wgmma(compiled: tuple[list[str], Path]):
     """By the word of ptxas, for each kernel that was compiled; those of float32 are for tests, not for speed."""
     import nvidia  # a namespace: the plugin's CUDA

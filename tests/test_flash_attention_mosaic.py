@@ -3,10 +3,7 @@
 What only a GPU can tell (numerics on its matrix units, speed) is tools/bench/gpu_suite.py's.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,13 +14,12 @@ import jax.numpy as jnp
 import mosaic_machine
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from compilers import on_gpu_compiler, run_compiling
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from k2jax.kernels.flash_attention import flash_attention, merge
 from k2jax.kernels.mosaic_block_sizes import TABLE, BlockSizes, Cut, block_sizes
 from test_flash_attention import documents_of, draw, expected_of
-from test_topologies import HAS_PLUGIN
 
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention_mosaic as mosaic
@@ -295,24 +291,19 @@ SPILLED = {64: 0, 128: 32, 192: 64, 256: 200}  # bytes a thread, at most: the wi
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """(what COMPILE printed, the folder where Mosaic GPU left its PTX and what ptxas said)."""
-    if not HAS_PLUGIN:
-        pytest.skip("needs jax's CUDA plugin (the extra gpu)")
     folder = tmp_path_factory.mktemp("compiled")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MOSAIC_GPU_DUMP_TO": str(folder)}
-    environment |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR")
-    command = [sys.executable, "-c", COMPILE.replace("CASES", repr(CASES))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines(), folder
+    environment = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1"}
+    return run_compiling(COMPILE.replace("CASES", repr(CASES)), folder, environment).splitlines(), folder
 
 
+@on_gpu_compiler
 def test_it_compiles_for_an_h100_and_within_a_sharded_step(compiled: tuple[list[str], Path]):
     """Three kernels, one forward and two backward; also where two devices share rows, in a ring."""
     kernels = "dkv dq forward"
     assert compiled[0] == [*(f"{H} {kernels}" for _, _, H, _ in CASES), f"step 1 {kernels}", f"step 2 {kernels}"]
 
 
+@on_gpu_compiler
 def test_kernels_of_the_table_use_wgmma_and_spill_next_to_no_register(compiled: tuple[list[str], Path]):
     """By the word of ptxas, for each kernel of each case, in their order."""
     said = sorted(compiled[1].glob("*.ptxas"), key=lambda path: int(path.stem.split("_")[-1]))

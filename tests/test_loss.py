@@ -1,15 +1,13 @@
 """k2jax.model.loss: the value and gradient of the loss, which targets count, and the loss by subset."""
 
-import os
-import subprocess
-import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from compilers import on_tpu_compiler, run_compiling
 from test_model import logits_of, small_model
 
 from k2jax import config
@@ -235,14 +233,10 @@ for block in (256, 2048):
 """
 
 
-def test_at_k2s_vocabulary_a_tpu_holds_a_block_of_logits():
+@on_tpu_compiler
+def test_at_k2s_vocabulary_a_tpu_holds_a_block_of_logits(tmp_path: Path):
     """Four rows of 2,048 positions: all logits would be 1.05 GB in float32, and their gradient 0.5 GB in bfloat16."""
-    pytest.importorskip("libtpu")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR")
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    blocks, whole = map(int, done.stdout.split())
+    blocks, whole = map(int, run_compiling(COMPILE, tmp_path).split())
     head = 1024 * 32032
     assert blocks < 4 * 256 * 32032 * 4 + 8 * head, "a block of logits, and the head in bfloat16 and its gradient"
     assert whole > 4 * 2048 * 32032 * 2

@@ -1,9 +1,6 @@
 """The pipeline computes what the model computes without one, in the turns that it says, and moves what it must."""
 
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from compilers import on_tpu_compiler, run_compiling
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
@@ -246,15 +243,10 @@ with jax.set_mesh(mesh):
 """
 
 
+@on_tpu_compiler
 def test_it_compiles_for_tpus_with_flash_attention(tmp_path: Path):
     """Flash attention's shard_map stands in the pipeline's; the rows of a microbatch stay split over fsdp."""
-    pytest.importorskip("libtpu")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR")
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    text = done.stdout
+    text = run_compiling(COMPILE, tmp_path)
     kernels = text.count('custom_call_target="tpu_custom_call"')
     assert kernels == 3, "forward, forward again and backward, one each in the loops over layers"
     sent = re.findall(r"\((bf16\[\d+,256,256\])[^=]* collective-permute-start\(.*?source_target_pairs=(\S*),", text)

@@ -1,7 +1,6 @@
 """The plan: a compiled program's text is read right, transfers take the time that the model of the links says, and the
 command says before launch whether a step fits and how long it takes."""
 
-import importlib.util
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from compilers import on_gpu_compiler, on_tpu_compiler
 
 from k2jax.errors import ConfigError
 from k2jax.plan.chips import CHIPS, chip_of
@@ -24,7 +24,6 @@ from k2jax.train import train
 from k2jax.training.metrics import planned_step_seconds
 
 ROOT = Path(__file__).parent.parent
-needs_tpu_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`")
 
 
 # ---- a program's text ------------------------------------------------------------------------------------------------
@@ -237,7 +236,7 @@ KERNELS = """ENTRY %m (a: f32[1]) -> f32[1] {
 """
 
 
-@needs_tpu_compiler
+@on_tpu_compiler
 def test_a_kernel_costs_as_many_pairs_as_it_takes():
     """As the ring's parts do: all queries with half of the keys is as much as half of the queries with all keys."""
     found = {}
@@ -262,7 +261,7 @@ def plan(tiny_data: Path, *arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@needs_tpu_compiler
+@on_tpu_compiler
 def test_a_step_that_fits(tiny_data: Path, tmp_path: Path):
     code, out, errors = plan(tiny_data, "--topology=v5e:2x2", "--json", f"--workdir={tmp_path}")
     assert code == 0, errors
@@ -285,7 +284,7 @@ def test_a_step_that_fits(tiny_data: Path, tmp_path: Path):
     assert kept["step_seconds"] == pytest.approx(found["step_seconds"], rel=0.01)
 
 
-@needs_tpu_compiler
+@on_tpu_compiler
 def test_a_step_that_does_not_fit_exits_with_2_and_says_what_would(tiny_data: Path):
     large = ["--config.model.dim=8192", "--config.model.ffn_dim=32768", "--config.model.num_layers=16"]
     code, out, errors = plan(tiny_data, "--topology=v5e:2x2", *large)
@@ -300,7 +299,7 @@ def test_a_step_that_does_not_fit_exits_with_2_and_says_what_would(tiny_data: Pa
     assert code == 0, f"the remedy does not help:\n{out}{errors}"
 
 
-@needs_tpu_compiler
+@on_tpu_compiler
 def test_the_search_ranks_what_fits(tiny_data: Path):
     """Three microbatches of a pipeline are no multiple of two stages; without stages there are none to try."""
     options = ["--search", "--fsdp", "2", "4", "3", "--tensor", "1", "2", "--pipeline", "1", "2", "--remat", "full"]
@@ -319,7 +318,7 @@ def test_the_search_ranks_what_fits(tiny_data: Path):
     assert times == sorted(times)
 
 
-@needs_tpu_compiler
+@on_tpu_compiler
 def test_arrays_kept_by_the_host_take_its_memory_and_copies(tiny_data: Path):
     code, out, errors = plan(tiny_data, "--topology=v5e:2x2", "--config.model.remat=q+up@host", "--json")
     assert code == 0, errors
@@ -334,7 +333,7 @@ def test_arrays_kept_by_the_host_take_its_memory_and_copies(tiny_data: Path):
     assert re.search(r"of its host +0\.0 GiB a chip", printed) and "of copies to and from the host" in printed
 
 
-@needs_tpu_compiler
+@on_tpu_compiler
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -365,7 +364,7 @@ for generation in topologies.GENERATIONS.values():
 """
 
 
-@needs_tpu_compiler
+@on_tpu_compiler
 def test_chips_have_as_many_devices_as_the_compiler_gives_them():
     done = subprocess.run([sys.executable, "-c", COUNT], cwd=ROOT, capture_output=True, text=True)
     found = [line.split("|") for line in done.stdout.splitlines()]
@@ -390,7 +389,7 @@ def test_unknown_accelerators_are_refused_with_the_known():
         chip_of("b200:8")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `gpu`")
+@on_gpu_compiler
 def test_a_step_on_gpus(tiny_data: Path):
     code, out, errors = plan(tiny_data, "--topology=h100:8", "--json")
     assert code == 0, errors
@@ -438,7 +437,7 @@ ROWS_SHARED = "--stage=stage2 --config.mesh.fsdp=256 --config.mesh.context=2 --c
 
 
 @pytest.mark.slow
-@needs_tpu_compiler
+@on_tpu_compiler
 @pytest.mark.parametrize(
     ("experiment", "topology", "least_mfu", "other"),
     [

@@ -1,13 +1,11 @@
 """Devices that are not here, by name: GPUs here, TPUs where their kernels are compiled (test_flash_attention.py)."""
 
-import importlib.util
 
 import pytest
+from compilers import HAS_GPU_COMPILER, on_gpu_compiler
 
 from k2jax.errors import ConfigError
 from k2jax.plan import topologies
-
-HAS_PLUGIN = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
 
 
 @pytest.mark.parametrize(
@@ -25,13 +23,13 @@ def test_a_name_of_no_devices_is_refused(topology: str, message: str):
         topologies.devices(topology)
 
 
-@pytest.mark.skipif(HAS_PLUGIN, reason="it can")
+@pytest.mark.skipif(HAS_GPU_COMPILER, reason="it can")
 def test_what_is_missing_is_named():
     with pytest.raises(ConfigError, match="pip install 'k2jax.gpu.'"):
         topologies.devices("h100:8")
 
 
-@pytest.mark.skipif(not HAS_PLUGIN, reason="needs jax's CUDA plugin (the extra gpu)")
+@on_gpu_compiler
 @pytest.mark.parametrize(
     ("topology", "hosts", "kind", "capability"),
     [
