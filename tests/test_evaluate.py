@@ -30,9 +30,9 @@ from k2jax.evals import memorization, results, suites
 from k2jax.evals.results import Identity, Outcome, Results, read_result
 from k2jax.evals.session import Session, Wanted, select_steps
 from k2jax.evals.subject import Subject
+from k2jax.files import write_json
 from k2jax.model.decoder import Decoder
 from k2jax.parallel.sharding import MESH_AXES
-from k2jax.run.directory import write_json
 from k2jax.run.saved import open_step, restore_params
 from k2jax.train import train
 from k2jax.training.placement import mesh_for

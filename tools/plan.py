@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from k2jax import files  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
 from k2jax.plan import topologies  # noqa: E402
 
@@ -65,7 +66,6 @@ def main() -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> bool:
     from k2jax import config as configuration
     from k2jax.plan import estimate, show
-    from k2jax.run.directory import write_json
 
     config = configuration.load(args.config, overrides)
 
@@ -82,8 +82,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> bool:
         return any(case["fits"] for case in tried)
     found: dict[str, Any] = estimate.plan(config, args.topology, args.stage, say)
     if args.workdir is not None:
-        args.workdir.mkdir(parents=True, exist_ok=True)
-        write_json(args.workdir / "plan.json", found)
+        files.write_json(args.workdir / "plan.json", found, sort_keys=True, end="")
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(found) if args.json else show.table(found))
     return found["fits"]
