@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from k2jax import config as configuration
-from k2jax import files
+from k2jax import files, paths
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.journal import check_journal, check_resume
 from k2jax.data.manifest import describe
@@ -218,12 +218,8 @@ def main() -> None:
         "Exit codes: 0 done, 75 preempted and saved (restart), 74 storage, 65 numerics, "
         "78 configuration or data, 70 a bug.",
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="experiment file, such as experiments/smoke.py"
-    )
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="run directory; a run in it is resumed"
-    )
+    paths.add(parser, "--config", required=True, metavar="FILE", help="experiment, as experiments/smoke.py")
+    paths.add(parser, "--workdir", required=True, metavar="DIR", help="run directory; a run in it is resumed")
     args, rest = parser.parse_known_args()
     overrides = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
     unknown = [text for text in rest if not text.startswith("--config.")]

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "paths": {"errors"},
     "files": {"errors"},
-    "config": {"errors"},
+    "config": {"errors", "paths"},
     "k2": {"config"},
     "data": COMMON,
     "prepare": COMMON | {"data"},

@@ -43,8 +43,6 @@ def build(
     documents and stores, several times the documents' size. Raises ConfigError if `out` holds anything else, was begun
     with another recipe or other documents, or is being worked in; StorageError if it cannot be written.
     """
-    if "://" in str(out):
-        raise ConfigError(f"--out={out}: must be a folder of this machine or of a file system that all workers see")
     out = Path(out).absolute()
     workers = workers or os.cpu_count() or 1
     was_there = (out / "data.json").exists()

@@ -34,7 +34,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
-from k2jax import files  # noqa: E402
+from k2jax import files, paths  # noqa: E402
 from k2jax.errors import RunError, run_main  # noqa: E402
 
 Row = dict[str, Any]
@@ -303,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = [name for name in LIMITS_S if name != "blocks"]
     parser.add_argument("--sections", nargs="+", choices=LIMITS_S, default=defaults)
-    parser.add_argument("--out", type=Path, default=None)
+    paths.add(parser, "--out")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--worker", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
