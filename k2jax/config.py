@@ -16,10 +16,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from k2jax import paths
 from k2jax.errors import ConfigError
 
 # Arrays of a layer that `model.remat` may keep; "attention" is its output, "middle" the stream between its two halves.
 REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
+PATHS = {"root": True, "tokenizer": False}  # keys of `data` that are paths, and whether they may be URLs
 ON_HOST = "@host"  # after a name, as in q+k+up@host: that one is kept in the host's memory
 
 
@@ -140,7 +142,7 @@ def stage(**overrides: Any) -> ConfigDict:
 # fmt: on
 
 
-def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
+def load(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
     """The experiment file's `get_config()` with `--config.KEY=VALUE` overrides applied, checked and locked.
 
     An experiment file is code: loading one runs it.
@@ -150,7 +152,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         hint = f"; that folder has {', '.join(near)}" if near else ""
         raise ConfigError(f"--config={path}: no such experiment file{hint}")
     try:
-        names = runpy.run_path(path)
+        names = runpy.run_path(str(path))
         if "get_config" not in names:
             raise ConfigError(f"--config={path} does not define get_config(); see experiments/smoke.py")
         config = names["get_config"]()
@@ -162,6 +164,8 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     for text in overrides:
         _override(config, text)
     validate(config)
+    for key, urls in PATHS.items():
+        config.data[key] = str(paths.parse(config.data[key], f"data.{key}", urls=urls))
     return config.lock()
 
 
@@ -232,6 +236,11 @@ def validate(config: ConfigDict) -> None:
     need(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "must not be negative")
     for key in ("microbatches", "repeats"):
         need(m.pipeline[key] > 0, f"model.pipeline.{key}", m.pipeline[key], "must be positive")
+    for key, urls in PATHS.items():
+        try:
+            paths.parse(config.data[key], f"data.{key}", urls=urls)
+        except ConfigError as error:
+            problems.append(str(error))
     for key in ("compute", "logits"):
         choices = ("bfloat16", "float32") + (("auto",) if key == "compute" else ())
         found = config.precision[key]
@@ -335,14 +344,7 @@ def _closest(key: str, known: Iterable[str]) -> str:
 
 def _guess(message: str) -> str:
     """For an error out of an experiment file: the known key nearest to the first name that it quotes."""
-    quoted = (
-        message.split("'")[1]
-        if message.count("'") >= 2
-        else message.split('"')[1]
-        if message.count('"') >= 2
-        else ""
-    )
-    if not quoted or "mean" in message:
+    quoted = re.search(r"'([^']*)'", message) or re.search(r'"([^"]*)"', message)
+    if not quoted or not quoted[1] or "mean" in message:
         return ""
-    names = {part for key in flatten(to_dict(base())) for part in key.split(".")}
-    return _closest(quoted, names)
+    return _closest(quoted[1], {part for key in flatten(to_dict(base())) for part in key.split(".")})

@@ -11,8 +11,8 @@ import argparse
 import os
 import signal
 import sys
-from pathlib import Path
 
+from k2jax import paths
 from k2jax.errors import run_main
 
 EPILOG = """\
@@ -36,11 +36,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = p.add_argument
-    add("--workdir", required=True, type=Path, metavar="DIR", help="run directory")
+    paths.add(p, "--workdir", required=True, metavar="DIR", help="run directory")
     add("--steps", metavar="WHICH", help="newest (default), all (default with --watch), every:3 (every third "
         "checkpoint counted from the run's beginning, as K2's), or 10,20")  # fmt: skip
     add("--tasks", default="validation", metavar="A,B", help="see below (default: validation)")
-    add("--task-dir", metavar="DIR", help="folder of the harness's task files (YAML) of your own")
+    paths.add(p, "--task-dir", metavar="DIR", help="folder of the harness's task files (YAML) of your own")
     add("--limit", type=_positive, metavar="N", help="only the first N examples of each harness task")
     add("--num-fewshot", type=_count, metavar="N", help="examples before each question, for harness tasks named in "
         "--tasks; k2 has its own")  # fmt: skip
@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
         "four of every chunk up to the checkpoint)")  # fmt: skip
     add("--memorization-rows", type=_positive, default=64, metavar="N", help="rows of each chunk, or of each step "
         "named (default: 64)")  # fmt: skip
-    add("--stores", metavar="DIR", help="where the run's stores are, by name, if they have moved")
+    paths.add(p, "--stores", urls=True, metavar="DIR", help="where the run's stores are, by name, if they "
+        "have moved")  # fmt: skip
     add("--allow-code-execution", action="store_true", help="run what the model writes for HumanEval and MBPP, on this "
         "machine and with your rights")  # fmt: skip
     add("--batch-tokens", type=_positive, default=16384, metavar="N", help="tokens in one call of the model, over all "

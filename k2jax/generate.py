@@ -13,9 +13,9 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from k2jax import paths
 from k2jax.errors import ConfigError, run_main
 
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
@@ -74,10 +74,10 @@ def parse() -> argparse.Namespace:
         prog="python -m k2jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", required=True, type=Path, metavar="DIR", help="the run directory")
+    paths.add(parser, "--workdir", required=True, metavar="DIR", help="the run directory")
     add("--step", type=int, help="a checkpoint (default: the newest)")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line; in a .jsonl file a line is "
+    paths.add(parser, "--prompts", metavar="FILE", help="a prompt a line; in a .jsonl file a line is "
         '{"prompt": ..., "suffix": ...}')  # fmt: skip
     add("--suffix", metavar="TEXT", help="fill in between --prompt and this")
     add("--fim-order", choices=("psm", "spm"), default="psm", help="how the middle is asked for: prefix, suffix, middle"

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from k2jax import config as configuration
+from k2jax import files, paths
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.journal import check_journal, check_resume
 from k2jax.data.manifest import describe
@@ -37,7 +38,7 @@ from k2jax.model.generation import Generator
 from k2jax.model.sampling import Sampling
 from k2jax.parallel import distributed, sharding
 from k2jax.run.checkpoint import Checkpoints
-from k2jax.run.directory import RunDirectory, write_json
+from k2jax.run.directory import RunDirectory
 from k2jax.run.ledger import Ledger, StepLog
 from k2jax.run.state import TrainState
 from k2jax.training.metrics import Recorder
@@ -179,8 +180,8 @@ def report(
         for prompt, start, tokens in zip(config.eval.prompts, starts, new, strict=True):
             say(f"sample: {prompt}|{text_after(encoder.decode, start, tokens)}")
     if is_main():
-        values = {name: v._asdict() for name, v in found.items()}
-        write_json(workdir / "validation.json", {"step": int(state.step), "subsets": values})
+        values = {"step": int(state.step), "subsets": {name: v._asdict() for name, v in found.items()}}
+        files.write_json(workdir / "validation.json", values, sort_keys=True, end="")
     say(f"the run: {workdir}")
     say(
         f"next: python tools/which_docs.py --workdir={workdir} --step={int(state.step)} shows what a step read;"
@@ -217,12 +218,8 @@ def main() -> None:
         "Exit codes: 0 done, 75 preempted and saved (restart), 74 storage, 65 numerics, "
         "78 configuration or data, 70 a bug.",
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="experiment file, such as experiments/smoke.py"
-    )
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="run directory; a run in it is resumed"
-    )
+    paths.add(parser, "--config", required=True, metavar="FILE", help="experiment, as experiments/smoke.py")
+    paths.add(parser, "--workdir", required=True, metavar="DIR", help="run directory; a run in it is resumed")
     args, rest = parser.parse_known_args()
     overrides = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
     unknown = [text for text in rest if not text.startswith("--config.")]

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from k2jax.files import write_json
 from k2jax.prepare import kept, recipe
 from k2jax.prepare.card import documents as card_documents
 from k2jax.prepare.card.card import make_card, mix_of, steps_of, write_card
@@ -21,7 +22,7 @@ from k2jax.prepare.card.html import page
 from k2jax.prepare.card.markdown import markdown
 from k2jax.prepare.card.tables import tables_of
 from k2jax.prepare.card.text import for_html, for_markdown, lines_of, num_bytes, power_of_two, share, shown
-from k2jax.prepare.documents import document, write_documents, write_json
+from k2jax.prepare.documents import document, write_documents
 from k2jax.prepare.tally import Tally, combine
 
 DUPLICATES = pa.schema(

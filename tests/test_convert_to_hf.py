@@ -341,7 +341,7 @@ def test_a_full_disk_leaves_nothing(square: SavedStep, tmp_path: Path, monkeypat
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("k2jax.hf.safetensors_io.os.fsync", full)
+    monkeypatch.setattr("k2jax.files.os.fsync", full)
     with refused(tmp_path, StorageError, "No space left on device"):
         export(square, tmp_path / "out", "bfloat16", BIG, quiet)
 
@@ -583,7 +583,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(square: SavedSte
     program = [sys.executable, "-c", KILLED, str(square.workdir), str(tmp_path / "out")]
     assert subprocess.run(program, env=environment).returncode == -signal.SIGKILL
     [left] = tmp_path.iterdir()
-    assert left.name.startswith("out.partial-") and not (left / "parity.json").exists()
+    assert left.name.startswith("out.new-") and not (left / "parity.json").exists()
     running = tmp_path / f"{left.name.rpartition('-')[0]}-{os.getppid()}"
     running.mkdir()
     export(square, tmp_path / "out", "bfloat16", BIG, quiet)

@@ -19,20 +19,20 @@ from conftest import REPOSITORY
 from faults.runs import READ_ONLY_CACHE, Trainer, trainers
 from ml_collections import ConfigDict
 
-from k2jax import evaluate
+from k2jax import evaluate, files
 from k2jax.data.loader import BatchSource, row_length, validation_starts
 from k2jax.data.manifest import sha256_json
 from k2jax.data.provenance import open_run
 from k2jax.data.store import StoreWriter
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError, run_main
-from k2jax.evals import memorization, results, suites
+from k2jax.evals import memorization, suites
 from k2jax.evals.results import Identity, Outcome, Results, read_result
 from k2jax.evals.session import Session, Wanted, select_steps
 from k2jax.evals.subject import Subject
+from k2jax.files import write_json
 from k2jax.model.decoder import Decoder
 from k2jax.parallel.sharding import MESH_AXES
-from k2jax.run.directory import write_json
 from k2jax.run.saved import open_step, restore_params
 from k2jax.train import train
 from k2jax.training.placement import mesh_for
@@ -178,7 +178,7 @@ def test_results_say_of_what_and_with_what(copy: Path):
 
 
 def test_a_kill_between_samples_and_result_leaves_nothing_that_counts(copy: Path, monkeypatch: pytest.MonkeyPatch):
-    write, written = results._write, []
+    write, written = files.write_bytes, []
 
     def dies(path: Path, data: bytes) -> None:
         if written:
@@ -186,11 +186,11 @@ def test_a_kill_between_samples_and_result_leaves_nothing_that_counts(copy: Path
         written.append(path)
         write(path, data)
 
-    monkeypatch.setattr(results, "_write", dies)
+    monkeypatch.setattr(files, "write_bytes", dies)
     with pytest.raises(KeyboardInterrupt):
         session(copy).run()
     assert written[0].exists() and Results(copy).all() == []
-    monkeypatch.setattr(results, "_write", write)
+    monkeypatch.setattr(files, "write_bytes", write)
     again = session(copy)
     again.run()
     assert again.num_new == 1 and Results(copy).all() == again.results

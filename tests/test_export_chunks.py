@@ -166,7 +166,7 @@ def test_the_same_bytes_with_workers_in_parts_and_over_leftovers(run, exported, 
     assert [chunk["file"] for chunk in first["chunks"]] == ["chunk_00001.parquet"] and first[
         "num_chunks"
     ] == 3
-    (tmp_path / "parts" / "chunk_00000.parquet.new").write_bytes(b"half")
+    (tmp_path / "parts" / "chunk_00000.parquet.new-elsewhere-7").write_bytes(b"half")
     (tmp_path / "parts" / "chunk_00002.parquet").write_bytes(b"complete, but nobody said so")
     seen = {}
     export_chunks(
@@ -189,18 +189,16 @@ export_chunks.export_chunks(sys.argv[1], sys.argv[2])
 @pytest.mark.parametrize(
     ("point", "left"),
     [
-        ("os.fsync", {"chunk_00000.parquet.new"}),  # written, not yet under its name
+        ("os.fsync", {"chunk_00000.parquet.new-"}),  # written, not yet under its name
         ("export_chunks._sha256", {"chunk_00000.parquet"}),  # under its name, nobody has said so
-        (
-            "export_chunks.readme",
-            {f"chunk_0000{i}.parquet" for i in range(3)} | {"README.md.new"},
-        ),  # no summary
+        ("export_chunks.readme", {f"chunk_0000{i}.parquet" for i in range(3)}),  # no summary
     ],
 )
 def test_a_kill_leaves_no_summary_and_is_mended(run, exported, tmp_path, point, left):
     command = [sys.executable, "-c", KILLED.replace("{point}", point), run, tmp_path / "out"]
     assert subprocess.run(command, check=False).returncode == -9
-    assert set(files(tmp_path / "out")) == left
+    names = {re.sub("new-.*", "new-", name) for name in files(tmp_path / "out")}  # less host and process
+    assert names == left
     export_chunks(run, tmp_path / "out")
     assert files(tmp_path / "out") == files(exported)
 

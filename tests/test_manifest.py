@@ -114,7 +114,7 @@ def test_an_unreadable_manifest_is_named(tmp_path):
         with pytest.raises(ConfigError, match=complaint):
             load_manifest(path)
     with pytest.raises(StorageError, match="cannot write the manifest"):
-        save_manifest({}, tmp_path / "absent" / "manifest.json")
+        save_manifest({}, path / "manifest.json")
 
 
 def test_the_table_at_start_up_shows_shares_and_epochs():

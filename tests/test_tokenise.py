@@ -19,7 +19,7 @@ from k2jax.data.tokenizer import EOS, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import fim, kept, pieces, recipe, tokenise
 from k2jax.prepare.dedup.duplicates import ROWS
-from k2jax.prepare.documents import document, read_documents, to_line, whole_file, write_documents
+from k2jax.prepare.documents import document, read_documents, to_line, write_documents
 from k2jax.prepare.tokenise import Bucket
 
 TEXTS = [f"Text {i} says </s>, \u2581 and <fim_middle>.\n" + f"wörd{i % 7} line\n" * (i % 11) for i in range(120)]
@@ -236,13 +236,6 @@ def test_pieces_that_do_not_fit_are_refused(tmp_path):
     assert not (tmp_path / "store/store.json").exists()
     pq.write_table(DOCUMENTS.empty_table(), tmp_path / "pieces/00000.parquet")
     assert pieces.join(tmp_path / "pieces", tmp_path / "store", options, {}) is None
-
-
-def test_a_file_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(KeyError), whole_file(tmp_path / "x") as file:
-        file.write(b"half")
-        raise KeyError
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_documents_are_read_back_as_they_were(tmp_path):

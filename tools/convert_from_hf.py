@@ -21,14 +21,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from k2jax import paths
 from k2jax.errors import run_main
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf", required=True, type=Path, metavar="DIR", help="config.json, weights, tokenizer.json")
-    parser.add_argument("--out", required=True, type=Path, metavar="WORKDIR", help="the run; new, or empty")
+    paths.add(parser, "--hf", required=True, metavar="DIR", help="config.json, weights, tokenizer.json")
+    paths.add(parser, "--out", required=True, metavar="WORKDIR", help="the run; new, or empty")
     parser.add_argument("--name", default="", help="of the experiment (default: the folder's)")
     parser.add_argument("--allow-non-finite", action="store_true", help="take weights that are NaN or infinite, too")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

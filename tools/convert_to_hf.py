@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from k2jax import paths
 from k2jax.errors import run_main
 from k2jax.parallel.host_memory import keep_freed_memory
 
@@ -41,9 +42,9 @@ def size(text: str) -> int:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, type=Path, help="the run directory")
+    paths.add(parser, "--workdir", required=True, help="the run directory")
     parser.add_argument("--step", type=int, help="a checkpoint (default: the newest; with --verify the export's)")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the export; new, or empty")
+    paths.add(parser, "--out", required=True, metavar="DIR", help="the export; new, or empty")
     kinds = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=kinds, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--shard-size", type=size, default="5GB", help="of a file, at most (default: 5GB)")

@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from k2jax import paths  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
 
 
@@ -39,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="the run directory")
-    parser.add_argument("--out", required=True, type=Path, help="a new folder, or one to go on with")
+    paths.add(parser, "--workdir", required=True, help="the run directory")
+    paths.add(parser, "--out", required=True, help="a new folder, or one to go on with")
     parser.add_argument(
         "--chunks",
         type=chunk_range,
@@ -48,7 +49,7 @@ def main() -> None:
         metavar="A:B",
         help="from 0, B not included (default: all)",
     )
-    parser.add_argument("--stores", metavar="DIR", help="where the stores are, by name, if they have moved")
+    paths.add(parser, "--stores", urls=True, metavar="DIR", help="where the stores are, by name, if they moved")
     parser.add_argument(
         "--workers", type=positive, default=1, help="processes, each at one chunk (default: 1)"
     )

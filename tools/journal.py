@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from k2jax import paths  # noqa: E402
 from k2jax.data.journal import append_entry, check_journal, decide, read_journal  # noqa: E402
 from k2jax.data.manifest import load_manifest  # noqa: E402
 from k2jax.data.order import Order  # noqa: E402
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="the run directory")
+    paths.add(parser, "--workdir", required=True, help="the run directory")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--list", action="store_true", help="print the entries")
     for kind, meaning in (("skip", "never read them"), ("defer", "read them at the end of their stage")):

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from k2jax import files, paths  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
 from k2jax.plan import topologies  # noqa: E402
 
@@ -36,11 +37,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit codes: 0 fits, 2 does not fit, 64 wrong arguments, 78 configuration, 70 a bug.",
     )  # fmt: skip
-    parser.add_argument("--config", required=True, metavar="FILE", help="experiment file")
+    paths.add(parser, "--config", required=True, metavar="FILE", help="experiment file")
     parser.add_argument("--topology", required=True, help="such as v5p:8x8x8, v6e:16x16, h100:8")
     parser.add_argument("--stage", help="name of the one stage to plan (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="run directory to keep the plan in, as plan.json")
+    paths.add(parser, "--workdir", metavar="DIR", help="run directory to keep the plan in, as plan.json")
     parser.add_argument("--search", action="store_true", help="try meshes, microbatches and remat; rank what fits")
     parser.add_argument("--fsdp", type=int, nargs="+", metavar="N", help="of --search: sizes of fsdp to try")
     parser.add_argument("--tensor", type=int, nargs="+", default=[1], metavar="N", help="of --search (default: 1)")
@@ -65,7 +66,6 @@ def main() -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> bool:
     from k2jax import config as configuration
     from k2jax.plan import estimate, show
-    from k2jax.run.directory import write_json
 
     config = configuration.load(args.config, overrides)
 
@@ -82,8 +82,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> bool:
         return any(case["fits"] for case in tried)
     found: dict[str, Any] = estimate.plan(config, args.topology, args.stage, say)
     if args.workdir is not None:
-        args.workdir.mkdir(parents=True, exist_ok=True)
-        write_json(args.workdir / "plan.json", found)
+        files.write_json(args.workdir / "plan.json", found, sort_keys=True, end="")
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(found) if args.json else show.table(found))
     return found["fits"]

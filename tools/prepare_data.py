@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from k2jax import paths  # noqa: E402
 from k2jax.errors import ConfigError, run_main  # noqa: E402
 
 
@@ -23,10 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="FILE", help="the data experiment, a Python file; see experiments/data")
+    paths.add(what, "--config", metavar="FILE", help="the data experiment, a Python file; see experiments/data")
     what.add_argument("--seqio_mixture", metavar="NAME", help="a seqio Task or Mixture (pip install 'k2jax[seqio]')")
     add("--module", help="of --seqio_mixture: the module that registers it when it is imported")
-    add("--out", required=True, metavar="DIR", help="folder for what comes out; all workers must see it")
+    paths.add(parser, "--out", required=True, metavar="DIR", help="what comes out; all workers must see it")
     add("--executor", choices=("local", "ray", "slurm"), default="local", help="where tasks run (default: local)")
     add("--workers", type=int, default=0, metavar="N", help="tasks at once (default: the cores of this machine)")
     add("--keep_stages", action="store_true", help="keep what lies between documents and stores, in DIR/stages")

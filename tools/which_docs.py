@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from k2jax import paths  # noqa: E402
 from k2jax.data.provenance import RowOrigin, open_run, which_docs  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
 
@@ -27,12 +28,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="the run directory")
+    paths.add(parser, "--workdir", required=True, help="the run directory")
     parser.add_argument("--step", required=True, type=int, help="from 1")
     parser.add_argument("--row", type=int, help="one row of the step, from 0 (default: all)")
     parser.add_argument("--text", action="store_true", help="print the text, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row")
-    parser.add_argument("--stores", metavar="DIR", help="where the stores are, by name, if they have moved")
+    paths.add(parser, "--stores", urls=True, metavar="DIR", help="where the stores are, by name, if they moved")
     args = parser.parse_args()
 
     run = open_run(args.workdir, args.stores)

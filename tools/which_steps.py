@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from k2jax import paths  # noqa: E402
 from k2jax.data.provenance import DocumentReads, open_run, which_steps  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
 
@@ -27,10 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="the run directory")
+    paths.add(parser, "--workdir", required=True, help="the run directory")
     parser.add_argument("--doc", required=True, metavar="ID", help="SHA-256 (hex) of the document's text")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each place it stands")
-    parser.add_argument("--stores", metavar="DIR", help="where the stores are, by name, if they have moved")
+    paths.add(parser, "--stores", urls=True, metavar="DIR", help="where the stores are, by name, if they moved")
     args = parser.parse_args()
 
     run = open_run(args.workdir, args.stores)

@@ -24,6 +24,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from k2jax import files
 from k2jax.data.chunks import checkpoint_steps
 from k2jax.data.document_table import DocumentTable
 from k2jax.data.export_readme import readme
@@ -144,7 +145,9 @@ def export_chunk(workdir: str, out: str, stores: str | None, scratch: str, chunk
     with _locked(folder, chunk):
         (folder / WORK / f"{chunk:05d}.json").unlink(missing_ok=True)
         in_ledger = ledger_digests(run.workdir, chunk, first, last)
-        with _whole_file(path) as file:
+        files.remove_leftovers(folder, path.name, alone=True)
+        files.remove_leftovers(folder / WORK, f"{chunk:05d}.json", alone=True)
+        with files.whole_file(path) as file:
             rows, parts = _write_rows(file, run, Path(scratch), first, last, in_ledger)
         entry = {
             "file": path.name,
@@ -160,8 +163,7 @@ def export_chunk(workdir: str, out: str, stores: str | None, scratch: str, chunk
             "document_parts": parts,
             "steps_in_ledger": len(in_ledger),
         }
-        with _whole_file(folder / WORK / f"{chunk:05d}.json") as file:
-            file.write(json.dumps(entry, indent=1).encode() + b"\n")
+        files.write_json(folder / WORK / f"{chunk:05d}.json", entry)
     return entry
 
 
@@ -250,10 +252,10 @@ def _write_summary(run: Run, out: Path, steps: list[tuple[int, int]]) -> dict[st
             {key: value for key, value in entry.items() if key != "data"} for entry in entries if entry
         ],
     }
-    with _whole_file(out / "README.md") as file:
-        file.write(readme(summary).encode())
-    with _whole_file(out / "chunks.json") as file:
-        file.write(json.dumps(summary, indent=1).encode() + b"\n")
+    for name in ("README.md", "chunks.json"):  # others may be writing them, too
+        files.remove_leftovers(out, name)
+    files.write_text(out / "README.md", readme(summary))
+    files.write_json(out / "chunks.json", summary)
     return summary
 
 
@@ -268,21 +270,6 @@ def _locked(out: Path, chunk: int) -> Iterator[None]:
                 f"--out={out}: another process is writing chunk {chunk}: wait for it"
             ) from error
         yield
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name once it is complete and on the disk, and leaves nothing after an exception."""
-    new = path.with_name(f"{path.name}.new")
-    try:
-        with open(new, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
 
 
 def _read_entry(path: Path) -> dict[str, Any] | None:

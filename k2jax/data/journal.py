@@ -6,12 +6,12 @@ holds). Entries of kind "skip" and "defer" have "positions": [a, b) and change t
 imported weights differs from them.
 """
 
-import errno
 import json
 import os
 from datetime import UTC, datetime
 from typing import Any
 
+from k2jax import files
 from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
 
@@ -56,12 +56,7 @@ def append_entry(path: str | os.PathLike, entry: Entry) -> None:
     """Adds one entry, whole and flushed to the disk, or nothing; StorageError if it cannot."""
     line = json.dumps(entry, sort_keys=True).encode() + b"\n"
     try:
-        with open(path, "ab", buffering=0) as file:
-            size = file.tell()
-            if file.write(line) != len(line):
-                file.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
+        files.append_line(path, line)
     except OSError as error:
         raise StorageError(f"cannot write the journal {path}: {error.strerror}") from error
 

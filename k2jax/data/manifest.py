@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from k2jax import files
 from k2jax.errors import ConfigError, StorageError
 
 FORMAT = 1
@@ -155,14 +156,8 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 def save_manifest(manifest: dict[str, Any], path: str | os.PathLike) -> None:
     """Writes the manifest whole or not at all; StorageError if it cannot."""
-    temporary = f"{os.fspath(path)}.tmp-{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        files.write_json(path, manifest, sort_keys=True)
     except OSError as error:
         raise StorageError(f"cannot write the manifest {path}: {error.strerror}") from error
 

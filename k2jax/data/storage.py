@@ -31,6 +31,8 @@ def normal_path(path: str | os.PathLike) -> str:
 
 def file_system(path: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a path or URL, and the path there; ConfigError for an unknown kind of URL."""
+    if "://" not in path:  # from_uri would have its own idea of a name that holds % or #
+        return pafs.LocalFileSystem(), path
     try:
         return pafs.FileSystem.from_uri(path)
     except pa.ArrowInvalid as error:
@@ -80,7 +82,11 @@ def find_damage(
 
 
 def write_json(fs: pafs.FileSystem, path: str, content: dict[str, Any]) -> None:
-    """Writes `content` for people to read, too."""
+    """Writes `content` for people to read, too.
+
+    Not by files.py: an object store has no renaming and needs none, a file is there once it is complete. On a disk half
+    of a store.json does not have the digest that it records, and makes the store an unfinished one.
+    """
     with fs.open_output_stream(path, compression=None) as file:
         file.write(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
 
@@ -96,6 +102,11 @@ def storage_errors(what: str) -> Iterator[None]:
         raise StorageError(f"{what}: {reason}") from error
 
 
+def kvstore(path: str) -> str | dict[str, str]:
+    """TensorStore's name for a folder; as a URL a local path would lose what stands behind a #, ? or %."""
+    return f"{path}/" if "://" in path else {"driver": "file", "path": f"{path}/"}
+
+
 def array_spec(path: str, dtype: str, size: int, shard: int, chunk: int) -> dict[str, Any]:
     """TensorStore's spec of an array of `size` elements in files of `shard`, in chunks of `chunk`.
 
@@ -109,7 +120,7 @@ def array_spec(path: str, dtype: str, size: int, shard: int, chunk: int) -> dict
     }
     return {
         "driver": "zarr3",
-        "kvstore": f"{path}/" if "://" in path else {"driver": "file", "path": f"{path}/"},
+        "kvstore": kvstore(path),
         "metadata": {
             "shape": [size],
             "data_type": dtype,

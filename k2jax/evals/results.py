@@ -11,13 +11,13 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from k2jax import files
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import StorageError
 
@@ -71,7 +71,7 @@ class Results:
                 return read_result(path)
             samples = path.with_suffix(".samples.jsonl")
             text = "".join(json.dumps(plain(sample)) + "\n" for sample in outcome.samples).encode()
-            _write(samples, text)
+            files.write_bytes(samples, text)
             result = plain(
                 {
                     "format": FORMAT,
@@ -88,7 +88,7 @@ class Results:
                     **outcome.details,
                 }
             )
-            _write(path, json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
+            files.write_bytes(path, json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
         return result
 
     def all(self) -> list[dict[str, Any]]:
@@ -106,6 +106,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         with (self.directory / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            files.remove_leftovers(folder, alone=True)
             yield
 
 
@@ -133,16 +134,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (str, int, bool)) or value is None else str(value)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

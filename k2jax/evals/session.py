@@ -44,7 +44,7 @@ class Wanted(NamedTuple):
     workdir: Path
     steps: str  # newest, all, every:N, or steps with commas between them
     tasks: tuple[str, ...]
-    task_dir: str | None
+    task_dir: str | Path | None
     num_fewshot: int | None
     limit: int | None
     windows: int | None
@@ -53,7 +53,7 @@ class Wanted(NamedTuple):
     allow_code: bool
     batch_tokens: int
     seed: int
-    stores: str | None = None  # folder that they have moved to
+    stores: str | Path | None = None  # folder that they have moved to
 
 
 class Session:

@@ -1,6 +1,7 @@
 """A checkpoint under evaluation: its parts are read when an evaluation first asks for them, and shared by all."""
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from k2jax.run.saved import SavedStep, restore_params
 class Subject:
     """One saved step on a mesh."""
 
-    def __init__(self, saved: SavedStep, mesh: Mesh, *, batch_tokens: int, seed: int, stores: str | None = None):
+    def __init__(self, saved: SavedStep, mesh: Mesh, *, batch_tokens: int, seed: int, stores: str | Path | None = None):
         """
         Args:
             batch_tokens: of one call of the model, padding included.

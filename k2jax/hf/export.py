@@ -3,11 +3,9 @@
 The folder is written beside its place and renamed when everything is on the disk and the certificate's logits agree.
 """
 
+import glob
 import hashlib
 import json
-import os
-import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from k2jax import __version__
+from k2jax import __version__, files
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError, NumericsError, StorageError
 from k2jax.hf import card, certificate
@@ -59,7 +57,8 @@ def export(
     tokens_BT = certificate.probe_tokens(m, saved.stage.sequence_length)
     sums: dict[str, TensorSums] = {}
     with new_folder(out) as folder:
-        write_files(folder, texts)
+        for file, data in texts.items():
+            files.write_bytes(folder / file, data)
         started = time.perf_counter()
         with ShardWriter(folder, shards) as writer:
             for item in stream(saved, DTYPES[dtype]):
@@ -84,8 +83,8 @@ def export(
             "logits": certificate.describe(tokens_BT, logits_BTV, comparison),
         }
         parity["certificate_sha256"] = sha256_json(parity)
-        readme = card.model_card(saved, dtype, parity).encode()
-        write_files(folder, {CERTIFICATE: as_json(parity), "README.md": readme})
+        files.write_bytes(folder / CERTIFICATE, as_json(parity))
+        files.write_text(folder / "README.md", card.model_card(saved, dtype, parity))
     return Exported(parity, weights_s)
 
 
@@ -171,62 +170,18 @@ def as_json(values: dict[str, Any]) -> bytes:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` at the end, or is removed when anything fails."""
     check_free(out)
-    folder = out.parent / f"{out.name}.partial-{socket.gethostname()}-{os.getpid()}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(out)
-        folder.mkdir()
-        yield folder
-        sync_folder(folder)
-        check_free(out)  # another conversion may have been faster
-        folder.rename(out)
-        sync_folder(out.parent)
+        files.remove_leftovers(out.parent, glob.escape(out.name))
+        with files.whole_folder(out) as folder:
+            yield folder
+            check_free(out)  # another conversion may have been faster
     except OSError as error:
         raise StorageError(
             f"--out={out}: cannot be written: {error.strerror}; nothing is left of it: make room or access, then "
             f"run the same command"
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_free(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out={out} is there and not empty: name a new folder, or remove it")
-
-
-def _remove_stale(out: Path) -> None:
-    """What killed conversions on this host have left."""
-    prefix = f"{out.name}.partial-{socket.gethostname()}-"
-    for path in out.parent.iterdir():
-        pid = path.name.removeprefix(prefix)
-        if path.name.startswith(prefix) and pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(path)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def write_files(folder: Path, texts: dict[str, bytes]) -> None:
-    """Writes small files through to the disk."""
-    for name, data in texts.items():
-        with (folder / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Its entries, too, are on the disk then."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 from k2jax import config as configuration
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
+from k2jax.files import write_json, write_text
 from k2jax.hf.layout import HfModel
 from k2jax.hf.untrusted import StoredTensor
 from k2jax.run import drift
 from k2jax.run.checkpoint import Checkpoints
-from k2jax.run.directory import environment, write_json
+from k2jax.run.directory import environment
 from k2jax.run.state import TrainState
 
 MAX_SEQUENCE_LENGTH = 8192  # that experiment.py proposes, however long the model's context
@@ -59,9 +60,10 @@ def write_run(
         "commit": here["commit"],
         "imported": imported,
     }
-    write_json(run / "config.json", {"digest": meta["config_digest"], "config": meta["config"]})
-    write_json(run / "environment.json", {"launches": [here]})
-    (run / "experiment.py").write_text(experiment(source, name))
+    written = {"digest": meta["config_digest"], "config": meta["config"]}
+    write_json(run / "config.json", written, sort_keys=True, end="")
+    write_json(run / "environment.json", {"launches": [here]}, sort_keys=True, end="")
+    write_text(run / "experiment.py", experiment(source, name))
     zero = jax.device_put(np.int32(0), params["embed_VD"].sharding)
     with Checkpoints(run, [0], log=lambda _: None) as checkpoints:
         state = TrainState(zero, zero, zero, params, {}, {})

@@ -76,7 +76,11 @@ def header_bytes(shard: list[Entry]) -> bytes:
 
 
 class ShardWriter:
-    """`write()` takes the tensors' bytes in the order of the plan, in pieces of any size; a file after the other."""
+    """`write()` takes the tensors' bytes in the order of the plan, in pieces of any size; a file after the other.
+
+    For a folder that `files.whole_folder` makes: files are sent to the disk here as they come, so that its own syncing
+    finds next to nothing left.
+    """
 
     def __init__(self, folder: Path, shards: dict[str, list[Entry]]):
         self._folder, self._shards = folder, iter(shards.items())
@@ -119,7 +123,7 @@ class ShardWriter:
 def _sync_and_close(file: BinaryIO) -> None:
     with file:
         file.flush()
-        os.fsync(file.fileno())
+        os.fdatasync(file.fileno())
 
 
 # ---- reading back ----------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ import k2jax
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
+from k2jax.files import remove_leftovers, write_bytes, write_json
 from k2jax.prepare import clean, kept, pieces, recipe, tally, token_sources, tokenise
 from k2jax.prepare.card import card
 from k2jax.prepare.dedup import duplicates
-from k2jax.prepare.documents import whole_file, write_json
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.sentencepiece_model import eos_id, k2_tokens, open_tokenizer
 from k2jax.prepare.tokenise import Bucket
@@ -43,8 +43,6 @@ def build(
     documents and stores, several times the documents' size. Raises ConfigError if `out` holds anything else, was begun
     with another recipe or other documents, or is being worked in; StorageError if it cannot be written.
     """
-    if "://" in str(out):
-        raise ConfigError(f"--out={out}: must be a folder of this machine or of a file system that all workers see")
     out = Path(out).absolute()
     workers = workers or os.cpu_count() or 1
     was_there = (out / "data.json").exists()
@@ -172,8 +170,7 @@ def _take_tokenizer(config: ConfigDict, path: Path) -> None:
     if config.add_k2_tokens:
         tokenizer = k2_tokens(tokenizer)
     as_it_is = config.tokenizer.endswith(".json") and not config.add_k2_tokens
-    with whole_file(path, "w") as file:
-        file.write(Path(config.tokenizer).read_text(encoding="utf-8") if as_it_is else tokenizer.to_str())
+    write_bytes(path, Path(config.tokenizer).read_bytes() if as_it_is else tokenizer.to_str().encode())
 
 
 def _join(rank: int, *, config: dict[str, Any], out: Path, names: list[str], options: dict[str, Any]) -> None:
@@ -235,8 +232,7 @@ def _claimed(config: ConfigDict, out: Path) -> Iterator[None]:
             write_json(begun, wanted)
         _check_recipe(json.loads(begun.read_text())["config"], config, out, "was begun with")
         shutil.rmtree(out / "card", ignore_errors=True)
-        for half_written in out.glob("*.new-*"):
-            half_written.unlink()
+        remove_leftovers(out, alone=True)
         yield
 
 

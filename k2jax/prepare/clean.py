@@ -19,8 +19,9 @@ from datatrove.data import Document
 from ml_collections import ConfigDict
 
 from k2jax.data.manifest import sha256_json
+from k2jax.files import whole_file, write_json
 from k2jax.prepare import contamination, recipe, rules
-from k2jax.prepare.documents import whole_file, write_documents, write_json
+from k2jax.prepare.documents import write_documents
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import File, list_files
 from k2jax.prepare.read import documents, in_order

@@ -25,8 +25,8 @@ from datatrove.data import Document
 from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError, StorageError
+from k2jax.files import whole_file, write_json
 from k2jax.prepare import recipe
-from k2jax.prepare.documents import whole_file, write_json
 from k2jax.prepare.files import list_files, place, shown_name
 from k2jax.prepare.read import records
 from k2jax.prepare.records import Bad, text_of

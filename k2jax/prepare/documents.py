@@ -5,14 +5,10 @@ A stage's task writes one file, `documents/<rank>.jsonl.zst`. A document's `id` 
 `licence`, `date`, `dump`, `language`.
 """
 
-import contextlib
 import hashlib
 import io
-import json
 import os
-import socket
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import orjson
@@ -20,6 +16,7 @@ import zstandard
 from datatrove.data import Document
 
 from k2jax.errors import StorageError
+from k2jax.files import whole_file
 
 LEVEL = 3  # of zstd: near the best of what costs less than reading JSON
 READ_BYTES = 1 << 18
@@ -28,29 +25,6 @@ READ_BYTES = 1 << 18
 def document(text: str, **metadata: Any) -> Document:
     """A document, by its text; raises UnicodeEncodeError for half a surrogate pair, which is no text."""
     return Document(text=text, id=hashlib.sha256(text.encode()).hexdigest(), metadata=metadata)
-
-
-@contextlib.contextmanager
-def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
-    """A file that appears under its name once it is complete and on the disk, and not at all after an exception."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: on a cluster an earlier attempt may still be writing the same.
-    new = path.with_name(f"{path.name}.new-{socket.gethostname()}-{os.getpid()}")
-    try:
-        with open(new, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """JSON that a person can read, in the order of the value, whole or not at all."""
-    with whole_file(path, "w") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
 
 
 def write_documents(path: str | os.PathLike, documents: Iterable[Document]) -> None:

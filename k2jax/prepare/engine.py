@@ -27,7 +27,7 @@ from tqdm import tqdm
 import k2jax
 from k2jax import errors
 from k2jax.errors import ConfigError, RunError
-from k2jax.prepare.documents import write_json
+from k2jax.files import write_json, write_text
 
 EXECUTORS = ("local", "ray", "slurm")
 SLURM_POLL_SECONDS = 10
@@ -176,7 +176,7 @@ class _Slurm(_Ranks, SlurmPipelineExecutor):
             _wait_for(note.read_text())
         super().launch_job()
         if self.job_id != -1:
-            note.write_text(str(self.job_id))
+            write_text(note, str(self.job_id))
             _wait_for(self.job_id)
 
     def launch_merge_stats(self) -> None:

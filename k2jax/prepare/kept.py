@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 
 from k2jax.errors import StorageError
-from k2jax.prepare.documents import compressor, read_documents, read_frame, to_line, whole_file, write_json
+from k2jax.files import whole_file, write_json
+from k2jax.prepare.documents import compressor, read_documents, read_frame, to_line
 from k2jax.prepare.tally import Tally
 
 RUN_BYTES = 1 << 30  # of documents, compressed in memory

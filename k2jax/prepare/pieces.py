@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from k2jax.data.manifest import canonical_json
 from k2jax.data.store import DOCUMENTS, ROW_GROUP, StoreWriter
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare.documents import whole_file
+from k2jax.files import whole_file
 
 BATCH_DOCUMENTS = 1 << 12  # joined at a time
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from k2jax import paths
 from k2jax.data.tokenizer import NUM_FIXED
 from k2jax.errors import ConfigError
 
@@ -156,7 +157,7 @@ def kind_of(source: str) -> tuple[str, str]:
     return kind, where
 
 
-def load_config(path: str) -> ConfigDict:
+def load_config(path: str | Path) -> ConfigDict:
     """The data experiment's `get_config()`, checked and locked. It is code: loading it runs it.
 
     Raises ConfigError if there is no such file, if it defines no get_config(), or if values are wrong.
@@ -164,7 +165,7 @@ def load_config(path: str) -> ConfigDict:
     if not Path(path).is_file():
         raise ConfigError(f"--config={path}: no such data experiment; experiments/data has the ones shipped")
     try:
-        names = runpy.run_path(path)
+        names = runpy.run_path(str(path))
         if "get_config" not in names:
             raise ConfigError(f"--config={path} does not define get_config(); see experiments/data/smoke.py")
         config = names["get_config"]()
@@ -176,7 +177,13 @@ def load_config(path: str) -> ConfigDict:
             f"--config={path}: get_config() returned {type(config).__name__}, not what base() made"
         )
     validate(config)
+    config.tokenizer = tokenizer_path(config.tokenizer)
     return config.lock()
+
+
+def tokenizer_path(text: str) -> str:
+    """The key `tokenizer` with a path in it parsed; what names a seqio task, and nothing, stay. Raises ConfigError."""
+    return text if not text or text.startswith("seqio:") else str(paths.parse(text, "tokenizer"))
 
 
 def validate(config: ConfigDict) -> None:
@@ -194,6 +201,10 @@ def validate(config: ConfigDict) -> None:
 
 def _base_problems(config: ConfigDict) -> list[str]:
     problems = []
+    try:
+        tokenizer_path(config.tokenizer)
+    except ConfigError as error:
+        problems.append(str(error))
     if config.vocab_size < NUM_FIXED + 2:
         problems.append(f"vocab_size={config.vocab_size}: must be at least {NUM_FIXED + 2}")
     if not 0 <= config.validation_fraction < 1:

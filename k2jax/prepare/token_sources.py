@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
-from k2jax.prepare.documents import write_json
+from k2jax.files import write_json
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import DAMAGE, File, bounded_lines, list_files, opened, place, shown_name
 from k2jax.prepare.megatron import read_documents

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import ConfigError
+from k2jax.files import whole_file, write_json
 from k2jax.prepare import fim, kept
-from k2jax.prepare.documents import whole_file, write_json
 from k2jax.prepare.pieces import PieceWriter
 from k2jax.prepare.recipe import stores_of
 

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from k2jax import files
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError, RunError, StorageError
 from k2jax.model.decoder import LAYOUT_VERSION
@@ -45,7 +46,7 @@ class _LateJson(ocp.JsonCheckpointHandler):
         values = item()
         if jax.process_index() == 0:
             text = json.dumps({**values, "meta_sha256": sha256_json(values)}, indent=1)
-            (directory / "meta.json").write_text(text)
+            files.write_text(directory / "meta.json", text)
 
     def restore(self, directory: epath.Path, item: None = None, args: None = None) -> dict:
         return read_meta(directory)

@@ -6,10 +6,8 @@ metrics/  ledger/  checkpoints/  tensorboard/  abandoned/
 
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import config as configuration
+from k2jax import files
 from k2jax.data.journal import append_entry, read_journal
 from k2jax.data.manifest import load_manifest, manifest_digest, save_manifest
 from k2jax.data.order import Order
@@ -40,6 +39,8 @@ ENVIRONMENT = (
     "JAX_ENABLE_X64",
     "JAX_DEFAULT_MATMUL_PRECISION",
 )
+# That the trainer alone writes anew; a plan or an evaluation may be writing its own beside them.
+OWN_FILES = ("config.json", "environment.json", "manifest.json", "tokenizer.json", "validation.json")
 
 
 class RunDirectory:
@@ -91,12 +92,15 @@ class RunDirectory:
         new = configuration.to_dict(config)
         allowed = self._allowed_drift(new, manifest, config.allow_drift)  # every process refuses, and ends, by itself
         if jax.process_index() == 0:
+            for name in OWN_FILES:
+                files.remove_leftovers(self.path, name, alone=True)
             if allowed:
                 append_entry(self.path / "journal.jsonl", allowed)
             if not _is_same_file(config.data.tokenizer, self.path / "tokenizer.json"):
-                shutil.copyfile(config.data.tokenizer, self.path / "tokenizer.json")
+                files.write_bytes(self.path / "tokenizer.json", Path(config.data.tokenizer).read_bytes())
             save_manifest(manifest, self.path / "manifest.json")
-            write_json(self.path / "config.json", {"digest": drift.config_digest(config), "config": new})
+            values = {"digest": drift.config_digest(config), "config": new}
+            files.write_json(self.path / "config.json", values, sort_keys=True, end="")
             self._add_environment(mesh_shape)
         multihost_utils.sync_global_devices("run directory written")
         return read_journal(self.path / "journal.jsonl")
@@ -105,7 +109,7 @@ class RunDirectory:
         """The entry that the journal lacks of what has changed and may; ConfigError for what may not."""
         if not (self.path / "config.json").exists():
             return None
-        old_config = read_json(self.path / "config.json")["config"]
+        old_config = files.read_json(self.path / "config.json")["config"]
         if is_import(old_config):
             return self._difference_from_import(old_config, new, manifest, allowed)
         old_manifest = load_manifest(self.path / "manifest.json")
@@ -167,8 +171,8 @@ class RunDirectory:
     def _add_environment(self, mesh_shape: dict[str, int]) -> None:
         """One entry a launch: a run may move between machines."""
         path = self.path / "environment.json"
-        launches = read_json(path)["launches"] if path.exists() else []
-        write_json(path, {"launches": [*launches, environment(mesh_shape)]})
+        launches = files.read_json(path)["launches"] if path.exists() else []
+        files.write_json(path, {"launches": [*launches, environment(mesh_shape)]}, sort_keys=True, end="")
 
 
 def is_import(config: dict[str, Any]) -> bool:
@@ -273,17 +277,3 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged: {error}; restore it from a copy") from error
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Atomic: a kill leaves the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1, sort_keys=True))
-    temporary.replace(path)

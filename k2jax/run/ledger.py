@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from k2jax import files
 from k2jax.data.manifest import canonical_json
 from k2jax.errors import StorageError
 
@@ -51,6 +52,7 @@ class StepLog:
     def truncate(self, last_step: int) -> int:
         """Drops rows after `last_step`, and a half-written last line; returns how many steps were dropped."""
         self.close()
+        files.remove_leftovers(self.directory, alone=True)  # none but the holder of the run's lock writes here
         dropped = 0
         for path in sorted(self.directory.glob("chunk-*.jsonl")):
             lines = path.read_bytes().splitlines(keepends=True)
@@ -61,9 +63,7 @@ class StepLog:
             if not kept:
                 path.unlink()
             elif len(kept) < len(lines):
-                temporary = path.with_suffix(".tmp")
-                temporary.write_bytes(b"".join(kept))
-                temporary.replace(path)
+                files.write_bytes(path, b"".join(kept))
         return dropped
 
     def close(self) -> None:
@@ -99,8 +99,8 @@ class Ledger:
         """Closes the steps since the last record with the checkpoint of `step`."""
         records = self.records()
         record = self._record(records[-1] if records else None, step, checkpoint_digest, order_digest)
-        with _writing(self.path), self.path.open("ab") as file:
-            file.write(canonical_json(record) + b"\n")
+        with _writing(self.path):
+            files.append_line(self.path, canonical_json(record) + b"\n")
 
     def _record(
         self, previous: dict | None, step: int, checkpoint_digest: str, order_digest: str
@@ -125,9 +125,7 @@ class Ledger:
         """
         dropped = self.steps.truncate(step)
         kept = [record for record in self.records() if record["last_step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(canonical_json(record) + b"\n" for record in kept))
-        temporary.replace(self.path)
+        files.write_bytes(self.path, b"".join(canonical_json(record) + b"\n" for record in kept))
         if checkpoint_digest and (not kept or kept[-1]["last_step"] < step):
             self.append_record(step, checkpoint_digest, order_digest)
         return dropped

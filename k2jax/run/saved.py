@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from k2jax import config as configuration
+from k2jax.data.storage import kvstore
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import LAYOUT_VERSION, Params, parameter_table
@@ -92,10 +93,10 @@ def open_array(saved: SavedStep, name: str) -> ts.TensorStore:
 
     Raises StorageError when it is missing or its shape is not the recorded one.
     """
-    path = saved.workdir.absolute() / "checkpoints" / str(saved.step) / "state"
-    base = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
+    state = saved.workdir.absolute() / "checkpoints" / str(saved.step) / "state"
+    place = {"driver": "ocdbt", "base": kvstore(str(state)), "path": f"{name}/"}
     try:
-        array = ts.open({"driver": "zarr", "kvstore": base}, open=True, read=True).result()
+        array = ts.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
     except Exception as error:  # TensorStore raises ValueError, KeyError, ... for what it finds on disk
         raise StorageError(f"checkpoint {saved.step}: cannot open array {name}: {_one_line(error)}") from error
     found, expected = [list(array.shape), array.dtype.name], saved.meta["arrays"].get(name)

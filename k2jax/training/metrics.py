@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from k2jax import files
 from k2jax.data.loader import batch_digest
 from k2jax.data.order import Order, StagePlan
 from k2jax.errors import NumericsError
 from k2jax.model.flops import flops_per_token, peak_flops
-from k2jax.run.directory import read_json
 from k2jax.run.ledger import Ledger, StepLog
 
 
@@ -165,7 +165,7 @@ def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str,
     """{stage: seconds} as `tools/plan.py --workdir` kept them in plan.json; {} if there is none for these devices."""
     if not (workdir / "plan.json").exists():
         return {}
-    plan = read_json(workdir / "plan.json")
+    plan = files.read_json(workdir / "plan.json")
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     if plan["device_kind"] != kind or plan["devices"] != count:
         say(

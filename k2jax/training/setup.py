@@ -1,7 +1,6 @@
 """What a run is, before its first step: data opened and identified, processes compared, the derived numbers."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
+from k2jax.data import storage
 from k2jax.data.manifest import build_manifest, manifest_digest
 from k2jax.data.order import Order
 from k2jax.data.store import Store
@@ -26,7 +26,7 @@ from k2jax.training.placement import state_bytes
 def open_data(config: ConfigDict) -> tuple[dict[str, Store], dict[str, Any]]:
     """(stores by subset, manifest). Raises ConfigError for a store or tokenizer that is not what it should be."""
     names = sorted({name for stage in config.stages for name in stage.mix})
-    root = config.data.root if "://" in config.data.root else str(Path(config.data.root).absolute())
+    root = storage.normal_path(config.data.root)
     stores = {name: Store.open(f"{root}/{name}", verify=config.data.verify) for name in names}
     stages = [configuration.to_dict(stage) for stage in config.stages]
     manifest = build_manifest(

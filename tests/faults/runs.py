@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -223,7 +224,7 @@ def checkpoint_steps(workdir: Path) -> list[int]:
 
 def leftovers(workdir: Path) -> list[str]:
     """Half-written or half-deleted things in a run directory."""
-    found = [str(path.relative_to(workdir)) for path in workdir.rglob("*") if "tmp" in path.name]
+    found = [str(path.relative_to(workdir)) for path in workdir.rglob("*") if re.search("tmp|new-", path.name)]
     trash = workdir / "checkpoints" / "trash"
     return found + ([f"trash/{path.name}" for path in trash.iterdir()] if trash.exists() else [])
 

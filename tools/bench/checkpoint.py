@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from k2jax import config as configuration
+from k2jax import paths
+from k2jax.errors import run_main
 from k2jax.parallel import sharding
 from k2jax.run import digest
 from k2jax.run.checkpoint import Checkpoints
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--folder", default=None, help="where to write; a temporary folder unless told")
+    paths.add(parser, "--folder", help="where to write; a temporary folder unless told")
     args = parser.parse_args()
     c = configuration.base()
     with c.unlocked():
@@ -100,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

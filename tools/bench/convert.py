@@ -32,7 +32,9 @@ import numpy as np  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax import config as configuration  # noqa: E402
+from k2jax import paths  # noqa: E402
 from k2jax.data.tokenizer import EOS, tokenizer_sha256, train_bpe  # noqa: E402
+from k2jax.errors import run_main  # noqa: E402
 from k2jax.model.decoder import parameter_table  # noqa: E402
 
 
@@ -130,7 +132,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of parameters; to make them takes 3 times it")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", default=None, help="where to write; a temporary folder unless told")
+    paths.add(parser, "--folder", help="where to write; a temporary folder unless told")
     args = parser.parse_args()
     model = experiment(args.gigabytes * 1e9).model
     shapes = [p.shape[1:] if name.startswith("layers.") else p.shape for name, p in parameter_table(model).items()]
@@ -157,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

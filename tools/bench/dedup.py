@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from dedup_texts import default_directories, pairs, similarity, text_files  # noqa: E402
 
+from k2jax import paths  # noqa: E402
 from k2jax.errors import ConfigError, run_main  # noqa: E402
 from k2jax.prepare import recipe  # noqa: E402
 from k2jax.prepare.dedup import clusters, duplicates  # noqa: E402
@@ -310,7 +311,7 @@ def planted_lines(name: str, each: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="*", type=Path, help="of text files; by default, this machine's")
+    paths.add(parser, "directories", nargs="*", help="of text files; by default, this machine's")
     parser.add_argument("--megabytes", type=float, default=170)
     parser.add_argument("--shipped", action="store_true", help="datatrove with spaCy too, which must be installed")
     parser.add_argument("--smoke", action="store_true")

@@ -34,6 +34,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
+from k2jax import files, paths  # noqa: E402
 from k2jax.errors import RunError, run_main  # noqa: E402
 
 Row = dict[str, Any]
@@ -302,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = [name for name in LIMITS_S if name != "blocks"]
     parser.add_argument("--sections", nargs="+", choices=LIMITS_S, default=defaults)
-    parser.add_argument("--out", type=Path, default=None)
+    paths.add(parser, "--out")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--worker", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -322,7 +323,7 @@ def main() -> None:
     own_name = f"{date}_gpu_suite_{'-'.join(device.split())}.json"
     out = args.out or (folder / "gpu_suite.json" if folder else Path(__file__).parent / "results" / own_name)
     result = {"benchmark": "gpu_suite", "date": date, "device": device, "smoke": args.smoke, "sections": found}
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    files.write_json(out, result)
     print(f"\nwrote {out}")
     failed = [name for name, section in found.items() if section["error"]]
     if failed:

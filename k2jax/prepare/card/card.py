@@ -12,11 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from k2jax.files import write_json, write_text
 from k2jax.prepare import recipe
 from k2jax.prepare.card.documents import copies_of, samples_of
 from k2jax.prepare.card.html import page
 from k2jax.prepare.card.markdown import markdown
-from k2jax.prepare.documents import whole_file, write_json
 from k2jax.prepare.tally import combine
 
 FORMAT = 1
@@ -39,10 +39,8 @@ def write_card(out: Path, data: dict[str, Any]) -> None:
     """
     card = make_card(out / "stages", data)
     write_json(out / "card" / "data.json", card)
-    with whole_file(out / "card" / "data.md", "wb") as file:
-        file.write(markdown(card).encode())
-    with whole_file(out / "card" / "index.html", "wb") as file:
-        file.write(page(card).encode())
+    write_text(out / "card" / "data.md", markdown(card))
+    write_text(out / "card" / "index.html", page(card))
 
 
 def make_card(stages: Path, data: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from k2jax.errors import StorageError
+from k2jax.files import whole_file, write_json
 from k2jax.prepare.dedup.index import PAIR, Clean, Dumps, open_records, read_index, task_bounds
-from k2jax.prepare.documents import whole_file, write_json
 
 MEMBERS = pa.schema(
     [("task", pa.uint32()), ("index", pa.uint32()), ("survivor_task", pa.uint32()), ("survivor_index", pa.uint32())]

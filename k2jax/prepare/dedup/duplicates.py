@@ -23,11 +23,12 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from k2jax.errors import StorageError
+from k2jax.files import whole_file
 from k2jax.prepare.dedup import exact, near
 from k2jax.prepare.dedup.clusters import MEMBERS, find_clusters
 from k2jax.prepare.dedup.index import Clean, clean_documents, read_index, task_bounds
 from k2jax.prepare.dedup.minhash import MinHash, write_signatures
-from k2jax.prepare.documents import read_documents, whole_file
+from k2jax.prepare.documents import read_documents
 from k2jax.prepare.engine import Stage
 
 ROWS = pa.schema(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from k2jax.files import whole_file
 from k2jax.prepare.dedup.index import (
     PAIR,
     Clean,
@@ -15,7 +16,6 @@ from k2jax.prepare.dedup.index import (
     task_bounds,
     within,
 )
-from k2jax.prepare.documents import whole_file
 
 # The first 128 bits of SHA-256: 2^64 documents would give an even chance of one collision.
 ID = np.dtype([("high", "<u8"), ("low", "<u8"), ("index", "<u4")])

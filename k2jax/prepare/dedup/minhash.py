@@ -26,8 +26,8 @@ import xxhash
 from datatrove.utils.text import NUMBERS_PATTERN, PUNCTUATION, WHITESPACE_PATTERN
 
 from k2jax.errors import StorageError
+from k2jax.files import whole_file, write_json
 from k2jax.prepare.dedup.index import open_records
-from k2jax.prepare.documents import whole_file, write_json
 
 PRIME = (1 << 61) - 1  # of datatrove's and datasketch's permutations, (a x + b mod 2^64) mod PRIME
 SHINGLES = 1 << 15  # hashed at a time: bounds a long document's memory

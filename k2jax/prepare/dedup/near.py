@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from k2jax.files import whole_file
 from k2jax.prepare.dedup.index import PAIR, repeated, within
 from k2jax.prepare.dedup.minhash import MinHash, open_signatures, signature_path
-from k2jax.prepare.documents import whole_file
 
 STEP = 1 << 10  # every so-manieth signature of a file is looked at to choose the ranges
 HELD = 1 << 20  # signatures held at a time, and at most STEP more for each file: 113 MB with 13 hashes

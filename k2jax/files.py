@@ -1,0 +1,150 @@
+"""Files and folders that appear under their name once they are complete and on the disk, and never in part.
+
+Each is written under a name of its own beside its place, NAME.new-HOST-PID: on a cluster an earlier attempt may still
+be writing the same. That is synced, renamed, and the folder synced, without which a power cut may take the new name
+back. No reader here takes such a name for a file: what they look for ends otherwise.
+"""
+
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from k2jax.errors import ConfigError, StorageError
+
+# Which the system raises without a file's name, for writing alone.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """A new file, in place of the old one at the end; after an exception the old one, or none. Text is UTF-8."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # root would rename over /dev/null
+        raise StorageError(f"{path} is no plain file, and nothing else is written over: name another")
+    make_folder(path.parent)
+    new = _beside(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}  # whatever the locale
+    try:
+        with open(new, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno in NO_ROOM:
+            error.filename = str(path)
+        raise
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """A whole file of these bytes."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """A whole file of this text, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, value: Any, *, sort_keys: bool = False, end: str = "\n") -> None:
+    """A whole file of JSON that a person can read."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=sort_keys) + end)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a file of JSON holds; ConfigError when it is damaged."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}; restore it from a copy") from error
+
+
+def append_line(path: str | os.PathLike, line: bytes) -> None:
+    """Adds a line, with its line feed, to a file that only grows: all of it and on the disk, or nothing."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(line) != len(line):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.fsync(file.fileno())
+    if not size:
+        sync_folder(Path(path).parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path`, absent or empty, at the end; after an exception nothing is left of it."""
+    make_folder(path.parent)
+    new = _beside(path)
+    shutil.rmtree(new, ignore_errors=True)  # of a killed process that had our number
+    try:
+        new.mkdir()
+        yield new
+        for folder, _, names in os.walk(new):
+            for name in names:
+                _sync(Path(folder, name))
+            sync_folder(Path(folder))
+        os.rename(new, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """A folder and those above it, on the disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """What the folder lists is on the disk then."""
+    try:
+        _sync(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems on which folders have no sync
+            raise
+
+
+def remove_leftovers(folder: Path, name: str = "*", *, alone: bool = False) -> None:
+    """Removes what killed writers of files or folders named `name`, a pattern, have left in `folder`.
+
+    Those of this host whose process is gone; all of them where no other process can be writing there (`alone`).
+    """
+    for path in folder.glob(f"{name}.new-*"):
+        host, _, pid = path.name.rpartition(".new-")[2].rpartition("-")
+        if pid.isdigit() and (alone or (host == socket.gethostname() and not _is_running(int(pid)))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.new-{socket.gethostname()}-{os.getpid()}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
