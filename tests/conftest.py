@@ -3,8 +3,11 @@
 The settings go through the environment, before JAX is imported, so that the programs that tests start have them too.
 """
 
+import ctypes
+import gc
 import hashlib
 import os
+import platform
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -100,6 +103,9 @@ def compiled_programs_of_one_file() -> Iterator[None]:
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+        gc.collect()
+        if platform.libc_ver()[0] == "glibc":  # which else keeps what was freed
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
