@@ -37,6 +37,7 @@ def base() -> ConfigDict:
     c = ConfigDict()
     c.seed = 22238  # of the order of the documents, of samples, and of FIM's draws
     c.tokenizer = ""  # tokenizer.json or SentencePiece .model; empty: one is trained on these documents
+    c.eos = ""  # the control token of `tokenizer` that ends documents; empty: the one that has a well-known name
     c.add_k2_tokens = False  # K2's 18 special tokens behind those of `tokenizer`, where it lacks them
     c.vocab_size = 32018  # ids of a trained tokenizer, K2's 18 special tokens among them
     c.tokenizer_bytes = 100_000_000  # of each subset's text that a trained tokenizer learns from; held in memory
