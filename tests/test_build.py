@@ -330,6 +330,7 @@ def test_documents_end_with_the_token_that_the_recipe_names(made, config, tmp_pa
     c.tokenizer = str(tmp_path / "both.json")
     with pytest.raises(ConfigError, match=r"</s> and <\|endoftext\|> of its control tokens .* name it by the key eos"):
         build.build(c, tmp_path / "none", workers=1)
+    assert not (tmp_path / "none/stages/clean").exists(), "told before the long stages"
     c.eos = "<|im_end|>"
     data, _ = build.build(c, tmp_path / "out", workers=1)
     assert data["eos_id"] == both.token_to_id("<|im_end|>") == 331

@@ -250,6 +250,8 @@ def test_a_continuation_that_its_context_swallows_is_scored(subject: Subject):
     with jax.set_mesh(subject.mesh):
         found = lm.loglikelihood([Request(tuple(pair)) for pair in pairs])
         expected = lm._loglikelihood_tokens([(None, *map(lm.tok_encode, pair)) for pair in pairs])
+        [prefix] = lm.loglikelihood([Request(("", "</s>"))])
+        assert prefix == lm._loglikelihood_tokens([(None, [lm.prefix_token_id], [lm.eot_token_id])])[0] != (0.0, True)
     assert found == expected and all(logprob < 0 for logprob, _ in found)
     assert lm._encode_pair("a ", "b") == harness.TemplateLM._encode_pair(lm, "a ", "b"), "others are as they were"
 

@@ -171,6 +171,7 @@ def test_words_that_are_control_tokens_are_none_of_a_text():
     library.add_special_tokens(["</s>"])
     library.add_tokens(["<user>"])
     assert tk.Tokenizer(library.to_str()).encode("a </s> <user> a [UNK]") == [2, 0, 0, 2, 0]
+    assert tk.Tokenizer(Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")).to_str()).control_ids == set()
 
 
 def test_white_space_and_ordinary_vocabulary_stay_reachable():
@@ -181,6 +182,10 @@ def test_white_space_and_ordinary_vocabulary_stay_reachable():
     ids = [tokenizer.token_to_id(token) for token in ("    ", "the", "7", "a")]
     assert tokenizer.encode("    the7a") == ids
     assert not tokenizer.control_ids & set(ids) and tokenizer.token_to_id("</s>") in tokenizer.control_ids
+    library = make("Prepend")
+    library.add_tokens([AddedToken("the", normalized=False)])
+    made = tk.Tokenizer(library.to_str()).encode("a the </s>a")
+    assert made == MADE["Prepend"].encode("a the </s>a"), "by merges: cut out of the text it would get spaces around it"
 
 
 def test_settings_survive_copies_and_other_processes():

@@ -114,7 +114,7 @@ class Tokenizer:
     @property
     def control_ids(self) -> set[int]:
         """Of control tokens. As text, only characters that the vocabulary lacks become one, and that is <unk>."""
-        return {self._whole.token_to_id(token) for token in self._control}
+        return {self._whole.token_to_id(token) for token in self._control} - {None}
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token by its name in the file."""
@@ -139,13 +139,9 @@ class Tokenizer:
 
     def encode_documents(self, documents: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """`encode_pieces` of many documents, on all cores."""
-        return encode_documents(
-            documents, self.encode_batch, lambda texts: self.encode_batch(texts, continues=True)
-        )
+        return encode_documents(documents, self.encode_batch, partial(self.encode_batch, continues=True))
 
-    def encode_with_control(
-        self, text: str, *, continues: bool = False, framed: bool = False
-    ) -> list[int]:
+    def encode_with_control(self, text: str, *, continues: bool = False, framed: bool = False) -> list[int]:
         """The ids of a text, where control tokens in it are their ids; framed: with the file's own BOS and EOS."""
         return self._variant(True, continues).encode(text, add_special_tokens=framed).ids
 

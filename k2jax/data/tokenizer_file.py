@@ -13,22 +13,22 @@ from tokenizers import Tokenizer
 
 
 class Loaded(NamedTuple):
-    """A file, whole: what decodes, and knows the names."""
+    """A file, whole."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # only decodes, and knows the names
     moved: str  # the first added token that the library gave another id than the file; it numbers them itself
     control: set[str]  # what no text may become
     puts_space: bool  # before a text
 
 
 def load(file: str, named: Iterable[str]) -> Loaded:
-    """The tokenizer as the file has it, less truncation, padding and dropout, which lose or change text in silence.
+    """The tokenizer as the file has it. What the library raises for a damaged one comes before anything is made of it.
 
     Control tokens are the added ones, with exceptions among those not marked special: a single character, white space
     (GPT-NeoX's indents), and what a BPE's own merges make, unless it is `named`.
     """
-    parsed = _read(file)
-    tokenizer, model, control, moved = _build(parsed), parsed["model"], set(), ""
+    tokenizer, parsed, control, moved = Tokenizer.from_str(file), _read(file), set(), ""
+    model = parsed["model"]
     made, named = {_merged(model, pair) for pair in model.get("merges", ())}, set(named)
     for token in parsed.get("added_tokens") or ():
         text = token["content"]
@@ -71,6 +71,7 @@ def _is_plain(text: str) -> bool:
 
 
 def _read(file: str) -> dict[str, Any]:
+    """The file less truncation, padding and dropout, which lose or change text in silence."""
     parsed = json.loads(file)
     parsed["truncation"] = parsed["padding"] = None
     if parsed["model"].get("dropout"):

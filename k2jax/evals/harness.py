@@ -96,7 +96,9 @@ class CheckpointLM(TemplateLM):
         """Requests with the same input share its row: the choices of a question, when each is one token."""
         rows: dict[tuple[int, ...], Row] = {}
         places = []  # of each request: its row's input, and where in the row's wanted tokens its own are
-        for _, context, continuation in requests:
+        for texts, context, continuation in requests:
+            if not continuation and texts[1]:  # which is the prefix token, and was taken for it
+                continuation = context
             tokens, wanted = self._row(context, continuation)
             row = rows.setdefault(tokens, Row(tokens, []))
             places.append((tokens, slice(len(row.wanted), len(row.wanted) + len(wanted))))

@@ -71,7 +71,9 @@ def build(
 
 
 def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any]) -> dict[str, Any]:
-    stages, plain = out / "stages", config.to_dict()
+    stages, plain, tokenizer = out / "stages", config.to_dict(), out / "tokenizer.json"
+    if config.tokenizer:
+        _take_tokenizer(config, tokenizer, stages)  # first: one that cannot be used ends it before the long stages
     deal, *rest = clean.stages(config, out)
     engine.run(deal)
     _check_inputs(inputs, stages)
@@ -84,10 +86,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     engine.run(Stage("kept", len(recipe.tasks(config)), keep))
     _check_not_empty(config, stages)
 
-    tokenizer = out / "tokenizer.json"
-    if config.tokenizer:
-        _take_tokenizer(config, tokenizer, stages)
-    else:
+    if not config.tokenizer:
         learn = partial(tokenise.train_tokenizer, config=plain, out=stages, buckets=buckets, path=tokenizer)
         engine.run(Stage("tokenizer", 1, learn))
     encoder = load_tokenizer(tokenizer, config.eos)
@@ -176,6 +175,7 @@ def _take_tokenizer(config: ConfigDict, path: Path, stages: Path) -> None:
     if spm.is_model(config.tokenizer):
         with whole_file(stages / spm.FILE) as file:
             file.write(spm.read(config.tokenizer))
+    _ = load_tokenizer(path, config.eos).eos_id
 
 
 def _join(rank: int, *, config: dict[str, Any], out: Path, names: list[str], options: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from k2jax.data.tokenizer import NUM_FIXED
+from k2jax.data.tokenizer import EOS, NUM_FIXED
 from k2jax.errors import ConfigError
 
 SUBSET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -199,6 +199,8 @@ def _base_problems(config: ConfigDict) -> list[str]:
         problems.append(f"vocab_size={config.vocab_size}: must be at least {NUM_FIXED + 2}")
     if not 0 <= config.validation_fraction < 1:
         problems.append(f"validation_fraction={config.validation_fraction}: must lie in [0, 1)")
+    if config.eos and not config.tokenizer:
+        problems.append(f"eos={config.eos!r}: goes with tokenizer; one that is trained here ends documents with {EOS}")
     for key in ("tokenizer_bytes", "bucket_bytes"):
         if config[key] < 1:
             problems.append(f"{key}={config[key]}: must be positive")

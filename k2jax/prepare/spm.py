@@ -102,9 +102,9 @@ class Encoder:
 
     def __init__(self, path: Path, tokenizer: Tokenizer):
         """Of the model in a file. Raises ConfigError."""
-        from sentencepiece import SentencePieceProcessor
-
         model, control = parse(read(path), str(path)), tokenizer.control_ids
+        from sentencepiece import SentencePieceProcessor  # which is there, if the line above came through
+
         for id, piece in enumerate(model.pieces):
             if piece.type == piece.USER_DEFINED:
                 piece.type = piece.CONTROL if id in control else piece.NORMAL
