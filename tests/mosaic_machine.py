@@ -24,14 +24,16 @@ from jax.experimental.pallas.mosaic_gpu import kernel as plgpu_kernel
 
 STEPS_LIMIT = 1_000_000
 
+seed = 0  # of the chance that orders steps; read when a kernel runs, so that a program traced once runs in any order
 
-def kernel(*arguments: Any, seed: int = 0, **options: Any) -> Callable:
-    """What `plgpu.kernel` gives back, but that it runs on this machine; `seed` of the chance that orders its steps."""
+
+def kernel(*arguments: Any, **options: Any) -> Callable:
+    """What `plgpu.kernel` gives back, but that it runs on this machine."""
 
     def call(*arrays: jax.Array) -> Any:
         [equation] = _kernels(jax.make_jaxpr(plgpu_kernel(*arguments, **options))(*arrays).jaxpr)
         found = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in equation.params["out_avals"]]
-        return jax.pure_callback(partial(_launch, equation.params, seed), found, *arrays)
+        return jax.pure_callback(partial(_launch, equation.params), found, *arrays)
 
     return call
 
@@ -137,7 +139,7 @@ def _index(x: Any, size: int) -> Any:
 # ---- programs --------------------------------------------------------------------------------------------------------
 
 
-def _launch(params: dict, seed: int, *inputs: np.ndarray) -> list[np.ndarray]:
+def _launch(params: dict, *inputs: np.ndarray) -> list[np.ndarray]:
     """All programs of a kernel, one after the other; each number of the results must be written exactly once."""
     [mesh], [jaxpr], chance = params["meshes"], params["jaxprs"], random.Random(seed)
     hbm = [Array(np.asarray(x)) for x in inputs]

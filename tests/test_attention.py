@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_plain_formula(masked: bool):
 def test_bfloat16_is_as_good_as_its_inputs():
     """Softmax and sums are float32: what is lost is the rounding of inputs, weights and output (8 bits)."""
     q, k, v, _ = draw(LEAST_QUERIES * 3)
-    exact = attend_causally(q, k, v, None)
-    found = attend_causally(*(x.astype(jnp.bfloat16) for x in (q, k, v)), None)
+    exact = jax.jit(attend_causally)(q, k, v)
+    found = jax.jit(attend_causally)(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
     assert found.dtype == jnp.bfloat16
     assert float(jnp.abs(found.astype(jnp.float32) - exact).max()) < 0.03

@@ -48,6 +48,11 @@ def values_and_gradients(attend, arrays: list[jax.Array], document_BT: jax.Array
     return [out, *backward(dout)]
 
 
+@jax.jit  # once for all tests with the same shapes
+def on_one_device(arrays: list[jax.Array], document_BT: jax.Array | None) -> list[jax.Array]:
+    return values_and_gradients(attend_causally, arrays, document_BT)
+
+
 def around_the_ring(attend, sizes: dict[str, int], arrays: list[jax.Array], document_BT: jax.Array | None):
     """The same of whole rows through `attend` on a mesh whose devices share them, positions put back in order."""
 
@@ -66,7 +71,7 @@ def test_values_and_gradients_are_those_of_one_device(sizes: dict[str, int], mas
     """With heads that share keys and values, and documents that lie across devices."""
     arrays, document_BT = draw(T=64, N=4, K=2, H=8)
     document_BT = document_BT if masked else None
-    expected = jax.jit(partial(values_and_gradients, attend_causally))(arrays, document_BT)
+    expected = on_one_device(arrays, document_BT)
     for ours, theirs in zip(around_the_ring(attend_causally, sizes, arrays, document_BT), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
 
@@ -74,7 +79,7 @@ def test_values_and_gradients_are_those_of_one_device(sizes: dict[str, int], mas
 def test_bfloat16_is_as_near_as_its_rounding():
     """What goes round is added up in float32."""
     arrays, document_BT = draw(T=64, N=4, K=2, H=8)
-    expected = jax.jit(partial(values_and_gradients, attend_causally))(arrays, document_BT)
+    expected = on_one_device(arrays, document_BT)
     arrays = [x.astype(jnp.bfloat16) for x in arrays]
     found = around_the_ring(attend_causally, {"context": 4}, arrays, document_BT)
     for ours, theirs in zip(found, expected, strict=True):
@@ -99,7 +104,7 @@ def test_the_flash_kernels_are_parts_of_the_ring(sizes: flash_attention.BlockSiz
         return _on_each_device(ring, *arrays, jnp.arange(2))
 
     found = around_the_ring(attend, {"context": 2}, arrays, document_BT)
-    expected = jax.jit(partial(values_and_gradients, attend_causally))(arrays, document_BT)
+    expected = on_one_device(arrays, document_BT)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 

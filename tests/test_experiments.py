@@ -72,7 +72,7 @@ def shrink(c: ConfigDict, data: Path, root: Path) -> ConfigDict:
         if c.mesh.context > 1:
             c.eval.prompts = ("abc",)  # which goes on where no row is shared
         for stage in c.stages:
-            stage.sequence_length = min(stage.sequence_length // 32, 256)
+            stage.sequence_length = min(stage.sequence_length // 32, 128)  # two blocks of attention
             stage.microbatches = min(stage.microbatches, 2)
             stage.rows_per_step = 8 * stage.microbatches
             stage.steps_per_chunk, stage.chunks, stage.warmup_steps = 2, 1, min(stage.warmup_steps, 1)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -33,17 +34,40 @@ def documents_of(T: int, B: int = 2, share: float = 0.02) -> jax.Array:
     return jnp.asarray(np.cumsum(np.random.default_rng(1).random((B, T)) < share, axis=1), jnp.int32)
 
 
-def values_and_gradients(attend, q, k, v, dout) -> list[np.ndarray]:
+def values_and_gradients(attend, q, k, v, dout) -> tuple[jax.Array, ...]:
     out, backward = jax.vjp(attend, q, k, v)
-    return [np.asarray(x, np.float64) for x in (out, *backward(dout))]
+    return out, *backward(dout)
+
+
+# One program for each shape, which tests share.
+
+
+@partial(jax.jit, static_argnames=("sizes", "interpret"))
+def found_of(arrays: list[jax.Array], document_BT: jax.Array | None, sizes, interpret=True) -> tuple[jax.Array, ...]:
+    """Out and gradients of the kernels that `sizes` are of, in interpret mode."""
+    attend = partial(flash_attention, document_BT=document_BT, sizes=sizes, interpret=interpret)
+    return values_and_gradients(attend, *arrays)
+
+
+@jax.jit
+def expected_of_wide(arrays: list[jax.Array], document_BT: jax.Array | None) -> tuple[jax.Array, ...]:
+    documents = None if document_BT is None else (document_BT, document_BT)
+    return values_and_gradients(lambda q, k, v: reference.attention(q, k, v, documents)[0], *arrays)
 
 
 def expected_of(arrays: list[jax.Array], document_BT: jax.Array | None) -> list[np.ndarray]:
     """Out and gradients of the reference in float64."""
-    documents = None if document_BT is None else (document_BT, document_BT)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-        return values_and_gradients(lambda q, k, v: reference.attention(q, k, v, documents)[0], *wide)
+        return [np.asarray(x) for x in expected_of_wide(wide, document_BT)]
+
+
+def one_program(function):
+    """A kernel's `forward` or `backward`, all of what is around it compiled with it."""
+    return jax.jit(function, static_argnames=("sizes", "causal", "out_dtype", "interpret"))
+
+
+forward, backward = one_program(tpu.forward), one_program(tpu.backward)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -60,31 +84,21 @@ def expected_of(arrays: list[jax.Array], document_BT: jax.Array | None) -> list[
 def test_values_and_gradients_are_the_references(T, N, K, H, sizes, masked):
     """Grouped heads, one head, one position, odd lengths, heads of 64 to 256, rows longer than what is resident."""
     arrays, document_BT = draw(T, N, K, H), documents_of(T) if masked else None
-    found = values_and_gradients(
-        lambda q, k, v: flash_attention(q, k, v, document_BT, sizes=sizes, interpret=True), *arrays
-    )
-    for ours, theirs in zip(found, expected_of(arrays, document_BT), strict=True):
+    for ours, theirs in zip(found_of(arrays, document_BT, sizes), expected_of(arrays, document_BT), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_bfloat16_is_as_near_as_its_rounding():
     arrays, document_BT = draw(300, 2, 1, 64, jnp.bfloat16), documents_of(300)
-    found = values_and_gradients(
-        lambda q, k, v: flash_attention(q, k, v, document_BT, sizes=SMALL, interpret=True), *arrays
-    )
-    for ours, theirs in zip(found, expected_of(arrays, document_BT), strict=True):
-        assert np.abs(ours - theirs).max() < 2**-7 * np.abs(theirs).max()
-    out = flash_attention(*arrays[:3], sizes=SMALL, interpret=True)
-    assert out.dtype == jnp.bfloat16
+    for ours, theirs in zip(found_of(arrays, document_BT, SMALL), expected_of(arrays, document_BT), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.abs(np.asarray(ours, np.float64) - theirs).max() < 2**-7 * np.abs(theirs).max()
 
 
 def test_no_race_in_the_kernels():
     """With the TPU's memories and transfers simulated, and every read and write of them checked."""
     arrays, document_BT = draw(300, 2, 1, 64), documents_of(300)
-    interpret = pltpu.InterpretParams(detect_races=True)
-    found = values_and_gradients(
-        lambda q, k, v: flash_attention(q, k, v, document_BT, sizes=SMALL, interpret=interpret), *arrays
-    )
+    found = found_of(arrays, document_BT, SMALL, pltpu.InterpretParams(detect_races=True))
     for ours, theirs in zip(found, expected_of(arrays, document_BT), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -92,32 +106,37 @@ def test_no_race_in_the_kernels():
     assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
 
 
+def heads_first(arrays) -> list[np.ndarray]:
+    """q, k and v as the kernels have them. Of numpy: cutting these compiles nothing."""
+    return [np.asarray(x).transpose(0, 2, 1, 3) for x in arrays[:3]]
+
+
 def part(arrays, rows: slice, keys: slice, documents=None, causal=False):
     """The forward kernel on some queries and some keys: (out_BTNH, natural lse_BNT)."""
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in arrays[:3])
+    q, k, v = heads_first(arrays)
     q = q * (tpu.LOG2_E * q.shape[-1] ** -0.5)
     options = {"sizes": SMALL, "causal": causal, "out_dtype": jnp.float32, "interpret": True}
-    return tpu.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], documents, **options)
+    return jax.device_get(forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], documents, **options))
 
 
 def test_a_query_that_sees_no_key_has_no_output_and_no_weight():
     """Queries of documents 1 and 2 past keys of documents 0 and 1: in full, and put together with what they do see."""
     arrays = draw(512, 2, 1, 64)
-    document = jnp.asarray(np.repeat([[0, 1, 2]] * 2, [200, 256, 56], axis=1), jnp.int32)
+    document = np.repeat([[0, 1, 2]] * 2, [200, 256, 56], axis=1).astype(np.int32)
     first, second = slice(0, 256), slice(256, 512)
     out, lse = part(arrays, second, first, (document[:, second], document[:, first]))
     assert (out[:, :, 200:] == 0).all() and (lse[..., 200:] == tpu.MASKED).all() and (lse[..., :200] > -1e3).all()
     own = part(arrays, second, second, (document[:, second], document[:, second]), causal=True)
-    together, _ = merge([(out, lse), own])
-    expected, _ = reference.attention(*arrays[:3], (document, document))
+    together, _ = jax.device_get(jax.jit(merge)([(out, lse), own]))
+    expected, _ = jax.device_get(jax.jit(reference.attention)(*arrays[:3], (document, document)))
     np.testing.assert_allclose(together.transpose(0, 2, 1, 3), expected[:, second], atol=2e-5)
     # Numbers 4 and 6 around the queries' 5: by their range alone the blocks could meet, and are computed.
-    strangers = jnp.full((2, 256), 5, jnp.int32), jnp.tile(jnp.array([4, 6], jnp.int32), (2, 128))
+    strangers = np.full((2, 256), 5, np.int32), np.tile(np.array([4, 6], np.int32), (2, 128))
     out, lse = part(arrays, second, first, strangers)
     assert not out.any() and (lse == tpu.MASKED).all()
-    dq, dk, dv = tpu.backward(
-        *(x.transpose(0, 2, 1, 3)[:, :, s] for x, s in zip(arrays[:3], (second, first, first), strict=True)),
-        strangers, lse, jnp.zeros_like(lse), jnp.ones_like(out),
+    dq, dk, dv = backward(
+        *(x[:, :, s] for x, s in zip(heads_first(arrays), (second, first, first), strict=True)),
+        strangers, lse, np.zeros_like(lse), np.ones_like(out),
         sizes=SMALL, causal=False, out_dtype=jnp.float32, interpret=True,
     )  # fmt: skip
     assert not dq.any() and not dk.any() and not dv.any(), "no query sees any key"
@@ -129,12 +148,10 @@ def test_blocks_that_are_masked_whole_are_not_computed():
     document = jnp.asarray(np.repeat([[0, 1]], [512, 512], axis=1), jnp.int32)
     sizes = BlockSizes(256, 128, 256, 128, 1024)
     k, v, dout = k.at[:, :512].set(jnp.nan), v.at[:, :512].set(jnp.nan), dout.at[:, :512].set(0.0)
-    out, backward = jax.vjp(lambda *x: flash_attention(*x, document, sizes=sizes, interpret=True), q, k, v)
-    dq, dk, dv = backward(dout)
-    for x in (out, dq, dk, dv):
-        assert jnp.isfinite(x[:, 512:]).all()
-    future = flash_attention(q, k.at[:, 768:].set(jnp.nan), v, document, sizes=sizes, interpret=True)
-    np.testing.assert_array_equal(future[:, 512:768], out[:, 512:768])
+    found = found_of([q, k, v, dout], document, sizes)
+    assert all(np.isfinite(x[:, 512:]).all() for x in found)
+    future = found_of([q, k.at[:, 768:].set(jnp.nan), v, dout], document, sizes)
+    np.testing.assert_array_equal(future[0][:, 512:768], found[0][:, 512:768])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ What only a GPU can tell (numerics on its matrix units, speed) is tools/bench/gp
 
 import re
 import subprocess
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilers import on_gpu_compiler, run_compiling
-from k2jax.kernels.flash_attention import flash_attention, merge
+from k2jax.kernels.flash_attention import merge
 from k2jax.kernels.triton_block_sizes import BlockSizes, Cut
-from test_flash_attention import documents_of, draw, expected_of, values_and_gradients
+from test_flash_attention import documents_of, draw, expected_of, found_of, heads_first, one_program
 
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention_triton as triton
@@ -26,9 +25,7 @@ SMALL = BlockSizes(Cut(64, 32, 4, 1), Cut(32, 64, 4, 1), Cut(64, 64, 4, 1))  # 2
 WIDE = BlockSizes(Cut(32, 128, 4, 1), Cut(128, 32, 4, 1), Cut(32, 128, 4, 1))  # a block sees parts of some others
 
 
-def found_of(arrays: list[jax.Array], document_BT: jax.Array | None, sizes: BlockSizes) -> list[np.ndarray]:
-    attend = partial(flash_attention, document_BT=document_BT, sizes=sizes, interpret=True)
-    return values_and_gradients(jax.jit(attend), *arrays)
+forward, backward = one_program(triton.forward), one_program(triton.backward)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -46,37 +43,37 @@ def test_values_and_gradients_are_the_references(T, N, K, H, sizes, masked):
 def test_bfloat16_is_as_near_as_its_rounding():
     arrays, document_BT = draw(200, 2, 1, 64, jnp.bfloat16), documents_of(200)
     for ours, theirs in zip(found_of(arrays, document_BT, SMALL), expected_of(arrays, document_BT), strict=True):
-        assert np.abs(ours - theirs).max() < 2**-7 * np.abs(theirs).max()
-    assert flash_attention(*arrays[:3], sizes=SMALL, interpret=True).dtype == jnp.bfloat16
+        assert ours.dtype == jnp.bfloat16
+        assert np.abs(np.asarray(ours, np.float64) - theirs).max() < 2**-7 * np.abs(theirs).max()
 
 
 def part(arrays, rows: slice, keys: slice, documents=None, causal=False):
     """The forward kernel on some queries and some keys: (out_BNTH, lse_BN1T)."""
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in arrays[:3])
+    q, k, v = heads_first(arrays)
     q = q * (triton.LOG2_E * q.shape[-1] ** -0.5)
     options = {"sizes": SMALL, "causal": causal, "out_dtype": jnp.float32, "interpret": True}
-    return triton.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], documents, **options)
+    return jax.device_get(forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], documents, **options))
 
 
 def test_a_query_that_sees_no_key_has_no_output_and_no_weight():
     """Queries of documents 1 and 2 past keys of documents 0 and 1: in full, and put together with what they do see."""
     arrays = draw(256, 2, 1, 64)
-    document = jnp.asarray(np.repeat([[0, 1, 2]] * 2, [100, 128, 28], axis=1), jnp.int32)
+    document = np.repeat([[0, 1, 2]] * 2, [100, 128, 28], axis=1).astype(np.int32)
     first, second = slice(0, 128), slice(128, 256)
     out, lse = part(arrays, second, first, (document[:, second], document[:, first]))
     assert (out[:, :, 100:] == 0).all() and (lse[..., 100:] == triton.MASKED).all() and (lse[..., :100] > -1e3).all()
     own = part(arrays, second, second, (document[:, second], document[:, second]), causal=True)
-    together, lse = merge([(out, lse), own])
-    expected, expected_lse_BNT = reference.attention(*arrays[:3], (document, document))
+    together, lse = jax.device_get(jax.jit(merge)([(out, lse), own]))
+    expected, expected_lse_BNT = jax.device_get(jax.jit(reference.attention)(*arrays[:3], (document, document)))
     np.testing.assert_allclose(together.transpose(0, 2, 1, 3), expected[:, second], atol=2e-5)
     np.testing.assert_allclose(lse[:, :, 0] / triton.LOG2_E, expected_lse_BNT[..., second], atol=2e-5)
     # Numbers 4 and 6 around the queries' 5: by their range alone the blocks could meet, and are computed.
-    strangers = jnp.full((2, 128), 5, jnp.int32), jnp.tile(jnp.array([4, 6], jnp.int32), (2, 64))
+    strangers = np.full((2, 128), 5, np.int32), np.tile(np.array([4, 6], np.int32), (2, 64))
     out, lse = part(arrays, second, first, strangers)
     assert not out.any() and (lse == triton.MASKED).all()
-    dq, dk, dv = triton.backward(
-        *(x.transpose(0, 2, 1, 3)[:, :, s] for x, s in zip(arrays[:3], (second, first, first), strict=True)),
-        strangers, lse, jnp.zeros_like(lse), jnp.ones_like(out),
+    dq, dk, dv = backward(
+        *(x[:, :, s] for x, s in zip(heads_first(arrays), (second, first, first), strict=True)),
+        strangers, lse, np.zeros_like(lse), np.ones_like(out),
         sizes=SMALL, causal=False, out_dtype=jnp.float32, interpret=True,
     )  # fmt: skip
     assert not dq.any() and not dk.any() and not dv.any(), "no query sees any key"
@@ -86,18 +83,15 @@ def test_blocks_that_are_masked_whole_are_not_computed():
     """Not even multiplied by 0: not-a-number in their keys and values, or in their queries' gradients, stays there."""
     q, k, v, dout = draw(256, 1, 1, 64, B=1)
     document = jnp.asarray(np.repeat([[0, 1]], [128, 128], axis=1), jnp.int32)
-    k, v, dout = k.at[:, :128].set(jnp.nan), v.at[:, :128].set(jnp.nan), dout.at[:, :128].set(0.0)
-    attend = jax.jit(partial(flash_attention, sizes=SMALL, interpret=True))
-    out, backward = jax.vjp(lambda *x: attend(*x, document), q, k, v)
-    for x in (out, *backward(dout)):
-        assert jnp.isfinite(x[:, 128:]).all()
-    future = attend(q, k.at[:, 192:].set(jnp.nan), v, document)
-    np.testing.assert_array_equal(future[:, 128:192], out[:, 128:192])
+    lost = slice(0, 128)
+    bad = [q, k.at[:, lost].set(jnp.nan), v.at[:, lost].set(jnp.nan), dout.at[:, lost].set(0.0)]
+    found = found_of(bad, document, SMALL)
+    assert all(np.isfinite(x[:, 128:]).all() for x in found)
+    future = found_of([q, bad[1].at[:, 192:].set(jnp.nan), *bad[2:]], document, SMALL)
+    np.testing.assert_array_equal(future[0][:, 128:192], found[0][:, 128:192])
     # Keys and values of document 1 past queries of document 0, and the other way round in the gradient of the keys.
-    q, k, v, dout = draw(256, 1, 1, 64, B=1)
-    _, backward = jax.vjp(lambda *x: attend(*x, document), q.at[:, 128:].set(jnp.nan), k, v)
-    for x in backward(dout.at[:, 128:].set(jnp.nan)):
-        assert jnp.isfinite(x[:, :128]).all()
+    bad = [q.at[:, 128:].set(jnp.nan), k, v, dout.at[:, 128:].set(jnp.nan)]
+    assert all(np.isfinite(x[:, :128]).all() for x in found_of(bad, document, SMALL))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from k2jax.kernels.flash_attention import flash_attention, merge
 from k2jax.kernels.mosaic_block_sizes import TABLE, BlockSizes, Cut, block_sizes
-from test_flash_attention import documents_of, draw, expected_of
+from test_flash_attention import documents_of, draw, expected_of, heads_first, one_program
+from test_flash_attention import found_of as found_of_kernels
 
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention_mosaic as mosaic
@@ -33,23 +34,18 @@ KIND = "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Has kernels run on the machine of mosaic_machine.py, in the order of a seed."""
-
-    def switch_on(seed: int = 0) -> None:
-        monkeypatch.setattr(plgpu, "kernel", partial(mosaic_machine.kernel, seed=seed))
-
-    switch_on()
-    return switch_on
+    """Has kernels run on the machine of mosaic_machine.py; call it for another order than that of seed 0."""
+    monkeypatch.setattr(plgpu, "kernel", mosaic_machine.kernel)
+    monkeypatch.setattr(mosaic_machine, "seed", 0)
+    return partial(monkeypatch.setattr, mosaic_machine, "seed")
 
 
 def found_of(arrays: list[jax.Array], document_BT: jax.Array | None, sizes: BlockSizes) -> list[np.ndarray]:
-    """Out and gradients."""
+    """Out and gradients on the machine."""
+    return jax.device_get(found_of_kernels(arrays, document_BT, sizes, interpret=False))
 
-    def both(q, k, v, dout):
-        out, backward = jax.vjp(partial(flash_attention, document_BT=document_BT, sizes=sizes), q, k, v)
-        return out, *backward(dout)
 
-    return [np.asarray(x) for x in jax.device_get(jax.jit(both)(*arrays))]
+forward, backward = one_program(mosaic.forward), one_program(mosaic.backward)
 
 
 @pytest.mark.parametrize(
@@ -96,31 +92,32 @@ def test_the_bits_are_the_same_in_whatever_order_warpgroups_and_copies_come(mach
 
 def part(arrays, rows: slice, keys: slice, documents=None, causal=False):
     """The forward kernel on some queries and some keys: (out_BNTH, lse_BN1T)."""
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in arrays[:3])
-    q = (q.astype(jnp.float32) * (mosaic.LOG2_E * q.shape[-1] ** -0.5)).astype(q.dtype)
+    q, k, v = heads_first(arrays)
+    q = (q.astype(np.float32) * (mosaic.LOG2_E * q.shape[-1] ** -0.5)).astype(q.dtype)
     options = {"sizes": ONE, "causal": causal, "out_dtype": jnp.float32, "interpret": False}
-    return mosaic.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], documents, **options)
+    return jax.device_get(forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], documents, **options))
 
 
 def test_a_query_that_sees_no_key_has_no_output_and_no_weight(machine):
     """Queries of documents 1 and 2 past keys of documents 0 and 1, as in ring attention."""
     arrays = draw(256, 2, 1, 64, jnp.float16)
-    document = jnp.asarray(np.repeat([[0, 1, 2]] * 2, [100, 128, 28], axis=1), jnp.int32)
+    document = np.repeat([[0, 1, 2]] * 2, [100, 128, 28], axis=1).astype(np.int32)
     first, second = slice(0, 128), slice(128, 256)
     out, lse = part(arrays, second, first, (document[:, second], document[:, first]))
     assert (out[:, :, 100:] == 0).all() and (lse[..., 100:] == mosaic.MASKED).all() and (lse[..., :100] > -1e3).all()
     own = part(arrays, second, second, (document[:, second], document[:, second]), causal=True)
-    together, lse = merge([(out, lse), own])
-    expected, expected_lse_BNT = reference.attention(*(x.astype(jnp.float32) for x in arrays[:3]), (document, document))
+    together, lse = jax.device_get(jax.jit(merge)([(out, lse), own]))
+    wide = (np.float32(x) for x in arrays[:3])
+    expected, expected_lse_BNT = jax.device_get(jax.jit(reference.attention)(*wide, (document, document)))
     np.testing.assert_allclose(together.transpose(0, 2, 1, 3), expected[:, second], atol=4e-3)
     np.testing.assert_allclose(lse[:, :, 0] / mosaic.LOG2_E, expected_lse_BNT[..., second], atol=4e-3)
     # Numbers 4 and 6 around the queries' 5: by their range alone the blocks could meet, and are computed.
-    strangers = jnp.full((2, 128), 5, jnp.int32), jnp.tile(jnp.array([4, 6], jnp.int32), (2, 64))
+    strangers = np.full((2, 128), 5, np.int32), np.tile(np.array([4, 6], np.int32), (2, 64))
     out, lse = part(arrays, second, first, strangers)
     assert not out.any() and (lse == mosaic.MASKED).all()
-    d = mosaic.backward(
-        *(x.transpose(0, 2, 1, 3)[:, :, s] for x, s in zip(arrays[:3], (second, first, first), strict=True)),
-        strangers, lse, jnp.zeros_like(lse), jnp.ones_like(out),
+    d = backward(
+        *(x[:, :, s] for x, s in zip(heads_first(arrays), (second, first, first), strict=True)),
+        strangers, lse, np.zeros_like(lse), np.ones_like(out),
         sizes=ONE, causal=False, out_dtype=jnp.float32, interpret=False,
     )  # fmt: skip
     assert not any(x.any() for x in d), "no query sees any key"

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,26 @@ MAY_IMPORT = {
 }
 
 
+@cache
+def source(path: Path) -> str:
+    return path.read_text()
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """Once for all tests: two hundred files are most of the work here."""
+    return ast.parse(source(path))
+
+
+@cache
 def imports(path: Path) -> set[str]:
-    """The modules of k2jax that a file imports, anywhere in it: "data/store", "kernels/flash_attention"."""
+    """The modules of k2jax that a file of the repository imports, anywhere in it: "data/store"."""
+    return imported_by(parsed(path))
+
+
+def imported_by(tree: ast.AST) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -90,6 +107,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+@cache
 def _is_module(name: str) -> bool:
     folder = ROOT if name.startswith("kernels/") else ROOT / "k2jax"
     return (folder / f"{name}.py").is_file() or (folder / name).is_dir()
@@ -141,8 +159,7 @@ def depth(node: ast.AST, level: int = 0) -> int:
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_file_is_short_and_its_functions_too(path: Path):
-    text, name = path.read_text(), str(path.relative_to(ROOT))
-    tree = ast.parse(text)
+    text, tree, name = source(path), parsed(path), str(path.relative_to(ROOT))
     assert len(text.splitlines()) <= LONG_FILES.get(name, FILE_LINES)
     assert ast.get_docstring(tree) or not text.strip(), "a module says in its first line what it is for"
     for function in functions(tree):
@@ -158,16 +175,16 @@ def test_file_is_short_and_its_functions_too(path: Path):
 
 
 def test_the_loop_stays_readable():
-    tree = ast.parse((ROOT / "k2jax" / "train.py").read_text())
+    tree = parsed(ROOT / "k2jax" / "train.py")
     [train] = [function for function in functions(tree) if function.name == "train"]
     [loop] = [node for node in ast.walk(train) if isinstance(node, ast.For)]
     assert loop.end_lineno - loop.lineno + 1 <= 45
-    assert len((ROOT / "k2jax" / "train.py").read_text().splitlines()) <= 300
+    assert len(source(ROOT / "k2jax" / "train.py").splitlines()) <= 300
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_public_signatures_are_typed(path: Path):
-    for function in functions(ast.parse(path.read_text())):
+    for function in functions(parsed(path)):
         arguments = [
             a for a in [*function.args.args, *function.args.kwonlyargs] if a.arg not in ("self", "cls")
         ]
@@ -179,21 +196,21 @@ def test_every_config_key_is_read_and_has_a_meaning():
     keys = configuration.flatten(configuration.to_dict(configuration.base()))
     stage_keys = configuration.flatten(configuration.to_dict(configuration.stage()))
     assert 40 <= len(keys) + len(stage_keys) <= 120
-    source = "".join(path.read_text() for path in CODE if path.name != "config.py")
+    code = "".join(source(path) for path in CODE if path.name != "config.py")
     for key in [*keys, *stage_keys]:
         last = key.split(".")[-1]
-        assert re.search(rf"(\.|\[\")({last})\b", source), f"{key} is read nowhere"
+        assert re.search(rf"(\.|\[\")({last})\b", code), f"{key} is read nowhere"
 
 
 def test_configuration_has_no_hidden_defaults():
     for path in CODE:
-        found = re.search(r"\b(c|config|stage|cfg|m)\.get\(", path.read_text())
+        found = re.search(r"\b(c|config|stage|cfg|m)\.get\(", source(path))
         assert not found, f"{path}: {found.group()}: a default belongs in config.base()"
 
 
 def test_the_data_side_never_imports_jax():
     for path in [*ROOT.glob("k2jax/data/*.py"), *ROOT.glob("k2jax/prepare/**/*.py")]:
-        assert not re.search(r"^\s*(import|from) (jax|flax)", path.read_text(), re.M), path
+        assert not re.search(r"^\s*(import|from) (jax|flax)", source(path), re.M), path
 
 
 @pytest.mark.parametrize("path", [*CODE, *EXPERIMENTS], ids=lambda path: str(path.relative_to(ROOT)))
@@ -202,8 +219,7 @@ def test_rooms_import_only_from_rooms_before_them(path: Path):
     assert not wrong, f"{module(path)} imports {', '.join(wrong)}: move what it needs to where both may see it"
 
 
-def test_a_planted_import_the_wrong_way_is_seen(tmp_path):
-    planted = tmp_path / "planted.py"
+def test_a_planted_import_the_wrong_way_is_seen():
     for name, line, wrong in [
         ("run/saved", "from k2jax.training.step import Batch", ["training/step"]),
         ("model/generation", "def f():\n    from k2jax.run import saved, digest", ["run/digest", "run/saved"]),
@@ -212,14 +228,13 @@ def test_a_planted_import_the_wrong_way_is_seen(tmp_path):
         ("training/step", "from k2jax.train import train", ["train"]),
         ("prepare/dedup/near", "from k2jax.prepare.dedup import exact\nfrom k2jax import files, k2", []),
     ]:
-        planted.write_text(line)
-        assert wrong_imports(name, imports(planted)) == wrong
+        assert wrong_imports(name, imported_by(ast.parse(line))) == wrong
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_written_in_one_way(path: Path):
     name = str(path.relative_to(ROOT))
-    found = set() if name == "k2jax/files.py" else writes(ast.parse(path.read_text()))
+    found = set() if name == "k2jax/files.py" else writes(parsed(path))
     assert found == OTHERS_THAT_DO.get(name, set()), "k2jax/files.py has it: whole or not at all, and on the disk"
 
 
@@ -254,5 +269,5 @@ def test_the_top_level_is_the_agreed_one():
 def test_files_that_are_named_are_there():
     """In the README, and in what the code says of other files."""
     for path in [ROOT / "README.md", *CODE, *EXPERIMENTS]:
-        for name in re.findall(r"(?<![\w/])((?:k2jax|kernels|tests|tools|experiments)/[\w/]+\.py)\b", path.read_text()):
+        for name in re.findall(r"(?<![\w/])((?:k2jax|kernels|tests|tools|experiments)/[\w/]+\.py)\b", source(path)):
             assert "NAME" in name or (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"

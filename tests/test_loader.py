@@ -134,7 +134,7 @@ def test_same_global_batch_for_any_number_of_hosts(order, stores, all_steps, hos
         assert batch_digest(digests) == batch_digest(whole["digest"])
 
 
-@pytest.mark.parametrize(("workers", "threads"), [(0, 1), (0, 4), (1, 0), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("workers", "threads"), [(0, 1), (0, 4), (1, 0), (3, 2)])
 def test_same_batches_for_any_number_of_workers(order, stores, all_steps, workers, threads):
     assert_same(load(order, stores, workers=workers, threads=threads), all_steps)
 

@@ -1,6 +1,6 @@
 """k2jax.model.loss: the value and gradient of the loss, which targets count, and the loss by subset."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilers import on_tpu_compiler, run_compiling
-from test_model import logits_of, small_model
+from test_model import initial_params, logits_of, small_model
 
 from k2jax import config
-from k2jax.model.decoder import init_params
 from k2jax.model.loss import LossOptions, head_loss, targets_and_weights
 from k2jax.training.step import loss_sums
 
@@ -86,7 +85,8 @@ def test_blocks_give_value_and_gradients_of_the_whole(block, z_loss):
     np.testing.assert_allclose(total, (weights * (expected_nats + z_loss * lse**2)).sum(), rtol=1e-6)
     np.testing.assert_allclose(dx, delta @ head.T, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(dhead, np.einsum("btd,btv->dv", x, delta), rtol=1e-4, atol=1e-5)
-    alone = head_loss(*arrays, jnp.asarray(targets), jnp.asarray(weights, jnp.float32), options)
+    value = jax.jit(head_loss, static_argnums=4)
+    alone = value(*arrays, jnp.asarray(targets), jnp.asarray(weights, jnp.float32), options)
     np.testing.assert_allclose(alone[0], total, rtol=1e-6)
     np.testing.assert_allclose(alone[1], nats, rtol=1e-5)
 
@@ -96,7 +96,9 @@ def test_the_gradient_is_that_of_what_comes_after():
     logits, targets, weights = draw(1.0)
     weights, head = jnp.asarray(weights, jnp.float32), jnp.eye(33)
     once, thrice = (
-        jax.grad(lambda x, f=f: f * head_loss(x, head, jnp.asarray(targets), weights, LossOptions())[0])(logits)
+        jax.jit(jax.grad(lambda x, f=f: f * head_loss(x, head, jnp.asarray(targets), weights, LossOptions())[0]))(
+            logits
+        )
         for f in (1.0, 3.0)
     )
     np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
@@ -157,13 +159,21 @@ def test_a_target_in_another_document_than_its_input_is_dropped(label_shift):
 # ---- the loss of a batch -------------------------------------------------------------------------------------------
 
 
-def sums_of(tokens, subset=None, label_shift="next", masked=False, num_subsets=1):
+def initial_logits(tokens):
+    return jax.jit(partial(logits_of, small_model()))(initial_params(), tokens)
+
+
+@cache
+def program_of(label_shift, masked, num_subsets):
     c = config.base().unlock()
     c.model, c.data.label_shift = small_model(mask_documents=masked), label_shift
-    subset = jnp.zeros(len(tokens), jnp.int32) if subset is None else jnp.asarray(subset, jnp.int32)
     arguments = {"config": c, "stage": config.stage(), "eos_id": EOS, "num_subsets": num_subsets}
-    run = jax.jit(partial(loss_sums, **arguments, compute_dtype=jnp.float32))
-    loss, sums = run(init_params(c.model, seed=1), jnp.asarray(tokens), subset)
+    return jax.jit(partial(loss_sums, **arguments, compute_dtype=jnp.float32))
+
+
+def sums_of(tokens, subset=None, label_shift="next", masked=False, num_subsets=1):
+    subset = np.asarray(np.zeros(len(tokens)) if subset is None else subset, np.int32)
+    loss, sums = program_of(label_shift, masked, num_subsets)(initial_params(), tokens, subset)
     assert float(loss) == pytest.approx(float(sums.loss), rel=1e-6)
     return sums
 
@@ -173,18 +183,18 @@ def tokens_of(rows, length=13):
 
 
 def test_inside_is_the_mean_over_t_minus_1_targets_of_each_row():
-    tokens, m = tokens_of(3), small_model()
+    tokens = tokens_of(3)
     sums = sums_of(tokens, label_shift="inside")
     assert sums.targets == 3 * (13 - 1)
-    logits = logits_of(m, init_params(m, seed=1), jnp.asarray(tokens))
+    logits = initial_logits(tokens)
     nats = reference(logits[:, :-1], tokens[:, 1:], np.ones((3, 12)))[0]
     assert float(sums.loss / sums.targets) == pytest.approx(nats.mean(), rel=1e-6)
 
 
 def test_next_is_the_mean_over_all_t_targets():
-    tokens, m = tokens_of(3), small_model()
+    tokens = tokens_of(3)
     sums = sums_of(tokens)
-    logits = logits_of(m, init_params(m, seed=1), jnp.asarray(tokens[:, :-1]))
+    logits = initial_logits(tokens[:, :-1])
     assert sums.targets == 3 * 12
     nats = reference(logits, tokens[:, 1:], np.ones((3, 12)))[0]
     assert float(sums.loss / sums.targets) == pytest.approx(nats.mean(), rel=1e-6)

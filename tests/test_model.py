@@ -34,6 +34,12 @@ def small_model(**changes):
     return m.lock()
 
 
+@cache
+def initial_params(**changes):
+    """Of `small_model(**changes)`, which these tests read and none donates."""
+    return jax.jit(partial(init_params, small_model(**changes), seed=1))()
+
+
 def logits_of(m, params, tokens, dtype=jnp.float32, rope_base=1e4, documents=None):
     decoder = Decoder(m, params, dtype)
     return decoder.logits(decoder(tokens, rope_base, documents))
@@ -85,7 +91,7 @@ def test_each_tensor_is_drawn_apart_from_all_others(drawn):
     assert all(np.array_equal(tied[name], params[name]) for name in tied)
     assert not np.array_equal(params["layers.w_gate_LDF"], params["layers.w_up_LDF"])
     assert not np.array_equal(params["layers.wk_LDKH"], params["layers.wv_LDKH"])
-    other_seed = init_params(m, seed=6)
+    other_seed = jax.jit(partial(init_params, m, seed=6))()
     assert not any(np.array_equal(other_seed[name], params[name]) for name in params if "norm" not in name)
 
 
@@ -114,9 +120,9 @@ DISTINCT = jnp.arange(3, 3 + T)[
 ]  # every position a token of its own: a row of the embedding is a position
 
 
-def influence(m, documents=None) -> np.ndarray:
+def influence(documents=None, **changes) -> np.ndarray:
     """(T, T): largest |d logits[t] / d embedding[s]|, in a fixed random direction of the logits."""
-    params = init_params(m, seed=1)
+    m, params = small_model(**changes), initial_params(**changes)
     direction_V = jax.random.normal(jax.random.key(2), (m.vocab_size,))
 
     def project(embed_VD):
@@ -128,7 +134,7 @@ def influence(m, documents=None) -> np.ndarray:
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_no_position_sees_a_later_one_and_each_sees_all_before(kv_heads):
-    found = influence(small_model(num_kv_heads=kv_heads))
+    found = influence(num_kv_heads=kv_heads)
     past = np.tril(np.ones((T, T), bool))
     assert (found[~past] == 0).all(), "a gradient flows back from a later position"
     assert (found[past] > 1e-6).all(), "a position before this one is not seen"
@@ -138,14 +144,13 @@ def test_masked_documents_do_not_see_each_other():
     documents = jnp.array([[0, 0, 0, 1, 1, 1, 1, 2, 3, 3]])
     same = np.asarray(documents[0][:, None] == documents[0][None, :])
     past = np.tril(np.ones((T, T), bool))
-    found = influence(small_model(), documents)
+    found = influence(documents)
     assert (found[~(past & same)] == 0).all() and (found[past & same] > 1e-6).all()
 
 
 def test_a_masked_document_is_bit_equal_whatever_is_before_it():
     """The same check without the mask must find a leak, or it proves nothing."""
-    m = small_model()
-    params = init_params(m, seed=1)
+    m, params = small_model(), initial_params()
     first = jnp.array([[5, 6, 7, 8, EOS, 20, 21, 22, 23, 24, EOS, 30]])
     second = first.at[0, :4].set(jnp.array([40, 41, 42, 43]))
     run = jax.jit(lambda tokens, documents: logits_of(m, params, tokens, documents=documents))
@@ -162,8 +167,8 @@ def test_an_end_of_document_belongs_to_the_document_that_it_ends():
 
 
 def test_large_scores_give_a_softmax_and_not_nan():
-    m = small_model(init_std=30.0)
-    out = logits_of(m, init_params(m, seed=1), DISTINCT, documents=DISTINCT)  # each position alone
+    run = jax.jit(partial(logits_of, small_model(init_std=30.0)))
+    out = run(initial_params(init_std=30.0), DISTINCT, documents=DISTINCT)  # each position alone
     assert np.isfinite(out).all()
 
 
@@ -238,7 +243,7 @@ def test_layers_are_one_loop_however_many_they_are():
 
     assert scans(2) == scans(7), "the program grows with the layers"
     m = small_model(num_layers=7)
-    lowered = jax.jit(partial(mean_loss, m, jnp.float32)).lower(init_params(m, seed=1), TOKENS)
+    lowered = jax.jit(partial(mean_loss, m, jnp.float32)).lower(jax.eval_shape(partial(init_params, m, seed=1)), TOKENS)
     assert lowered.compile().as_text().count(" while(") == 1
 
 
@@ -268,13 +273,15 @@ def test_names_with_host_are_saved_in_the_hosts_memory_and_no_others():
     assert saved_floats("dots", jax.memory.Space.Host) == 0
 
 
+@cache
+def loss_and_gradients(remat):
+    m = small_model(remat=remat)
+    return jax.jit(jax.value_and_grad(partial(mean_loss, m, jnp.float32)))(initial_params(), TOKENS)
+
+
 @pytest.mark.parametrize("remat", ["dots", "full", "q@host+middle+up@host"])
 def test_remat_changes_neither_loss_nor_gradient(remat):
-    def run(remat):
-        m = small_model(remat=remat)
-        return jax.jit(jax.value_and_grad(partial(mean_loss, m, jnp.float32)))(init_params(m, seed=1), TOKENS)
-
-    (loss, grads), (expected_loss, expected) = run(remat), run("none")
+    (loss, grads), (expected_loss, expected) = loss_and_gradients(remat), loss_and_gradients("none")
     assert abs(loss - expected_loss) < 1e-6
     for name in expected:
         np.testing.assert_allclose(grads[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
@@ -297,7 +304,7 @@ def test_in_bfloat16_every_weight_gradient_is_float32_from_the_product_on():
 
 def test_in_bfloat16_gradients_are_float32_and_not_rounded_before():
     m = small_model()
-    grads = jax.jit(jax.grad(partial(mean_loss, m, jnp.bfloat16)))(init_params(m, seed=1), TOKENS)
+    grads = jax.jit(jax.grad(partial(mean_loss, m, jnp.bfloat16)))(initial_params(), TOKENS)
     for name, g in grads.items():
         assert g.dtype == jnp.float32, name
         if name == "embed_VD":  # a row that is read once has the gradient of a bfloat16 activation
@@ -323,15 +330,14 @@ def test_in_bfloat16_softmax_norms_and_loss_are_float32():
 
 
 def test_bfloat16_stays_near_float32():
-    m = small_model(init_std=0.05)
-    params = init_params(m, seed=1)
+    m, params = small_model(init_std=0.05), initial_params(init_std=0.05)
     exact, half = (jax.jit(partial(mean_loss, m, t))(params, TOKENS) for t in (jnp.float32, jnp.bfloat16))
     assert half.dtype == jnp.float32 and 0 < abs(half - exact) < 0.01 * exact
 
 
 def test_in_bfloat16_logits_are_not_rounded():
     m = small_model()
-    logits = jax.jit(partial(logits_of, m, dtype=jnp.bfloat16))(init_params(m, seed=1), TOKENS)
+    logits = jax.jit(partial(logits_of, m, dtype=jnp.bfloat16))(initial_params(), TOKENS)
     assert logits.dtype == jnp.float32
     share = float(jnp.mean(logits != logits.astype(jnp.bfloat16).astype(jnp.float32)))
     assert share > 0.9, f"{1 - share:.0%} of the logits are bfloat16 numbers"

@@ -52,7 +52,7 @@ class Pair:
         # Norm weights are drawn too: at one, as initialised, they would hide a mistake.
         self.params = {
             name: jnp.asarray(draw.normal(1, 0.3, p.shape), jnp.float32) if "norm" in name else p
-            for name, p in init_params(self.m, seed=3).items()
+            for name, p in jax.jit(partial(init_params, self.m, seed=3))().items()
         }
         self.torch_model = transformers.LlamaForCausalLM(self._torch_config()).float()
         self.torch_model.load_state_dict(self.to_torch(self.params), strict=True)
@@ -96,6 +96,10 @@ class Pair:
             out[layer + "post_attention_layernorm.weight"] = a["layers.mlp_norm_LD"][i]
         return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in out.items()}
 
+    def our_logits(self, inputs, documents=None):
+        run = jax.jit(partial(logits_of, self.m, rope_base=self.rope_base))
+        return run(self.params, jnp.asarray(inputs), documents=documents)
+
     def our_loss(self, params, tokens, masked=False):
         """(mean loss, its parts) by the function that training differentiates."""
         c = config.base().unlock()
@@ -114,7 +118,7 @@ def pair(request):
 
 def test_logits_are_transformers(pair):
     inputs = draw_tokens()[:, :-1]
-    ours = np.asarray(logits_of(pair.m, pair.params, jnp.asarray(inputs), rope_base=pair.rope_base))
+    ours = np.asarray(pair.our_logits(inputs))
     with torch.no_grad():
         theirs = pair.torch_model(input_ids=torch.tensor(inputs)).logits.numpy()
     assert theirs.std() > 0.5, "logits this small would agree whatever the model"
@@ -151,9 +155,7 @@ def test_masked_documents_are_transformers_on_each_document_alone():
     inputs = tokens[:, :-1]
     documents = np.cumsum(inputs == EOS, axis=1) - (inputs == EOS)
     assert [row.max() for row in documents] == [2, 2], "rows of several documents are wanted"
-    ours = logits_of(
-        pair.m, pair.params, jnp.asarray(inputs), jnp.float32, pair.rope_base, jnp.asarray(documents)
-    )
+    ours = pair.our_logits(inputs, jnp.asarray(documents))
     loss, targets, largest = torch.zeros(()), 0, 0.0
     for row, ours_TV, document in zip(tokens, np.asarray(ours), documents, strict=True):
         for number in range(document.max() + 1):
