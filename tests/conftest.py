@@ -4,11 +4,13 @@ The settings go through the environment, before JAX is imported, so that the pro
 """
 
 import ctypes
+import fcntl
 import gc
 import hashlib
 import os
 import platform
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of what tests do is compiling: XLA takes half the time without LLVM's optimizations, and a third of that by its
 # older emitters of fusions (versions without them ignore the option). Trainers that tests start as programs
-# (faults/runs.py) are compiled as a user's are.
+# have settings of their own (faults/runs.py).
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8",
@@ -116,9 +118,28 @@ def compiled_programs_of_one_file() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: a folder that `make(folder)` fills, once for all workers. Read it, or copy it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        made = root / f"shared-{name}"
+        with (root / f"shared-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / f"shared-{name}.done").exists():
+                shutil.rmtree(made, ignore_errors=True)  # of a worker that failed at it
+                make(made)
+                (root / f"shared-{name}.done").touch()
+        return made
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(made_once: Callable) -> Path:
     """The folder of `make_data`. Tests read it; one that changes it makes its own."""
-    return make_data(tmp_path_factory.mktemp("tiny"))
+    return made_once("tiny", make_data)
 
 
 @pytest.fixture(scope="session")
@@ -131,3 +152,15 @@ def tiny_config(tiny_data: Path) -> Callable[..., ConfigDict]:
         )
 
     return load
+
+
+@pytest.fixture(scope="session")
+def tiny_run(made_once: Callable, tiny_config: Callable[..., ConfigDict]) -> Path:
+    """The workdir of a whole run on all devices, which ends with a sampled text. Tests read it, or copy it."""
+
+    def make(workdir: Path) -> None:
+        from k2jax.train import train
+
+        train(tiny_config(**{"log.tensorboard": True, "eval.prompts": "('abc',)", "eval.new_tokens": 4}), workdir)
+
+    return made_once("run", make)

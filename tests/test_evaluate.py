@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from faults.runs import READ_ONLY_CACHE, Trainer, trainers
+from faults.runs import Trainer, trainers
 from ml_collections import ConfigDict
 
 from k2jax import evaluate, files
@@ -40,11 +40,9 @@ from k2jax.training.validation import validate
 
 
 @pytest.fixture(scope="module")
-def run(tiny_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tiny_run: Path) -> Path:
     """A whole run: checkpoints 10, 20 (rows of 32 tokens) and 25 (rows of 64)."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    train(tiny_config(), workdir)
-    return workdir
+    return tiny_run
 
 
 @pytest.fixture
@@ -379,7 +377,7 @@ def test_watch_follows_a_training_to_its_end(tiny_data: Path, tmp_path: Path):
     """Beside a real trainer, whose lock stays its own."""
     lines: list[str] = []
     with trainers(tiny_data) as start:
-        trainer: Trainer = start(tmp_path / "run", environment=READ_ONLY_CACHE)
+        trainer: Trainer = start(tmp_path / "run")
         trainer.wait_for("compiling")
         s = session(tmp_path / "run", lines.append, steps="all", windows=2)
         s.watch(poll_s=0.05)

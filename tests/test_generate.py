@@ -1,6 +1,7 @@
 """Generation: the cache changes no token, rows do not feel each other, and the command says what it did."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from k2jax.model.decoder import Decoder, document_ids, init_params
 from k2jax.model.generation import Generator
 from k2jax.model.sampling import Sampling, draw
 from k2jax.parallel import sharding
-from k2jax.train import train
 
 EOS = 2
 MODELS = {
@@ -213,10 +213,8 @@ def test_temperature_zero_is_greedy():
 
 
 @pytest.fixture(scope="module")
-def run(tiny_config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("generate") / "run"
-    train(tiny_config(**{"stages.0.chunks": 1, "stages.0.steps_per_chunk": 5, "stages.1.steps_per_chunk": 2}), workdir)
-    return workdir
+def run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(tiny_run, tmp_path_factory.mktemp("generate") / "run")
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: object) -> str:
@@ -234,14 +232,14 @@ def test_command_line_prompts_and_file(run: Path, tmp_path: Path, monkeypatch, c
     assert [r["prompt"] for r in results] == ["a b c", "a\u2028bc", "ab"] and results[2]["suffix"] == "de"
     encoder = load_tokenizer(run / "tokenizer.json")
     for r in results:
-        assert r["step"] == 7 and r["num_tokens"] == len(r["ids"]) <= 6 and len(r["checkpoint"]) == 64
+        assert r["step"] == 25 and r["num_tokens"] == len(r["ids"]) <= 6 and len(r["checkpoint"]) == 64
         assert r["finish"] == ("length" if r["num_tokens"] == 6 else "eos")
         assert r["text"] == encoder.decode(r["ids"])
     apart = command(monkeypatch, capsys, *options, "--prompt", "a b c", "--prompts", file, "--batch-size", 2)
     assert apart == out
     sharded = command(monkeypatch, capsys, *options, "--prompt", "a b c", "--prompts", file, "--mesh", "tensor=4")
     assert sharded == out
-    plain = command(monkeypatch, capsys, *options[:-1], "--prompt", "abc", "--step", 5)
+    plain = command(monkeypatch, capsys, *options[:-1], "--prompt", "abc", "--step", 20)
     assert plain.startswith("abc|")
 
 
@@ -291,7 +289,7 @@ def test_characters_are_held_back_until_they_are_whole(run: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--step", "6", "--prompt", "a"], "no checkpoint of step 6: it has steps 5, 7"),
+        (["--step", "6", "--prompt", "a"], "no checkpoint of step 6: it has steps 10, 20, 25"),
         (["--prompts", "none.txt"], "cannot be read"),
         (["--prompt", "a", "--top-p", "0"], "top_p"),
         (["--prompt", "a", "--mesh", "fsdp=2,tenser=2"], "'tenser=2' is not AXIS=SIZE with an axis of replica, stage,"),

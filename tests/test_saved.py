@@ -11,14 +11,11 @@ from k2jax.model.decoder import parameter_table
 from k2jax.parallel import sharding
 from k2jax.run.digest import array_digest, numpy_digest
 from k2jax.run.saved import open_array, open_step, restore_params, saved_steps
-from k2jax.train import train
 
 
 @pytest.fixture(scope="module")
-def run(tiny_config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("saved") / "run"
-    train(tiny_config(**{"mesh.fsdp": 4, "mesh.tensor": 2}), workdir)
-    return workdir
+def run(tiny_run: Path) -> Path:
+    return tiny_run
 
 
 def test_steps_and_their_stages(run: Path):

@@ -25,12 +25,15 @@ def start(tiny_data: Path) -> Iterator[Callable[..., Trainer]]:
 
 
 @pytest.fixture(scope="session")
-def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(tiny_data: Path, made_once: Callable) -> Path:
     """The workdir of an undisturbed run on two devices. Read it, or copy it."""
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    with trainers(tiny_data) as start:
-        start(workdir).wait(0)
-    return workdir
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        with trainers(tiny_data) as start:
+            start(folder / "run").wait(0)
+
+    return made_once("straight", make) / "run"
 
 
 @pytest.fixture

@@ -27,6 +27,11 @@ from k2jax.train import main
 
 # JAX writes cache entries in place: a program that is killed or short of disk must not leave half of one.
 READ_ONLY_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000000"}
+# Half of the time to compile, and no slower steps. Without any optimization (conftest.py) what many starts read from
+# the cache would run longer than is saved.
+QUICKLY_COMPILED = (
+    "--xla_backend_optimization_level=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 WAIT_S = 120  # for a line or an end; the machine may be busy
 # `patch` runs before the real main, in the program's own process.
 PATCHED = (
@@ -57,7 +62,7 @@ class Trainer:
         self.errors = workdir.parent / f"{workdir.name}.err{number}"
         start = ["-c", PATCHED.format(patch=patch)] if patch else ["-m", "k2jax.train"]
         flags = {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICKLY_COMPILED}",
             "PYTHONPATH": str(REPOSITORY),
         }
         with self.output.open("wb") as out, self.errors.open("wb") as err:

@@ -190,11 +190,11 @@ def test_damaged_run_directory(tiny_data, straight, command, tmp_path):
 
 def test_two_runs_in_one_workdir(tiny_data, start, command, tmp_path):
     """The second is refused with the first one's host and process; the first goes on."""
-    first = start(tmp_path / "run")
+    first = start(tmp_path / "run", environment=runs.READ_ONLY_CACHE)
     first.wait_for("starting at step 1")
     error = command.refuse(78, *runs.arguments(tiny_data, tmp_path / "run", {}))
     assert "in use by another run" in error and f"pid {first.process.pid}" in error
-    first.wait(0)
+    first.wait_for("saved 10")
 
 
 # ---- the command line --------------------------------------------------------------------------------------

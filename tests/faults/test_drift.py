@@ -42,66 +42,73 @@ def stopped(straight, tmp_path_factory):
     return runs.copy_run(straight, tmp_path_factory.mktemp("stopped") / "run", last_step=10)
 
 
+@pytest.fixture(scope="module")
+def late(straight, tmp_path_factory):
+    """A run that ended with its first stage: what goes on compiles the second one only."""
+    return runs.copy_run(straight, tmp_path_factory.mktemp("late") / "run", last_step=20)
+
+
 # ---- other places ------------------------------------------------------------------------------------------
 
 
-def test_arrays_are_the_same_on_any_mesh(tiny_data, tiny_config, command, tmp_path):
-    """Saved on one mesh, restored on others and saved from there: equal digests of every array in the metas."""
-    assert command.train(tiny_data, tmp_path / "run", SAVED_ON).code == 0
-    expected = runs.meta(tmp_path / "run", 25)["digests"]
+def test_arrays_are_the_same_on_any_mesh(straight, tiny_config, tmp_path):
+    """Restored on one mesh after the other, each time from what the last one saved: equal digests of every array."""
+    expected = runs.meta(straight, 25)["digests"]
     assert len(expected) == 3 * 12 + 3
-    for i, (sizes, num_devices) in enumerate(OTHER_MESHES):
+    workdir = straight
+    for i, (sizes, num_devices) in enumerate([(SAVED_ON, 8), *OTHER_MESHES]):
         config = tiny_config(**sizes)
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:num_devices])
         shapes = jax.eval_shape(partial(init_state, config.model, config.seed))
         with jax.set_mesh(mesh):
             shardings = place_state(config, shapes, mesh)
-            state = Checkpoints(tmp_path / "run").restore(25, shardings, shapes)
+            state = Checkpoints(workdir).restore(25, shardings, shapes)
             assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {num_devices}
-            again = Checkpoints(tmp_path / f"again{i}", [25])
+            workdir = tmp_path / f"again{i}"
+            again = Checkpoints(workdir, [25])
             again.save(state, 25, data={"next_step": 26, "order": "x"}, meta={})
             again.wait()
-        assert runs.meta(tmp_path / f"again{i}", 25)["digests"] == expected
+        assert runs.meta(workdir, 25)["digests"] == expected
 
 
 @pytest.mark.parametrize(
-    "sizes", [sizes for sizes, num_devices in OTHER_MESHES if num_devices == 8] + [SAVED_ON]
+    ("sizes", "step"), [(sizes, 10 if i == 1 else 20) for i, (sizes, n) in enumerate(OTHER_MESHES) if n == 8]
 )
-def test_another_mesh_goes_on_within_rounding(tiny_data, straight, stopped, command, tmp_path, sizes):
+def test_another_mesh_goes_on_within_rounding(tiny_data, straight, stopped, late, command, tmp_path, sizes, step):
     """A run on two devices goes on on eight, whatever the mesh: same batches, losses within 1e-4."""
-    workdir = runs.copy_run(stopped, tmp_path / "run")
+    workdir = runs.copy_run({10: stopped, 20: late}[step], tmp_path / "run")
     ended = command.train(tiny_data, workdir, sizes)
-    assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended
-    compare_within_rounding(workdir, straight)
+    assert ended.code == 0 and f"resuming after step {step} of 25" in ended.lines, ended
+    compare_within_rounding(workdir, straight, step)
 
 
-def test_one_device_goes_on_within_rounding(straight, stopped, start, tmp_path):
-    workdir = runs.copy_run(stopped, tmp_path / "run")
+def test_one_device_goes_on_within_rounding(straight, late, start, tmp_path):
+    workdir = runs.copy_run(late, tmp_path / "run")
     start(workdir, devices=1).wait(0)
-    compare_within_rounding(workdir, straight)
+    compare_within_rounding(workdir, straight, 20)
 
 
-def compare_within_rounding(workdir, other):
+def compare_within_rounding(workdir, other, step):
     rows, expected = runs.ledger_rows(workdir), runs.ledger_rows(other)
     assert [row["batch"] for row in rows] == [row["batch"] for row in expected]
-    assert rows[:10] == expected[:10]
+    assert rows[:step] == expected[:step]
     losses = np.array([[bits_float(row["loss"]) for row in run] for run in (rows, expected)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-4)
 
 
-def test_free_keys_may_change(tiny_data, straight, stopped, command, tmp_path):
+def test_free_keys_may_change(tiny_data, straight, late, command, tmp_path):
     """Where, how fast and how talkative: no word about them, the same batches."""
-    workdir = runs.copy_run(stopped, tmp_path / "run")
+    workdir = runs.copy_run(late, tmp_path / "run")
     free = {
         "mesh.tensor": 4, "log.every_steps": 5, "log.tensorboard": True, "data.workers": 1, "data.threads": 1,
         "data.prefetch": 2, "data.verify": "sha256", "checkpoint.every_steps": 4, "checkpoint.keep_between": 1,
-        "eval.windows": 4, "model.remat": "full", "stages.0.microbatches": 2, "model.rings": (2,),
+        "eval.windows": 4, "model.remat": "full", "stages.1.microbatches": 2, "model.rings": (2,),
         "compiler.tpu": ("xla_tpu_enable_async_collective_fusion=true",),
     }  # fmt: skip
     ended = command.train(tiny_data, workdir, free)
     assert ended.code == 0, ended
     assert read_journal(workdir / "journal.jsonl") == []
-    compare_within_rounding(workdir, straight)
+    compare_within_rounding(workdir, straight, 20)
 
 
 # ---- other contents ----------------------------------------------------------------------------------------
@@ -163,12 +170,12 @@ def other_data(source, to, *, swap_tokens=False, change=None):
     return to
 
 
-def test_another_tokenizer_or_store_is_refused(tiny_data, stopped, command, tmp_path):
+def test_another_tokenizer_or_store_is_refused(tiny_data, late, command, tmp_path):
     """Same sizes, same counts: two tokens have changed places, or one token of one document is another."""
     swapped = other_data(tiny_data, tmp_path / "swapped", swap_tokens=True)
     changed = other_data(tiny_data, tmp_path / "changed", change="code")
     same = other_data(tiny_data, tmp_path / "same")
-    workdir = runs.copy_run(stopped, tmp_path / "run")
+    workdir = runs.copy_run(late, tmp_path / "run")
     error = command.refuse(78, *runs.arguments(swapped, workdir, {}))
     assert "manifest.tokenizer_sha256" in error and "manifest.stores.books" in error
     error = command.refuse(78, *runs.arguments(changed, workdir, {}))
@@ -208,9 +215,9 @@ def test_drift_allowed_by_name_is_recorded(tiny_data, straight, stopped, command
     assert "seed: 5 -> 22238" in command.refuse(78, *runs.arguments(tiny_data, workdir, {}))
 
 
-def test_kill_while_drift_is_recorded(tiny_data, stopped, command, tmp_path, monkeypatch):
+def test_kill_while_drift_is_recorded(tiny_data, late, command, tmp_path, monkeypatch):
     """The journal is written and the rest is not: the same command goes on, with one entry."""
-    workdir = runs.copy_run(stopped, tmp_path / "run")
+    workdir = runs.copy_run(late, tmp_path / "run")
     drift = runs.arguments(tiny_data, workdir, {"seed": 5, "allow_drift": "('seed',)"})
     with monkeypatch.context() as patch:
         patch.setattr("k2jax.run.directory.save_manifest", lambda *_: 1 / 0)
@@ -221,9 +228,9 @@ def test_kill_while_drift_is_recorded(tiny_data, stopped, command, tmp_path, mon
     assert len(read_journal(workdir / "journal.jsonl")) == 1
 
 
-def test_drift_that_does_not_fit_changes_nothing(tiny_data, stopped, command, tmp_path):
+def test_drift_that_does_not_fit_changes_nothing(tiny_data, late, command, tmp_path):
     """Leave to change the model's width cannot help: 78, and the run can still go on as it was."""
-    workdir = runs.copy_run(stopped, tmp_path / "run")
+    workdir = runs.copy_run(late, tmp_path / "run")
     wide = {"model.dim": 64, "allow_drift": "('model',)"}
     error = command.refuse(78, *runs.arguments(tiny_data, workdir, wide))
     assert "array" in error and "(512, 32)" in error and "(512, 64)" in error

@@ -76,18 +76,8 @@ def test_a_fault_on_one_device_costs_one_step(tiny_data, command, poison, tmp_pa
 STOPPED = {8: "nan", 9: "inf", 11: "nan", 12: "inf", 13: "nan"}  # two in a row do not stop a run
 
 
-def test_three_in_a_row_stop_the_run(tiny_data, command, poison, tmp_path):
-    """65, naming the steps; the only checkpoint, if there is one already, is from before them."""
-    poison(STOPPED)
-    error = command.refuse(65, *runs.arguments(tiny_data, tmp_path / "run", {}))
-    assert "3 steps in a row, up to step 13" in error
-    assert runs.checkpoint_steps(tmp_path / "run") in ([], [10])
-    rows = runs.ledger_rows(tmp_path / "run")
-    assert [row["step"] for row in rows if not row["applied"]] == list(STOPPED)
-
-
-def test_a_stop_completes_the_save_under_way(tiny_data, command, poison, monkeypatch, tmp_path):
-    """On a slow disk the save of step 10 is under way then, the last good state: it is kept, and the run goes on."""
+def test_three_in_a_row_stop_the_run_behind_the_save_under_way(tiny_data, command, poison, monkeypatch, tmp_path):
+    """65, naming the steps. On a slow disk the save of step 10 is under way then: it is kept, and the run goes on."""
     workdir, real = tmp_path / "run", checkpoint._LateJson._save_fn
 
     async def save_slowly(self, item, directory):
@@ -97,8 +87,10 @@ def test_a_stop_completes_the_save_under_way(tiny_data, command, poison, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint._LateJson, "_save_fn", save_slowly)
         poison(STOPPED, patch)
-        command.refuse(65, *runs.arguments(tiny_data, workdir, {}))
-        assert runs.checkpoint_steps(workdir) == [10]
+        error = command.refuse(65, *runs.arguments(tiny_data, workdir, {}))
+    assert "3 steps in a row, up to step 13" in error
+    assert runs.checkpoint_steps(workdir) == [10]
+    assert [row["step"] for row in runs.ledger_rows(workdir) if not row["applied"]] == list(STOPPED)
     ended = command.train(tiny_data, workdir)
     assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended
     assert [row["step"] for row in runs.ledger_rows(workdir) if not row["applied"]] == [8, 9]
