@@ -22,6 +22,7 @@ from k2jax.model.decoder import LAYOUT_VERSION, Params, parameter_table
 from k2jax.parallel import sharding
 from k2jax.run import digest
 from k2jax.run.checkpoint import FORMAT, read_meta
+from k2jax.run.reading import one_line
 
 
 class SavedStep(NamedTuple):
@@ -98,7 +99,7 @@ def open_array(saved: SavedStep, name: str) -> ts.TensorStore:
     try:
         array = ts.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
     except Exception as error:  # TensorStore raises ValueError, KeyError, ... for what it finds on disk
-        raise StorageError(f"checkpoint {saved.step}: cannot open array {name}: {_one_line(error)}") from error
+        raise StorageError(f"checkpoint {saved.step}: cannot open array {name}: {one_line(error)}") from error
     found, expected = [list(array.shape), array.dtype.name], saved.meta["arrays"].get(name)
     if found != expected:
         raise StorageError(f"checkpoint {saved.step}: array {name} is {found}, its meta records {expected}")
@@ -124,7 +125,7 @@ def restore_params(saved: SavedStep, mesh: Mesh) -> Params:
     except StorageError:
         raise
     except Exception as error:
-        raise StorageError(f"checkpoint {saved.step}: cannot be read: {_one_line(error)}") from error
+        raise StorageError(f"checkpoint {saved.step}: cannot be read: {one_line(error)}") from error
     check_digests(saved, {name: int(d) for name, d in jax.jit(digest.tree_digests)(params).items()})
     return params
 
@@ -143,8 +144,3 @@ def check_digests(saved: SavedStep, found: dict[str, int]) -> None:
 def _listed(steps: list[int]) -> str:
     shown = [str(s) for s in steps] if len(steps) <= 12 else [*map(str, steps[:5]), "...", *map(str, steps[-5:])]
     return f"it has steps {', '.join(shown)}" if steps else "nothing was saved yet"
-
-
-def _one_line(error: Exception) -> str:
-    text = (str(error).strip() or repr(error)).splitlines()[0]
-    return text if len(text) < 300 else f"{text[:100]} ... {text[-180:]}"

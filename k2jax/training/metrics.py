@@ -20,6 +20,7 @@ from k2jax.data.loader import batch_digest
 from k2jax.data.order import Order, StagePlan
 from k2jax.errors import NumericsError
 from k2jax.model.flops import flops_per_token, peak_flops
+from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog
 
 
@@ -39,7 +40,7 @@ class Recorder:
     ):
         self.config, self.order, self.subsets, self.steps, self.ledger = config, order, subsets, steps, ledger
         self.print_line, self.tokens_seen = print_line, tokens_seen
-        self.is_main = jax.process_index() == 0
+        self.is_main = cluster.is_main()
         self.sinks = _sinks(config, workdir) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
@@ -75,7 +76,7 @@ class Recorder:
         self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float, pushed: float
     ) -> None:
         values = jax.device_get(metrics)
-        # On CPU a step is done when its call returns (distributed.initialize).
+        # On CPU a step is done when its call returns (cluster.initialize).
         now = pushed if jax.default_backend() == "cpu" else time.perf_counter()
         step_s = now - self._last[1] if self._last and self._last[0] is plan else None  # no compiling in it
         self._last = plan, now
