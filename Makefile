@@ -1,6 +1,6 @@
 # `make train` and `make test` set up everything they need in .venv; the second call finds it done.
 #   PYTHON=...  the interpreter to build .venv with, 3.11 or newer
-#   PARITY=0    leaves out torch, transformers, lm_eval and Ray, and the tests that need them
+#   PARITY=0    leaves out torch, transformers, sentencepiece, lm_eval and Ray, and the tests that need them
 #               (torch as PyPI has it brings 2.5 GB of CUDA on Linux; pip takes a CPU wheel where it is told of one)
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The lock constrains rather than requires: each set-up takes the part of it that it needs.
 INSTALL := $(PIP) install -qq --progress-bar off --constraint requirements.lock
 PINS := setup.py requirements.lock
-TEST_EXTRAS := $(if $(filter 0,$(PARITY)),test,test,parity,eval,ray)
+TEST_EXTRAS := $(if $(filter 0,$(PARITY)),test,test,parity,eval,ray,sentencepiece)
 BASE_DONE := $(VENV)/.installed
 TEST_DONE := $(VENV)/.installed-$(if $(filter 0,$(PARITY)),test,test-parity)
 
@@ -46,7 +46,7 @@ lint: $(TEST_DONE)
 
 # Takes the newest versions that setup.py allows. torch's CUDA packages are left out: torch pins them itself, and a
 # CPU wheel of torch needs none of them.
-LOCK := uv pip compile --universal --python-version 3.11 --extra test --extra parity --extra eval --extra tpu --extra data --extra langid --extra ray --extra seqio --no-emit-index-url \
+LOCK := uv pip compile --universal --python-version 3.11 --extra test --extra parity --extra eval --extra tpu --extra data --extra langid --extra ray --extra sentencepiece --extra seqio --no-emit-index-url \
 	--no-header --annotation-style line --quiet
 lock: $(BIN)/pip
 	$(PIP) install --quiet "uv>=0.9,<1"

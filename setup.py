@@ -26,7 +26,9 @@ BASE = [
     "tensorboardX>=2.6.4,<3",
 ]
 FASTTEXT = "fasttext-numpy2-wheel>=0.9.2,<0.10"  # no wheels for Python 3.13 and macOS: there it needs a compiler
-TRANSFORMERS = "transformers>=5,<6"
+TRANSFORMERS = "transformers>=5.5,<6"
+# For models of SentencePiece: it encodes, protobuf reads them, transformers makes a tokenizer.json of one.
+SENTENCEPIECE = ["sentencepiece>=0.2.3,<0.3", "protobuf>=7.36.1,<8", TRANSFORMERS]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
@@ -46,7 +48,8 @@ EXTRAS = {
     "langid": [FASTTEXT],
     "ray": ["ray>=2.50,<3"],
     "eval": ["lm_eval>=0.4.13,<0.5"],
-    "seqio": ["seqio>=0.0.20,<0.1"],
+    "sentencepiece": SENTENCEPIECE,
+    "seqio": ["seqio>=0.0.20,<0.1", *SENTENCEPIECE],
     "test": [
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
@@ -54,7 +57,6 @@ EXTRAS = {
         "ruff>=0.17,<0.18",
         "scipy>=1.15,<2",
         "pandas>=2.2,<4",
-        "sentencepiece>=0.2,<0.3",  # what our reading of its models is compared with
         f"{FASTTEXT} ; python_version < '3.13' and sys_platform == 'linux'",
     ],
     # What our numbers are compared with, in tests and benchmarks.

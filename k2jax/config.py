@@ -91,6 +91,7 @@ def base() -> ConfigDict:
     c.data = ConfigDict()
     c.data.root = "data/k2"               # folder or gs:// s3:// URL: a store for each subset, by name
     c.data.tokenizer = "data/k2/tokenizer.json" # its SHA-256 must be the stores'
+    c.data.eos = ""                       # of its control tokens, the one that ends documents; "": the stores'
     c.data.label_shift = "next"           # "next": windows of T+1 tokens; "inside": K2's own, one target a row lost
     c.data.verify = "sizes"               # at start: "sizes" of the stores' files, or "sha256" of their bytes
     c.data.threads = 2                    # that read ahead in each process

@@ -160,15 +160,16 @@ def encode(encoder: Any, prompt: Prompt, fim_order: str) -> list[int]:
     """The ids that the model sees. ConfigError for a suffix where the tokenizer has no FIM tokens.
 
     psm: <fim_prefix> prefix <fim_suffix> suffix <fim_middle>; spm, as K2's data preparation wrote it (StarCoder's
-    second variant): <fim_prefix> <fim_suffix> suffix <fim_middle> prefix.
+    second variant): <fim_prefix> <fim_suffix> suffix <fim_middle> prefix. As there, the suffix continues a document
+    that the prompt, or the middle behind it, begins: no tokenizer's leading space is put before it.
     """
-    text = encoder.encode(prompt.text, add_special_tokens=False).ids
+    text = encoder.encode(prompt.text)
     if prompt.suffix is None:
         return text
     marks = [encoder.token_to_id(token) for token in FIM]
     if None in marks:
         raise ConfigError(f"--suffix: the run's tokenizer has no token {FIM[marks.index(None)]}: leave it out")
-    suffix = encoder.encode(prompt.suffix, add_special_tokens=False).ids
+    suffix = encoder.encode(prompt.suffix, continues=True)
     before, after, middle = ([mark] for mark in marks)
     if fim_order == "psm":
         return before + text + after + suffix + middle
@@ -178,16 +179,16 @@ def encode(encoder: Any, prompt: Prompt, fim_order: str) -> list[int]:
 # ---- ids to text -----------------------------------------------------------------------------------------------------
 
 
-def text_after(decode: Callable[..., str], start: list[int], new: list[int]) -> str:
+def text_after(decode: Callable[[list[int]], str], start: list[int], new: list[int]) -> str:
     """What `new` adds to the text of `start`: a token's text may depend on those before it."""
     context = start[-8:]
-    return decode(context + new, skip_special_tokens=False)[len(decode(context, skip_special_tokens=False)) :]
+    return decode(context + new)[len(decode(context)) :]
 
 
 class Streamer:
     """Turns tokens into text piece by piece; a character whose bytes are not all there is held back."""
 
-    def __init__(self, decode: Callable[..., str], start: list[int], write: Callable[[str], None]):
+    def __init__(self, decode: Callable[[list[int]], str], start: list[int], write: Callable[[str], None]):
         self.decode, self.start, self.write = decode, start, write
         self.new: list[int] = []
         self.told = 0

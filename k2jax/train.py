@@ -171,7 +171,7 @@ def report(
             f"validation {name:16} loss {v.loss:.4f}   unigram {v.unigram_loss:.4f}   ({v.tokens:,} held-out tokens)"
         )
     encoder = load_tokenizer(workdir / "tokenizer.json")
-    starts = [encoder.encode(prompt, add_special_tokens=False).ids for prompt in config.eval.prompts]
+    starts = [encoder.encode(prompt) for prompt in config.eval.prompts]
     if starts:
         reader = mesh_for(config)  # generation has no pipeline
         params = move_params(config, state.params, reader)

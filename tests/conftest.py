@@ -90,7 +90,7 @@ def make_data(root: Path, seed: int = 0) -> Path:
         }
         with StoreWriter(root / name, **options, eos_id=encoder.token_to_id(EOS)) as writer:
             for i, text in enumerate(texts[name]):
-                ids = encoder.encode(text, add_special_tokens=False).ids
+                ids = encoder.encode(text)
                 writer.add(ids, id=hashlib.sha256(text.encode()).hexdigest(), source=f"{name}/{i}.txt")
             writer.finish(validation_fraction=0.1)
     (root / "tiny.py").write_text(EXPERIMENT.format(vocab_size=VOCAB_SIZE, root=str(root)))

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 pytest.importorskip("datatrove")
 
 from k2jax.data.store import Store
-from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
+from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import build, engine, recipe
 
@@ -88,7 +89,7 @@ def texts_of(out: Path, name: str) -> list[str]:
         row = store.document(i)
         ids = store.read([row["start"]], row["num_tokens"])[0].tolist()
         assert ids[-1] == 2 and 2 not in ids[:-1]
-        texts.append(tokenizer.decode(ids[:-1], skip_special_tokens=False))
+        texts.append(tokenizer.decode(ids[:-1]))
         if row["metadata"].get("fim", {"mode": "plain"})["mode"] == "plain":
             assert row["id"] == hashlib.sha256(texts[-1].encode()).hexdigest()
     return texts
@@ -288,6 +289,59 @@ def test_a_tokenizer_of_another_place_is_used_as_it_is(made, config, tmp_path):
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "other.json").read_bytes()
     tokens = {name: row["tokens"] for name, row in data["stores"].items()}
     assert tokens == {name: row["tokens"] for name, row in made[1][0]["stores"].items()}
+
+
+def test_a_sentencepiece_model_encodes_the_documents_and_readers_agree(config, corpus, tmp_path, monkeypatch):
+    """Code cut for FIM in K2's way, with K2's tokens behind a model such as LLaMA's."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("transformers")
+    options = {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True, "normalization_rule_name": "identity"}
+    options |= {"remove_extra_whitespaces": False, "minloglevel": 3, "user_defined_symbols": ["<mask>"]}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(BOOKS), model_prefix=str(tmp_path / "llama"), **options
+    )
+    c = config.copy_and_resolve_references()
+    c.unlock()
+    c.tokenizer, c.add_k2_tokens, c.eos = str(tmp_path / "llama.model"), True, "</s>"
+    data, _ = build.build(c.lock(), tmp_path / "out", workers=1)
+    assert data["vocab_size"] == 418 and data["eos_id"] == 2
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "llama.model"))
+    store, expected = Store.open(tmp_path / "out/books"), sorted([*library.encode(text), 2] for text in BOOKS)
+    rows = [store.document(i) for i in range(store.num_documents)]
+    assert sorted(store.read([row["start"]], row["num_tokens"])[0].tolist() for row in rows) == expected
+    modes = {row["metadata"]["fim"]["mode"] for row in map(Store.open(tmp_path / "out/code").document, range(30))}
+    assert modes == {"plain", "psm", "spm"}
+
+    # A tokenizer.json that gives other ids than its model: as the converter might make.
+    changed = json.loads((tmp_path / "out/tokenizer.json").read_text())
+    changed["model"]["merges"] = changed["model"]["merges"][::-1]
+    monkeypatch.setattr(build, "open_tokenizer", lambda _: Tokenizer(json.dumps(changed)))
+    with pytest.raises(ConfigError, match=r"document .*\.(txt|gz|jsonl).*: token .* by SentencePiece and"):
+        build.build(c, tmp_path / "other", workers=1)
+    assert not (tmp_path / "other/data.json").exists()
+
+
+def test_documents_end_with_the_token_that_the_recipe_names(made, config, tmp_path):
+    both = Tokenizer((made[0] / "tokenizer.json").read_text()).with_control_tokens(["<|endoftext|>", "<|im_end|>"])
+    both.save(tmp_path / "both.json")
+    c = config.copy_and_resolve_references()
+    c.tokenizer = str(tmp_path / "both.json")
+    with pytest.raises(ConfigError, match=r"</s> and <\|endoftext\|> of its control tokens .* name it by the key eos"):
+        build.build(c, tmp_path / "none", workers=1)
+    assert not (tmp_path / "none/stages/clean").exists(), "told before the long stages"
+    c.eos = "<|im_end|>"
+    data, _ = build.build(c, tmp_path / "out", workers=1)
+    assert data["eos_id"] == both.token_to_id("<|im_end|>") == 331
+    assert Store.open(tmp_path / "out/books").info["eos_id"] == 331
+
+
+def test_a_folder_from_before_there_was_eos_is_finished(made, config, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made[0], out)
+    data = json.loads((out / "data.json").read_text())
+    del data["config"]["eos"]
+    (out / "data.json").write_text(json.dumps(data))
+    assert build.build(config, out)[1]
 
 
 def test_released_chunks_become_stores_beside_text(made, tmp_path):

@@ -7,8 +7,21 @@ import pytest
 from k2jax import config as configuration
 from k2jax.errors import ConfigError
 from k2jax.run import drift
+from k2jax.training.setup import open_data
 
 SMOKE = str(Path(__file__).parent.parent / "experiments" / "smoke.py")
+
+
+def test_the_name_of_eos_must_be_that_of_the_stores(tiny_config):
+    tokenizer = tiny_config().data.tokenizer
+    assert open_data(tiny_config(**{"data.eos": "</s>"}))[1] == open_data(tiny_config())[1]
+    for eos, message in (
+        ("<s>", "data.eos='<s>': is token 1, the documents of the stores in .* end with 2"),
+        ("<eos>", f"tokenizer {tokenizer}: eos='<eos>' is none of its control tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_data(tiny_config(**{"data.eos": eos}))
+    assert drift.config_digest(tiny_config(**{"data.eos": "</s>"})) == drift.config_digest(tiny_config())
 
 
 def test_overrides_take_the_type_of_what_they_replace():

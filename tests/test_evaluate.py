@@ -106,7 +106,7 @@ def test_validation_is_the_loss_of_all_held_out_windows(copy: Path):
         assert found["loss"] == pytest.approx(-picked.mean(), rel=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(-picked.mean()), rel=1e-5)
         assert found["windows"] == len(starts) and found["tokens"] == rows[:, 1:].size
-        text = "".join(tokenizer.decode(row[1:].tolist()) for row in rows)
+        text = "".join(tokenizer.decode(row[1:].tolist(), skip_control=True) for row in rows)
         assert found["bytes"] == len(text.encode())
         nats, count = nats - picked.sum(), count + rows[:, 1:].size
     total = result["metrics"]["total"]

@@ -241,6 +241,21 @@ def test_a_context_of_spaces_alone_has_the_prefix_before_it(subject: Subject):
     assert spaces == plain
 
 
+def test_a_continuation_that_its_context_swallows_is_scored(subject: Subject):
+    """"a" and "b" that make one token "ab" left nothing to score: 0.0, and greedy, of any model."""
+    lm = harness.CheckpointLM(subject)
+    merges = json.loads(subject.saved.tokenizer.read_text())["model"]["merges"]
+    pairs = [pair for pair in merges if len(lm.tok_encode("".join(pair))) == 1 and pair[0].strip()]
+    assert len(pairs) > 100 and not lm.tok_encode("".join(pairs[0]))[1:], "the fault is there to be ended"
+    with jax.set_mesh(subject.mesh):
+        found = lm.loglikelihood([Request(tuple(pair)) for pair in pairs])
+        expected = lm._loglikelihood_tokens([(None, *map(lm.tok_encode, pair)) for pair in pairs])
+        [prefix] = lm.loglikelihood([Request(("", "</s>"))])
+        assert prefix == lm._loglikelihood_tokens([(None, [lm.prefix_token_id], [lm.eot_token_id])])[0] != (0.0, True)
+    assert found == expected and all(logprob < 0 for logprob, _ in found)
+    assert lm._encode_pair("a ", "b") == harness.TemplateLM._encode_pair(lm, "a ", "b"), "others are as they were"
+
+
 def test_choices_of_one_token_share_one_row(subject: Subject, monkeypatch: pytest.MonkeyPatch):
     given: list[Row] = []
     scorer = lambda rows, progress: given.extend(rows) or subject.scorer(rows, progress)  # noqa: E731

@@ -26,7 +26,10 @@ TOP_LEVEL = {
 }
 TOP_LEVEL |= {"pyproject.toml", "requirements.lock"}
 FILE_LINES, FUNCTION_LINES, NESTING = 350, 60, 4
-LONG_FILES = {"k2jax/data/store.py": 420}  # writer and reader of one format side by side
+LONG_FILES = {
+    "k2jax/config.py": 400,  # every key, its meaning and its range in one place
+    "k2jax/data/store.py": 420,  # writer and reader of one format side by side
+}
 LONG_FUNCTIONS = {
     "k2jax/train.py:train": 120,  # the loop reads top to bottom in one place
     "k2jax/config.py:base": 100,  # one line a key, of which there may be 120 with the stages'

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 import k2jax
 
 REPO = Path(__file__).parent.parent
-LOCKED = ("test", "parity", "eval", "tpu", "data", "ray", "seqio")
+LOCKED = ("test", "parity", "eval", "tpu", "data", "ray", "sentencepiece", "seqio")
 PYTHONS = ("3.11.7", "3.12.1", "3.13.0")
 
 
@@ -97,6 +97,7 @@ def test_setup_names_the_extras_and_the_python(setup_arguments):
         "langid",
         "ray",
         "eval",
+        "sentencepiece",
         "seqio",
         "test",
         "parity",

@@ -43,7 +43,7 @@ def workdir(request, tmp_path_factory):
     for name, texts in {"books": SENTENCES[:20], "code": SENTENCES[10:], "unused": SENTENCES[:1]}.items():
         with StoreWriter(workdir / "stores" / name, **options, shard_tokens=64, chunk_tokens=16) as writer:
             for i, text in enumerate(texts):
-                writer.add(tokenizer.encode(text).ids, id=sha256(text), source=f"{name}/{i}.txt")
+                writer.add(tokenizer.encode(text), id=sha256(text), source=f"{name}/{i}.txt")
             writer.finish(validation_fraction=0.1)
         summaries[name] = Store.open(workdir / "stores" / name).summary()
     manifest = build_manifest(stages=STAGES, stores=summaries, seed=3, label_shift=request.param)

@@ -21,11 +21,12 @@ def test_all_problems_of_a_recipe_are_named_at_once():
     c.subsets.b = subset("text:", fim_rate=1.5, languages=("en",))
     c.subsets.c = subset("megatron:x.bin", tasks=0, repeats=0)
     c.vocab_size, c.validation_fraction, c.dedup.unit, c.dedup.bands = 5, 1.5, "letters", 0
-    c.contamination.sources = ("s3:x",)
+    c.contamination.sources, c.eos = ("s3:x",), "<eos>"
     with pytest.raises(ConfigError) as error:
         recipe.validate(c)
     for part in (
-        "16 problem", "vocab_size=5", "validation_fraction=1.5", "Bad/Name", "pytho:code", "max_bytes=-1",
+        "17 problem", "eos='<eos>': goes with tokenizer",
+        "vocab_size=5", "validation_fraction=1.5", "Bad/Name", "pytho:code", "max_bytes=-1",
         "dedup.unit='letters'", "dedup.bands=0", "'s3:x' is no", "['gopher'] unknown", "a.upsample", "b.source='text:'",
         "b.fim_rate=1.5", "needs language_model", "c.tasks=0", "c.repeats=0", "c: a source of tokens needs tokenizer",
     ):  # fmt: skip

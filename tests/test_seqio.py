@@ -20,7 +20,7 @@ from k2jax.data.store import Store, StoreWriter
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import ConfigError
 from k2jax.prepare import recipe, token_sources
-from k2jax.prepare.sentencepiece_model import open_tokenizer
+from k2jax.prepare.recipe_tokenizer import open_tokenizer
 
 seqio = pytest.importorskip("seqio")
 import sentencepiece  # noqa: E402  (seqio brings both)
@@ -177,7 +177,7 @@ def test_the_command_makes_the_stores_of_a_mixture(tmp_path, folder):
     examples = {name: repeats * stores[name].num_train_documents for name, repeats in data["mix"].items()}
     shares = [examples[name] / sum(examples.values()) for name in ("books-v1", "web-2", "more")]
     assert np.allclose(shares, [0.6, 0.2, 0.2]), "the mixture's rates: of examples, 1.5 to 0.5 to 0.5"
-    assert load_tokenizer(tmp_path / "out/tokenizer.json").get_vocab_size() == 310
+    assert load_tokenizer(tmp_path / "out/tokenizer.json").vocab_size == 310
 
 
 def test_inputs_come_before_targets(tmp_path):
@@ -200,22 +200,22 @@ def test_documents_end_with_eos_if_the_feature_says_so(tmp_path):
 def test_the_tokenizer_of_a_vocabulary_has_its_ids(library):
     tokenizer = open_tokenizer("seqio:k2jax_test_tasks@mixture")
     vocabulary = seqio.get_mixture_or_task("books.v1").output_features["targets"].vocabulary
-    assert tokenizer.get_vocab_size() == vocabulary.vocab_size == 310
+    assert tokenizer.vocab_size == vocabulary.vocab_size == 310
     for sentence in SENTENCES:
-        ids = tokenizer.encode(sentence, add_special_tokens=False).ids
+        ids = tokenizer.encode(sentence)
         assert ids == list(vocabulary.encode(sentence)) == vocabulary.encode_tf(sentence).numpy().tolist()
         assert 2 in ids or tokenizer.decode(ids) == vocabulary.decode(ids)
     for id in range(300, 310):
         assert tokenizer.id_to_token(id) == vocabulary.decode([id]).strip()
-    assert not set(tokenizer.encode("<extra_id_0></s><pad>", add_special_tokens=False).ids) & {0, 1, *range(300, 310)}
+    assert not set(tokenizer.encode("<extra_id_0></s><pad>")) & {0, 1, *range(300, 310)}
 
 
 def test_our_vocabulary_in_a_task(tmp_path, folder):
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     config, stores = make(tmp_path, "ours")
-    expected = [tokenizer.encode(sentence, add_special_tokens=False).ids for sentence in SENTENCES]
+    expected = [tokenizer.encode(sentence) for sentence in SENTENCES]
     assert sorted(ids for ids, _ in stores["ours"]) == sorted([*ids, 2] for ids in expected)
-    assert (tmp_path / "tokenizer.json").read_text().strip() == tokenizer.to_str(pretty=True).strip()
+    assert (tmp_path / "tokenizer.json").read_text() == tokenizer.to_str()
     task = seqio.get_mixture_or_task("ours")
     converter = seqio.LMFeatureConverter(pack=False)
     padded = seqio.get_dataset("ours", {"targets": 64}, converter, "validation")
@@ -231,7 +231,7 @@ def test_our_vocabulary_encodes_and_decodes(folder):
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     text = "Größe \u2581 日本 </s>\n <unk> def"
     ids = vocabulary.encode(text)
-    assert ids == tokenizer.encode(text, add_special_tokens=False).ids and not {0, 1, 2} & set(ids)
+    assert ids == tokenizer.encode(text) and not {0, 1, 2} & set(ids)
     assert vocabulary.encode_tf(tf.constant(text)).numpy().tolist() == ids
     assert vocabulary.decode([*ids, 2, 5, 6]) == text
     assert vocabulary.decode_tf(tf.constant([*ids, 2, 70, 71])).numpy().decode() == text
@@ -307,11 +307,10 @@ import k2jax
 for path in sorted(pathlib.Path(k2jax.__file__).parent.glob("prepare/*.py")) + [pathlib.Path("data/store.py")]:
     if path.stem not in ("__init__", "seqio_bridge"):
         importlib.import_module(f"k2jax.{{path.parent.name}}.{{path.stem}}")
-from k2jax.prepare import recipe, sentencepiece_model, token_sources
+from k2jax.prepare import recipe, token_sources
 config = recipe.base()
 config.subsets.a = recipe.subset("llm360:{tmp_path}/a.jsonl")
 token_sources.stage(config, "{tmp_path}/out", "{folder}/tokenizer.json").function(0)
-sentencepiece_model.open_tokenizer("{folder}/t5.model")
 print(sorted({{"tensorflow", "seqio", "sentencepiece", "jax"}} & set(sys.modules)))
 """
     environment = {**os.environ, "PYTHONPATH": str(REPO)}

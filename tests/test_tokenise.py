@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ pytest.importorskip("datatrove")
 
 from k2jax.data import store as store_module
 from k2jax.data.store import DOCUMENTS, Store
-from k2jax.data.tokenizer import EOS, load_tokenizer, train_bpe
+from k2jax.data.tokenizer import EOS, Tokenizer, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import fim, kept, pieces, recipe, tokenise
 from k2jax.prepare.dedup.duplicates import ROWS
@@ -63,7 +64,7 @@ def stores(out, config, tokenizer, num_buckets=3):
         tokenise.tokenize(rank, config=config.to_dict(), **options)
     found = {}
     for name in recipe.stores_of(config, "code"):
-        options = {"tokenizer_sha256": "0" * 64, "vocab_size": encoder.get_vocab_size(), "eos_id": eos}
+        options = {"tokenizer_sha256": "0" * 64, "vocab_size": encoder.vocab_size, "eos_id": eos}
         if pieces.join(out / "tokens" / name, out / name, options, {}):
             store = Store.open(out / name)
             rows = [store.document(i) for i in range(store.num_documents)]
@@ -83,7 +84,7 @@ def text_of(ids, encoder):
             parts[name] = []
         else:
             parts[name].append(id)
-    text = {name: encoder.decode(part, skip_special_tokens=False) for name, part in parts.items()}
+    text = {name: encoder.decode(part) for name, part in parts.items()}
     order = [""] if len(parts) == 1 else [fim.PREFIX, fim.MIDDLE, fim.SUFFIX]
     assert len(parts) in (1, 4)
     return "".join(text[name] for name in order)
@@ -145,15 +146,34 @@ def test_duplicates_go_and_survivors_know_of_them_and_are_upsampled(cleaned, tok
 
 
 @given(st.text(max_size=40), st.text("0123456789abcdef", min_size=64, max_size=64))
-def test_every_cut_lies_in_the_document_and_its_parts_are_the_document(text, id):
+def test_every_cut_lies_in_the_document_and_its_pieces_are_the_document(text, id):
     cut = fim.draw(id, len(text), **CUT)
     assert cut == fim.draw(id, len(text), **CUT)
     assert 0 <= cut.first <= cut.second <= len(text)
-    parts = fim.parts(text, cut)
-    joined = {name: "".join(part for other, part in parts if other == name) for name, _ in parts}
-    behind_middle = joined.get(fim.MIDDLE, "") + (joined.get("", "") if cut.mode != "plain" else "")
-    whole = joined[""] if cut.mode == "plain" else joined[fim.PREFIX] + behind_middle + joined[fim.SUFFIX]
-    assert whole == text
+    pieces = fim.pieces(text, cut)
+    assert "".join(pieces) == text and len(pieces) == (1 if cut.mode == "plain" else 3)
+
+
+def test_documents_are_written_as_their_mode_says():
+    sentinels = {fim.PREFIX: 90, fim.MIDDLE: 91, fim.SUFFIX: 92}
+    pieces = [[1, 2], [3], [4, 5]]
+    assert fim.written("psm", pieces, sentinels) == [90, 1, 2, 92, 4, 5, 91, 3]
+    assert fim.written("spm", pieces, sentinels) == [90, 92, 4, 5, 91, 1, 2, 3]
+    assert fim.written("plain", [[7, 8]], {}) == [7, 8]
+
+
+@pytest.mark.parametrize("spm_rate", [0.0, 1.0])
+def test_a_cut_in_an_indent_adds_no_space_to_it(tmp_path, spm_rate):
+    """With LLaMA's space before a text each part got one, and four spaces of Python became five."""
+    library = tokenizers.Tokenizer.from_str(train_bpe(TEXTS, 330).to_str())
+    library.normalizer = tokenizers.normalizers.Prepend(" ")
+    encoder = Tokenizer(library.to_str())
+    documents = [document("if x:\n" + "    y\n" * i, subset="code", source=f"{i}") for i in range(1, 40)]
+    chosen = recipe.subset("text:*.py", fim_rate=1.0, fim_spm_rate=spm_rate)
+    sentinels = tokenise.sentinel_ids(encoder, tmp_path)
+    for one, _, ids in tokenise.encoded(documents, chosen, encoder, sentinels, seed=3):
+        text = text_of([*ids, encoder.eos_id], encoder)
+        assert text == " " + one.text, "one space, before the document"
 
 
 def test_shares_and_places_of_cuts_are_those_asked_for():
@@ -177,10 +197,10 @@ def test_the_cuts_never_change():
 def test_a_tokenizer_without_the_sentinels_is_refused(cleaned, tmp_path):
     tokenizer = train_bpe(TEXTS, 330)
     plain = json.loads(tokenizer.to_str())
-    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] != "<fim_suffix>"]
+    plain["added_tokens"] = [one for one in plain["added_tokens"] if one["id"] < tokenizer.token_to_id("<fim_suffix>")]
     path = tmp_path / "plain.json"
     path.write_text(json.dumps(plain))
-    with pytest.raises(ConfigError, match="no token <fim_suffix>, which fim_rate needs"):
+    with pytest.raises(ConfigError, match="no control token <fim_suffix>, which fim_rate needs"):
         stores(cleaned, make_recipe(fim_rate=0.5), path)
 
 

@@ -37,10 +37,6 @@ def saved(trained, tmp_path):
     return path
 
 
-def encode(tokenizer, text):
-    return tokenizer.encode(text, add_special_tokens=False).ids
-
-
 @given(st.text())
 @example("\u2581 \u2581\u2581x")
 @example("\t\n\r\n  \x0b\x0c\x85\u2028 a  b   ")
@@ -48,12 +44,12 @@ def encode(tokenizer, text):
 @example("\U0001f469\u200d\U0001f680 e\u0301 \ufeff\uffff\U0010ffff")
 @example("</s><s><unk><0x41><fim_prefix>")
 def test_every_text_comes_back_exactly(trained, text):
-    for special in (True, False):
-        assert trained.decode(encode(trained, text), skip_special_tokens=special) == text
+    for skip in (True, False):
+        assert trained.decode(trained.encode(text), skip_control=skip) == text
 
 
 def test_ids_have_k2s_layout(trained):
-    vocabulary = trained.get_vocab()
+    vocabulary = {trained.id_to_token(id): id for id in range(trained.vocab_size)}
     assert sorted(vocabulary.values()) == list(range(512))
     assert [vocabulary[token] for token in ("<unk>", "<s>", "</s>")] == [0, 1, 2]
     assert [vocabulary[f"<0x{byte:02X}>"] for byte in range(256)] == list(range(3, 259))
@@ -65,7 +61,7 @@ def test_ids_have_k2s_layout(trained):
 @given(st.lists(st.sampled_from((*SPECIAL, "<0x41>", " ", "a", "<", "\n")), max_size=8))
 def test_a_document_cannot_forge_a_special_token(trained, parts):
     text = "".join(parts)
-    ids = encode(trained, text)
+    ids = trained.encode(text)
     assert not set(ids) & {trained.token_to_id(token) for token in SPECIAL}
     assert trained.token_to_id("<0x41>") not in ids
     assert trained.decode(ids) == text
@@ -77,24 +73,19 @@ def test_no_merge_spells_a_special_token_however_often_the_texts_hold_it(trained
 
 
 def test_special_tokens_decode_and_are_left_out_on_request(trained):
-    ids = [*encode(trained, "a b"), 2, trained.token_to_id("<fim_suffix>")]
-    assert trained.decode(ids, skip_special_tokens=False) == "a b</s><fim_suffix>"
-    assert trained.decode(ids) == "a b"
+    ids = [*trained.encode("a b"), 2, trained.token_to_id("<fim_suffix>")]
+    assert trained.decode(ids) == "a b</s><fim_suffix>"
+    assert trained.decode(ids, skip_control=True) == "a b"
 
 
 def test_rare_characters_become_bytes_never_unknown(trained):
-    assert encode(trained, "\U0001f642") == [3 + byte for byte in "\U0001f642".encode()]
-    assert 0 not in encode(trained, "".join(map(chr, range(0x80, 0xD000, 7))))
+    assert trained.encode("\U0001f642") == [3 + byte for byte in "\U0001f642".encode()]
+    assert 0 not in trained.encode("".join(map(chr, range(0x80, 0xD000, 7))))
 
 
 def test_digits_stand_alone_and_words_keep_their_space(trained):
-    assert trained.encode("the 2024 parts", add_special_tokens=False).tokens[-5:] == [
-        "2",
-        "0",
-        "2",
-        "4",
-        " parts",
-    ]
+    tokens = [trained.id_to_token(id) for id in trained.encode("the 2024 parts")]
+    assert tokens[-5:] == ["2", "0", "2", "4", " parts"]
 
 
 def test_training_is_the_same_in_another_process(trained):
@@ -116,11 +107,9 @@ def test_training_is_the_same_in_another_process(trained):
 
 def test_a_loaded_tokenizer_encodes_the_same_and_special_tokens_as_text(trained, saved):
     loaded = tk.load_tokenizer(saved)
-    assert [encode(loaded, text) for text in TEXTS] == [encode(trained, text) for text in TEXTS]
-    assert [e.ids for e in loaded.encode_batch_fast(TEXTS, add_special_tokens=False)] == [
-        encode(trained, text) for text in TEXTS
-    ]
-    assert 2 not in encode(loaded, "</s>")
+    expected = [trained.encode(text) for text in TEXTS]
+    assert [loaded.encode(text) for text in TEXTS] == loaded.encode_batch(TEXTS) == expected
+    assert 2 not in loaded.encode("</s>")
     assert tk.tokenizer_sha256(saved) == hashlib.sha256(saved.read_bytes()).hexdigest()
 
 

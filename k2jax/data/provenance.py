@@ -132,7 +132,7 @@ def _decoder(run: Run) -> Any:
     if found != expected:
         found, expected = found[:12], expected[:12]
         raise ConfigError(f"{path} has SHA-256 {found}, the stores were made with {expected}: restore it")
-    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
+    return tokenizer.decode
 
 
 def which_steps(run: Run, document_id: str) -> list[DocumentReads]:

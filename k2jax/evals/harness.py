@@ -32,9 +32,8 @@ class CheckpointLM(TemplateLM):
         super().__init__()
         self._subject = subject
         self._encoder = load_tokenizer(subject.saved.tokenizer)
-        # As transformers reads the same file: "<fim_prefix>" in a task's text is the token, "</s>" is EOS.
-        self._encoder.encode_special_tokens = False
-        before_a_text = self._encoder.encode("").ids  # an imported tokenizer may put BOS there; ours puts nothing
+        # An imported tokenizer may put BOS there; ours puts nothing.
+        before_a_text = self._encoder.encode_with_control("", framed=True)
         self._prefix = before_a_text[0] if before_a_text else subject.eos_id
         self._prefix_text = self.tok_decode([self._prefix])
 
@@ -52,12 +51,25 @@ class CheckpointLM(TemplateLM):
         return self._subject.saved.stage.sequence_length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """As transformers reads the same file: "<fim_prefix>" in a task's text is the token, "</s>" is EOS."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self._prefix_text)
-        return self._encoder.encode(string, add_special_tokens=add_special_tokens).ids
+        return self._encoder.encode_with_control(string, framed=add_special_tokens)
 
     def tok_decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
-        return self._encoder.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return self._encoder.decode(tokens, skip_control=skip_special_tokens)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness, which cuts the tokens of both texts together where the context's alone would end.
+
+        Where they run over it ("a" and "b" make one token "ab") that leaves nothing of the continuation, which would
+        be certain and greedy whatever the model. There it is tokenized by itself, as text that continues.
+        """
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if not continuation_ids:
+            moved = context[len(context.rstrip()) :] + continuation  # as the harness does with spaces at the border
+            continuation_ids = self._encoder.encode_with_control(moved, continues=True)
+        return context_ids, continuation_ids
 
     # ---- log-likelihoods -------------------------------------------------------------------------------------------
 
@@ -84,7 +96,9 @@ class CheckpointLM(TemplateLM):
         """Requests with the same input share its row: the choices of a question, when each is one token."""
         rows: dict[tuple[int, ...], Row] = {}
         places = []  # of each request: its row's input, and where in the row's wanted tokens its own are
-        for _, context, continuation in requests:
+        for texts, context, continuation in requests:
+            if not continuation and texts[1]:  # which is the prefix token, and was taken for it
+                continuation = context
             tokens, wanted = self._row(context, continuation)
             row = rows.setdefault(tokens, Row(tokens, []))
             places.append((tokens, slice(len(row.wanted), len(row.wanted) + len(wanted))))

@@ -34,7 +34,7 @@ class Validation:
         with bar("validation", None, "window") as done, jax.set_mesh(subject.mesh):
 
             def record(batch: HeldOutBatch) -> None:
-                texts = decode(batch.rows[:, 1:].tolist(), skip_special_tokens=True)
+                texts = decode(batch.rows[:, 1:].tolist(), skip_control=True)
                 samples.extend(
                     {
                         "subset": batch.subset,

@@ -3,11 +3,9 @@
 import json
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from k2jax import __version__
 from k2jax.data.manifest import load_manifest
-from k2jax.data.tokenizer import UNK
+from k2jax.data.tokenizer import UNK, Tokenizer
 from k2jax.model.decoder import num_params
 from k2jax.run.saved import SavedStep
 

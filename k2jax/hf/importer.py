@@ -155,7 +155,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> Path:
     path = plain_file(folder, "tokenizer.json")
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_TOKENIZER_BYTES:,} bytes: it is no tokenizer of such a model")
-    largest = max(load_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1)
+    largest = load_tokenizer(path).vocab_size - 1
     if largest >= vocab_size:
         raise ConfigError(
             f"{path} has token ids up to {largest}, the model's vocab_size is {vocab_size}: it is another model's"

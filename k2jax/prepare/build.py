@@ -23,11 +23,11 @@ from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import remove_leftovers, write_bytes, write_json
-from k2jax.prepare import clean, kept, pieces, recipe, tally, token_sources, tokenise
+from k2jax.prepare import clean, kept, pieces, recipe, spm, tally, token_sources, tokenise
 from k2jax.prepare.card import card
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
-from k2jax.prepare.sentencepiece_model import eos_id, k2_tokens, open_tokenizer
+from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
 from k2jax.prepare.tokenise import Bucket
 
 FORMAT = 2
@@ -69,7 +69,9 @@ def build(
 
 
 def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any]) -> dict[str, Any]:
-    stages, plain = out / "stages", config.to_dict()
+    stages, plain, tokenizer = out / "stages", config.to_dict(), out / "tokenizer.json"
+    if config.tokenizer:
+        _take_tokenizer(config, tokenizer, stages)  # first: one that cannot be used ends it before the long stages
     deal, *rest = clean.stages(config, out)
     engine.run(deal)
     _check_inputs(inputs, stages)
@@ -82,14 +84,11 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     engine.run(Stage("kept", len(recipe.tasks(config)), keep))
     _check_not_empty(config, stages)
 
-    tokenizer = out / "tokenizer.json"
-    if config.tokenizer:
-        _take_tokenizer(config, tokenizer)
-    else:
+    if not config.tokenizer:
         learn = partial(tokenise.train_tokenizer, config=plain, out=stages, buckets=buckets, path=tokenizer)
         engine.run(Stage("tokenizer", 1, learn))
-    encoder = load_tokenizer(tokenizer)
-    eos = eos_id(encoder)
+    encoder = load_tokenizer(tokenizer, config.eos)
+    eos = encoder.eos_id
 
     write = partial(tokenise.tokenize, config=plain, out=stages, buckets=buckets, tokenizer=tokenizer, eos=eos)
     engine.run(Stage("tokens", len(buckets), write))
@@ -97,7 +96,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
 
     names = sorted(path.name for path in (stages / "tokens").iterdir())
     options = {
-        "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": encoder.get_vocab_size(), "eos_id": eos
+        "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": encoder.vocab_size, "eos_id": eos
     }  # fmt: skip
     join = partial(_join, config=plain, out=out, names=names, options=options)
     engine.run(Stage("stores", len(names), join))
@@ -164,13 +163,15 @@ def left_out(*tallies: dict[str, Any]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _take_tokenizer(config: ConfigDict, path: Path) -> None:
+def _take_tokenizer(config: ConfigDict, path: Path, stages: Path) -> None:
     """The recipe's tokenizer as tokenizer.json: one that is one already keeps its bytes, and so its identity."""
     tokenizer = open_tokenizer(config.tokenizer)
     if config.add_k2_tokens:
         tokenizer = k2_tokens(tokenizer)
-    as_it_is = config.tokenizer.endswith(".json") and not config.add_k2_tokens
-    write_bytes(path, Path(config.tokenizer).read_bytes() if as_it_is else tokenizer.to_str().encode())
+    write_bytes(path, tokenizer.to_str().encode())
+    if spm.is_model(config.tokenizer):
+        write_bytes(stages / spm.FILE, spm.read(config.tokenizer))
+    _ = load_tokenizer(path, config.eos).eos_id
 
 
 def _join(rank: int, *, config: dict[str, Any], out: Path, names: list[str], options: dict[str, Any]) -> None:
@@ -239,6 +240,7 @@ def _claimed(config: ConfigDict, out: Path) -> Iterator[None]:
 def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str) -> None:
     """Raises ConfigError if another recipe made what lies in `out`."""
     wanted = json.loads(json.dumps(config.to_dict()))
+    made = {"eos": "", **made}  # before there was the key
     if made != wanted:
         changes = "; ".join(
             f"{key} was {made.get(key)}, asked for is {wanted.get(key)}"

@@ -5,6 +5,9 @@ unlike there they are drawn for a whole document and from its id: the same on ev
 
     PSM   <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle
     SPM   <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle     (K2's, "variant 2" of the paper)
+
+Middle and suffix continue the document that the prefix began: the space that SentencePiece puts before a text stands
+before the document alone, and adds nothing to the indent of a line that is cut.
 """
 
 import hashlib
@@ -31,11 +34,18 @@ def draw(id: str, num_characters: int, *, seed: int, rate: float, spm_rate: floa
     return Cut("spm" if spm < spm_rate * 2**64 else "psm", first, second)
 
 
-def parts(text: str, cut: Cut) -> list[tuple[str, str]]:
-    """The document as pairs of a sentinel, or "", and the text behind it: what is tokenized, in that order."""
-    prefix, middle, suffix = text[: cut.first], text[cut.first : cut.second], text[cut.second :]
+def pieces(text: str, cut: Cut) -> list[str]:
+    """What is tokenized of a document, in its order: the text, or prefix, middle and suffix."""
     if cut.mode == "plain":
-        return [("", text)]
-    if cut.mode == "psm":
-        return [(PREFIX, prefix), (SUFFIX, suffix), (MIDDLE, middle)]
-    return [(PREFIX, ""), (SUFFIX, suffix), (MIDDLE, prefix), ("", middle)]
+        return [text]
+    return [text[: cut.first], text[cut.first : cut.second], text[cut.second :]]
+
+
+def written(mode: str, pieces: list[list[int]], sentinels: dict[str, int]) -> list[int]:
+    """The ids of a document, in the order of its mode, from those of its pieces and the sentinels."""
+    if mode == "plain":
+        return pieces[0]
+    prefix, middle, suffix = pieces
+    if mode == "psm":
+        return [sentinels[PREFIX], *prefix, sentinels[SUFFIX], *suffix, sentinels[MIDDLE], *middle]
+    return [sentinels[PREFIX], sentinels[SUFFIX], *suffix, sentinels[MIDDLE], *prefix, *middle]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from k2jax import paths
-from k2jax.data.tokenizer import NUM_FIXED
+from k2jax.data.tokenizer import EOS, NUM_FIXED
 from k2jax.errors import ConfigError
 
 SUBSET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -38,6 +38,7 @@ def base() -> ConfigDict:
     c = ConfigDict()
     c.seed = 22238  # of the order of the documents, of samples, and of FIM's draws
     c.tokenizer = ""  # tokenizer.json or SentencePiece .model; empty: one is trained on these documents
+    c.eos = ""  # the control token of `tokenizer` that ends documents; empty: the one that has a well-known name
     c.add_k2_tokens = False  # K2's 18 special tokens behind those of `tokenizer`, where it lacks them
     c.vocab_size = 32018  # ids of a trained tokenizer, K2's 18 special tokens among them
     c.tokenizer_bytes = 100_000_000  # of each subset's text that a trained tokenizer learns from; held in memory
@@ -209,6 +210,8 @@ def _base_problems(config: ConfigDict) -> list[str]:
         problems.append(f"vocab_size={config.vocab_size}: must be at least {NUM_FIXED + 2}")
     if not 0 <= config.validation_fraction < 1:
         problems.append(f"validation_fraction={config.validation_fraction}: must lie in [0, 1)")
+    if config.eos and not config.tokenizer:
+        problems.append(f"eos={config.eos!r}: goes with tokenizer; one that is trained here ends documents with {EOS}")
     for key in ("tokenizer_bytes", "bucket_bytes"):
         if config[key] < 1:
             problems.append(f"{key}={config[key]}: must be positive")

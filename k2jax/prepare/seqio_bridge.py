@@ -23,45 +23,43 @@ import numpy as np
 import seqio
 import tensorflow as tf
 from ml_collections import ConfigDict
-from tokenizers import AddedToken, Tokenizer
 
-from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
+from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError
-from k2jax.prepare import recipe
-from k2jax.prepare.sentencepiece_model import SPACE, build, eos_id, parse
-from k2jax.prepare.token_sources import TokenDocument, token_document
+from k2jax.prepare import recipe, spm
+from k2jax.prepare.token_document import TokenDocument, token_document
 
 TRAIN, HELD_OUT = "train", "validation"
 MOST_TASKS = 64  # of one subset
 
 
 class Vocabulary(seqio.Vocabulary):
-    """A tokenizer.json as seqio's tasks want it; special tokens in a text are plain text.
+    """A tokenizer.json as seqio's tasks want it; `eos` as in `load_tokenizer`. Control tokens in a text are plain text.
 
     seqio pads with id 0, whatever `pad_id` says, and leaves zeros out of the loss. So the vocabulary's token 0 must be
     one that no text has: ConfigError if it is not, as with GPT-2's, where it is "!", or where <unk> may occur.
     """
 
-    def __init__(self, tokenizer_json: str | Path):
+    def __init__(self, tokenizer_json: str | Path, eos: str = ""):
         super().__init__()
         self.path = str(tokenizer_json)
-        self._tokenizer = load_tokenizer(self.path)
-        self._eos = eos_id(self._tokenizer)
+        self._tokenizer = load_tokenizer(self.path, eos)
+        self._eos = self._tokenizer.eos_id
         _check_padding(self._tokenizer, self._eos, self.path)
 
-    def __reduce__(self) -> tuple:
-        return Vocabulary, (self.path,)  # a tokenizer loses the setting for special tokens
-
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and tokenizer_sha256(self.path) == tokenizer_sha256(other.path)
+        return isinstance(other, Vocabulary) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
-        return hash(tokenizer_sha256(self.path))
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[str, int]:
+        return tokenizer_sha256(self.path), self._eos
 
     @property
     def bos_id(self) -> int | None:
-        """That of <s>, if there is one."""
-        return self._tokenizer.token_to_id("<s>")
+        """That of the token that begins texts, if there is one."""
+        return self._tokenizer.bos_id
 
     @property
     def eos_id(self) -> int:
@@ -75,15 +73,15 @@ class Vocabulary(seqio.Vocabulary):
 
     @property
     def _base_vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        return self._tokenizer.vocab_size
 
     def _encode(self, s: str) -> list[int]:
-        return self._tokenizer.encode(s, add_special_tokens=False).ids
+        return self._tokenizer.encode(s)
 
     def _decode(self, ids: Sequence[int]) -> str:
         if len(ids) and not 0 <= min(ids) <= max(ids) < self._base_vocab_size:
             raise ValueError(f"ids {min(ids)} to {max(ids)}: expected 0 to {self._base_vocab_size - 1}")
-        return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
+        return self._tokenizer.decode([int(id) for id in ids], skip_control=True)
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         def encode(text: bytes | np.ndarray) -> np.ndarray:  # bytes in a graph, an array outside of one
@@ -106,8 +104,7 @@ class Vocabulary(seqio.Vocabulary):
 def _check_padding(tokenizer: Tokenizer, eos: int, path: str) -> None:
     model, first = json.loads(tokenizer.to_str())["model"], tokenizer.id_to_token(0)
     unknown = 0 in (tokenizer.token_to_id(model.get("unk_token") or "<unk>"), model.get("unk_id"))
-    special = tokenizer.get_added_tokens_decoder().get(0)
-    if special is None or not special.special or eos == 0 or (unknown and not model.get("byte_fallback")):
+    if 0 not in tokenizer.control_ids or eos == 0 or (unknown and not model.get("byte_fallback")):
         raise ConfigError(
             f"tokenizer {path}: its token 0, {first!r}, can stand in a document, and seqio takes 0 for padding, which "
             "it leaves out of the loss: use a tokenizer whose token 0 is <pad>, or an <unk> that never occurs"
@@ -123,8 +120,9 @@ def recipe_of_mixture(name: str, module: str) -> ConfigDict:
     """
     provider = _provider(name, module)
     mixed = isinstance(provider, seqio.Mixture)
-    tokenizer(f"{module}@{name}")  # refuses a vocabulary of another kind now
+    made = tokenizer(f"{module}@{name}")  # refuses a vocabulary of another kind now
     config = recipe.base()
+    config.eos = made.id_to_token(_features(provider)["targets"].vocabulary.eos_id)
     config.tokenizer = f"seqio:{module}@{name}"
     for task in provider.tasks if mixed else [provider]:
         rate = _rate(provider, task) if mixed else 1.0
@@ -159,13 +157,15 @@ def tokenizer(where: str) -> Tokenizer:
             "k2jax.prepare.seqio_bridge.Vocabulary of a tokenizer.json"
         )
     path, count = found[-1].sentencepiece_model_file, found[-1].extra_ids
-    model = parse(found[-1].sp_model, path)  # the extra ids are its last pieces
-    number = len(model.pieces) - count
-    converted = build(model._replace(pieces=model.pieces[:number]), path)
-    extra = [AddedToken(piece.text.removeprefix(SPACE), normalized=False) for piece in model.pieces[number:]]
-    converted.add_special_tokens(extra)
-    if eos_id(converted) != found[-1].eos_id or converted.get_vocab_size() != found[-1].vocab_size:
-        raise ConfigError(f"seqio {name}: {path} has EOS {found[-1].eos_id}, expected {eos_id(converted)}, </s>")
+    model = spm.parse(found[-1].sp_model, path)  # the extra ids are its last pieces
+    extra = [piece.piece.removeprefix(spm.SPACE) for piece in model.pieces[len(model.pieces) - count :]]
+    del model.pieces[len(model.pieces) - count :]
+    converted = spm.convert(model.SerializeToString(), path).with_control_tokens(extra)
+    if found[-1].eos_id not in converted.control_ids or converted.vocab_size != found[-1].vocab_size:
+        raise ConfigError(
+            f"seqio {name}: {path} has EOS {found[-1].eos_id} of {found[-1].vocab_size} ids, of which its "
+            f"{converted.vocab_size} pieces make no control token: use another vocabulary"
+        )
     return converted
 
 

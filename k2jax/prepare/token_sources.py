@@ -1,7 +1,6 @@
 """Documents that are tokens already: Megatron's .bin and .idx, LLM360's released chunks, seqio tasks.
 
 They are neither filtered nor deduplicated: their ids go to stores as they are, with the tokenizer that made them.
-A document's id is the SHA-256 (hex) of its ids as little-endian uint32, without the EOS that the store puts behind it.
 
     megatron  each document of the index; source FILE#NUMBER, from 0
     llm360    each row, of one length (K2: 2,048 or 8,192), cut from a stream of documents with EOS between them. It has
@@ -18,14 +17,12 @@ A preparation's files of these, below its folder of stages:
 """
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -40,30 +37,12 @@ from k2jax.prepare.megatron import read_documents
 from k2jax.prepare.pieces import PieceWriter
 from k2jax.prepare.read import in_order
 from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, subset, tasks
-from k2jax.prepare.sentencepiece_model import eos_id
 from k2jax.prepare.tally import Tally, combine
+from k2jax.prepare.token_document import TokenDocument, token_document
 
 MOST_STORES = 256  # of one subset: more are no subsets, but a key that differs from row to row
 KEYS = ("source", "tasks", "repeats", "licence", "max_line_bytes")  # of a subset, that mean something here
 ROW_FIELDS = ("subset_name", "source", "src_filename", "line_idx_in_src")  # kept of LLM360's rows
-
-
-class TokenDocument(NamedTuple):
-    """One document, or row, of tokens."""
-
-    ids: np.ndarray  # (n,), without EOS if `eos`
-    id: str
-    source: str
-    metadata: dict[str, Any]
-    eos: bool  # whether the store ends it with EOS
-    part: str = ""  # of the subset: its store is SUBSET-PART
-    held_out: bool = False
-
-
-def token_document(ids: np.ndarray, *, source: str, eos: bool, **more: Any) -> TokenDocument:
-    """A document with its id made of `ids`."""
-    digest = hashlib.sha256(np.ascontiguousarray(ids, "<u4").tobytes()).hexdigest()
-    return TokenDocument(ids, digest, source, more.pop("metadata", {}), eos, **more)
 
 
 def token_tasks(config: ConfigDict) -> list[Task]:
@@ -168,8 +147,8 @@ def _short(value: str | int) -> str | int:
 
 def _convert(config: ConfigDict, out: Path, path: Path, rank: int) -> None:
     """One task: its pieces, then the JSON that says what they hold."""
-    task, tokenizer, tally = token_tasks(config)[rank], load_tokenizer(path), Tally()
-    options = {"vocab_size": tokenizer.get_vocab_size(), "eos_id": eos_id(tokenizer)}
+    task, tokenizer, tally = token_tasks(config)[rank], load_tokenizer(path, config.eos), Tally()
+    options = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
     found = read(
         config.subsets[task.subset],
         shard=task.shard,

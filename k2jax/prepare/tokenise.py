@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 from datatrove.data import Document
 from ml_collections import ConfigDict
-from tokenizers import Tokenizer
 
-from k2jax.data.tokenizer import load_tokenizer, train_bpe
+from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError
 from k2jax.files import whole_file, write_json
-from k2jax.prepare import fim, kept
+from k2jax.prepare import fim, kept, spm
 from k2jax.prepare.pieces import PieceWriter
 from k2jax.prepare.recipe import stores_of
 
@@ -47,16 +46,17 @@ def tokenize(rank: int, *, config: dict[str, Any], out: Path, buckets: list[Buck
     bucket, recipe = buckets[rank], ConfigDict(config)
     chosen = recipe.subsets[bucket.subset]
     encoder = load_tokenizer(tokenizer)
+    library = spm.Encoder(out / spm.FILE, encoder) if spm.is_model(recipe.tokenizer) else None
     sentinels = sentinel_ids(encoder, tokenizer) if chosen.fim_rate else {}
     documents = kept.bucket_of(out, bucket.ranks, bucket.index, recipe.seed)
     paths = {store: out / "tokens" / store / f"{bucket.index:05d}" for store in stores_of(recipe, bucket.subset)}
     num_bytes = dict.fromkeys(paths, 0)
     with contextlib.ExitStack() as stack:
-        size = encoder.get_vocab_size()
+        size = encoder.vocab_size
         pieces = {
             store: stack.enter_context(PieceWriter(path, vocab_size=size, eos_id=eos)) for store, path in paths.items()
         }
-        for document, cut, ids in encoded(documents, chosen, encoder, sentinels, recipe.seed):
+        for document, cut, ids in encoded(documents, chosen, encoder, sentinels, recipe.seed, library):
             metadata = {key: document.metadata[key] for key in KEPT_METADATA if document.metadata.get(key)}
             if chosen.fim_rate:
                 metadata["fim"] = cut._asdict()
@@ -69,23 +69,28 @@ def tokenize(rank: int, *, config: dict[str, Any], out: Path, buckets: list[Buck
 
 
 def encoded(
-    documents: Iterable[Document], chosen: ConfigDict, encoder: Tokenizer, sentinels: dict[str, int], seed: int
+    documents: Iterable[Document],
+    chosen: ConfigDict,
+    encoder: Tokenizer,
+    sentinels: dict[str, int],
+    seed: int,
+    library: spm.Encoder | None = None,
 ) -> Iterator[tuple[Document, fim.Cut, list[int]]]:
-    """Each document with its cut and its ids: the tokenizer gets batches, of the texts between sentinels."""
+    """Each document with its cut and its ids: the tokenizer gets batches, of the texts between sentinels.
+
+    `library` is SentencePiece, of whose model the tokenizer was made: ConfigError where the two differ.
+    """
     for batch in batches(documents):
         cuts = [
             fim.draw(one.id, len(one.text), seed=seed, rate=chosen.fim_rate, spm_rate=chosen.fim_spm_rate)
             for one in batch
         ]
-        parts = [fim.parts(one.text, cut) for one, cut in zip(batch, cuts, strict=True)]
-        texts = [text for pairs in parts for _, text in pairs]
-        encodings = iter(encoder.encode_batch_fast(texts, add_special_tokens=False))
-        for one, cut, pairs in zip(batch, cuts, parts, strict=True):
-            ids: list[int] = []
-            for sentinel, _ in pairs:
-                ids += [sentinels[sentinel]] if sentinel else []
-                ids += next(encodings).ids
-            yield one, cut, ids
+        pieces = [fim.pieces(one.text, cut) for one, cut in zip(batch, cuts, strict=True)]
+        found = encoder.encode_documents(pieces)
+        if library:
+            library.check(found, pieces, [one.metadata["source"] for one in batch])
+        for one, cut, ids in zip(batch, cuts, found, strict=True):
+            yield one, cut, fim.written(cut.mode, ids, sentinels)
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -104,9 +109,10 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def sentinel_ids(encoder: Tokenizer, path: Path) -> dict[str, int]:
     """The ids of FIM's sentinels; ConfigError if the tokenizer lacks one."""
     ids = {sentinel: encoder.token_to_id(sentinel) for sentinel in fim.SENTINELS}
-    if missing := [sentinel for sentinel, id in ids.items() if id is None]:
+    if missing := [sentinel for sentinel, id in ids.items() if id not in encoder.control_ids]:
         raise ConfigError(
-            f"tokenizer {path}: it has no token {missing[0]}, which fim_rate needs: add FIM's tokens or set fim_rate=0"
+            f"tokenizer {path}: it has no control token {missing[0]}, which fim_rate needs: add FIM's tokens or set "
+            "fim_rate=0"
         )
     return ids
 

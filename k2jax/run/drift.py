@@ -22,6 +22,7 @@ FREE_KEYS = (
     "allow_drift",
     "data.root",
     "data.tokenizer",
+    "data.eos",  # it must be that of the stores, which is the manifest's
     "data.verify",
     "data.threads",
     "data.workers",

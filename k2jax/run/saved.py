@@ -12,11 +12,10 @@ import jax
 import tensorstore as ts
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tokenizers import Tokenizer
 
 from k2jax import config as configuration
 from k2jax.data.storage import kvstore
-from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
+from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import LAYOUT_VERSION, Params, parameter_table
 from k2jax.parallel import sharding

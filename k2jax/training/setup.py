@@ -10,7 +10,7 @@ from k2jax.data import storage
 from k2jax.data.manifest import build_manifest, manifest_digest
 from k2jax.data.order import Order
 from k2jax.data.store import Store
-from k2jax.data.tokenizer import tokenizer_sha256
+from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.model.decoder import compute_dtype, num_params
 from k2jax.model.flops import flops_per_token
@@ -38,6 +38,13 @@ def open_data(config: ConfigDict) -> tuple[dict[str, Store], dict[str, Any]]:
             f"data.tokenizer={config.data.tokenizer}: its SHA-256 is {found[:12]}, the stores in {root} were "
             f"made with {manifest['tokenizer_sha256'][:12]}: name the tokenizer that made them"
         )
+    if config.data.eos:
+        named = load_tokenizer(config.data.tokenizer, config.data.eos).eos_id
+        if named != manifest["eos_id"]:
+            raise ConfigError(
+                f"data.eos={config.data.eos!r}: is token {named}, the documents of the stores in {root} end with "
+                f"{manifest['eos_id']}: name that, or prepare the data again with eos={config.data.eos!r}"
+            )
     if manifest["vocab_size"] > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size}: the stores in {root} hold token ids up to "
