@@ -9,7 +9,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 # What the machine's storage does to any write, wherever it happens.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -57,13 +57,24 @@ class Preempted(RunError):
 
 BY_NEED = (ConfigError, NumericsError, PeerError, StorageError, DamagedError, Preempted)  # of a person, most first
 
-_leave: Callable[[int, str], NoReturn] | None = None
+
+class Peers(Protocol):
+    """The other processes of a run, where there are some."""
+
+    def blame(self, error: Exception) -> None:
+        """Does not return where another process is the cause of an error of this one."""
+
+    def leave(self, code: int, reason: str) -> NoReturn:
+        """Ends this process, and tells the others."""
 
 
-def leave_together(leave: Callable[[int, str], NoReturn]) -> None:
-    """From here on a failure ends by `leave(exit code, reason)`, which tells the other processes."""
-    global _leave
-    _leave = leave
+_peers: Peers | None = None
+
+
+def leave_with(peers: Peers) -> None:
+    """From here on a failure ends all processes."""
+    global _peers
+    _peers = peers
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -81,6 +92,8 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if _peers:
+            _peers.blame(error)
         as_ours = of_system(error)
         if isinstance(as_ours, StorageError):
             print(f"error: {as_ours}", file=sys.stderr, flush=True)
@@ -99,8 +112,8 @@ def of_system(error: Exception) -> RunError:
 
 
 def _exit(code: int, reason: str) -> NoReturn:
-    if _leave and code != Preempted.exit_code:  # all processes stop at one step then, and end in order
-        _leave(code, reason)
+    if _peers and code != Preempted.exit_code:  # all processes stop at one step then, and end in order
+        _peers.leave(code, reason)
     sys.exit(code)
 
 

@@ -173,7 +173,7 @@ def report(
     encoder = load_tokenizer(workdir / "tokenizer.json")
     starts = [encoder.encode(prompt) for prompt in config.eval.prompts]
     if starts:
-        reader = mesh_for(config)  # generation has no pipeline
+        reader = mesh_for(config, mesh.devices.flat)  # generation has no pipeline
         params = move_params(config, state.params, reader)
         generator = Generator(config.model, stage.rope_base, params, reader, dtype, eos_id=eos_id)
         new = generator.generate(starts, config.eval.new_tokens, sampling=Sampling(0.8), seed=config.seed)

@@ -243,6 +243,14 @@ def test_no_two_files_import_each_other():
         pytest.fail(f"these import each other: {' <- '.join(error.args[1])}")
 
 
+def test_only_the_control_plane_asks_which_process_this_is():
+    """What one process decides alone makes the others wait for ever."""
+    for path in CODE:
+        if module(path) not in ("parallel/cluster", "parallel/place"):
+            found = re.search(r"jax\.process_(index|count)|multihost_utils|jax\.distributed\b", path.read_text())
+            assert not found, f"{path.relative_to(ROOT)}: {found.group()}: decide, together or agree of parallel/cluster.py"
+
+
 def test_the_top_level_is_the_agreed_one():
     """Of what git knows: a stray file of the developer's own is nobody's business."""
     git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -13,6 +13,7 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -32,55 +33,57 @@ from k2jax.parallel.place import alone, bypass_proxies, find_place
 T = TypeVar("T")
 START_S = 300  # in which all processes must have come together
 LIMIT_S = 1800  # for what one process does while the others wait: reading its part of a large checkpoint
-HEARTBEAT_S = 60  # JAX's own limit, by which it aborts; ours is sooner and says who
+HEARTBEAT_S = 100  # by which JAX itself aborts; ours is sooner and says who
 ALONE_S = 7 * 86_400
 BEAT_S, GONE_S = 4.0, 32.0  # between signs of life; without one for so long a process counts as gone
 GRACE_S = 5.0  # for the main thread to leave by itself, with its own line and code
 LEAVE_S = 15.0  # process 0 serves the store: it leaves when the others have, or after this
 SIGABRT_CODE = 70
+OF_A_COLLECTIVE = r"Gloo|NCCL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|coordination service|[Cc]onnection (reset|closed)"
 ROOT = "k2jax/"
 ERRORS = {error.__name__: error for error in (RunError, *errors.BY_NEED)}  # the worst first
 
 _calls, _syncs = itertools.count(1), itertools.count(1)
 _kept: list[Any] = []  # what C code holds on to
+_abort_line: list[str] = []  # the last is what an abort means by now
 
 
 def initialize() -> None:
     """Joins the processes of this run; call once, before anything touches a device.
 
-    Also with one process, because JAX's preemption service (SIGTERM: save, then exit) exists only then. Raises RunError
-    when several processes are claimed and do not come together in START_S.
+    Also with one process, because JAX's preemption service (SIGTERM: save, then exit) exists only then. The program
+    ends with 70 and one line when several processes are claimed and do not come together in START_S.
     """
     # A step on CPU takes its temporaries when it is dispatched, not when it starts: those of steps in flight add up.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     bypass_proxies("metadata.google.internal", "169.254.169.254")
     place = find_place(START_S) or alone()
     bypass_proxies(place.address.rpartition(":")[0])
+    jax.config.update("jax_check_proxy_envs", False)  # it warns of those that were just set
     # Alone there is no peer to miss, and a process stopped for a while (Ctrl-Z) would end itself when it goes on.
     heartbeat_s = HEARTBEAT_S if place.count > 1 else ALONE_S
     bind = {"coordinator_bind_address": place.address} if place.bind else {}
-    try:
-        jax.distributed.initialize(
-            place.address,
-            place.count,
-            place.index,
-            place.local_devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=START_S,
-            heartbeat_timeout_seconds=heartbeat_s,
-            shutdown_timeout_seconds=int(LEAVE_S) * 4,
-            **bind,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise RunError(
-            f"{place.found_by} says process {place.index} of {place.count}, coordinator {place.address}, and they did "
-            f"not come together in {START_S} s ({reason}): start the same command on all of them, or, for one process "
-            f"alone, unset what says so"
-        ) from error
     if place.count > 1:
         _exit_in_order_on_abort()
-        errors.leave_together(_leave)
+        _abort_line.append(
+            f"{place.found_by} says process {place.index} of {place.count}, coordinator {place.address}, and they did "
+            f"not come together in {START_S} s: start the same command on all of them, or, for one process alone, unset "
+            f"what says so"
+        )
+    jax.distributed.initialize(
+        place.address,
+        place.count,
+        place.index,
+        place.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=START_S,
+        heartbeat_timeout_seconds=heartbeat_s,
+        shutdown_timeout_seconds=int(LEAVE_S) * 4,
+        **bind,
+    )
+    if place.count > 1:
+        _abort_line.append("another process is gone, or the runtime gave up: see above")
+        errors.leave_with(_Peers())
         threading.Thread(target=_watch, name="k2jax-watch", daemon=True).start()
 
 
@@ -197,17 +200,25 @@ def _result(outcome: dict[str, Any]) -> Any:
 # ---- ending ----------------------------------------------------------------------------------------------------------
 
 
-def _leave(code: int, reason: str) -> NoReturn:
-    """Ends this process at once, without the barrier in which JAX would wait for the others; they hear why."""
-    try:
-        _set(f"{ROOT}failed/{index()}", {"code": code, "reason": reason, "host": socket.gethostname()})
-        _set(f"{ROOT}left/{index()}", {})
-        deadline = time.monotonic() + LEAVE_S
-        while is_main() and time.monotonic() < deadline and len(_all("left/")) < count():
-            time.sleep(0.1)
-    except Exception as error:  # the store is gone, and whoever served it
-        print(f"process {index()}: could not tell the others: {error}", file=sys.stderr)
-    _exit(code)
+class _Peers:
+    """See errors.Peers."""
+
+    def blame(self, error: Exception) -> None:
+        """A collective that fails does so because of another process: `_watch` finds out whom, and ends this one."""
+        if not isinstance(error, RunError) and re.search(OF_A_COLLECTIVE, str(error)):
+            time.sleep(GONE_S + 2 * BEAT_S + GRACE_S)
+
+    def leave(self, code: int, reason: str) -> NoReturn:
+        """At once, without the barrier in which JAX would wait for the others."""
+        try:
+            _set(f"{ROOT}failed/{index()}", {"code": code, "reason": reason, "host": socket.gethostname()})
+            _set(f"{ROOT}left/{index()}", {})
+            deadline = time.monotonic() + LEAVE_S
+            while is_main() and time.monotonic() < deadline and len(_all("left/")) < count():
+                time.sleep(0.1)
+        except Exception as error:  # the store is gone, and whoever served it
+            print(f"process {index()}: could not tell the others: {error}", file=sys.stderr)
+        _exit(code)
 
 
 def _watch() -> None:
@@ -254,7 +265,7 @@ def _exit_in_order_on_abort() -> None:
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(_: int) -> None:
-        print("error: another process is gone, or the runtime gave up: see above", file=sys.stderr)
+        print(f"error: {_abort_line[-1]}", file=sys.stderr)
         _exit(SIGABRT_CODE)
 
     _kept.append(on_abort)
