@@ -248,7 +248,7 @@ def test_only_the_control_plane_asks_which_process_this_is():
     for path in CODE:
         if module(path) not in ("parallel/cluster", "parallel/place"):
             found = re.search(r"jax\.process_(index|count)|multihost_utils|jax\.distributed\b", path.read_text())
-            assert not found, f"{path.relative_to(ROOT)}: {found.group()}: decide, together or agree of parallel/cluster.py"
+            assert not found, f"{path.relative_to(ROOT)}: {found.group()}: that is parallel/cluster.py's"
 
 
 def test_the_top_level_is_the_agreed_one():

@@ -67,8 +67,8 @@ def initialize() -> None:
         _exit_in_order_on_abort()
         _abort_line.append(
             f"{place.found_by} says process {place.index} of {place.count}, coordinator {place.address}, and they did "
-            f"not come together in {START_S} s: start the same command on all of them, or, for one process alone, unset "
-            f"what says so"
+            f"not come together in {START_S} s: start the same command on all of them, or, for one process alone, "
+            f"unset what says so"
         )
     jax.distributed.initialize(
         place.address,

@@ -119,6 +119,7 @@ def on_one(index: int, patch: str) -> str:
     return ON_ONE.format(index=index, lines=patch.strip().replace("\n", "\n    "))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_whoever_fails_ends_both_soon_and_says_why(start, tmp_path, fault, index):
@@ -134,6 +135,7 @@ def test_whoever_fails_ends_both_soon_and_says_why(start, tmp_path, fault, index
     assert f"process {index}" in other.errors.read_text() and said in other.errors.read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_dead_process_ends_the_other(start, tmp_path, index):
     """SIGKILL: the other ends within a minute, with 70 and who is gone; what was saved is good."""
@@ -148,6 +150,7 @@ def test_a_dead_process_ends_the_other(start, tmp_path, index):
     assert "resuming after step" in str(start(workdir).wait(0))
 
 
+@pytest.mark.processes
 def test_keys_that_steer_must_agree(start, tmp_path):
     """Also those that a resume may change: with other steps to save at, one process would wait for ever."""
     keys = [{"checkpoint.every_steps": 2}, {"checkpoint.every_steps": 3}]
@@ -157,6 +160,7 @@ def test_keys_that_steer_must_agree(start, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.processes
 def test_a_workdir_that_is_not_shared_is_found_at_start(start, tmp_path):
     pair = runs.pair(start, tmp_path / "a", devices=1, workdirs=[tmp_path / "a", tmp_path / "b"], patch=SOON_SEEN)
     for trainer in pair:
@@ -167,6 +171,7 @@ def test_a_workdir_that_is_not_shared_is_found_at_start(start, tmp_path):
 SOON_SEEN = "from k2jax.run import directory; directory.SEEN_S = 1"
 
 
+@pytest.mark.processes
 def test_process_0_lists_the_checkpoints(straight, start, tmp_path):
     """A listing that is out of date on another process changes nothing."""
     stale = """
@@ -178,6 +183,7 @@ CheckpointManager.all_steps = lambda self, read=False: [10]"""
     assert "resuming after step 25 of 25" in told and not (workdir / "abandoned").exists()
 
 
+@pytest.mark.processes
 def test_a_copy_that_is_damaged_on_one_process_is_refused_by_both(straight, start, tmp_path):
     """Two replicas: the digest of each is compared, not of one of them."""
     flip = """
@@ -204,6 +210,7 @@ Checkpoints._read = broken"""
     assert entry["at_step"] == 25 and "damaged array" in entry["why"]
 
 
+@pytest.mark.processes
 def test_a_storage_that_fails_for_a_while_costs_nothing(straight, start, tmp_path):
     """And one that fails for good stops both, and moves nothing."""
     fails = """
@@ -228,6 +235,7 @@ Checkpoints._read = broken"""
     pair[1].wait(0)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mesh", [{"mesh.stage": 2, "mesh.fsdp": 2}, {"mesh.context": 2, "mesh.fsdp": 2}])
 def test_the_report_is_made_where_the_run_was(start, tmp_path, mesh):
     keys = {**mesh, "eval.prompts": "('a b',)", "eval.new_tokens": 4, "model.dim": 36, "model.pipeline.microbatches": 2}
