@@ -146,9 +146,10 @@ def stage(**overrides: Any) -> ConfigDict:
 # Of every number but the mesh's sizes, in mathematics' notation: "[0, 1)" holds 0, and 1 not. None holds NaN.
 RANGES = {
     "[1, inf)": """model.vocab_size model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim
-        model.ffn_dim model.unroll model.pipeline.microbatches model.pipeline.repeats model.rope_scaling.factor loss.block
-        optimizer.max_skips_in_a_row data.threads data.prefetch eval.windows eval.new_tokens log.every_steps
-        stages.*.sequence_length stages.*.rows_per_step stages.*.microbatches stages.*.steps_per_chunk stages.*.chunks""",
+        model.ffn_dim model.unroll model.pipeline.microbatches model.pipeline.repeats model.rope_scaling.factor
+        loss.block optimizer.max_skips_in_a_row data.threads data.prefetch eval.windows eval.new_tokens log.every_steps
+        stages.*.sequence_length stages.*.rows_per_step stages.*.microbatches stages.*.steps_per_chunk
+        stages.*.chunks""",
     "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
         stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.

@@ -71,6 +71,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         checkpoints = Checkpoints(run.path, [0, *sorted(save_steps)], config.checkpoint.keep_between, say)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
+        if checkpoints.last_meta:
+            run.check_restored(checkpoints.last_meta, config)
         if step:
             check_resume(journal, checkpoints.last_data["order"], order, step)
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
@@ -114,7 +116,8 @@ def open_records(
         say(f"resuming after step {step} of {order.num_steps}" if step else f"starting at step 1{imported}")
         if dropped:
             say(f"{dropped} step(s) after the checkpoint are run again")
-    return Recorder(config, workdir, order, subsets, metrics, ledger, say, tokens_before(order, step + 1))
+    seen = tokens_before(order, step + 1)
+    return Recorder(config, workdir, order, subsets, metrics, ledger, say, seen, first_step=step + 1)
 
 
 def save_checkpoint(
@@ -128,6 +131,7 @@ def save_checkpoint(
     """Starts an asynchronous save, once the metrics of `step` are read and found good."""
     recorder.flush()
     recorder.require_finite_parameters()
+    recorder.sync()
     recorder.saved(checkpoints.wait())
     say(f"saving {step}")
     checkpoints.save(

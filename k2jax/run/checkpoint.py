@@ -226,6 +226,8 @@ class Checkpoints:
     def _read(self, step: int, shardings: TrainState, shapes: TrainState) -> tuple[dict, dict[str, jax.Array], dict]:
         """(meta, arrays, data) of a step, the arrays not yet checked."""
         meta = self.meta(step)
+        if meta["step"] != step:
+            raise DamagedError(f"checkpoint {step}: it is that of step {meta['step']}, in a folder of another name")
         if not _has_moments(meta):
             shardings, shapes = (state._replace(mu={}, nu={}) for state in (shardings, shapes))
         wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(shapes).items()}

@@ -155,6 +155,15 @@ class RunDirectory:
         before, after = Order(old_manifest, journal).digest(), Order(manifest, journal).digest()
         return {"time": _now(), **entry, "order_before": before, "order_after": after}
 
+    def check_restored(self, meta: dict[str, Any], config: ConfigDict) -> None:
+        """Raises ConfigError when the checkpoint was trained with another configuration than what may have changed.
+
+        It is compared itself, because it may have come here from another run.
+        """
+        if not is_import(meta["config"]):
+            differences = drift.differences(meta["config"], configuration.to_dict(config))
+            self._refuse(differences, config.allow_drift, f"holds checkpoint {meta['step']} of another run")
+
     def _difference_from_import(
         self, old: dict, new: dict, manifest: dict[str, Any], allowed: tuple[str, ...]
     ) -> dict[str, Any] | None:

@@ -67,6 +67,8 @@ def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
         meta = read_meta(Path(workdir) / "checkpoints" / str(step) / "meta")
     except (OSError, ValueError, KeyError) as error:
         raise StorageError(f"checkpoint {step} of {workdir}: its meta is damaged: {error}") from error
+    if meta["step"] != step:
+        raise StorageError(f"checkpoint {step} of {workdir}: it is that of step {meta['step']}: name its folder so")
     for key, known in (("format", FORMAT), ("layout", LAYOUT_VERSION)):
         if meta[key] != known:
             raise ConfigError(

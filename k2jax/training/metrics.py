@@ -4,6 +4,7 @@
 device never waits for the host. `flush` reads the last ones too, where the loop must know (before a save, at the end).
 """
 
+import hashlib
 import math
 import resource
 import time
@@ -37,11 +38,12 @@ class Recorder:
         ledger: Ledger,
         print_line: Callable[[str], None],
         tokens_seen: int,
+        first_step: int,
     ):
         self.config, self.order, self.subsets, self.steps, self.ledger = config, order, subsets, steps, ledger
         self.print_line, self.tokens_seen = print_line, tokens_seen
         self.is_main = cluster.is_main()
-        self.sinks = _sinks(config, workdir) if self.is_main else []
+        self.sinks = _sinks(config, workdir, first_step) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
@@ -58,6 +60,11 @@ class Recorder:
         if self._pending is not None:
             previous, self._pending = self._pending, None
             self._record(*previous)
+
+    def sync(self) -> None:
+        """The rows up to now are on the disk then."""
+        self.steps.sync()
+        self.ledger.steps.sync()
 
     def saved(self, meta: dict[str, Any] | None) -> None:
         """Closes the ledger's steps with a checkpoint that has become complete; None: none has."""
@@ -198,13 +205,22 @@ def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def _sinks(config: ConfigDict, workdir: Path) -> list[Callable[[int | None, dict], None]]:
-    """Where rows go besides `metrics/`; each is called with (step, row), and with (None, {}) at the end."""
+def run_id(workdir: Path) -> str:
+    """The same at each launch of a run, and of no other: of its first launch, whatever its folder is called."""
+    first = files.read_json(workdir / "environment.json")["launches"][0]
+    return hashlib.sha256(f"{first['time']} {first['host']} {workdir.name}".encode()).hexdigest()[:16]
+
+
+def _sinks(config: ConfigDict, workdir: Path, first_step: int) -> list[Callable[[int | None, dict], None]]:
+    """Where rows go besides `metrics/`; each is called with (step, row), and with (None, {}) at the end.
+
+    TensorBoard drops what it has from `first_step` on: those steps are run again.
+    """
     sinks = []
     if config.log.tensorboard:
         from tensorboardX import SummaryWriter
 
-        writer = SummaryWriter(str(workdir / "tensorboard"))
+        writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
 
         def to_tensorboard(step: int | None, row: dict[str, Any]) -> None:
             if step is None:
@@ -218,7 +234,7 @@ def _sinks(config: ConfigDict, workdir: Path) -> list[Callable[[int | None, dict
         import wandb
 
         run = wandb.init(
-            project=config.log.wandb_project, name=workdir.name, dir=workdir, resume="allow", id=workdir.name
+            project=config.log.wandb_project, name=workdir.name, dir=workdir, resume="allow", id=run_id(workdir)
         )
         sinks.append(lambda step, row: run.finish() if step is None else run.log(row, step=step))
     return sinks
