@@ -16,7 +16,7 @@ TEST_EXTRAS := $(if $(filter 0,$(PARITY)),test,test,parity,eval,ray,sentencepiec
 BASE_DONE := $(VENV)/.installed
 TEST_DONE := $(VENV)/.installed-$(if $(filter 0,$(PARITY)),test,test-parity)
 
-.PHONY: train test test-compilers test-seqio test-slow plan-65b lint lock clean
+.PHONY: train test test-compilers test-processes test-seqio test-slow plan-65b lint lock clean
 
 train: $(BASE_DONE)
 	$(BIN)/python tools/prepare_data.py --config=experiments/data/smoke.py --out=data/smoke
@@ -33,6 +33,10 @@ test-seqio:
 # The TPU's and the GPU's compilers, which run without either: for who changes kernels, sharding or the plan. CUDA is 4 GB.
 test-compilers: $(VENV)/.installed-compilers
 	$(BIN)/python -m pytest -n 2 -m "compilers and not slow"
+
+# Each process of a run failing in turn: for who changes the control plane, checkpoints or the run directory.
+test-processes: $(TEST_DONE)
+	$(BIN)/python -m pytest -n 2 --dist load -m "processes and not slow"
 
 test-slow: $(TEST_DONE)
 	$(BIN)/python -m pytest -m slow

@@ -143,6 +143,35 @@ def stage(**overrides: Any) -> ConfigDict:
 # fmt: on
 
 
+# Of every number but the mesh's sizes, in mathematics' notation: "[0, 1)" holds 0, and 1 not. None holds NaN.
+RANGES = {
+    "[1, inf)": """model.vocab_size model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim
+        model.ffn_dim model.unroll model.pipeline.microbatches model.pipeline.repeats model.rope_scaling.factor
+        loss.block optimizer.max_skips_in_a_row data.threads data.prefetch eval.windows eval.new_tokens log.every_steps
+        stages.*.sequence_length stages.*.rows_per_step stages.*.microbatches stages.*.steps_per_chunk
+        stages.*.chunks""",
+    "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
+        stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
+    # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.
+    "(0, inf)": """optimizer.clip_norm optimizer.eps model.norm_eps model.init_std model.rope_scaling.low_freq_factor
+        model.rope_scaling.high_freq_factor model.rope_scaling.original_context stages.*.mix.*""",
+    "(1, inf)": "stages.*.rope_base",
+    "[0, 1)": "optimizer.b1 optimizer.b2",
+    "[0, 4294967296)": "seed",
+}
+_RANGE_OF = {key: interval for interval, keys in RANGES.items() for key in keys.split()}
+
+
+def range_of(key: str) -> str | None:
+    """That of RANGES, of "stages.0.chunks" as of "stages.*.chunks"; None for what is no number, and for mesh sizes."""
+    return _RANGE_OF.get(re.sub(r"(?<=\.mix\.).*|(?<=^stages\.)\d+", "*", key))
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    return (low <= value if interval[0] == "[" else low < value) and value < high  # no range holds its upper end
+
+
 def load(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
     """The experiment file's `get_config()` with `--config.KEY=VALUE` overrides applied, checked and locked.
 
@@ -218,8 +247,9 @@ def validate(config: ConfigDict) -> None:
         if not ok:
             problems.append(f"{key}={value!r}: {what}")
 
-    for key in ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "unroll"):
-        need(m[key] > 0, f"model.{key}", m[key], "must be positive")
+    for key, value in flatten(to_dict(config)).items():
+        interval = range_of(key)
+        need(interval is None or _inside(value, interval), key, value, f"must lie in {interval}")
     divides = m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads == 0
     need(divides, "model.num_kv_heads", m.num_kv_heads, f"must divide model.num_heads={m.num_heads}")
     need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE turns pairs")
@@ -233,10 +263,6 @@ def validate(config: ConfigDict) -> None:
     looped = m.unroll == 1 or ON_HOST not in m.remat  # libtpu 0.0.42 compiles no other
     need(looped, "model.unroll", m.unroll, f"must be 1 where model.remat={m.remat} keeps arrays by the host")
     need(all(size > 0 for size in m.rings), "model.rings", m.rings, "sizes must be positive")
-    need(config.loss.block > 0, "loss.block", config.loss.block, "must be positive")
-    need(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "must not be negative")
-    for key in ("microbatches", "repeats"):
-        need(m.pipeline[key] > 0, f"model.pipeline.{key}", m.pipeline[key], "must be positive")
     for key, urls in PATHS.items():
         try:
             paths.parse(config.data[key], f"data.{key}", urls=urls)
@@ -272,8 +298,6 @@ def validate(config: ConfigDict) -> None:
 
 
 def _validate_stage(need: Any, prefix: str, row: ConfigDict) -> None:
-    for key in ("sequence_length", "rows_per_step", "microbatches", "steps_per_chunk", "chunks", "rope_base"):
-        need(row[key] > 0, prefix + key, row[key], "must be positive")
     need(
         row.microbatches > 0 and row.rows_per_step % row.microbatches == 0,
         prefix + "microbatches",
@@ -289,19 +313,13 @@ def _validate_stage(need: Any, prefix: str, row: ConfigDict) -> None:
         f"must lie within the stage's {row.steps_per_chunk * row.chunks} steps",
     )
     need(len(row.mix) > 0, prefix + "mix", {}, "names no subset: set {subset: repeats}")
-    for name, repeats in row.mix.items():
+    for name in row.mix:
         plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) is not None
         need(
             plain,
             prefix + "mix",
             name,
             "a subset's name has only letters, digits, - and _: it is a folder's name",
-        )
-        need(
-            repeats > 0,
-            f"{prefix}mix.{name}",
-            repeats,
-            "repeats must be positive; leave the subset out for none",
         )
 
 

@@ -36,7 +36,7 @@ from k2jax.generate import text_after
 from k2jax.model.decoder import compute_dtype
 from k2jax.model.generation import Generator
 from k2jax.model.sampling import Sampling
-from k2jax.parallel import distributed, sharding
+from k2jax.parallel import cluster, sharding
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import RunDirectory
 from k2jax.run.ledger import Ledger, StepLog
@@ -45,21 +45,21 @@ from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import init_state
 from k2jax.training.placement import check_mesh, make_state, mesh_for, move_params, place_state
 from k2jax.training.program import feed_steps
-from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_data
+from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
 from k2jax.training.validation import validate
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
+    check_processes_agree(config)
     mesh = sharding.make_mesh(config.mesh)
     check_mesh(config, mesh)
     with RunDirectory(workdir) as run, jax.set_mesh(mesh):
         # ---- the data is a function of manifest, journal and step --------------------------------------------------
-        stores, manifest = open_data(config)
+        stores, manifest = open_same_data(config)
         journal = run.begin(config, manifest, dict(mesh.shape))
         order = Order(manifest, journal)
         check_journal(journal, order)
-        check_processes_agree(config, order)
         say(describe(manifest))
         say(describe_run(config, order, mesh))
 
@@ -71,6 +71,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         checkpoints = Checkpoints(run.path, [0, *sorted(save_steps)], config.checkpoint.keep_between, say)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
+        if checkpoints.last_meta:
+            run.check_restored(checkpoints.last_meta, config)
         if step:
             check_resume(journal, checkpoints.last_data["order"], order, step)
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
@@ -83,7 +85,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         )
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
-                if distributed.preempted():
+                if cluster.preempted():
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
                 state, metrics = run_step(state, batch)
                 # Reads the metrics of the step before this one, so that the device is not waited for.
@@ -105,7 +107,7 @@ def open_records(
     """Metrics and ledger, cut back to the restored step: what came after it is run again."""
     chunk = partial(chunk_of_step, order)
     metrics, ledger = StepLog(workdir / "metrics", chunk), Ledger(workdir / "ledger", chunk)
-    if is_main():
+    if cluster.is_main():
         metrics.truncate(step)
         dropped = ledger.resume(
             step, checkpoints.last_meta and checkpoints.last_meta["digest"], order.digest()
@@ -114,7 +116,8 @@ def open_records(
         say(f"resuming after step {step} of {order.num_steps}" if step else f"starting at step 1{imported}")
         if dropped:
             say(f"{dropped} step(s) after the checkpoint are run again")
-    return Recorder(config, workdir, order, subsets, metrics, ledger, say, tokens_before(order, step + 1))
+    seen = tokens_before(order, step + 1)
+    return Recorder(config, workdir, order, subsets, metrics, ledger, say, seen, first_step=step + 1)
 
 
 def save_checkpoint(
@@ -128,6 +131,7 @@ def save_checkpoint(
     """Starts an asynchronous save, once the metrics of `step` are read and found good."""
     recorder.flush()
     recorder.require_finite_parameters()
+    recorder.sync()
     recorder.saved(checkpoints.wait())
     say(f"saving {step}")
     checkpoints.save(
@@ -173,13 +177,13 @@ def report(
     encoder = load_tokenizer(workdir / "tokenizer.json")
     starts = [encoder.encode(prompt) for prompt in config.eval.prompts]
     if starts:
-        reader = mesh_for(config)  # generation has no pipeline
+        reader = mesh_for(config, mesh.devices.flat)  # generation has no pipeline
         params = move_params(config, state.params, reader)
         generator = Generator(config.model, stage.rope_base, params, reader, dtype, eos_id=eos_id)
         new = generator.generate(starts, config.eval.new_tokens, sampling=Sampling(0.8), seed=config.seed)
         for prompt, start, tokens in zip(config.eval.prompts, starts, new, strict=True):
             say(f"sample: {prompt}|{text_after(encoder.decode, start, tokens)}")
-    if is_main():
+    if cluster.is_main():
         values = {"step": int(state.step), "subsets": {name: v._asdict() for name, v in found.items()}}
         files.write_json(workdir / "validation.json", values, sort_keys=True, end="")
     say(f"the run: {workdir}")
@@ -191,7 +195,7 @@ def report(
 
 def progress_bar(total: int, done: int) -> tqdm:
     """On stderr, only where that is a terminal."""
-    shown = is_main() and sys.stderr.isatty()
+    shown = cluster.is_main() and sys.stderr.isatty()
     return tqdm(total=total, initial=done, unit="step", disable=not shown)
 
 
@@ -199,13 +203,8 @@ def is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def is_main() -> bool:
-    """The process that writes and speaks."""
-    return jax.process_index() == 0
-
-
 def say(line: str) -> None:
-    if is_main():
+    if cluster.is_main():
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
@@ -228,7 +227,7 @@ def main() -> None:
             f"unknown argument {unknown[0]}; keys of the configuration are set as --config.KEY=VALUE"
         )
     config = configuration.load(args.config, overrides)
-    distributed.initialize()
+    cluster.initialize()
     train(config, args.workdir)
 
 

@@ -143,3 +143,39 @@ def test_the_digest_is_of_what_the_run_computes():
     same = configuration.load(SMOKE, ["mesh.tensor=2", "log.every_steps=3", "stages.1.microbatches=2"])
     other = configuration.load(SMOKE, ["seed=1"])
     assert drift.config_digest(c) == drift.config_digest(same) != drift.config_digest(other)
+
+
+def test_every_number_has_a_range_that_holds_its_default():
+    c = configuration.base().unlock()
+    c.stages = (configuration.stage(mix={"a": 1}),)
+    for key, value in configuration.flatten(configuration.to_dict(c)).items():
+        if type(value) in (int, float) and not key.startswith("mesh."):
+            interval = configuration.range_of(key)
+            assert interval and configuration._inside(value, interval), key
+    c.model.num_kv_heads = 64
+    configuration.validate(c)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.clip_norm=0",  # "off" elsewhere: here every gradient would be multiplied by it
+        "optimizer.clip_norm=-1.0",
+        "optimizer.b2=1.5",
+        "optimizer.b1=1.0",
+        "optimizer.max_skips_in_a_row=0",
+        "checkpoint.keep_between=-3",
+        "data.threads=-1",
+        "log.every_steps=0",
+        "model.rope_scaling.factor=0.0",
+        "stages.0.lr_start=-1e-3",
+        "stages.1.rope_base=1.0",
+        "stages.0.mix.code=-1.0",
+        "optimizer.eps=1e999",
+    ],
+)
+def test_numbers_outside_their_range_are_refused(override: str):
+    key = override.split("=")[0]
+    with pytest.raises(ConfigError, match=f"{key}=") as raised:
+        configuration.load(SMOKE, [override])
+    assert f"must lie in {configuration.range_of(key)}" in str(raised.value)

@@ -335,8 +335,8 @@ def test_the_mesh_is_the_experiments_where_it_fits(tiny_config: Callable[..., Co
 
     assert shape(**{"mesh.fsdp": 2, "mesh.tensor": 4}) == (1, 2, 4)
     assert shape(**{"mesh.fsdp": 32, "mesh.tensor": 4}) == (1, 8, 1)
-    assert shape(**{"mesh.fsdp": 32, "model.dim": 36}) == (1, 6, 1)
-    assert shape(**{"mesh.fsdp": 8, "model.dim": 35}) == (1, 7, 1)
+    assert shape(**{"mesh.fsdp": 32, "model.dim": 36}) == (2, 4, 1)
+    assert shape(**{"mesh.fsdp": 8, "model.dim": 35}) == (8, 1, 1)
     assert shape(**{"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2}) == (1, 4, 2)
     assert shape(**{"mesh.fsdp": 2, "mesh.stage": -1, "mesh.replica": 2}) == (2, 4, 1)
 

@@ -43,6 +43,7 @@ OF_A_PATH = {"rename", "write_text", "write_bytes"}
 OTHERS_THAT_DO = {
     "k2jax/hf/safetensors_io.py": {"fdatasync"},  # begins early what files.whole_folder does in the end
     "k2jax/run/checkpoint.py": {"rename"},  # moves a bad step away; undone by a power cut, it is found bad again
+    "k2jax/run/ledger.py": {"fsync"},  # of rows, before the checkpoint that closes over them
     "tools/bench/convert.py": {"fsync"},  # measures it
 }
 
@@ -256,6 +257,14 @@ def test_no_two_files_import_each_other():
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         pytest.fail(f"these import each other: {' <- '.join(error.args[1])}")
+
+
+def test_only_the_control_plane_asks_which_process_this_is():
+    """What one process decides alone makes the others wait for ever."""
+    for path in CODE:
+        if module(path) not in ("parallel/cluster", "parallel/place"):
+            found = re.search(r"jax\.process_(index|count)|multihost_utils|jax\.distributed\b", path.read_text())
+            assert not found, f"{path.relative_to(ROOT)}: {found.group()}: that is parallel/cluster.py's"
 
 
 def test_the_top_level_is_the_agreed_one():

@@ -143,7 +143,7 @@ def test_metrics_are_read_one_step_late(tiny_config, tmp_path: Path, monkeypatch
     plan = StagePlan("stage1", 0, 32, 8, 10, 2, 0, 160, 1, 20)
     steps, ledger = StepLog(tmp_path / "metrics", lambda s: 1), Ledger(tmp_path / "ledger", lambda s: 1)
     lines: list[str] = []
-    recorder = Recorder(tiny_config(), tmp_path, None, ["a"], steps, ledger, lines.append, 0)
+    recorder = Recorder(tiny_config(), tmp_path, None, ["a"], steps, ledger, lines.append, 0, first_step=1)
     values = {key: np.float32(1) for key in ("loss", "grad_norm", "param_norm", "lr", "finite")}
     values |= {"skips_in_a_row": np.int32(0), "batch_digest": np.zeros(8, np.uint32)}
     values |= {"subset_loss": np.ones(1), "subset_targets": np.ones(1)}

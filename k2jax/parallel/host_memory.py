@@ -8,7 +8,7 @@ tokens), pages of 4 KiB being faulted in at 7 us each:
     freed memory kept             none                        6.0 s
     the same, in huge pages       none                        5.7 s
 
-5.7 GB are resident then. Each step in flight would take as much again (distributed.initialize sees to that).
+5.7 GB are resident then. Each step in flight would take as much again (cluster.initialize sees to that).
 Accelerators have allocators of their own.
 """
 

@@ -7,7 +7,6 @@ Orbax restores flipped bits in silence and lists half-deleted steps, so a step i
 
 import dataclasses
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -18,18 +17,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from k2jax import files
+from k2jax.data.journal import append_entry
 from k2jax.data.manifest import sha256_json
-from k2jax.errors import ConfigError, RunError, StorageError
+from k2jax.errors import ConfigError, DamagedError, StorageError
 from k2jax.model.decoder import LAYOUT_VERSION
+from k2jax.parallel import cluster
 from k2jax.run import digest
+from k2jax.run.reading import one_line, patiently
 from k2jax.run.state import TrainState, flat, unflat
 
 CHUNK_BYTES = 1 << 26  # of an array on disk, at most: read, checked and decoded as a whole
@@ -44,7 +44,7 @@ class _LateJson(ocp.JsonCheckpointHandler):
 
     async def _save_fn(self, item: Callable[[], dict], directory: epath.Path) -> None:
         values = item()
-        if jax.process_index() == 0:
+        if cluster.is_main():
             text = json.dumps({**values, "meta_sha256": sha256_json(values)}, indent=1)
             files.write_text(directory / "meta.json", text)
 
@@ -121,7 +121,7 @@ class Checkpoints:
 
     def _empty_trash(self) -> None:
         """Orbax moves old steps to this folder, so that no kill leaves one half deleted; nothing else empties it."""
-        if jax.process_index() == 0 and (self.directory / "trash").exists():
+        if cluster.is_main() and (self.directory / "trash").exists():
             shutil.rmtree(self.directory / "trash")
 
     # ---- save --------------------------------------------------------------------------------------------------
@@ -165,7 +165,11 @@ class Checkpoints:
         finally:
             # Under way only now, after Orbax has its copies: on a CPU they would share the cores.
             replicated = NamedSharding(jax.tree.leaves(arrays)[0].sharding.mesh, PartitionSpec())
-            digests.set_result(jax.jit(digest.tree_digests, out_shardings=replicated)(arrays))
+            try:
+                digests.set_result(jax.jit(digest.tree_digests, out_shardings=replicated)(arrays))
+            except BaseException as error:  # also Ctrl-C: whoever waits for them must end
+                digests.set_exception(error)
+                raise
         if not saved:
             raise StorageError(
                 f"checkpoint {step}: Orbax refused to save it: {self.directory} already holds "
@@ -195,9 +199,9 @@ class Checkpoints:
     # ---- restore -----------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Steps on disk, newest first; complete by Orbax's account, not yet verified."""
+        """Steps on disk as process 0 lists them, newest first; complete by Orbax's account, not yet verified."""
         self.manager.reload()
-        return sorted(self.manager.all_steps(), reverse=True)
+        return cluster.decide("lists checkpoints", lambda: sorted(self.manager.all_steps(), reverse=True))
 
     def meta(self, step: int) -> dict:
         """What the checkpoint of a step says of itself."""
@@ -206,35 +210,24 @@ class Checkpoints:
     def restore(self, step: int, shardings: TrainState, shapes: TrainState) -> TrainState:
         """State of one step on the mesh of `shardings`, every array checked against its digest.
 
-        Raises ConfigError when the arrays are not those of this model, StorageError when they are damaged.
+        Raises the same on every process: ConfigError when the arrays are not those of this model, DamagedError when
+        they are damaged, StorageError when the storage does not give them, which says nothing of them.
         """
-        problem = read = None
-        try:
-            read = self._read(step, shardings, shapes)
-        except RunError:
-            raise
-        except Exception as error:  # for damage Orbax and TensorStore raise ValueError, KeyError, JSONDecodeError, ...
-            problem = _one_line(error)
         # Damage in what one process reads is met by that one alone; the others would wait for it for ever.
-        failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(problem is not None)))
-        if failed.size:
-            raise StorageError(f"checkpoint {step}: cannot be read: {problem or f'by process(es) {failed}'}")
-        meta, arrays, data = read
-        found = jax.device_get(jax.jit(digest.tree_digests)(arrays))
-        wrong = [name for name, value in found.items() if int(value) != meta["digests"].get(name)]
-        if wrong:
-            raise StorageError(
-                f"checkpoint {step}: damaged array(s) {', '.join(wrong[:5])}: digest "
-                f"{int(found[wrong[0]]):08x}, recorded {meta['digests'][wrong[0]]:08x}"
-            )
-        if data != meta["data"]:
-            raise StorageError(f"checkpoint {step}: its data part is not the one that its meta records")
+        meta, arrays, data = cluster.together(
+            f"reads checkpoint {step}",
+            lambda: patiently(f"checkpoint {step}", lambda: self._read(step, shardings, shapes), self.log),
+        )
+        found = jax.block_until_ready(jax.jit(digest.tree_digests)(arrays))
+        cluster.together(f"verifies checkpoint {step}", lambda: _verify(step, meta, found, data))
         self.last_meta, self.last_data = meta, data
         return unflat(arrays if _has_moments(meta) else {**arrays, **_zero_moments(shardings, shapes)})
 
     def _read(self, step: int, shardings: TrainState, shapes: TrainState) -> tuple[dict, dict[str, jax.Array], dict]:
         """(meta, arrays, data) of a step, the arrays not yet checked."""
         meta = self.meta(step)
+        if meta["step"] != step:
+            raise DamagedError(f"checkpoint {step}: it is that of step {meta['step']}, in a folder of another name")
         if not _has_moments(meta):
             shardings, shapes = (state._replace(mu={}, nu={}) for state in (shardings, shapes))
         wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(shapes).items()}
@@ -252,21 +245,22 @@ class Checkpoints:
         return self.handlers[name].restore(epath.Path(self.directory) / str(step) / name, **kwargs)
 
     def restore_newest(self, shardings: TrainState, shapes: TrainState) -> TrainState | None:
-        """The newest good checkpoint; None when there is none at all. Newer bad ones are named and moved away.
+        """The newest good checkpoint; None when there is none at all. Newer damaged ones are named and moved away.
 
-        Raises StorageError when steps exist and none is good: a run never starts from scratch in silence.
+        Raises StorageError when steps exist and none is good: a run never starts from scratch in silence; and when the
+        storage does not give the newest, which may be good.
         """
         refused: list[str] = []
         listed = self.steps()
         for step in listed:
             try:
                 state = self.restore(step, shardings, shapes)
-            except StorageError as error:
+            except DamagedError as error:
                 self.log(f"refused: {error}")
                 refused.append(str(error))
                 continue
-            for bad in [s for s in listed if s > step]:
-                self.abandon(bad)
+            for bad, why in zip(listed, refused, strict=False):
+                self.abandon(bad, why)
             return state
         if refused:
             raise StorageError(
@@ -276,18 +270,36 @@ class Checkpoints:
             )
         return None
 
-    def abandon(self, step: int) -> None:
-        """Moves a step out of the way (Orbax saves no step at or below the newest on disk), keeping it."""
-        if jax.process_index() == 0:
-            target = self.abandoned / f"{step}-{time.strftime('%Y%m%dT%H%M%S')}"
-            self.abandoned.mkdir(exist_ok=True)
+    def abandon(self, step: int, why: str) -> None:
+        """Moves a step out of the way (Orbax saves no step at or below the newest on disk), keeping it, journalled."""
+
+        def move() -> str:
+            now = time.strftime("%Y%m%dT%H%M%S")
+            target = self.abandoned / f"{step}-{now}"
+            entry = {"time": now, "by": "k2jax.train", "why": why, "kind": "abandon", "at_step": step}
+            append_entry(self.directory.parent / "journal.jsonl", entry)
+            files.make_folder(self.abandoned)
             (self.directory / str(step)).rename(target)
-            self.log(f"moved checkpoint {step} to {target}")
-        multihost_utils.sync_global_devices(f"abandon {step}")  # the others list the directory after the move
+            return str(target)
+
+        self.log(f"moved checkpoint {step} to {cluster.decide(f'abandons checkpoint {step}', move)}")
         self.manager.reload()
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _verify(step: int, meta: dict, found: dict[str, jax.Array], data: dict) -> None:
+    """Every copy that this process's devices hold: where devices have copies of an array, one may be damaged alone."""
+    for name, value in found.items():
+        for shard in value.addressable_shards:
+            if int(shard.data) != meta["digests"].get(name):
+                raise DamagedError(
+                    f"checkpoint {step}: damaged array {name}: digest {int(shard.data):08x}, recorded "
+                    f"{meta['digests'].get(name, 0):08x}"
+                )
+    if data != meta["data"]:
+        raise DamagedError(f"checkpoint {step}: its data part is not the one that its meta records")
 
 
 def _has_moments(meta: dict) -> bool:
@@ -318,12 +330,6 @@ def _check_layout(step: int, meta: dict, wanted: dict[str, list]) -> None:
 
 def _cannot_save(step: int, directory: Path, error: Exception) -> StorageError:
     return StorageError(
-        f"checkpoint {step} could not be saved under {directory}: {_one_line(error)}; "
+        f"checkpoint {step} could not be saved under {directory}: {one_line(error)}; "
         f"the run stops, earlier checkpoints are untouched"
     )
-
-
-def _one_line(error: Exception) -> str:
-    """Storage errors are long: their first line says what happened, its end why, less source locations in brackets."""
-    text = re.split(r" \[[\w ]+='", (str(error).strip() or repr(error)).splitlines()[0])[0]
-    return f"{type(error).__name__}: {text if len(text) < 300 else f'{text[:100]} ... {text[-180:]}'}"

@@ -11,13 +11,13 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import k2jax
@@ -28,6 +28,7 @@ from k2jax.data.manifest import load_manifest, manifest_digest, save_manifest
 from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import parameter_table
+from k2jax.parallel import cluster
 from k2jax.run import drift
 from k2jax.run.checkpoint import read_meta
 from k2jax.run.saved import saved_steps
@@ -41,6 +42,7 @@ ENVIRONMENT = (
     "JAX_DEFAULT_MATMUL_PRECISION",
 )
 # That the trainer alone writes anew; a plan or an evaluation may be writing its own beside them.
+SEEN_S = 60  # by when every process sees what process 0 wrote
 OWN_FILES = ("config.json", "environment.json", "manifest.json", "tokenizer.json", "validation.json")
 
 
@@ -52,6 +54,12 @@ class RunDirectory:
         self._lock = None
 
     def __enter__(self) -> "RunDirectory":
+        holder = cluster.decide("takes the workdir", self._take_lock)
+        cluster.together("looks into the workdir", lambda: self._check_shared(holder))
+        return self
+
+    def _take_lock(self) -> str:
+        """Who holds it now. The kernel drops the lock with the process, so a killed run leaves none behind."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
             self._lock = (self.path / "lock").open("a+")
@@ -60,12 +68,6 @@ class RunDirectory:
                 f"--workdir={self.path}: cannot be made or written: {error.strerror}; "
                 f"name a folder that you may write"
             ) from error
-        if jax.process_index() == 0:
-            self._take_lock()
-        return self
-
-    def _take_lock(self) -> None:
-        """The kernel drops the lock with the process, so a killed run leaves none behind."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,11 +78,28 @@ class RunDirectory:
                 f"another workdir"
             ) from None
         self._lock.truncate(0)
-        self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {_now()}")
+        holder = f"host {socket.gethostname()}, pid {os.getpid()}, since {_now()}"
+        self._lock.write(holder)
         self._lock.flush()
+        return holder
+
+    def _check_shared(self, holder: str) -> None:
+        """That this process sees what process 0 wrote; a network file system may take a while to show it."""
+        deadline = time.monotonic() + SEEN_S
+        while True:
+            found = (self.path / "lock").read_text() if (self.path / "lock").exists() else "nothing"
+            if found == holder:
+                return
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"--workdir={self.path}: on {socket.gethostname()} its lock holds {found!r}, process 0 wrote "
+                    f"{holder!r}: it is not one folder; name one on storage that all processes share"
+                )
+            time.sleep(0.5)
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     def begin(
         self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]
@@ -90,20 +109,23 @@ class RunDirectory:
         Raises ConfigError with a key-by-key difference when configuration, tokenizer, stores or order have changed and
         `allow_drift` does not name the keys; what it names is written to the journal.
         """
+        return cluster.decide("begins the run", lambda: self._begin(config, manifest, mesh_shape))
+
+    def _begin(
+        self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]
+    ) -> list[dict[str, Any]]:
         new = configuration.to_dict(config)
-        allowed = self._allowed_drift(new, manifest, config.allow_drift)  # every process refuses, and ends, by itself
-        if jax.process_index() == 0:
-            for name in OWN_FILES:
-                files.remove_leftovers(self.path, name, alone=True)
-            if allowed:
-                append_entry(self.path / "journal.jsonl", allowed)
-            if not _is_same_file(config.data.tokenizer, self.path / "tokenizer.json"):
-                files.write_bytes(self.path / "tokenizer.json", Path(config.data.tokenizer).read_bytes())
-            save_manifest(manifest, self.path / "manifest.json")
-            values = {"digest": drift.config_digest(config), "config": new}
-            files.write_json(self.path / "config.json", values, sort_keys=True, end="")
-            self._add_environment(mesh_shape)
-        multihost_utils.sync_global_devices("run directory written")
+        allowed = self._allowed_drift(new, manifest, config.allow_drift)
+        for name in OWN_FILES:
+            files.remove_leftovers(self.path, name, alone=True)
+        if allowed:
+            append_entry(self.path / "journal.jsonl", allowed)
+        if not _is_same_file(config.data.tokenizer, self.path / "tokenizer.json"):
+            files.write_bytes(self.path / "tokenizer.json", Path(config.data.tokenizer).read_bytes())
+        save_manifest(manifest, self.path / "manifest.json")
+        values = {"digest": drift.config_digest(config), "config": new}
+        files.write_json(self.path / "config.json", values, sort_keys=True, end="")
+        self._add_environment(mesh_shape)
         return read_journal(self.path / "journal.jsonl")
 
     def _allowed_drift(self, new: dict, manifest: dict, allowed: tuple[str, ...]) -> dict[str, Any] | None:
@@ -133,6 +155,15 @@ class RunDirectory:
             return None
         before, after = Order(old_manifest, journal).digest(), Order(manifest, journal).digest()
         return {"time": _now(), **entry, "order_before": before, "order_after": after}
+
+    def check_restored(self, meta: dict[str, Any], config: ConfigDict) -> None:
+        """Raises ConfigError when the checkpoint was trained with another configuration than what may have changed.
+
+        It is compared itself, because it may have come here from another run.
+        """
+        if not is_import(meta["config"]):
+            differences = drift.differences(meta["config"], configuration.to_dict(config))
+            self._refuse(differences, config.allow_drift, f"holds checkpoint {meta['step']} of another run")
 
     def _difference_from_import(
         self, old: dict, new: dict, manifest: dict[str, Any], allowed: tuple[str, ...]
@@ -208,12 +239,12 @@ def environment(mesh_shape: dict[str, int]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "command": sys.argv,
         "commit": git_commit(),
-        "versions": {"k2jax": k2jax.__version__, "python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "devices": {
             "kind": devices[0].device_kind,
             "platform": devices[0].platform,
             "count": len(devices),
-            "processes": jax.process_count(),
+            "processes": cluster.count(),
             "mesh": mesh_shape,
         },
         "host_hardware": {
@@ -226,9 +257,9 @@ def environment(mesh_shape: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    """Asked for by name: to read what all hundreds of packages say of themselves takes most of a second."""
-    found = {}
+def versions() -> dict[str, str]:
+    """Of what computes and stores; asked for by name: what all of hundreds of packages say takes most of a second."""
+    found = {"k2jax": k2jax.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

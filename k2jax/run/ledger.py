@@ -7,6 +7,7 @@ by removing whole files and cutting one.
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,12 @@ class StepLog:
                 self._file, self._path = path.open("ab"), path
             self._file.write(json.dumps(row).encode() + b"\n")
             self._file.flush()
+
+    def sync(self) -> None:
+        """The rows up to now are on the disk then: of a step that is saved none is lost with the host."""
+        if self._file is not None:
+            with _writing(self._path):
+                os.fsync(self._file.fileno())
 
     def rows(self, first_step: int = 1, last_step: int | None = None) -> Iterator[dict[str, Any]]:
         """Rows of steps in [first_step, last_step], in order."""
@@ -107,6 +114,13 @@ class Ledger:
     ) -> dict[str, Any]:
         first = previous["last_step"] + 1 if previous else 1
         rows = list(self.steps.rows(first, step))
+        if [row["step"] for row in rows] != list(range(first, step + 1)):
+            missing = sorted(set(range(first, step + 1)) - {row["step"] for row in rows})
+            raise StorageError(
+                f"{self.path.parent}: of steps {first} to {step} there are {len(rows)} rows, "
+                f"missing {missing[:5]}{'...' if len(missing) > 5 else ''}: restore the folder from a copy, or move "
+                f"checkpoints from {step} on away"
+            )
         record = {
             "first_step": first,
             "last_step": step,
@@ -125,9 +139,15 @@ class Ledger:
         """
         dropped = self.steps.truncate(step)
         kept = [record for record in self.records() if record["last_step"] <= step]
+        if kept and kept[-1]["last_step"] == step and kept[-1]["checkpoint"] != checkpoint_digest:
+            raise StorageError(
+                f"{self.path}: the checkpoint of step {step} that it records is {kept[-1]['checkpoint'][:12]}, the one "
+                f"there is {str(checkpoint_digest)[:12]}: of another run, or replaced; put the run's own back"
+            )
         files.write_bytes(self.path, b"".join(canonical_json(record) + b"\n" for record in kept))
         if checkpoint_digest and (not kept or kept[-1]["last_step"] < step):
             self.append_record(step, checkpoint_digest, order_digest)
+        self.verify()
         return dropped
 
     def verify(self) -> None:

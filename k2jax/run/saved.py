@@ -21,6 +21,7 @@ from k2jax.model.decoder import LAYOUT_VERSION, Params, parameter_table
 from k2jax.parallel import sharding
 from k2jax.run import digest
 from k2jax.run.checkpoint import FORMAT, read_meta
+from k2jax.run.reading import one_line
 
 
 class SavedStep(NamedTuple):
@@ -66,6 +67,8 @@ def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
         meta = read_meta(Path(workdir) / "checkpoints" / str(step) / "meta")
     except (OSError, ValueError, KeyError) as error:
         raise StorageError(f"checkpoint {step} of {workdir}: its meta is damaged: {error}") from error
+    if meta["step"] != step:
+        raise StorageError(f"checkpoint {step} of {workdir}: it is that of step {meta['step']}: name its folder so")
     for key, known in (("format", FORMAT), ("layout", LAYOUT_VERSION)):
         if meta[key] != known:
             raise ConfigError(
@@ -97,7 +100,7 @@ def open_array(saved: SavedStep, name: str) -> ts.TensorStore:
     try:
         array = ts.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
     except Exception as error:  # TensorStore raises ValueError, KeyError, ... for what it finds on disk
-        raise StorageError(f"checkpoint {saved.step}: cannot open array {name}: {_one_line(error)}") from error
+        raise StorageError(f"checkpoint {saved.step}: cannot open array {name}: {one_line(error)}") from error
     found, expected = [list(array.shape), array.dtype.name], saved.meta["arrays"].get(name)
     if found != expected:
         raise StorageError(f"checkpoint {saved.step}: array {name} is {found}, its meta records {expected}")
@@ -123,7 +126,7 @@ def restore_params(saved: SavedStep, mesh: Mesh) -> Params:
     except StorageError:
         raise
     except Exception as error:
-        raise StorageError(f"checkpoint {saved.step}: cannot be read: {_one_line(error)}") from error
+        raise StorageError(f"checkpoint {saved.step}: cannot be read: {one_line(error)}") from error
     check_digests(saved, {name: int(d) for name, d in jax.jit(digest.tree_digests)(params).items()})
     return params
 
@@ -142,8 +145,3 @@ def check_digests(saved: SavedStep, found: dict[str, int]) -> None:
 def _listed(steps: list[int]) -> str:
     shown = [str(s) for s in steps] if len(steps) <= 12 else [*map(str, steps[:5]), "...", *map(str, steps[-5:])]
     return f"it has steps {', '.join(shown)}" if steps else "nothing was saved yet"
-
-
-def _one_line(error: Exception) -> str:
-    text = (str(error).strip() or repr(error)).splitlines()[0]
-    return text if len(text) < 300 else f"{text[:100]} ... {text[-180:]}"

@@ -4,6 +4,7 @@
 device never waits for the host. `flush` reads the last ones too, where the loop must know (before a save, at the end).
 """
 
+import hashlib
 import math
 import resource
 import time
@@ -20,6 +21,7 @@ from k2jax.data.loader import batch_digest
 from k2jax.data.order import Order, StagePlan
 from k2jax.errors import NumericsError
 from k2jax.model.flops import flops_per_token, peak_flops
+from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog
 
 
@@ -36,11 +38,12 @@ class Recorder:
         ledger: Ledger,
         print_line: Callable[[str], None],
         tokens_seen: int,
+        first_step: int,
     ):
         self.config, self.order, self.subsets, self.steps, self.ledger = config, order, subsets, steps, ledger
         self.print_line, self.tokens_seen = print_line, tokens_seen
-        self.is_main = jax.process_index() == 0
-        self.sinks = _sinks(config, workdir) if self.is_main else []
+        self.is_main = cluster.is_main()
+        self.sinks = _sinks(config, workdir, first_step) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
@@ -57,6 +60,11 @@ class Recorder:
         if self._pending is not None:
             previous, self._pending = self._pending, None
             self._record(*previous)
+
+    def sync(self) -> None:
+        """The rows up to now are on the disk then."""
+        self.steps.sync()
+        self.ledger.steps.sync()
 
     def saved(self, meta: dict[str, Any] | None) -> None:
         """Closes the ledger's steps with a checkpoint that has become complete; None: none has."""
@@ -75,7 +83,7 @@ class Recorder:
         self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float, pushed: float
     ) -> None:
         values = jax.device_get(metrics)
-        # On CPU a step is done when its call returns (distributed.initialize).
+        # On CPU a step is done when its call returns (cluster.initialize).
         now = pushed if jax.default_backend() == "cpu" else time.perf_counter()
         step_s = now - self._last[1] if self._last and self._last[0] is plan else None  # no compiling in it
         self._last = plan, now
@@ -197,13 +205,22 @@ def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def _sinks(config: ConfigDict, workdir: Path) -> list[Callable[[int | None, dict], None]]:
-    """Where rows go besides `metrics/`; each is called with (step, row), and with (None, {}) at the end."""
+def run_id(workdir: Path) -> str:
+    """The same at each launch of a run, and of no other: of its first launch, whatever its folder is called."""
+    first = files.read_json(workdir / "environment.json")["launches"][0]
+    return hashlib.sha256(f"{first['time']} {first['host']} {workdir.name}".encode()).hexdigest()[:16]
+
+
+def _sinks(config: ConfigDict, workdir: Path, first_step: int) -> list[Callable[[int | None, dict], None]]:
+    """Where rows go besides `metrics/`; each is called with (step, row), and with (None, {}) at the end.
+
+    TensorBoard drops what it has from `first_step` on: those steps are run again.
+    """
     sinks = []
     if config.log.tensorboard:
         from tensorboardX import SummaryWriter
 
-        writer = SummaryWriter(str(workdir / "tensorboard"))
+        writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
 
         def to_tensorboard(step: int | None, row: dict[str, Any]) -> None:
             if step is None:
@@ -217,7 +234,7 @@ def _sinks(config: ConfigDict, workdir: Path) -> list[Callable[[int | None, dict
         import wandb
 
         run = wandb.init(
-            project=config.log.wandb_project, name=workdir.name, dir=workdir, resume="allow", id=workdir.name
+            project=config.log.wandb_project, name=workdir.name, dir=workdir, resume="allow", id=run_id(workdir)
         )
         sinks.append(lambda step, row: run.finish() if step is None else run.log(row, step=step))
     return sinks

@@ -1,7 +1,7 @@
 """Where things lie: what a mesh must divide, the places of state and batches on it, and the mesh of a run's readers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,18 +40,18 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
     pipeline.check(config, mesh)
 
 
-def mesh_for(config: ConfigDict) -> Mesh:
-    """For readers of a run: the experiment's mesh where it fits the devices here, else all of them on fsdp.
+def mesh_for(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """For readers of a run: the experiment's mesh where it fits the devices, else with as much fsdp as divides them.
 
-    Or as many of them as divide the parameters: one always does. Readers neither pipeline nor split rows: those devices
-    count to fsdp, too.
+    Readers neither pipeline nor split rows: those devices count to fsdp, too; what fsdp cannot take are replicas. All
+    devices are used, since processes of which some have none cannot compute together. `devices`: all by default.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else list(devices)
     table = parameter_table(config.model)
 
-    def fitting(sizes: Mapping[str, int], count: int) -> Mesh | None:
+    def fitting(sizes: Mapping[str, int]) -> Mesh | None:
         try:
-            mesh = sharding.make_mesh(sizes, devices[:count])
+            mesh = sharding.make_mesh(sizes, devices)
             for name, p in table.items():
                 sharding.check_divisible(name, p.shape, p.axes, mesh)
         except ConfigError:
@@ -64,9 +64,9 @@ def mesh_for(config: ConfigDict) -> Mesh:
     else:
         own["fsdp"] = -1
     own["stage"] = own["context"] = 1
-    everywhere = {"fsdp": -1}
-    fewer = (fitting(everywhere, count) for count in range(len(devices), 0, -1))
-    return fitting(own, len(devices)) or next(mesh for mesh in fewer if mesh)
+    sizes = (size for size in range(len(devices), 0, -1) if len(devices) % size == 0)
+    others = (fitting({"replica": len(devices) // size, "fsdp": size}) for size in sizes)
+    return fitting(own) or next(mesh for mesh in others if mesh)
 
 
 def place_state(config: ConfigDict, shapes: TrainState, mesh: Mesh) -> TrainState:

@@ -1,11 +1,7 @@
 """What a run is, before its first step: data opened and identified, processes compared, the derived numbers."""
 
-import hashlib
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,8 +14,9 @@ from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.model.decoder import compute_dtype, num_params
 from k2jax.model.flops import flops_per_token
+from k2jax.parallel import cluster
 from k2jax.run import drift
-from k2jax.run.directory import environment
+from k2jax.run.directory import environment, versions
 from k2jax.training.placement import state_bytes
 
 
@@ -56,18 +53,20 @@ def open_data(config: ConfigDict) -> tuple[dict[str, Store], dict[str, Any]]:
     return stores, manifest
 
 
-def check_processes_agree(config: ConfigDict, order: Order) -> None:
-    """Raises ConfigError on every process, naming those whose configuration or data order is not process 0's."""
-    mine = hashlib.sha256((drift.config_digest(config) + order.digest()).encode()).digest()
-    all_processes = multihost_utils.process_allgather(np.frombuffer(mine, np.uint32)).reshape(
-        jax.process_count(), -1
-    )
-    odd = [i for i, fingerprint in enumerate(all_processes) if (fingerprint != all_processes[0]).any()]
-    if odd:
-        raise ConfigError(
-            f"process(es) {odd} have another configuration or data order than process 0: start all of them with the "
-            f"same command, code and data"
-        )
+def open_same_data(config: ConfigDict) -> tuple[dict[str, Store], dict[str, Any]]:
+    """`open_data` on every process, which all raise where one cannot, or has found other data than process 0."""
+    stores, manifest = cluster.together("opens its data", lambda: open_data(config))
+    found = {name: store["root_digest"] for name, store in manifest["stores"].items()}
+    cluster.agree("data", found | {"manifest": manifest_digest(manifest)})
+    return stores, manifest
+
+
+def check_processes_agree(config: ConfigDict) -> None:
+    """Raises ConfigError on every process, naming key and values, where one has not what process 0 has.
+
+    Every key counts, also those that a resume may change: each steers when something is compiled, saved or waited for.
+    """
+    cluster.agree("configuration", configuration.flatten(configuration.to_dict(config)) | {"versions": versions()})
 
 
 def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:

@@ -21,7 +21,7 @@ from k2jax.data.journal import read_journal
 from k2jax.data.manifest import load_manifest
 from k2jax.data.order import Order
 from k2jax.errors import run_main
-from k2jax.parallel import distributed
+from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger
 from k2jax.train import main
 
@@ -149,14 +149,27 @@ def trainers(data: Path) -> Iterator[Callable[..., Trainer]]:
         yield start
 
 
-def pair(start: Callable[..., Trainer], workdir: Path, *args: Any, **kwargs: Any) -> list[Trainer]:
-    """Two processes of one run over loopback."""
+def pair(
+    start: Callable[..., Trainer],
+    workdir: Path,
+    overrides: dict[str, Any] | None = None,
+    *,
+    each: tuple[dict[str, Any], ...] = ({}, {}),
+    workdirs: tuple[Path, ...] | None = None,
+    **kwargs: Any,
+) -> list[Trainer]:
+    """Two processes of one run over loopback; `each` has what one of them is told alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     return [
-        start(workdir, *args, environment={**common, "JAX_PROCESS_ID": str(index)}, **kwargs)
+        start(
+            workdirs[index] if workdirs else workdir,
+            {**(overrides or {}), **each[index]},
+            environment={**common, "JAX_PROCESS_ID": str(index)},
+            **kwargs,
+        )
         for index in (0, 1)
     ]
 
@@ -172,7 +185,7 @@ class Command:
 
     def __init__(self, capsys: Any, monkeypatch: Any):
         self.capsys, self.monkeypatch = capsys, monkeypatch
-        monkeypatch.setattr(distributed, "initialize", lambda: None)
+        monkeypatch.setattr(cluster, "initialize", lambda: None)
         monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # run_main's own goes with the test
 
     def __call__(self, *argv: str) -> Ended:
@@ -245,3 +258,7 @@ def copy_run(workdir: Path, to: Path, last_step: int | None = None) -> Path:
         if last_step is not None and step > last_step:
             shutil.rmtree(to / "checkpoints" / str(step))
     return to
+
+
+def journal(workdir: Path) -> list[dict[str, Any]]:
+    return read_journal(workdir / "journal.jsonl")

@@ -14,9 +14,11 @@ from k2jax.data.journal import append_entry, decide, read_journal
 from k2jax.data.manifest import load_manifest, sha256_json
 from k2jax.data.store import Store, StoreWriter
 from k2jax.data.tokenizer import tokenizer_sha256
+from k2jax.errors import StorageError
 from k2jax.parallel import sharding
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.ledger import bits_float
+from k2jax.run.saved import open_step
 from k2jax.training.optimizer import init_state
 from k2jax.training.placement import place_state
 
@@ -300,3 +302,22 @@ def test_a_decision_on_rows_already_read_is_refused(tiny_data, straight, command
     shutil.move(workdir / "checkpoints" / "20", tmp_path)
     ended = command.train(tiny_data, workdir)
     assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended
+
+
+def test_a_checkpoint_of_another_step_or_run_is_refused(straight, start, tmp_path):
+    """A folder renamed, and checkpoints of a run with another weight decay copied beside nothing else."""
+    renamed = runs.copy_run(straight, tmp_path / "renamed")
+    shutil.rmtree(renamed / "checkpoints" / "20")
+    (renamed / "checkpoints" / "25").rename(renamed / "checkpoints" / "20")
+    error = start(renamed).wait(0)
+    assert any("it is that of step 25, in a folder of another name" in line for line in error)
+    assert "resuming after step 10 of 25" in error
+    read = runs.copy_run(straight, tmp_path / "read")
+    (read / "checkpoints" / "25").rename(read / "checkpoints" / "26")
+    with pytest.raises(StorageError, match="it is that of step 25"):
+        open_step(read, 26)
+
+    copied = tmp_path / "copied"
+    shutil.copytree(straight / "checkpoints", copied / "checkpoints")
+    error = start(copied, {"optimizer.weight_decay": 0.3}).wait_for_error(78)
+    assert "checkpoint 25 of another run" in error and "optimizer.weight_decay: 0.1 -> 0.3" in error

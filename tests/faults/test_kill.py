@@ -95,7 +95,7 @@ def test_a_changed_ledger_is_found(straight, tmp_path):
     bits = runs.ledger_rows(straight)[13]["loss"]
     changes = {
         "a loss": ("chunk-00002.jsonl", bits, f"{int(bits, 16) ^ 1:08x}", "record of step 20"),
-        "a missing row": ("chunk-00003.jsonl", '{"step": 23', '{"step": 99', "record of step 25"),
+        "a missing row": ("chunk-00003.jsonl", '{"step": 23', '{"step": 99', r"4 rows, missing \[23\]"),
         "a record": ("records.jsonl", '"num_rows":5', '"num_rows":6', "record of step 25"),
     }
     for name, (file, old, new, named) in changes.items():

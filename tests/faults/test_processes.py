@@ -29,7 +29,7 @@ def test_two_processes_are_one_run(straight, start, tmp_path):
 
     assert "resuming after step 10 of 25" in start(alone).wait(0)
     told, told_by_second = (trainer.wait(0) for trainer in runs.pair(start, workdir, devices=1))
-    assert any(line.startswith(f"refused: checkpoint {newest}: ") for line in told)
+    assert any(line.startswith(f"refused: process 1: checkpoint {newest}: ") for line in told)
     assert {f"resuming after step {before} of 25", "saved 25"} <= set(told)
     [kept] = (workdir / "abandoned").iterdir()
     assert kept.name.startswith(f"{newest}-")
@@ -69,13 +69,174 @@ def test_sigterm_to_one_stops_both(start, tmp_path):
     assert not runs.leftovers(workdir)
 
 
-@pytest.mark.slow
-def test_a_dead_process_ends_the_other(start, tmp_path):
-    """SIGKILL to one: the other ends by itself, not with 0, and what was saved is good."""
+# What one process of two meets, by where: a patch of its program that raises, or damages, there alone.
+FAULTS = {
+    "loader": """
+from k2jax.data import loader
+read = loader.BatchSource.__getitem__
+def broken(self, index):
+    if index == 5: raise StorageError("planted: the store cannot be read")
+    return read(self, index)
+loader.BatchSource.__getitem__ = broken""",
+    "store": """
+from k2jax.training import setup
+def broken(config): raise StorageError("planted: the store cannot be read")
+setup.open_data = broken""",
+    "ledger": """
+from k2jax.training.metrics import Recorder
+record = Recorder._record
+def broken(self, step, *rest):
+    if step == 7: raise StorageError("planted: the ledger cannot be written")
+    return record(self, step, *rest)
+Recorder._record = broken""",
+    "save": """
+from k2jax.run.checkpoint import Checkpoints
+def broken(*_, **__): raise StorageError("planted: the save fails")
+Checkpoints.save = broken""",
+    "report": """
+from k2jax import train as program
+def broken(*_, **__): raise StorageError("planted: the report fails")
+program.report = broken""",
+    "bug": """
+from k2jax.training.metrics import Recorder
+record = Recorder._record
+def broken(self, step, *rest):
+    return record(self, step, *rest) if step != 7 else 1 // 0
+Recorder._record = broken""",
+}
+ON_ONE = """
+import os
+from k2jax.errors import StorageError
+if os.environ["JAX_PROCESS_ID"] == "{index}":
+    {lines}
+"""
+
+
+def on_one(index: int, patch: str) -> str:
+    return ON_ONE.format(index=index, lines=patch.strip().replace("\n", "\n    "))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whoever_fails_ends_both_soon_and_says_why(start, tmp_path, fault, index):
+    """The raiser with its line and code, at once; the other with 70, or with the same where both waited for it."""
+    pair = runs.pair(start, tmp_path / "run", devices=1, patch=on_one(index, FAULTS[fault]))
+    raiser, other = pair[index], pair[1 - index]
+    code = 70 if fault == "bug" else 74
+    raiser.wait(code)
+    other.process.wait(30)
+    assert other.process.returncode in ((74,) if fault == "store" else (70,)), other.told()
+    said = "ZeroDivisionError" if fault == "bug" else "planted: "
+    assert said in raiser.errors.read_text()
+    assert f"process {index}" in other.errors.read_text() and said in other.errors.read_text()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_dead_process_ends_the_other(start, tmp_path, index):
+    """SIGKILL: the other ends within a minute, with 70 and who is gone; what was saved is good."""
     workdir = tmp_path / "run"
-    patch = "from k2jax.parallel import distributed; distributed.HEARTBEAT_S = 10"
-    pair = runs.pair(start, workdir, devices=1, patch=patch)
+    pair = runs.pair(start, workdir, devices=1)
     pair[0].wait_for("saved 10")
-    pair[1].signal(signal.SIGKILL)
-    assert pair[0].process.wait(60) != 0
+    pair[index].signal(signal.SIGKILL)
+    other = pair[1 - index]
+    assert other.process.wait(60) == 70, other.told()
+    gone = "process 1 on its host failed: gave no sign of life" if index else "another process is gone"
+    assert gone in other.errors.read_text() or "process 0 cannot be reached" in other.errors.read_text()
     assert "resuming after step" in str(start(workdir).wait(0))
+
+
+@pytest.mark.processes
+def test_keys_that_steer_must_agree(start, tmp_path):
+    """Also those that a resume may change: with other steps to save at, one process would wait for ever."""
+    keys = [{"checkpoint.every_steps": 2}, {"checkpoint.every_steps": 3}]
+    for trainer in runs.pair(start, tmp_path / "run", each=keys, devices=1):
+        error = trainer.wait_for_error(78)
+        assert "checkpoint.every_steps: 3, process 0 has 2" in error and "process 1" in error
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.processes
+def test_a_workdir_that_is_not_shared_is_found_at_start(start, tmp_path):
+    pair = runs.pair(start, tmp_path / "a", devices=1, workdirs=[tmp_path / "a", tmp_path / "b"], patch=SOON_SEEN)
+    for trainer in pair:
+        assert "is not one folder" in trainer.wait_for_error(78)
+    assert not (tmp_path / "b").exists()
+
+
+SOON_SEEN = "from k2jax.run import directory; directory.SEEN_S = 1"
+
+
+@pytest.mark.processes
+def test_process_0_lists_the_checkpoints(straight, start, tmp_path):
+    """A listing that is out of date on another process changes nothing."""
+    stale = """
+from orbax.checkpoint import CheckpointManager
+CheckpointManager.all_steps = lambda self, read=False: [10]"""
+    workdir = runs.copy_run(straight, tmp_path / "run")
+    pair = runs.pair(start, workdir, devices=1, patch=on_one(1, stale))
+    told, _ = (trainer.wait(0) for trainer in pair)
+    assert "resuming after step 25 of 25" in told and not (workdir / "abandoned").exists()
+
+
+@pytest.mark.processes
+def test_a_copy_that_is_damaged_on_one_process_is_refused_by_both(straight, start, tmp_path):
+    """Two replicas: the digest of each is compared, not of one of them."""
+    flip = """
+from k2jax.run.checkpoint import Checkpoints
+read = Checkpoints._read
+def broken(self, step, *rest):
+    meta, arrays, data = read(self, step, *rest)
+    if step == 25:
+        name = "params/final_norm_D"
+        import jax, numpy
+        old = arrays[name]
+        parts = [jax.device_put(numpy.asarray(shard.data) * 2, shard.device) for shard in old.addressable_shards]
+        arrays[name] = jax.make_array_from_single_device_arrays(old.shape, old.sharding, parts)
+    return meta, arrays, data
+Checkpoints._read = broken"""
+    workdir = runs.copy_run(straight, tmp_path / "run")
+    mesh = {"mesh.replica": 2, "mesh.fsdp": 1}
+    pair = runs.pair(start, workdir, mesh, devices=1, patch=on_one(1, flip))
+    told, _ = (trainer.wait(0) for trainer in pair)
+    refused = "refused: process 1: checkpoint 25: damaged array params/final_norm_D"
+    assert any(line.startswith(refused) for line in told), told
+    assert "resuming after step 20 of 25" in told
+    [entry] = [e for e in runs.journal(workdir) if e["kind"] == "abandon"]
+    assert entry["at_step"] == 25 and "damaged array" in entry["why"]
+
+
+@pytest.mark.processes
+def test_a_storage_that_fails_for_a_while_costs_nothing(straight, start, tmp_path):
+    """And one that fails for good stops both, and moves nothing."""
+    fails = """
+import errno
+from k2jax.run import reading
+from k2jax.run.checkpoint import Checkpoints
+reading.RETRY_WAITS_S = (0.1, 0.1)
+read, calls = Checkpoints._read, []
+def broken(self, *rest):
+    calls.append(1)
+    if len(calls) <= TIMES: raise OSError(errno.EIO, "Input/output error")
+    return read(self, *rest)
+Checkpoints._read = broken"""
+    workdir = runs.copy_run(straight, tmp_path / "run")
+    pair = runs.pair(start, workdir, devices=1, patch=on_one(1, fails.replace("TIMES", "99")))
+    for trainer in pair:
+        error = trainer.wait_for_error(74)
+        assert "checkpoint 25: cannot be read" in error and "tried 3 times" in error
+    assert not (workdir / "abandoned").exists()
+    pair = runs.pair(start, workdir, devices=1, patch=on_one(1, fails.replace("TIMES", "2")))
+    assert "resuming after step 25 of 25" in pair[0].wait(0)
+    pair[1].wait(0)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("mesh", [{"mesh.stage": 2, "mesh.fsdp": 2}, {"mesh.context": 2, "mesh.fsdp": 2}])
+def test_the_report_is_made_where_the_run_was(start, tmp_path, mesh):
+    keys = {**mesh, "eval.prompts": "('a b',)", "eval.new_tokens": 4, "model.dim": 36, "model.pipeline.microbatches": 2}
+    pair = runs.pair(start, tmp_path / "run", keys, devices=2)
+    told, _ = (trainer.wait(0) for trainer in pair)
+    assert any(line.startswith("sample: ") for line in told)
+    assert json.loads((tmp_path / "run" / "validation.json").read_text())["step"] == 25

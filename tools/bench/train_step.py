@@ -137,14 +137,13 @@ def run_trainer(dtype: str, folder: Path) -> None:
     """What `python -m k2jax.train` does, on a store of random tokens; its times are in the metrics that it writes."""
     use_huge_pages()
     keep_freed_memory()
-    from k2jax.parallel import distributed
+    from k2jax.parallel import cluster
     from k2jax.train import train
 
     c = get_config()
     c.precision.compute, c.data.root = DTYPES[dtype], str(folder)
     c.data.tokenizer = str(folder / "tokenizer.json")
-    distributed.HEARTBEAT_S = 86_400  # the others' turns are longer than a minute
-    distributed.initialize()
+    cluster.initialize()
     train(c.lock(), folder / "run")
 
 
