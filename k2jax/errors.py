@@ -90,7 +90,7 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _exit(error.exit_code, str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        _exit(130, "interrupted from its keyboard")
     except Exception as error:
         if _peers:
             _peers.blame(error)

@@ -3,7 +3,7 @@
 Every entry has "time" (ISO 8601, UTC), "by" (who or what decided), "why", "kind" and "at_step" (the step after which it
 holds). Entries of kind "skip" and "defer" have "positions": [a, b) and change the order (order.py); they and
 "allow_drift" have the order's digest before and after ("order_before", "order_after"). "import" says how a run on
-imported weights differs from them.
+imported weights differs from them, "abandon" which checkpoint was found damaged and moved away.
 """
 
 import json

@@ -9,6 +9,7 @@ A thread of every process says every few seconds that it lives, and looks whethe
 collectives wait for a lost process for ever, and only leaving the program ends them.
 """
 
+import atexit
 import ctypes
 import itertools
 import json
@@ -45,6 +46,7 @@ ERRORS = {error.__name__: error for error in (RunError, *errors.BY_NEED)}  # the
 
 _calls, _syncs = itertools.count(1), itertools.count(1)
 _kept: list[Any] = []  # what C code holds on to
+_ending = threading.Event()  # in order
 _abort_line: list[str] = []  # the last is what an abort means by now
 
 
@@ -84,6 +86,7 @@ def initialize() -> None:
     if place.count > 1:
         _abort_line.append("another process is gone, or the runtime gave up: see above")
         errors.leave_with(_Peers())
+        atexit.register(_ending.set)  # before JAX, which registered earlier, takes leave of the store
         threading.Thread(target=_watch, name="k2jax-watch", daemon=True).start()
 
 
@@ -231,7 +234,7 @@ def _watch() -> None:
                 _note_who_is_gone(seen)
             failed = {i: failure for i, failure in _all("failed/").items() if i != index()}
         except Exception:
-            return _lost_process_0()
+            return None if _ending.is_set() else _lost_process_0()
         if failed:
             time.sleep(GRACE_S)
             for i, failure in failed.items():

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +275,8 @@ class Checkpoints:
         """Moves a step out of the way (Orbax saves no step at or below the newest on disk), keeping it, journalled."""
 
         def move() -> str:
-            now = time.strftime("%Y%m%dT%H%M%S")
-            target = self.abandoned / f"{step}-{now}"
+            target = self.abandoned / f"{step}-{time.strftime('%Y%m%dT%H%M%S')}"
+            now = datetime.now(UTC).isoformat(timespec="seconds")
             entry = {"time": now, "by": "k2jax.train", "why": why, "kind": "abandon", "at_step": step}
             append_entry(self.directory.parent / "journal.jsonl", entry)
             files.make_folder(self.abandoned)
