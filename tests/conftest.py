@@ -17,8 +17,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of what tests do is compiling: XLA takes a quarter of the time and half of the memory without LLVM's optimizations
-# and its newer emitter of fusions.
+# Most of what tests do is compiling: without LLVM's optimizations and the newer emitter of fusions XLA takes a quarter
+# of the time and half of the memory.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
@@ -114,7 +114,7 @@ def compiled_programs_of_one_file() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """`made_once(name, make)`: a folder that `make(folder)` fills, once for the workers of a session. Read it, or copy it."""
+    """`made_once(name, make)`: a folder that `make(folder)` fills, once for all workers of a session. Tests read it."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 

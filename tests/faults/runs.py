@@ -27,8 +27,8 @@ from k2jax.train import main
 
 # JAX writes cache entries in place: a program that is killed or short of disk must not leave half of one.
 READ_ONLY_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000000"}
-# Half of the time to compile, and no slower steps. Without any optimization (conftest.py) what many starts read from the
-# cache would run longer than is saved.
+# Half of the time to compile, and steps no slower. Without any optimization (conftest.py) what many starts read from
+# the cache would run longer than is saved.
 QUICKLY_COMPILED = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
 WAIT_S = 120  # for a line or an end; the machine may be busy
 # `patch` runs before the real main, in the program's own process.
