@@ -148,20 +148,6 @@ def test_workers_change_no_byte(made, config, tmp_path, workers):
     assert different_files(made[0], tmp_path / "out") == []
 
 
-def test_ray_changes_no_byte(config, tmp_path):
-    ray = pytest.importorskip("ray")
-    small = config.copy_and_resolve_references()  # Ray takes seconds to start a task
-    small.bucket_bytes, small.dedup.bands, small.subsets.books.tasks, small.subsets.web.tasks = 1 << 20, 1, 1, 2
-    build.build(small, tmp_path / "local", workers=1)
-    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    ray.init(num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": str(REPO)}}, **options)
-    try:
-        build.build(small, tmp_path / "ray", executor="ray", workers=2)
-    finally:
-        ray.shutdown()
-    assert different_files(tmp_path / "local", tmp_path / "ray") == []
-
-
 def command(corpus: Path, out: Path, *options: str) -> subprocess.Popen:
     tool = [sys.executable, str(REPO / "tools/prepare_data.py"), f"--config={corpus}/recipe.py", f"--out={out}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

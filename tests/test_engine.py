@@ -41,17 +41,6 @@ def engine(folder: Path, executor: str = "local", workers: int = 1) -> Engine:
     return Engine(folder / "done", executor, workers, SLURM)
 
 
-@pytest.fixture(scope="module")
-def ray():
-    """A cluster of this machine, for tests that need one."""
-    ray = pytest.importorskip("ray")
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    ray.init(num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": paths}}, **options)
-    yield ray
-    ray.shutdown()
-
-
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_rank_runs_once_and_a_second_run_does_nothing(tmp_path, workers):
     stage = Stage("note", 5, partial(note, folder=tmp_path))
@@ -72,17 +61,6 @@ def test_a_failure_is_raised_as_it_is_and_what_is_done_stays_done(tmp_path, work
     failing.unlink()
     engine(tmp_path, workers=workers).run(stage)
     assert runs(tmp_path)[1] == before[1] + 1 and runs(tmp_path)[0] == 1
-    assert set(runs(tmp_path)) == {0, 1, 2}
-
-
-def test_a_failed_rank_is_an_error_on_ray_which_does_not_raise_it(tmp_path, ray):
-    failing = tmp_path / "failing"
-    failing.write_text("1")
-    stage = Stage("note", 3, partial(note, folder=tmp_path, failing=str(failing)))
-    with pytest.raises(ConfigError, match="document 7 of rank 1"):
-        engine(tmp_path, "ray", 2).run(stage)
-    failing.unlink()
-    engine(tmp_path, "ray", 2).run(stage)
     assert set(runs(tmp_path)) == {0, 1, 2}
 
 
@@ -221,12 +199,9 @@ def fill(rank: int, *, folder: Path) -> None:
     raise OSError(28, "No space left on device", str(folder / "x"))
 
 
-@pytest.mark.parametrize("executor", ["local", "ray"])
-def test_a_full_disk_is_no_bug(tmp_path, executor, request):
-    if executor == "ray":
-        request.getfixturevalue("ray")
+def test_a_full_disk_is_no_bug(tmp_path):
     with pytest.raises((OSError, StorageError), match="No space left"):
-        engine(tmp_path, executor).run(Stage("fill", 1, partial(fill, folder=tmp_path)))
+        engine(tmp_path).run(Stage("fill", 1, partial(fill, folder=tmp_path)))
 
 
 def test_datatrove_writes_nothing_to_the_terminal(tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,30 +253,72 @@ def test_a_kernel_costs_as_many_pairs_as_it_takes():
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def plan(tiny_data: Path, *arguments: str) -> tuple[int, str, str]:
-    small = {"dim": 512, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "ffn_dim": 1024, "num_layers": 4}
-    command = [sys.executable, "tools/plan.py", f"--config={tiny_data / 'tiny.py'}", "--stage=stage1"]
-    command += [f"--config.model.{key}={value}" for key, value in small.items()]
-    command += ["--config.stages.0.sequence_length=512"]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+# As small as the TPU's kernels and two shards of the heads allow: twice that compiles three times as long.
+D, L, N, K, H, F, V, T, ROWS = 256, 4, 2, 2, 128, 512, 512, 256, 8
+PARAMS = 2 * V * D + L * (D * H * (N + K + K + N) + 3 * D * F)
+# Answers a line of arguments by a line of what `main` did with them; compilers write to file descriptor 1 themselves.
+SERVER = """
+import contextlib, io, json, os, runpy, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+from k2jax.errors import run_main
+main = runpy.run_path("tools/plan.py")["main"]
+for line in sys.stdin:
+    sys.argv, out, errors = ["plan.py", *json.loads(line)], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            run_main(main)
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, out.getvalue(), errors.getvalue()]), file=answers, flush=True)
+"""
+
+
+def plan_arguments(tiny_data: Path, *arguments: str) -> list[str]:
+    small = {"dim": D, "num_heads": N, "num_kv_heads": K, "head_dim": H, "ffn_dim": F, "num_layers": L}
+    common = [f"--config={tiny_data / 'tiny.py'}", "--stage=stage1", f"--config.stages.0.sequence_length={T}"]
+    return [*common, *(f"--config.model.{key}={value}" for key, value in small.items()), *arguments]
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """`plan(*arguments)`: exit code, stdout and stderr of the command, all of them in one process beside this one."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
+    log = tmp_path_factory.mktemp("plan") / "log"
+    with log.open("w") as file, subprocess.Popen([sys.executable, "-c", SERVER], stderr=file, **pipes) as process:
+
+        def ask(*arguments: str) -> tuple[int, str, str]:
+            process.stdin.write(json.dumps(plan_arguments(tiny_data, *arguments)) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            assert answer, log.read_text()[-3000:]
+            return tuple(json.loads(answer))
+
+        yield ask
+        process.stdin.close()
+
+
+def plan_as_a_program(tiny_data: Path, *arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, "tools/plan.py", *plan_arguments(tiny_data, *arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
 @on_tpu_compiler
-def test_a_step_that_fits(tiny_data: Path, tmp_path: Path):
-    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", "--json", f"--workdir={tmp_path}")
+def test_a_step_that_fits(plan: Callable, tmp_path: Path):
+    code, out, errors = plan("--topology=v5e:2x2", "--json", f"--workdir={tmp_path}")
     assert code == 0, errors
     found = json.loads(out)
     assert found["fits"] and found["chips"] == 4 and found["mesh"]["fsdp"] == 4
     assert 1e7 < found["hbm_bytes_per_chip"] < found["hbm_limit_bytes"] == int(15.75 * 2**30)
-    tokens = 8 * 512
-    params = 2 * 512 * 512 + 4 * (512 * 128 * (4 + 2 + 2 + 4) + 3 * 512 * 1024)
-    causal = (6 * (params - 512 * 512) + 6 * 4 * 512 * 512) * tokens
+    tokens = ROWS * T
+    causal = (6 * (PARAMS - V * D) + 6 * L * T * N * H) * tokens
     assert found["step_flops_causal"] == pytest.approx(causal)
     assert found["mfu_causal"] == pytest.approx(causal / (found["step_seconds"] * 4 * 197e12))
     assert found["mfu_noncausal"] > found["mfu_causal"] > 0
     # Four layers, and not one as XLA's own cost analysis has it: what matrix units need at least, and not far more.
-    least = 6 * (params - 512 * 512) * tokens / 4 / 197e12
+    least = 6 * (PARAMS - V * D) * tokens / 4 / 197e12
     assert least < found["matrix_seconds"] < 6 * least
     assert found["tokens_per_second_per_chip"] == pytest.approx(tokens / found["step_seconds"] / 4)
     assert found["days"] == pytest.approx(20 * found["step_seconds"] / 86400)
@@ -285,27 +328,25 @@ def test_a_step_that_fits(tiny_data: Path, tmp_path: Path):
 
 
 @on_tpu_compiler
-def test_a_step_that_does_not_fit_exits_with_2_and_says_what_would(tiny_data: Path):
+def test_a_step_that_does_not_fit_exits_with_2_and_says_what_would(plan: Callable):
     large = ["--config.model.dim=8192", "--config.model.ffn_dim=32768", "--config.model.num_layers=16"]
-    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", *large)
+    code, out, errors = plan("--topology=v5e:2x2", *large)
     assert code == 2, errors
     assert "does NOT fit" in out and "parameters and moments alone take" in out
-    large = ["--config.stages.0.rows_per_step=2048", "--config.stages.0.sequence_length=2048"]
-    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", *large)
+    large = ["--config.stages.0.rows_per_step=8192", "--config.stages.0.sequence_length=512"]
+    code, out, errors = plan("--topology=v5e:2x2", *large)
     assert code == 2, errors
     microbatches = re.search(r"stages\.0\.microbatches=(\d+)", out)
     assert microbatches, out
-    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", *large, f"--config.{microbatches.group()}")
+    code, out, errors = plan("--topology=v5e:2x2", *large, f"--config.{microbatches.group()}")
     assert code == 0, f"the remedy does not help:\n{out}{errors}"
 
 
 @on_tpu_compiler
-def test_the_search_ranks_what_fits(tiny_data: Path):
+def test_the_search_ranks_what_fits(plan: Callable):
     """Three microbatches of a pipeline are no multiple of two stages; without stages there are none to try."""
     options = ["--search", "--fsdp", "2", "4", "3", "--tensor", "1", "2", "--pipeline", "1", "2", "--remat", "full"]
-    code, out, errors = plan(
-        tiny_data, "--topology=v5e:2x2", *options, "--pipeline-microbatches", "2", "3", "--json"
-    )
+    code, out, errors = plan("--topology=v5e:2x2", *options, "--pipeline-microbatches", "2", "3", "--json")
     assert code == 0, errors
     tried = json.loads(out)
     meshes = {tuple(case["mesh"][axis] for axis in ("replica", "stage", "fsdp", "tensor")) for case in tried}
@@ -319,16 +360,15 @@ def test_the_search_ranks_what_fits(tiny_data: Path):
 
 
 @on_tpu_compiler
-def test_arrays_kept_by_the_host_take_its_memory_and_copies(tiny_data: Path):
-    code, out, errors = plan(tiny_data, "--topology=v5e:2x2", "--config.model.remat=q+up@host", "--json")
+def test_arrays_kept_by_the_host_take_its_memory_and_copies(plan: Callable):
+    code, out, errors = plan("--topology=v5e:2x2", "--config.model.remat=q+up@host", "--json")
     assert code == 0, errors
     found = json.loads(out)
-    rows, layers, ffn = 8 / 4, 4, 1024
-    kept = rows * 512 * ffn * 2 * layers
+    kept = ROWS / 4 * T * F * 2 * L
     assert found["host_bytes_per_chip"] == pytest.approx(kept, rel=0.01)
     assert found["host_copy_bytes"] == 2 * kept, "there and back, once a layer"
     seconds = found["exposed_host_copy_seconds"] + found["hidden_host_copy_seconds"]
-    assert seconds == pytest.approx(2 * kept / CHIPS["v5e"].host_bytes_per_s + 2 * layers * HOP_S)
+    assert seconds == pytest.approx(2 * kept / CHIPS["v5e"].host_bytes_per_s + 2 * L * HOP_S)
     printed = table(found)
     assert re.search(r"of its host +0\.0 GiB a chip", printed) and "of copies to and from the host" in printed
 
@@ -349,10 +389,15 @@ def test_arrays_kept_by_the_host_take_its_memory_and_copies(tiny_data: Path):
         (["--topology=v5e:2x2", "--stage=stage7"], ["stage7", "stage1, stage2"]),
     ],
 )
-def test_bad_input_is_one_line(tiny_data: Path, arguments: list[str], words: list[str]):
-    code, out, errors = plan(tiny_data, *arguments)
+def test_bad_input_is_one_line(plan: Callable, arguments: list[str], words: list[str]):
+    code, out, errors = plan(*arguments)
     last = errors.strip().splitlines()[-1]
     assert code == 78 and last.startswith("error: ") and all(word in last for word in words), errors
+
+
+def test_the_program_ends_as_its_main_does(tiny_data: Path):
+    code, out, errors = plan_as_a_program(tiny_data, "--topology=v9:4")
+    assert code == 78 and out == "" and errors.startswith("error: ") and "'v9'" in errors and errors.count("\n") == 1
 
 
 COUNT = """
@@ -391,12 +436,11 @@ def test_unknown_accelerators_are_refused_with_the_known():
 
 @on_gpu_compiler
 def test_a_step_on_gpus(tiny_data: Path):
-    code, out, errors = plan(tiny_data, "--topology=h100:8", "--json")
+    code, out, errors = plan_as_a_program(tiny_data, "--topology=h100:8", "--json")
     assert code == 0, errors
     found = json.loads(out)
     assert found["chips"] == 8 and found["device_kind"].startswith("NVIDIA H100")
-    params = 2 * 512 * 512 + 4 * (512 * 128 * (4 + 2 + 2 + 4) + 3 * 512 * 1024)
-    least = 6 * (params - 512 * 512) * 8 * 512 / 8 / 989e12
+    least = 6 * (PARAMS - V * D) * ROWS * T / 8 / 989e12
     assert least < found["matrix_seconds"] < 6 * least and 0 < found["mfu_causal"] < 1
 
 

@@ -17,13 +17,30 @@ from k2jax.plan.bundles import Program, cycles, read_program
 Blocks = tuple[int, int, int, int]  # forward and its strip, backward and its strip
 
 
-@lru_cache
 def flash_costs(generation: str, length: int, head_dim: int, blocks: Blocks) -> dict[str, tuple[float, Program]]:
     """{"forward": (cycles of one head and row on one TensorCore, its program), "backward": ..., "forward_full": ...}.
 
     Causal bfloat16 attention of `length` positions; "_full" is that of all pairs of positions, as between parts of a
     row. ValueError, with the compiler's last line, where it does not compile so.
     """
+    found = _costs_or_error(generation, length, head_dim, blocks)
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+@lru_cache
+def _costs_or_error(
+    generation: str, length: int, head_dim: int, blocks: Blocks
+) -> dict[str, tuple[float, Program]] | ValueError:
+    """Errors are remembered, too: each costs a process."""
+    try:
+        return _costs(generation, length, head_dim, blocks)
+    except ValueError as error:
+        return error
+
+
+def _costs(generation: str, length: int, head_dim: int, blocks: Blocks) -> dict[str, tuple[float, Program]]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = [generation, str(length), str(head_dim), ",".join(map(str, blocks)), folder]
         command = [sys.executable, "-m", "k2jax.plan.kernels", *arguments]

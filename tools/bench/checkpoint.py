@@ -1,6 +1,6 @@
 """How long a checkpoint holds training up: an asynchronous save beside a synchronous one, in one run.
 
-    python tools/bench/checkpoint.py [--rounds 5] [--dim 512] [--layers 8] [--folder DIR]
+    python tools/bench/checkpoint.py [--rounds 5] [--dim 512] [--layers 8] [--product 1500] [--folder DIR]
 
 Prints one JSON line; medians over the rounds. `stall_s` is the time for which the training loop is held by an
 asynchronous save (the call itself: waiting for the arrays' copies); `sync_s` is the time until the same state is
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--product", type=int, default=1500, help="rows of the matrices that a step multiplies")
     paths.add(parser, "--folder", help="where to write; a temporary folder unless told")
     args = parser.parse_args()
     c = configuration.base()
@@ -55,7 +56,7 @@ def main() -> None:
     shardings = place_state(c, shapes, mesh)
     touch = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0, out_shardings=shardings)
     product = jax.jit(lambda x: x @ x @ x)
-    x = jnp.ones((1500, 1500))
+    x = jnp.ones((args.product, args.product))
 
     def compute() -> None:
         product(x).block_until_ready()

@@ -40,7 +40,10 @@ from k2jax.errors import RunError, run_main  # noqa: E402
 Row = dict[str, Any]
 LIMITS_S = {"numerics": 110, "attention": 110, "train": 210, "checkpoint": 65, "loader": 40, "blocks": 300}
 BENCH = {  # arguments of the commands beside this one: on a GPU, and with --smoke
-    "checkpoint": (["--rounds=2", "--dim=1024", "--layers=8"], ["--rounds=1", "--dim=64", "--layers=1"]),
+    "checkpoint": (
+        ["--rounds=2", "--dim=1024", "--layers=8"],
+        ["--rounds=1", "--dim=64", "--layers=1", "--product=64"],
+    ),
     "loader": (
         ["--tokens=50000000", "--steps=200", "--repeats=3"],
         ["--tokens=2000000", "--steps=4", "--repeats=1", "--chunk-tokens=16384"],

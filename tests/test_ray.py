@@ -1,0 +1,63 @@
+"""Stages on Ray, in one session of it: the same bytes as from one process, and what fails there reaches the user."""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("datatrove")
+
+from test_build import BOOKS, NEAR, different_files
+from test_engine import engine, fill, note, runs
+
+from k2jax.errors import ConfigError, StorageError
+from k2jax.prepare import build, recipe
+from k2jax.prepare.engine import Stage
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[Any]:
+    """A cluster of this machine. A rank is a process that takes Ray seconds to start: there are as few as will do."""
+    ray = pytest.importorskip("ray")
+    tests = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:  # Ray's processes have the environment of the one that starts them
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_prestart_worker_first_driver", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+        yield ray
+        ray.shutdown()
+
+
+def test_ray_changes_no_byte(tmp_path: Path):
+    """Every stage, some of two ranks; exact and near copies over both."""
+    for i, book in enumerate([*BOOKS, *(book.replace("Book", "Buch") for book in BOOKS[20 : 20 + NEAR]), BOOKS[1]]):
+        (tmp_path / f"{i:02}.txt").write_text(book, encoding="utf-8")
+    config = recipe.base()
+    config.vocab_size, config.tokenizer_bytes, config.validation_fraction, config.dedup.bands = 330, 20_000, 0.2, 1
+    config.subsets.books = recipe.subset(f"text:{tmp_path}/*.txt", tasks=2)
+    recipe.validate(config.lock())
+    data, _ = build.build(config, tmp_path / "local", workers=1)
+    removed = data["subsets"]["books"]["duplicates"]["steps"]["duplicates"]["removed"]
+    assert removed["exact"]["documents"] == 1 and removed["near"]["documents"] > 0
+    build.build(config, tmp_path / "ray", executor="ray", workers=2)
+    assert different_files(tmp_path / "local", tmp_path / "ray") == []
+
+
+def test_a_failed_rank_is_an_error_though_ray_does_not_raise_it(tmp_path: Path):
+    failing = tmp_path / "failing"
+    failing.write_text("1")
+    stage = Stage("note", 2, partial(note, folder=tmp_path, failing=str(failing)))
+    with pytest.raises(ConfigError, match="document 7 of rank 1"):
+        engine(tmp_path, "ray", 2).run(stage)
+    failing.unlink()
+    engine(tmp_path, "ray", 2).run(stage)
+    assert runs(tmp_path)[0] == 1 and set(runs(tmp_path)) == {0, 1}
+
+
+def test_a_full_disk_is_no_bug(tmp_path: Path):
+    with pytest.raises((OSError, StorageError), match="No space left"):
+        engine(tmp_path, "ray").run(Stage("fill", 1, partial(fill, folder=tmp_path)))
