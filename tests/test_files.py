@@ -72,7 +72,7 @@ def test_a_kill_leaves_the_old_files_and_confuses_no_reader(tmp_path):
     assert Results(tmp_path).all() == []
 
     assert metrics.truncate(1) == 1 and [row["step"] for row in metrics.rows()] == [1]
-    assert ledger.resume(1, None, "") == 0 and ledger.records() == [{"last_step": 1}]
+    assert ledger.steps.truncate(1) == 0 and ledger.records() == [{"last_step": 1}]
     Results(tmp_path).add(10, Identity("t", 1, {}, 0, ""), Outcome("", {}, [], {}), {})
     files.remove_leftovers(tmp_path)
     assert len(Results(tmp_path).all()) == 1 and not list(tmp_path.rglob("*.new-*")), "the next writers tidied up"

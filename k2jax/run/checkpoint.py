@@ -292,13 +292,14 @@ class Checkpoints:
 
 def _verify(step: int, meta: dict, found: dict[str, jax.Array], data: dict) -> None:
     """Every copy that this process's devices hold: where devices have copies of an array, one may be damaged alone."""
-    for name, value in found.items():
-        for shard in value.addressable_shards:
-            if int(shard.data) != meta["digests"].get(name):
-                raise DamagedError(
-                    f"checkpoint {step}: damaged array {name}: digest {int(shard.data):08x}, recorded "
-                    f"{meta['digests'].get(name, 0):08x}"
-                )
+    read = {name: [int(shard.data) for shard in value.addressable_shards] for name, value in found.items()}
+    wrong = {name: copies for name, copies in read.items() if set(copies) != {meta["digests"].get(name)}}
+    if wrong:
+        name, copies = next(iter(wrong.items()))
+        raise DamagedError(
+            f"checkpoint {step}: damaged array(s) {', '.join([*wrong][:5])}: digest "
+            f"{', '.join(f'{copy:08x}' for copy in sorted(set(copies)))}, recorded {meta['digests'].get(name, 0):08x}"
+        )
     if data != meta["data"]:
         raise DamagedError(f"checkpoint {step}: its data part is not the one that its meta records")
 

@@ -116,8 +116,12 @@ def damages(step: Path) -> dict[str, callable]:
         "a digit of a shape": lambda: meta.write_text(meta.read_text().replace("512", "513", 1)),
         "cut data": lambda: data.write_text(data.read_text()[:-5]),
         "data lacks order": lambda: edit_json(data, lambda d: d.pop("order")),
-        "a digit of the order": lambda: edit_json(data, lambda d: d.update(order="0" + d["order"][1:])),
+        "a digit of the order": lambda: edit_json(data, other_order),
     }
+
+
+def other_order(data: dict) -> None:
+    data["order"] = ("1" if data["order"][0] == "0" else "0") + data["order"][1:]
 
 
 def edit_json(path: Path, change: callable) -> None:
