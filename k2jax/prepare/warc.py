@@ -43,7 +43,7 @@ def warc_records(file: File, *, most: int, html_only: bool, text_key: str) -> It
     except DAMAGE as error:
         reason = "truncated file" if isinstance(error, EOFError) else "damaged file"
         yield number + 1, Bad(reason, f"{error}; what follows is lost")
-    except (ArchiveLoadFailed, ValueError, AttributeError, TypeError) as error:  # all of these come of headers that are none
+    except (ArchiveLoadFailed, ValueError, AttributeError, TypeError) as error:  # of headers that are none
         yield number + 1, Bad("damaged record", f"{error}"[:80].strip() + "; what follows is lost")
     else:
         if not number:
