@@ -55,8 +55,7 @@ def main() -> None:
     shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
     shardings = place_state(c, shapes, mesh)
     touch = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0, out_shardings=shardings)
-    product = jax.jit(lambda x: x @ x @ x)
-    x = jnp.ones((args.product, args.product))
+    product, x = jax.jit(lambda x: x @ x @ x), jnp.ones((args.product, args.product))
 
     def compute() -> None:
         product(x).block_until_ready()
