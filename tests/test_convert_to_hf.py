@@ -198,8 +198,7 @@ def test_every_number_is_where_llama_has_it(dtype: str, square: SavedStep, tmp_p
         np.testing.assert_array_equal(theirs[name], value)
         record = parity["tensors"][name]
         assert record["sha256"] == hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-        # In float32, of which one sum of 16,288 squares may be added one after the other.
-        assert record["norm"] == pytest.approx(np.linalg.norm(value.astype(np.float64)), rel=4e-6)
+        assert record["norm"] == pytest.approx(np.linalg.norm(value.astype(np.float64)), rel=1e-5)  # sums in float32
         assert record["nonfinite"] == 0 and record["shape"] == list(value.shape)
 
 

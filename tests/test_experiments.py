@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -20,6 +22,7 @@ from k2jax.model.decoder import num_params, parameter_table
 from k2jax.parallel import sharding
 from k2jax.run.ledger import Ledger, StepLog, bits_float
 from k2jax.train import train
+from k2jax.training.optimizer import learning_rate
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
@@ -87,6 +90,8 @@ def test_trains_when_shrunk(path: Path, tiny_data: Path, tmp_path: Path):
     rows = list(StepLog(tmp_path / "run" / "metrics", None).rows())
     assert [row["step"] for row in rows] == list(range(1, 2 * len(c.stages) + 1))
     assert [row["stage"] for row in rows] == [stage.name for stage in c.stages for _ in range(2)]
+    rates = [learning_rate(stage, jnp.arange(1, 3)) for stage in c.stages]
+    np.testing.assert_allclose([row["lr"] for row in rows], np.concatenate(rates), rtol=1e-5)
     ledger = Ledger(tmp_path / "run" / "ledger", None)
     ledger.verify()
     assert [record["last_step"] for record in ledger.records()] == list(range(2, 2 * len(c.stages) + 1, 2))
