@@ -7,6 +7,8 @@ import ctypes
 import fcntl
 import gc
 import hashlib
+import importlib
+import importlib.util
 import os
 import platform
 import random
@@ -14,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -44,6 +47,21 @@ from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256, train_bp
 settings.register_profile("k2jax", deadline=None)  # the machine may be busy
 settings.load_profile("k2jax")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes and chex read absl's flags
+
+
+class Later:
+    """A package that one file's tests need, imported by the first that does: every worker collects every file."""
+
+    def __init__(self, name: str):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}", allow_module_level=True)
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("_"):
+            raise AttributeError(attribute)  # pytest, which asks every object for them
+        return getattr(importlib.import_module(self._name), attribute)
+
 
 VOCAB_SIZE = 512
 SUBSETS = ("books", "code", "web")

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Later
 from test_convert_from_hf import importing, one_device_mesh
 
 from k2jax.hf.export import export
 from k2jax.model.decoder import Decoder
 from k2jax.run.saved import SavedStep, open_step, restore_params
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch, transformers = Later("torch"), Later("transformers")
 
 B, PROMPT, T = 2, 40, 56  # rows, tokens given, tokens with the continuation
 # Of 8 frequencies the scaling leaves some, slows some in full, and some in between, within T tokens.

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Later
 from test_model import logits_of, small_model
 
 from k2jax import config
 from k2jax.model.decoder import init_params
 from k2jax.training.step import loss_sums
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch, transformers = Later("torch"), Later("transformers")
 
 EOS = 2
 B, T = 2, 48

@@ -333,7 +333,7 @@ def test_a_step_that_does_not_fit_exits_with_2_and_says_what_would(plan: Callabl
     code, out, errors = plan("--topology=v5e:2x2", *large)
     assert code == 2, errors
     assert "does NOT fit" in out and "parameters and moments alone take" in out
-    large = ["--config.stages.0.rows_per_step=8192", "--config.stages.0.sequence_length=512"]
+    large = ["--config.stages.0.rows_per_step=4096"]
     code, out, errors = plan("--topology=v5e:2x2", *large)
     assert code == 2, errors
     microbatches = re.search(r"stages\.0\.microbatches=(\d+)", out)
