@@ -39,7 +39,6 @@ ALONE_S = 7 * 86_400
 BEAT_S, GONE_S = 4.0, 32.0  # between signs of life; without one for so long a process counts as gone
 GRACE_S = 5.0  # for the main thread to leave by itself, with its own line and code
 LEAVE_S = 15.0  # process 0 serves the store: it leaves when the others have, or after this
-SIGABRT_CODE = 70
 OF_A_COLLECTIVE = r"Gloo|NCCL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|coordination service|[Cc]onnection (reset|closed)"
 ROOT = "k2jax/"
 ERRORS = {error.__name__: error for error in (RunError, *errors.BY_NEED)}  # the worst first
@@ -164,11 +163,6 @@ def agree(what: str, values: dict[str, Any]) -> None:
     together(f"compares its {what}", compare)
 
 
-def barrier(what: str, limit_s: float = LIMIT_S) -> None:
-    """Returns on all processes once all are here."""
-    together(what, lambda: None, limit_s)
-
-
 def _outcome(f: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"value": f()}
@@ -269,7 +263,7 @@ def _exit_in_order_on_abort() -> None:
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(_: int) -> None:
         print(f"error: {_abort_line[-1]}", file=sys.stderr)
-        _exit(SIGABRT_CODE)
+        _exit(PeerError.exit_code)
 
     _kept.append(on_abort)
     ctypes.CDLL(None).signal(signal.SIGABRT, on_abort)
