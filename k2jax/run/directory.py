@@ -41,8 +41,8 @@ ENVIRONMENT = (
     "JAX_ENABLE_X64",
     "JAX_DEFAULT_MATMUL_PRECISION",
 )
-# That the trainer alone writes anew; a plan or an evaluation may be writing its own beside them.
 SEEN_S = 60  # by when every process sees what process 0 wrote
+# That the trainer alone writes anew; a plan or an evaluation may be writing its own beside them.
 OWN_FILES = ("config.json", "environment.json", "manifest.json", "tokenizer.json", "validation.json")
 
 
