@@ -57,6 +57,11 @@ EXTRAS = {
         "ruff>=0.17,<0.18",
         "scipy>=1.15,<2",
         "pandas>=2.2,<4",
+        # Buckets on loopback; moto's own extra "server" brings the rest of AWS.
+        "moto>=5.2,<6",
+        "flask>=3,<4",
+        "flask-cors>=6,<7",
+        "gcp-storage-emulator>=2026.7",
         f"{FASTTEXT} ; python_version < '3.13' and sys_platform == 'linux'",
     ],
     # What our numbers are compared with, in tests and benchmarks.

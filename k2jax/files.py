@@ -124,7 +124,7 @@ def remove_leftovers(folder: Path, name: str = "*", *, alone: bool = False) -> N
     """
     for path in folder.glob(f"{name}.new-*"):
         host, _, pid = path.name.rpartition(".new-")[2].rpartition("-")
-        if pid.isdigit() and (alone or (host == socket.gethostname() and not _is_running(int(pid)))):
+        if pid.isdigit() and (alone or (host == socket.gethostname() and not is_running(int(pid)))):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -140,7 +140,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)  # sends nothing
     except (ProcessLookupError, OverflowError):

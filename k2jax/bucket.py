@@ -1,0 +1,247 @@
+"""Objects of gs:// and s3:// buckets, by TensorStore's key-value stores: paths, whole writes, conditional writes.
+
+    at("gs://bucket/run") / "ledger" / "records.jsonl"      a BucketPath, with the methods of pathlib that readers use
+    at("runs/smoke")                                        a Path
+
+An object appears whole or not at all, and there is no renaming. What a rename or a lock is on a disk is a conditional
+write here: `create` where there is nothing, `replace` what still has the generation (an etag on S3) that was read.
+
+A key is taken as it is written: no % is decoded. Endpoints other than the vendors' come from the variables that their
+own tools use: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, and STORAGE_EMULATOR_HOST.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import lru_cache, total_ordering
+from pathlib import Path
+from typing import Any
+
+from k2jax.errors import ConfigError, StorageError
+
+DRIVERS = {"gs": "gcs", "s3": "s3"}
+RETRIES = {"max_retries": 7, "initial_delay": "500ms", "max_delay": "16s"}  # about a minute of 503s
+ANSWER_S = 600  # by when a request with its retries has an answer
+STALLED_S = 60  # a transfer of less than a byte a second for as long is begun again
+ABSENT = b"\x02"  # TensorStore's generation of what is not there
+PARALLEL = 16  # requests at a time
+
+
+@total_ordering
+class BucketPath:
+    """An object, or what lies below it, as pathlib would have it. Deliberately no os.PathLike: open() refuses it."""
+
+    def __init__(self, scheme: str, bucket: str, key: str = ""):
+        self.scheme, self.bucket, self.key = scheme, bucket, "/".join(part for part in key.split("/") if part)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}" + (f"/{self.key}" if self.key else "")
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BucketPath) and str(self) == str(other)
+
+    def __lt__(self, other: "BucketPath") -> bool:
+        return str(self) < str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    # ---- names ---------------------------------------------------------------------------------------------------
+
+    def __truediv__(self, name: str | Path) -> "BucketPath":
+        return BucketPath(self.scheme, self.bucket, f"{self.key}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        return Path(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> "BucketPath":
+        return BucketPath(self.scheme, self.bucket, self.key.rpartition("/")[0])
+
+    def with_name(self, name: str) -> "BucketPath":
+        return self.parent / name
+
+    def absolute(self) -> "BucketPath":
+        return self
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    def read(self) -> tuple[bytes, bytes]:
+        """(content, generation); raises FileNotFoundError, or StorageError."""
+        with _errors("read", self):
+            found = _kvstore(self.scheme, self.bucket).read(self.key).result(ANSWER_S)
+        if found.state != "value":
+            raise FileNotFoundError(2, "no such object", str(self))
+        return bytes(found.value), found.stamp.generation
+
+    def read_bytes(self) -> bytes:
+        return self.read()[0]
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def keys(self) -> list[str]:
+        """What lies below, however deep, by path from here, sorted."""
+        below = f"{self.key}/" if self.key else ""
+        # "0" is the character after "/".
+        span = _tensorstore().KvStore.KeyRange(below, f"{self.key}0" if self.key else "")
+        with _errors("list", self):
+            found = _kvstore(self.scheme, self.bucket).list(span).result(ANSWER_S)
+        keys = (key.decode(errors="surrogateescape") for key in found)
+        # Other tools leave markers of folders, whose names end in "/".
+        return sorted(
+            key.removeprefix(below) for key in keys if key.startswith(below) and not key.endswith("/")
+        )
+
+    def iterdir(self) -> Iterator["BucketPath"]:
+        return (self / name for name in sorted({key.split("/")[0] for key in self.keys()}))
+
+    def glob(self, pattern: str) -> list["BucketPath"]:
+        """Of one level, as all patterns here are."""
+        assert "/" not in pattern and "**" not in pattern, pattern
+        return [path for path in self.iterdir() if fnmatchcase(path.name, pattern)]
+
+    def is_file(self) -> bool:
+        try:
+            self.read()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_dir(self) -> bool:
+        """Whether anything lies below: there are no folders of their own."""
+        return bool(self.keys())
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    # ---- writing -------------------------------------------------------------------------------------------------
+
+    def write_bytes(self, data: bytes) -> bytes:
+        """Writes over what may be there; returns the new generation."""
+        with _errors("write", self):
+            return _kvstore(self.scheme, self.bucket).write(self.key, data).result(ANSWER_S).generation
+
+    def create(self, data: bytes) -> bytes | None:
+        """Writes where nothing is; the generation, or None: something is there."""
+        return self.replace(data, ABSENT)
+
+    def replace(self, data: bytes, generation: bytes) -> bytes | None:
+        """Writes over that generation; the new one, or None: it is not there any more, and nothing is written."""
+        with _errors("write", self):
+            store = _kvstore(self.scheme, self.bucket)
+            written = store.write(self.key, data, if_equal=generation).result(ANSWER_S).generation
+        if written:
+            return written
+        # A write whose answer was lost is tried again, and then finds itself.
+        try:
+            found, generation = self.read()
+        except FileNotFoundError:
+            return None
+        return generation if found == data else None
+
+    def remove(self, generation: bytes) -> bool:
+        """Deletes that generation; False where it is not there any more."""
+        with _errors("delete", self):
+            store = _kvstore(self.scheme, self.bucket)
+            return store.write(self.key, None, if_equal=generation).result(ANSWER_S).generation == ABSENT
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        with _errors("delete", self):
+            _kvstore(self.scheme, self.bucket).write(self.key, None).result(ANSWER_S)
+
+    def delete_tree(self) -> None:
+        """Deletes all that lies below, in the order of its names; what is not there is no error."""
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            list(pool.map(lambda key: (self / key).unlink(), self.keys()))
+
+
+# ---- between a bucket and a disk -------------------------------------------------------------------------------------
+
+
+def at(path: str | os.PathLike | BucketPath) -> Path | BucketPath:
+    """A path of this machine, or of a bucket where a URL is given; ConfigError for what is neither."""
+    if isinstance(path, BucketPath):
+        return path
+    found = re.match(r"([a-z0-9]+)://([^/]*)/?(.*)", path, re.DOTALL) if isinstance(path, str) else None
+    if found is None:
+        return Path(path)
+    scheme, bucket, key = found.groups()
+    if scheme not in DRIVERS or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,221}", bucket):
+        shown = re.sub(r"//[^/]*@", "//...@", path)  # the name and password that others take there
+        raise ConfigError(f"{shown}: expected a local path, or a URL as gs://BUCKET/PATH or s3://BUCKET/PATH")
+    return BucketPath(scheme, bucket, key)
+
+
+def upload(folder: Path, target: BucketPath, names: list[str]) -> None:
+    """Copies files of a local folder, several at a time."""
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(lambda name: (target / name).write_bytes((folder / name).read_bytes()), names))
+
+
+# ---- TensorStore -----------------------------------------------------------------------------------------------------
+
+
+def spec(path: BucketPath, *, folder: bool = False) -> dict[str, Any]:
+    """TensorStore's spec of an object, or of the key-value store below it."""
+    key = f"{path.key}/" if folder and path.key else path.key
+    found = {"driver": DRIVERS[path.scheme], "bucket": path.bucket, "path": key}
+    if path.scheme == "gs":
+        if os.environ.get("STORAGE_EMULATOR_HOST"):
+            os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", gcs_endpoint())
+        return {**found, "gcs_request_retries": RETRIES}
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        found["endpoint"] = endpoint
+        found["aws_region"] = (
+            os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        )
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # else it complains of each file that it looks into before
+        found["aws_credentials"] = {"type": "environment"}
+    return {**found, "s3_request_retries": RETRIES}
+
+
+def gcs_endpoint() -> str:
+    """That of an emulator, "" for Google's own."""
+    host = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    return host if not host or "://" in host else f"http://{host}"
+
+
+@lru_cache
+def _kvstore(scheme: str, bucket: str) -> Any:
+    return _tensorstore().KvStore.open(spec(BucketPath(scheme, bucket))).result(ANSWER_S)
+
+
+def _tensorstore() -> Any:
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(STALLED_S))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    import tensorstore
+
+    return tensorstore
+
+
+@contextmanager
+def _errors(verb: str, path: BucketPath) -> Iterator[None]:
+    """Makes what TensorStore raises (ValueError for all that a server says) one line of StorageError."""
+    try:
+        yield
+    except (ValueError, OSError, TimeoutError) as error:
+        raise StorageError(f"cannot {verb} {path}: {reason(error) or 'no answer'}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What TensorStore's error says, in one line, without the specs, bodies and places in its code that follow."""
+    return " ".join(re.split(r" \[[\w -]+=['\"]", str(error))[0].split())
