@@ -61,7 +61,7 @@ EXTRAS = {
         "moto>=5.2,<6",
         "flask>=3,<4",
         "flask-cors>=6,<7",
-        "gcp-storage-emulator>=2026.7",
+        "gcp-storage-emulator>=2026.7,<2027",
         f"{FASTTEXT} ; python_version < '3.13' and sys_platform == 'linux'",
     ],
     # What our numbers are compared with, in tests and benchmarks.

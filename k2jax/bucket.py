@@ -131,7 +131,7 @@ class BucketPath:
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
-    def write_bytes(self, data: bytes) -> bytes:
+    def put(self, data: bytes) -> bytes:
         """Writes over what may be there; returns the new generation."""
         with _errors("write", self):
             return _kvstore(self.scheme, self.bucket).write(self.key, data).result(ANSWER_S).generation
@@ -190,7 +190,7 @@ def at(path: str | os.PathLike | BucketPath) -> Path | BucketPath:
 def upload(folder: Path, target: BucketPath, names: list[str]) -> None:
     """Copies files of a local folder, several at a time."""
     with ThreadPoolExecutor(PARALLEL) as pool:
-        list(pool.map(lambda name: (target / name).write_bytes((folder / name).read_bytes()), names))
+        list(pool.map(lambda name: (target / name).put((folder / name).read_bytes()), names))
 
 
 # ---- TensorStore -----------------------------------------------------------------------------------------------------

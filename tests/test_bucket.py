@@ -71,10 +71,10 @@ def test_what_is_no_bucket(url):
 
 def test_objects(folder):
     assert not folder.exists() and folder.keys() == []
-    (folder / "a" / "b").write_bytes(b"1")
-    (folder / "c.json").write_bytes("ü".encode())
-    (folder / ODD).write_bytes(b"")
-    (folder.parent / f"{folder.name}0" / "x").write_bytes(b"a neighbour")
+    (folder / "a" / "b").put(b"1")
+    (folder / "c.json").put("ü".encode())
+    (folder / ODD).put(b"")
+    (folder.parent / f"{folder.name}0" / "x").put(b"a neighbour")
     (folder / "marker/").parent  # noqa: B018
     assert folder.keys() == ["a/b", "c.json", ODD]
     assert [path.name for path in folder.iterdir()] == ["a", "c.json", ODD]
@@ -117,11 +117,11 @@ def test_errors_that_pass(server, folder):
 
 
 def test_errors_that_stay(server, folder, impatient):
-    (folder / "x").write_bytes(b"1")
+    (folder / "x").put(b"1")
     server.fail(503)
     for verb, act in [
         ("read", (folder / "x").read_bytes),
-        ("write", lambda: (folder / "x").write_bytes(b"2")),
+        ("write", lambda: (folder / "x").put(b"2")),
         ("write", lambda: (folder / "y").create(b"2")),
         ("list", folder.keys),
     ]:
@@ -131,14 +131,14 @@ def test_errors_that_stay(server, folder, impatient):
     server.heal()
     assert (folder / "x").read_bytes() == b"1"
     with pytest.raises(StorageError, match=r"(?i)not.?found"):
-        at(f"{server.scheme}://no-such-bucket-{os.getpid()}/x").write_bytes(b"1")
+        at(f"{server.scheme}://no-such-bucket-{os.getpid()}/x").put(b"1")
 
 
 def test_a_server_that_never_answers(server, folder, monkeypatch):
     monkeypatch.setattr(bucket, "ANSWER_S", 0.3)
     server.fail(0, delay_s=2)
     with pytest.raises(StorageError, match="cannot write"):
-        (folder / "x").write_bytes(b"1")
+        (folder / "x").put(b"1")
     server.heal()
 
 
@@ -168,7 +168,7 @@ def test_a_lease_has_one_holder(folder):
 
 
 def test_of_many_who_wait_for_a_dead_holder_one_takes_it(folder):
-    (folder / "lock").write_bytes(b"of another tool")
+    (folder / "lock").put(b"of another tool")
     leases, taken = [lease(folder) for _ in range(4)], []
 
     def take(one: Lease) -> None:
@@ -226,7 +226,7 @@ def test_a_lease_survives_a_server_that_fails_for_a_while(server, folder, impati
 def test_what_a_write_without_an_answer_left_is_ones_own(folder):
     held = lease(folder, renew_s=1000)
     held.take()
-    (folder / "lock").write_bytes(held._content().replace(b'"renewals": 0', b'"renewals": 1'))
+    (folder / "lock").put(held._content().replace(b'"renewals": 0', b'"renewals": 1'))
     held._renewed = -1000
     held._renewals = 5
     held.check()
