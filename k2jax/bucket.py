@@ -28,14 +28,23 @@ ANSWER_S = 600  # by when a request with its retries has an answer
 STALLED_S = 60  # a transfer of less than a byte a second for as long is begun again
 ABSENT = b"\x02"  # TensorStore's generation of what is not there
 PARALLEL = 16  # requests at a time
+INDEX_CACHE_BYTES = 100 << 20  # of checkpoints' arrays
 
 
 @total_ordering
 class BucketPath:
-    """An object, or what lies below it, as pathlib would have it. Deliberately no os.PathLike: open() refuses it."""
+    """An object, or what lies below it, as pathlib would have it. Deliberately no os.PathLike: open() refuses it.
 
-    def __init__(self, scheme: str, bucket: str, key: str = ""):
-        self.scheme, self.bucket, self.key = scheme, bucket, "/".join(part for part in key.split("/") if part)
+    Raises ConfigError for a URL that is none of a bucket.
+    """
+
+    def __init__(self, url: str):
+        found = re.fullmatch(r"([a-z0-9]+)://([a-z0-9][a-z0-9._-]{1,221})(/.*)?", url, re.DOTALL)
+        if found is None or found[1] not in DRIVERS:
+            shown = re.sub(r"//[^/]*@", "//...@", url)  # the name and password that others take there
+            raise ConfigError(f"{shown}: expected a local path, or a URL as gs://BUCKET/PATH or s3://BUCKET/PATH")
+        self.scheme, self.bucket = found[1], found[2]
+        self.key = "/".join(part for part in (found[3] or "").split("/") if part)
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}" + (f"/{self.key}" if self.key else "")
@@ -54,7 +63,10 @@ class BucketPath:
     # ---- names ---------------------------------------------------------------------------------------------------
 
     def __truediv__(self, name: str | Path) -> "BucketPath":
-        return BucketPath(self.scheme, self.bucket, f"{self.key}/{name}")
+        return BucketPath(f"{self}/{name}")
+
+    def joinpath(self, *names: str | Path) -> "BucketPath":
+        return BucketPath("/".join(map(str, (self, *names))))
 
     @property
     def name(self) -> str:
@@ -70,7 +82,7 @@ class BucketPath:
 
     @property
     def parent(self) -> "BucketPath":
-        return BucketPath(self.scheme, self.bucket, self.key.rpartition("/")[0])
+        return BucketPath(f"{self.scheme}://{self.bucket}/{self.key.rpartition('/')[0]}")
 
     def with_name(self, name: str) -> "BucketPath":
         return self.parent / name
@@ -177,14 +189,7 @@ def at(path: str | os.PathLike | BucketPath) -> Path | BucketPath:
     """A path of this machine, or of a bucket where a URL is given; ConfigError for what is neither."""
     if isinstance(path, BucketPath):
         return path
-    found = re.match(r"([a-z0-9]+)://([^/]*)/?(.*)", path, re.DOTALL) if isinstance(path, str) else None
-    if found is None:
-        return Path(path)
-    scheme, bucket, key = found.groups()
-    if scheme not in DRIVERS or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,221}", bucket):
-        shown = re.sub(r"//[^/]*@", "//...@", path)  # the name and password that others take there
-        raise ConfigError(f"{shown}: expected a local path, or a URL as gs://BUCKET/PATH or s3://BUCKET/PATH")
-    return BucketPath(scheme, bucket, key)
+    return BucketPath(path) if isinstance(path, str) and "://" in path else Path(path)
 
 
 def upload(folder: Path, target: BucketPath, names: list[str]) -> None:
@@ -203,15 +208,28 @@ def spec(path: BucketPath, *, folder: bool = False) -> dict[str, Any]:
     if path.scheme == "gs":
         if os.environ.get("STORAGE_EMULATOR_HOST"):
             os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", gcs_endpoint())
-        return {**found, "gcs_request_retries": RETRIES}
+        return found
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         found["endpoint"] = endpoint
         found["aws_region"] = (
             os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         )
+    return found
+
+
+@lru_cache
+def context() -> Any:
+    """TensorStore's, with our patience; to open with. Indices are put together between stores of one context alone."""
+    found = {"s3_request_retries": RETRIES, "gcs_request_retries": RETRIES}
     if os.environ.get("AWS_ACCESS_KEY_ID"):  # else it complains of each file that it looks into before
         found["aws_credentials"] = {"type": "environment"}
-    return {**found, "s3_request_retries": RETRIES}
+    return _tensorstore().Context({**found, "cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES}})
+
+
+def forget() -> None:
+    """What was made for an environment that has changed."""
+    context.cache_clear()
+    _kvstore.cache_clear()
 
 
 def gcs_endpoint() -> str:
@@ -222,7 +240,7 @@ def gcs_endpoint() -> str:
 
 @lru_cache
 def _kvstore(scheme: str, bucket: str) -> Any:
-    return _tensorstore().KvStore.open(spec(BucketPath(scheme, bucket))).result(ANSWER_S)
+    return _tensorstore().KvStore.open(spec(BucketPath(f"{scheme}://{bucket}")), context=context()).result(ANSWER_S)
 
 
 def _tensorstore() -> Any:

@@ -24,9 +24,9 @@ ODD = "ü #?%2F x"
 @pytest.fixture(scope="module", params=["s3", "gs"])
 def server(request):
     with buckets.serving(request.param) as server:
-        bucket._kvstore.cache_clear()
+        bucket.forget()
         yield server
-    bucket._kvstore.cache_clear()
+    bucket.forget()
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def folder(server) -> BucketPath:
 def impatient(monkeypatch):
     """Gives up after two tries."""
     monkeypatch.setattr(bucket, "RETRIES", {"max_retries": 2, "initial_delay": "10ms", "max_delay": "20ms"})
-    bucket._kvstore.cache_clear()
+    bucket.forget()
     yield
-    bucket._kvstore.cache_clear()
+    bucket.forget()
 
 
 def test_names():

@@ -1,0 +1,241 @@
+"""Checkpoints in a bucket: written by TensorStore in Orbax's format, because Orbax writes to disks.
+
+    checkpoints/<step>/<part>/     what Orbax would have put there; each process writes its devices' arrays below a
+                                   prefix of its own, process 0 then puts their indices together
+    committed/<step>               created last, where it was not: a step that has it is complete, no other is listed
+    saving/<step>                  while it is being saved: what a killed save has left is found by it
+
+Steps are listed by `committed/`, of which there is one a step: below `checkpoints/` there may be a million objects.
+"""
+
+import json
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from k2jax import bucket
+from k2jax.bucket import BucketPath
+from k2jax.errors import StorageError
+from k2jax.parallel import cluster
+from k2jax.run.reading import one_line
+
+CHUNK_BYTES = 1 << 27  # of an array in the bucket, at most: read, checked and decoded as a whole
+SMALL_BYTES = 1 << 23  # a device's part of a parameter up to this is one chunk, all layers in it
+WRITERS = 8  # arrays that a process writes at a time
+SAVE_LIMIT_S = 7200  # for all processes to have written theirs
+META = "meta/meta.json"
+Parts = Mapping[str, Mapping[str, jax.Array]]
+
+
+class BucketSteps:
+    """The checkpoints of the run at a URL, as its trainer changes them; what Orbax's CheckpointManager is to a disk.
+
+    Args:
+        workdir: the run.
+        check: raises when this run is no longer the one that may write (a lease's); asked before a step is changed.
+    """
+
+    def __init__(self, workdir: BucketPath, check: Callable[[], None] = lambda: None):
+        self.workdir, self.directory = workdir, workdir / "checkpoints"
+        self._check, self._saves = check, 0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    # ---- listing -------------------------------------------------------------------------------------------------
+
+    def all_steps(self) -> list[int]:
+        return committed_steps(self.workdir)
+
+    # ---- saving --------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, parts: Parts, texts: Mapping[str, Callable[[], str]]) -> None:
+        """Starts saving; every process calls it.
+
+        Args:
+            step: of which there is no checkpoint.
+            parts: {folder: {name: array}}; what the arrays lie in must not change until the save has ended.
+            texts: {file: function that gives its content}; called in the background, written in this order.
+        """
+        assert self._thread is None, "one at a time"
+        self._saves += 1
+        self._thread = threading.Thread(target=self._try, args=(step, parts, texts), name="save", daemon=True)
+        self._thread.start()
+
+    def is_saving_in_progress(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait_until_finished(self) -> None:
+        """Raises what made the save fail, the same on every process."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _try(self, step: int, parts: Parts, texts: Mapping[str, Callable[[], str]]) -> None:
+        try:
+            self._save(step, parts, texts)
+        except BaseException as error:
+            self._error = error
+
+    def _save(self, step: int, parts: Parts, texts: Mapping[str, Callable[[], str]]) -> None:
+        folder, mark, name = self.directory / str(step), self.workdir / "saving" / str(step), f"save {self._saves}"
+
+        def begin() -> None:
+            self._check()
+            mark.put(_signed(step))
+            folder.delete_tree()  # what an earlier attempt has left: its arrays must not stand between ours
+
+        def write() -> None:
+            for part, arrays in parts.items():
+                write_arrays(folder / part, arrays, cluster.index())
+
+        def end() -> None:
+            for part, arrays in parts.items():
+                merge_arrays(folder / part, arrays, cluster.count())
+            for file, content in texts.items():
+                (folder / file).put(content().encode())
+            self._check()
+            if not (self.workdir / "committed" / str(step)).create(_signed(step)):
+                raise StorageError(f"checkpoint {step}: another run has saved it to {self.directory} meanwhile")
+            mark.unlink()
+
+        cluster.decide("begins a checkpoint", begin, SAVE_LIMIT_S, f"{name} begins")
+        cluster.together(f"writes checkpoint {step}", write, SAVE_LIMIT_S, f"{name} writes")
+        cluster.decide(f"completes checkpoint {step}", end, SAVE_LIMIT_S, f"{name} ends")
+
+    # ---- taking away ---------------------------------------------------------------------------------------------
+
+    def delete(self, step: int) -> None:
+        """In an order that no kill makes half a checkpoint of it."""
+        self._check()
+        (self.workdir / "saving" / str(step)).put(_signed(step))
+        (self.workdir / "committed" / str(step)).unlink()
+        self.delete_unfinished()
+
+    def abandon(self, step: int, why: str) -> BucketPath:
+        """Takes a bad step out of the listing. Without renaming: its arrays lie where they are, until the run saves
+        that step again; its meta goes to the folder that is returned, so that no copy of it looks complete."""
+        self._check()
+        target, meta = self._abandoned(step), self.directory / str(step) / META
+        with suppress(FileNotFoundError):
+            (target / "meta.json").put(meta.read_bytes())
+        (target / "why.json").put(json.dumps({"step": step, "why": why}).encode())
+        (self.workdir / "committed" / str(step)).unlink()
+        meta.unlink()
+        return target
+
+    def _abandoned(self, step: int) -> BucketPath:
+        return self.workdir / "abandoned" / f"{step}-{time.strftime('%Y%m%dT%H%M%S')}"
+
+    def delete_unfinished(self) -> None:
+        """Deletes what killed saves, and killed deletes, have left."""
+        for mark in (self.workdir / "saving").iterdir():
+            if not (self.workdir / "committed" / mark.name).exists():
+                self._check()
+                (self.directory / mark.name / META).unlink()
+                (self.directory / mark.name).delete_tree()
+            mark.unlink()
+
+
+def committed_steps(workdir: BucketPath) -> list[int]:
+    """Those that are complete, oldest first."""
+    return sorted(int(name) for name in (workdir / "committed").keys() if name.isdigit())
+
+
+def _signed(step: int) -> bytes:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return json.dumps({"step": step, "time": now, "host": socket.gethostname()}).encode()
+
+
+# ---- Orbax's format --------------------------------------------------------------------------------------------------
+
+
+def write_arrays(folder: BucketPath, arrays: Mapping[str, jax.Array], process: int) -> None:
+    """Writes what this process's devices hold, of several copies the first; raises StorageError."""
+    base = bucket.spec(folder / f"ocdbt.process_{process}", folder=True)
+
+    def write(item: tuple[str, jax.Array]) -> None:
+        name, x = item
+        shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
+        if shards:
+            array = ts.open(_array_spec(name, x, base), context=bucket.context(), create=True, open=True).result()
+            writes = [array[shard.index].write(np.asarray(shard.data)) for shard in shards]
+            [write.result() for write in writes]
+
+    try:
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(write, arrays.items()))
+    except (ValueError, OSError) as error:
+        raise StorageError(f"cannot write {folder}: {one_line(error)}") from error
+
+
+def merge_arrays(folder: BucketPath, arrays: Mapping[str, jax.Array], processes: int) -> None:
+    """Puts together the indices of what all processes have written below theirs; raises StorageError."""
+    try:
+        whole, transaction = _index(folder), ts.Transaction(atomic=True)
+        parts = [_index(folder / f"ocdbt.process_{process}") for process in range(processes)]
+        copies = [part.experimental_copy_range_to(whole.with_transaction(transaction)) for part in parts]
+        [copy.result() for copy in copies]
+        transaction.commit_async().result()
+    except (ValueError, OSError) as error:
+        raise StorageError(f"cannot write {folder}: {one_line(error)}") from error
+    (folder / "_METADATA").put(json.dumps(orbax_metadata(arrays)).encode())
+
+
+def orbax_metadata(arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """By which Orbax knows what a folder holds."""
+    value = {"value_type": "jax.Array", "skip_deserialize": False}
+    tree = {
+        str((name,)): {
+            "key_metadata": [{"key": name, "key_type": 2}],
+            "value_metadata": {**value, "write_shape": list(x.sharding.shard_shape(x.shape))},
+        }
+        for name, x in arrays.items()
+    }
+    formats = {"use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
+    return {"tree_metadata": tree, **formats, "custom_metadata": None}
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int, by_layer: bool) -> list[int]:
+    """Of a device's part: all of it, or a layer where it is large, or what divides it and is no larger than a chunk."""
+    chunk = list(shape)
+    if by_layer and math.prod(shape) * itemsize > SMALL_BYTES:
+        chunk[0] = 1
+    for dim in range(len(chunk)):
+        while math.prod(chunk) * itemsize > CHUNK_BYTES and chunk[dim] > 1:
+            chunk[dim] //= next(factor for factor in range(2, chunk[dim] + 1) if chunk[dim] % factor == 0)
+    return chunk
+
+
+def _array_spec(name: str, x: jax.Array, base: dict[str, Any]) -> dict[str, Any]:
+    by_layer = name.startswith("params/layers.")
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
+        "dtype": str(x.dtype),
+        "metadata": {
+            "shape": list(x.shape),
+            "chunks": chunk_shape(x.sharding.shard_shape(x.shape), x.dtype.itemsize, by_layer),
+            "compressor": {"id": "zstd", "level": 1},
+        },
+        # By default a chunk of nothing but zeros is not stored, and looks like one that was lost.
+        "store_data_equal_to_fill_value": True,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+    }
+
+
+def _index(folder: BucketPath) -> ts.KvStore:
+    return ts.KvStore.open({"driver": "ocdbt", "base": bucket.spec(folder, folder=True)}, context=bucket.context()).result()
