@@ -42,7 +42,9 @@ class BucketPath:
         found = re.fullmatch(r"([a-z0-9]+)://([a-z0-9][a-z0-9._-]{1,221})(/.*)?", url, re.DOTALL)
         if found is None or found[1] not in DRIVERS:
             shown = re.sub(r"//[^/]*@", "//...@", url)  # the name and password that others take there
-            raise ConfigError(f"{shown}: expected a local path, or a URL as gs://BUCKET/PATH or s3://BUCKET/PATH")
+            raise ConfigError(
+                f"{shown}: expected a local path, or a URL as gs://BUCKET/PATH or s3://BUCKET/PATH"
+            )
         self.scheme, self.bucket = found[1], found[2]
         self.key = "/".join(part for part in (found[3] or "").split("/") if part)
 
@@ -106,13 +108,14 @@ class BucketPath:
     def read_text(self) -> str:
         return self.read_bytes().decode()
 
-    def keys(self) -> list[str]:
-        """What lies below, however deep, by path from here, sorted."""
+    def keys(self, but: str = "") -> list[str]:
+        """What lies below, however deep, by path from here, sorted; not what lies in the folder `but`."""
         below = f"{self.key}/" if self.key else ""
-        # "0" is the character after "/".
-        span = _tensorstore().KvStore.KeyRange(below, f"{self.key}0" if self.key else "")
+        end = f"{self.key}0" if self.key else ""  # "0" is the character after "/"
+        spans = [(below, f"{below}{but}/"), (f"{below}{but}0", end)] if but else [(below, end)]
         with _errors("list", self):
-            found = _kvstore(self.scheme, self.bucket).list(span).result(ANSWER_S)
+            store, span = _kvstore(self.scheme, self.bucket), _tensorstore().KvStore.KeyRange
+            found = [key for ends in spans for key in store.list(span(*ends)).result(ANSWER_S)]
         keys = (key.decode(errors="surrogateescape") for key in found)
         # Other tools leave markers of folders, whose names end in "/".
         return sorted(
@@ -217,9 +220,12 @@ def spec(path: BucketPath, *, folder: bool = False) -> dict[str, Any]:
     return found
 
 
-@lru_cache
 def context() -> Any:
-    """TensorStore's, with our patience; to open with. Indices are put together between stores of one context alone."""
+    """A new one of TensorStore's, with our patience, to open with.
+
+    Indices are put together between stores of one context alone; what one has read it may not read again, also where
+    it is another by now.
+    """
     found = {"s3_request_retries": RETRIES, "gcs_request_retries": RETRIES}
     if os.environ.get("AWS_ACCESS_KEY_ID"):  # else it complains of each file that it looks into before
         found["aws_credentials"] = {"type": "environment"}
@@ -228,7 +234,6 @@ def context() -> Any:
 
 def forget() -> None:
     """What was made for an environment that has changed."""
-    context.cache_clear()
     _kvstore.cache_clear()
 
 
@@ -240,7 +245,11 @@ def gcs_endpoint() -> str:
 
 @lru_cache
 def _kvstore(scheme: str, bucket: str) -> Any:
-    return _tensorstore().KvStore.open(spec(BucketPath(f"{scheme}://{bucket}")), context=context()).result(ANSWER_S)
+    return (
+        _tensorstore()
+        .KvStore.open(spec(BucketPath(f"{scheme}://{bucket}")), context=context())
+        .result(ANSWER_S)
+    )
 
 
 def _tensorstore() -> Any:

@@ -13,6 +13,7 @@ import math
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -90,25 +91,33 @@ class BucketSteps:
             self._error = error
 
     def _save(self, step: int, parts: Parts, texts: Mapping[str, Callable[[], str]]) -> None:
-        folder, mark, name = self.directory / str(step), self.workdir / "saving" / str(step), f"save {self._saves}"
+        folder, mark, name = (
+            self.directory / str(step),
+            self.workdir / "saving" / str(step),
+            f"save {self._saves}",
+        )
+
+        committed, context = self.workdir / "committed" / str(step), bucket.context()
 
         def begin() -> None:
             self._check()
+            if committed.exists():
+                raise _saved_by_another(step, folder)
             mark.put(_signed(step))
             folder.delete_tree()  # what an earlier attempt has left: its arrays must not stand between ours
 
         def write() -> None:
             for part, arrays in parts.items():
-                write_arrays(folder / part, arrays, cluster.index())
+                write_arrays(folder / part, arrays, cluster.index(), context)
 
         def end() -> None:
             for part, arrays in parts.items():
-                merge_arrays(folder / part, arrays, cluster.count())
+                merge_arrays(folder / part, arrays, cluster.count(), context)
             for file, content in texts.items():
                 (folder / file).put(content().encode())
             self._check()
-            if not (self.workdir / "committed" / str(step)).create(_signed(step)):
-                raise StorageError(f"checkpoint {step}: another run has saved it to {self.directory} meanwhile")
+            if not committed.create(_signed(step)):
+                raise _saved_by_another(step, folder)
             mark.unlink()
 
         cluster.decide("begins a checkpoint", begin, SAVE_LIMIT_S, f"{name} begins")
@@ -154,15 +163,22 @@ def committed_steps(workdir: BucketPath) -> list[int]:
     return sorted(int(name) for name in (workdir / "committed").keys() if name.isdigit())
 
 
+def _saved_by_another(step: int, folder: BucketPath) -> StorageError:
+    return StorageError(f"checkpoint {step}: another run has saved it to {folder} meanwhile")
+
+
 def _signed(step: int) -> bytes:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return json.dumps({"step": step, "time": now, "host": socket.gethostname()}).encode()
+    # By the token a writer whose answer was lost knows its own.
+    return json.dumps({"step": step, "time": now, "host": socket.gethostname(), "token": uuid.uuid4().hex}).encode()
 
 
 # ---- Orbax's format --------------------------------------------------------------------------------------------------
 
 
-def write_arrays(folder: BucketPath, arrays: Mapping[str, jax.Array], process: int) -> None:
+def write_arrays(
+    folder: BucketPath, arrays: Mapping[str, jax.Array], process: int, context: ts.Context
+) -> None:
     """Writes what this process's devices hold, of several copies the first; raises StorageError."""
     base = bucket.spec(folder / f"ocdbt.process_{process}", folder=True)
 
@@ -170,7 +186,7 @@ def write_arrays(folder: BucketPath, arrays: Mapping[str, jax.Array], process: i
         name, x = item
         shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
         if shards:
-            array = ts.open(_array_spec(name, x, base), context=bucket.context(), create=True, open=True).result()
+            array = ts.open(_array_spec(name, x, base), context=context, create=True, open=True).result()
             writes = [array[shard.index].write(np.asarray(shard.data)) for shard in shards]
             [write.result() for write in writes]
 
@@ -181,11 +197,13 @@ def write_arrays(folder: BucketPath, arrays: Mapping[str, jax.Array], process: i
         raise StorageError(f"cannot write {folder}: {one_line(error)}") from error
 
 
-def merge_arrays(folder: BucketPath, arrays: Mapping[str, jax.Array], processes: int) -> None:
+def merge_arrays(
+    folder: BucketPath, arrays: Mapping[str, jax.Array], processes: int, context: ts.Context
+) -> None:
     """Puts together the indices of what all processes have written below theirs; raises StorageError."""
     try:
-        whole, transaction = _index(folder), ts.Transaction(atomic=True)
-        parts = [_index(folder / f"ocdbt.process_{process}") for process in range(processes)]
+        whole, transaction = _index(folder, context), ts.Transaction(atomic=True)
+        parts = [_index(folder / f"ocdbt.process_{process}", context) for process in range(processes)]
         copies = [part.experimental_copy_range_to(whole.with_transaction(transaction)) for part in parts]
         [copy.result() for copy in copies]
         transaction.commit_async().result()
@@ -213,9 +231,10 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, by_layer: bool) -> list[i
     chunk = list(shape)
     if by_layer and math.prod(shape) * itemsize > SMALL_BYTES:
         chunk[0] = 1
-    for dim in range(len(chunk)):
-        while math.prod(chunk) * itemsize > CHUNK_BYTES and chunk[dim] > 1:
-            chunk[dim] //= next(factor for factor in range(2, chunk[dim] + 1) if chunk[dim] % factor == 0)
+    for dim, size in enumerate(chunk):
+        most = CHUNK_BYTES * size // (math.prod(chunk) * itemsize)  # of this dimension
+        if most < size:
+            chunk[dim] = next(part for part in range(max(most, 1), 0, -1) if size % part == 0)
     return chunk
 
 
@@ -237,5 +256,7 @@ def _array_spec(name: str, x: jax.Array, base: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _index(folder: BucketPath) -> ts.KvStore:
-    return ts.KvStore.open({"driver": "ocdbt", "base": bucket.spec(folder, folder=True)}, context=bucket.context()).result()
+def _index(folder: BucketPath, context: ts.Context) -> ts.KvStore:
+    return ts.KvStore.open(
+        {"driver": "ocdbt", "base": bucket.spec(folder, folder=True)}, context=context
+    ).result()

@@ -1,0 +1,175 @@
+"""Checkpoints in a bucket: Orbax's format, complete at one moment, never half of one."""
+
+import json
+
+import buckets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorstore as ts
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from k2jax import bucket
+from k2jax.bucket import BucketPath, at
+from k2jax.errors import ConfigError, StorageError
+from k2jax.run.bucket_steps import BucketSteps, chunk_shape, committed_steps
+
+TEXTS = {"data/metadata": lambda: "{}", "meta/meta.json": lambda: json.dumps({"step": 10})}
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def server(request):
+    with buckets.serving(request.param) as server:
+        bucket.forget()
+        yield server
+    bucket.forget()
+
+
+@pytest.fixture
+def workdir(server) -> BucketPath:
+    yield at(f"{server.bucket()}/run #1")
+    server.heal()
+
+
+@pytest.fixture(scope="module")
+def arrays() -> dict[str, jax.Array]:
+    mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[:4])
+    place = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
+    return {
+        "params/layers.w_LD": place(jnp.arange(32.0).reshape(4, 8), None, "fsdp"),
+        "params/b_D": place(jnp.zeros((8,)), "fsdp"),
+        "step": place(jnp.int32(3)),
+    }
+
+
+def save(steps: BucketSteps, step: int, arrays: dict[str, jax.Array]) -> None:
+    steps.save(step, {"state": arrays}, TEXTS)
+    steps.wait_until_finished()
+
+
+def read(folder: BucketPath, name: str) -> np.ndarray:
+    place = {"driver": "ocdbt", "base": bucket.spec(folder, folder=True), "path": f"{name}/"}
+    spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
+    return ts.open(spec, open=True, read=True, context=bucket.context()).result().read().result()
+
+
+def test_saved_and_read(workdir, arrays, tmp_path):
+    steps = BucketSteps(workdir)
+    assert steps.all_steps() == []
+    for step in (10, 9):
+        save(steps, step, arrays)
+    assert steps.all_steps() == [9, 10] and not steps.is_saving_in_progress()
+    state = workdir / "checkpoints" / "10" / "state"
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(read(state, name), np.asarray(x))
+    for key in state.keys():  # what Orbax itself makes of a copy
+        path = tmp_path / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((state / key).read_bytes())
+    places = {name: ocp.ArrayRestoreArgs(sharding=x.sharding) for name, x in arrays.items()}
+    wanted = ocp.args.PyTreeRestore(item=arrays, restore_args=places)
+    found = ocp.PyTreeCheckpointHandler().restore(epath.Path(tmp_path), args=wanted)
+    assert all((found[name] == x).all() for name, x in arrays.items())
+
+
+def test_what_a_killed_save_left_does_not_stand_between(workdir, arrays):
+    (workdir / "saving" / "10").put(b"")
+    (workdir / "checkpoints" / "10" / "state" / "manifest.ocdbt").put(b"half")
+    steps = BucketSteps(workdir)
+    assert steps.all_steps() == []
+    save(steps, 10, arrays)
+    np.testing.assert_array_equal(read(workdir / "checkpoints" / "10" / "state", "step"), 3)
+    assert (workdir / "saving").keys() == []
+
+
+def test_what_killed_saves_and_deletes_left_is_deleted(workdir, arrays):
+    steps = BucketSteps(workdir)
+    save(steps, 10, arrays)
+    (workdir / "saving" / "10").put(b"")  # a kill between the last two writes
+    (workdir / "saving" / "11").put(b"")
+    (workdir / "checkpoints" / "11" / "state" / "x").put(b"half")
+    steps.delete_unfinished()
+    assert steps.all_steps() == [10] and (workdir / "saving").keys() == []
+    assert {key.split("/")[0] for key in (workdir / "checkpoints").keys()} == {"10"}
+    steps.delete(10)
+    assert workdir.keys() == []
+
+
+def test_an_abandoned_step_is_complete_nowhere(workdir, arrays):
+    steps = BucketSteps(workdir)
+    save(steps, 10, arrays)
+    target = steps.abandon(10, "a bit has flipped")
+    assert steps.all_steps() == [] and not (workdir / "checkpoints" / "10" / "meta").exists()
+    assert json.loads((target / "meta.json").read_text()) == {"step": 10}
+    assert json.loads((target / "why.json").read_text())["why"] == "a bit has flipped"
+    assert (workdir / "checkpoints" / "10" / "state").exists(), "its arrays are kept"
+    save(steps, 10, arrays)
+    assert steps.all_steps() == [10]
+
+
+def test_who_has_lost_the_lease_completes_nothing(workdir, arrays):
+    asked: list[int] = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise ConfigError("taken over by another")
+
+    steps = BucketSteps(workdir, check)
+    with pytest.raises(ConfigError, match="taken over"):
+        save(steps, 10, arrays)
+    assert steps.all_steps() == [] and len(asked) == 2
+
+
+def test_of_two_who_save_one_completes(workdir, arrays):
+    save(BucketSteps(workdir), 10, arrays)
+    kept = workdir.keys()
+    with pytest.raises(
+        StorageError, match="checkpoint 10: another run has saved it to .*checkpoints/10 meanwhile"
+    ):
+        save(BucketSteps(workdir), 10, arrays)
+    assert workdir.keys() == kept
+
+    def overtake() -> str:
+        save(BucketSteps(workdir), 11, arrays)
+        return ""
+
+    slow = BucketSteps(workdir)
+    slow.save(11, {"state": arrays}, {**TEXTS, "last": overtake})
+    with pytest.raises(StorageError, match="checkpoint 11: another run has saved it"):
+        slow.wait_until_finished()
+
+
+def test_a_server_that_fails_for_a_while_or_for_good(server, workdir, arrays, monkeypatch):
+    monkeypatch.setattr(bucket, "RETRIES", {"max_retries": 6, "initial_delay": "5ms", "max_delay": "20ms"})
+    bucket.forget()
+    steps = BucketSteps(workdir)
+    server.fail(503, every=4)
+    save(steps, 10, arrays)
+    assert server.counted()["failed"] > 2 and committed_steps(workdir) == [10]
+    server.fail(503, match="/state/")
+    with pytest.raises(StorageError, match="503|retry") as error:
+        save(steps, 11, arrays)
+    assert "\n" not in str(error.value)
+    server.heal()
+    assert committed_steps(workdir) == [10]
+    save(steps, 11, arrays)
+    bucket.forget()
+
+
+@pytest.mark.parametrize(
+    ("shape", "by_layer", "chunk"),
+    [
+        ((), False, []),
+        ((80, 16, 100), True, [80, 16, 100]),
+        ((80, 4096, 4096), True, [1, 4096, 4096]),
+        ((80, 4096, 4096), False, [2, 4096, 4096]),
+        ((7, 5000, 5000), False, [1, 5000, 5000]),
+        ((1, 1 << 20, 100), False, [1, 1 << 18, 100]),
+    ],
+)
+def test_chunks_divide_a_part(shape, by_layer, chunk):
+    assert chunk_shape(shape, 4, by_layer) == chunk
