@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache, total_ordering
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from k2jax.errors import ConfigError, StorageError
 
@@ -28,7 +28,14 @@ ANSWER_S = 600  # by when a request with its retries has an answer
 STALLED_S = 60  # a transfer of less than a byte a second for as long is begun again
 ABSENT = b"\x02"  # TensorStore's generation of what is not there
 PARALLEL = 16  # requests at a time
+LARGE_BYTES, PART_BYTES = 1 << 26, 1 << 24
 INDEX_CACHE_BYTES = 100 << 20  # of checkpoints' arrays
+
+
+class Size(NamedTuple):
+    """What there is of os.stat_result."""
+
+    st_size: int
 
 
 @total_ordering
@@ -131,11 +138,26 @@ class BucketPath:
         return [path for path in self.iterdir() if fnmatchcase(path.name, pattern)]
 
     def is_file(self) -> bool:
-        try:
-            self.read()
-        except FileNotFoundError:
-            return False
-        return True
+        """Of the object the listing alone is asked for, however large it is."""
+        span = _tensorstore().KvStore.KeyRange(self.key, f"{self.key}\0")
+        with _errors("list", self):
+            found = _kvstore(self.scheme, self.bucket).list(span).result(ANSWER_S)
+        return self.key.encode() in found
+
+    def stat(self) -> Size:
+        """Its size in bytes; raises FileNotFoundError, or StorageError."""
+        with _errors("read", self):
+            files, place = arrow_files(self)
+            found = files.get_file_info(place)
+        if not found.is_file:
+            raise FileNotFoundError(2, "no such object", str(self))
+        return Size(found.size)
+
+    def open(self, mode: str = "rb") -> Any:
+        """To read it as a stream, for what is too large for the memory. Errors are pyarrow's, OSError."""
+        assert mode == "rb", mode
+        files, place = arrow_files(self)
+        return files.open_input_file(place)
 
     def is_dir(self) -> bool:
         """Whether anything lies below: there are no folders of their own."""
@@ -145,6 +167,9 @@ class BucketPath:
         return self.is_file() or self.is_dir()
 
     # ---- writing -------------------------------------------------------------------------------------------------
+
+    def mkdir(self, *_: Any, **__: Any) -> None:
+        """There are no folders."""
 
     def put(self, data: bytes) -> bytes:
         """Writes over what may be there; returns the new generation."""
@@ -195,10 +220,23 @@ def at(path: str | os.PathLike | BucketPath) -> Path | BucketPath:
     return BucketPath(path) if isinstance(path, str) and "://" in path else Path(path)
 
 
-def upload(folder: Path, target: BucketPath, names: list[str]) -> None:
-    """Copies files of a local folder, several at a time."""
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        list(pool.map(lambda name: (target / name).put((folder / name).read_bytes()), names))
+def upload(file: Path, target: BucketPath) -> None:
+    """Copies a file of this machine, whole or not at all, a large one in parts; raises StorageError."""
+    if file.stat().st_size <= LARGE_BYTES:
+        target.put(file.read_bytes())
+        return
+    with _errors("write", target):
+        files, place = arrow_files(target)
+        with open(file, "rb") as source, files.open_output_stream(place) as there:
+            while data := source.read(PART_BYTES):
+                there.write(data)
+
+
+def download(source: BucketPath, file: Path) -> None:
+    """The other way round, into a new file in a folder that is there; raises StorageError."""
+    with _errors("read", source), source.open() as there, open(file, "wb") as here:
+        while data := there.read(PART_BYTES):
+            here.write(data)
 
 
 # ---- TensorStore -----------------------------------------------------------------------------------------------------
@@ -212,15 +250,12 @@ def spec(path: BucketPath, *, folder: bool = False) -> dict[str, Any]:
         if os.environ.get("STORAGE_EMULATOR_HOST"):
             os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", gcs_endpoint())
         return found
-    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-        found["endpoint"] = endpoint
-        found["aws_region"] = (
-            os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        )
+    if endpoint := s3_endpoint():
+        found["endpoint"], found["aws_region"] = endpoint, s3_region() or "us-east-1"
     return found
 
 
-def context() -> Any:
+def context(cache_bytes: int = INDEX_CACHE_BYTES) -> Any:
     """A new one of TensorStore's, with our patience, to open with.
 
     Indices are put together between stores of one context alone; what one has read it may not read again, also where
@@ -229,7 +264,7 @@ def context() -> Any:
     found = {"s3_request_retries": RETRIES, "gcs_request_retries": RETRIES}
     if os.environ.get("AWS_ACCESS_KEY_ID"):  # else it complains of each file that it looks into before
         found["aws_credentials"] = {"type": "environment"}
-    return _tensorstore().Context({**found, "cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES}})
+    return _tensorstore().Context({**found, "cache_pool": {"total_bytes_limit": cache_bytes}})
 
 
 def forget() -> None:
@@ -237,10 +272,34 @@ def forget() -> None:
     _kvstore.cache_clear()
 
 
+def s3_endpoint() -> str:
+    """Of another store that speaks S3; "" for Amazon's own."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+def s3_region() -> str:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
+
+
 def gcs_endpoint() -> str:
     """That of an emulator, "" for Google's own."""
     host = os.environ.get("STORAGE_EMULATOR_HOST", "")
     return host if not host or "://" in host else f"http://{host}"
+
+
+def arrow_files(path: BucketPath) -> tuple[Any, str]:
+    """pyarrow's file system of a bucket, and the path there."""
+    from pyarrow import fs
+
+    root = f"{path.bucket}/{path.key}".rstrip("/")
+    if path.scheme == "gs" and gcs_endpoint():
+        scheme, _, host = gcs_endpoint().partition("://")
+        return fs.GcsFileSystem(anonymous=True, scheme=scheme, endpoint_override=host), root
+    if path.scheme == "s3" and (s3_endpoint() or s3_region()):
+        scheme, _, host = s3_endpoint().rpartition("://")
+        options = {"scheme": scheme or "https", "endpoint_override": host} if host else {}
+        return fs.S3FileSystem(region=s3_region() or "us-east-1", **options), root
+    return fs.FileSystem.from_uri(f"{path.scheme}://{path.bucket}")[0], root  # finds out the region
 
 
 @lru_cache

@@ -76,12 +76,17 @@ class Lease:
             raise self._lost
 
     def release(self) -> None:
-        """Lets go of it; the last one of a holder that has lost it stays as it is."""
+        """Lets go of it; the one of another, who has taken it over, stays as it is."""
+        self.stop()
+        if self._thread is not None:
+            with suppress(StorageError):
+                self.path.remove(self._generation)
+
+    def stop(self) -> None:
+        """Renews it no more, as after a kill: what it stands for is not in order, and the next one sees that."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-            with suppress(StorageError):
-                self.path.remove(self._generation)
 
     def _keep(self) -> None:
         while not self._stop.wait(self.renew_s) and self._lost is None:

@@ -4,7 +4,8 @@
         server.fail(503, every=3)               from now on, of every three requests one is answered so
 
 Run as `python tests/buckets.py s3 PORT` it is such a server. The emulator knows no conditional writes, no offsets in
-listings and no empty objects; what Google documents of them is added to it here. It answers one request at a time.
+listings, no ranges from the end and no empty objects; what Google documents of them is added to it here. It answers one
+request at a time.
 """
 
 import contextlib
@@ -170,7 +171,10 @@ def serve_gs(port: int) -> None:
                 return self.answer(status, b"try again")
             bucket, _, name = path.partition("/b/")[2].partition("/o")
             name = query.get("name") or name.removeprefix("/")
-            found = handler.storage.objects.get(bucket, {}).get(name, {"generation": "0"})["generation"]
+            there = handler.storage.objects.get(bucket, {}).get(name, {"generation": "0", "size": "0"})
+            found, size, wanted = there["generation"], int(there["size"]), handler.headers.get("Range", "")
+            if wanted.startswith("bytes=-"):  # the last so many
+                handler.headers.replace_header("Range", f"bytes={max(size - int(wanted[7:]), 0)}-{size - 1}")
             if query.get("ifGenerationMatch", found) != found:
                 return self.answer(412, b"conditionNotMet")
             if query.get("ifGenerationNotMatch") == found:
