@@ -104,3 +104,41 @@ def owed(order, plan, name):
     """Rows of a subset that the stage had still to read when it ended: it went on in a smaller share."""
     streams = {key[2]: stream for key, stream in order.streams(plan.last_step).items() if key[1] == plan.index}
     return len(streams[name].left)
+
+
+def test_rows_left_behind_stay_so_through_several_changes():
+    """Chunks of 20 rows become chunks of 2, twice within the first: all 40 rows are read, each once."""
+    long, short = (tiny_manifest([(40 // steps, steps, 1, {"d": (45, 1)})]) for steps in (20, 2))
+    order = Order(short, (), Order(short, (), Order(long), 5), 6)
+    rows = [row for step in range(1, 41) for row in rows_of(order, step)]
+    assert order.num_steps == 40 and len(set(rows)) == 40
+    assert {order.row(p).window for p in range(20)} == {order.row(p).window for step in range(1, 21) for p in order.positions(step)}
+
+
+def test_a_stage_goes_on_or_is_over_by_the_new_manifest():
+    """Longer, shorter, over, and gone; the learning rate's steps are the whole stage's."""
+    stages = [(4, 5, 2, {"a": (7, 1)}), (2, 5, 2, {"b": (20, 1)})]
+    old = Order(tiny_manifest(stages))
+    longer = Order(tiny_manifest([(6, 5, 2, {"a": (7, 1)}), stages[1]]), (), old, 20)
+    assert [(p.first_step, p.last_step, p.done, p.num_steps) for p in longer.stages] == [(21, 30, 20, 30), (31, 40, 0, 10)]
+    bigger = Order(tiny_manifest([(4, 5, 3, {"a": (7, 1)}), stages[1]]), (), old, 7)
+    assert [(p.first_step, p.last_step, p.done, p.num_steps) for p in bigger.stages] == [(8, 20, 7, 20), (21, 30, 0, 10)]
+    over = Order(tiny_manifest([(1, 5, 2, {"a": (7, 1)}), stages[1]]), (), old, 7)
+    assert [(p.first_step, p.last_step) for p in over.stages] == [(8, 7), (8, 17)]
+    assert over.find(0, 0, 3) == []
+    other = tiny_manifest(stages)
+    other["stages"][0]["name"] = "another"
+    with pytest.raises(ConfigError, match="stands in stage 'stage0', after step 7, and the new stages are another"):
+        Order(other, (), old, 7)
+    assert len({o.digest() for o in (old, longer, bigger, over, Order(tiny_manifest(stages), (), old, 7))}) == 5
+
+
+def test_another_store_begins_and_the_same_goes_on():
+    """A subset whose content is another one is read from its start; the others go on."""
+    stages = [(4, 5, 2, {"a": (7, 1), "b": (20, 1)})]
+    old, new = Order(tiny_manifest(stages)), tiny_manifest(stages)
+    new["stores"]["a"]["root_digest"] = "another"
+    rows = [row for step in range(6, 11) for row in rows_of(Order(new, (), old, 5), step)]
+    before = {row for step in range(1, 6) for row in rows_of(old, step)}
+    assert {row for row in rows if row[1] == "a"} & before
+    assert not {row for row in rows if row[1] == "b"} & before
