@@ -12,11 +12,12 @@ from k2jax.data.manifest import share_out
 from k2jax.data.permutation import derive_key, permute, splitmix, unpermute
 from k2jax.errors import ConfigError
 
+MAX_SEGMENTS = 10_000_000  # of a stage: its table has two int64 a subset for each
 MAX_LEFT = 50_000_000  # rows that a stage may have left behind when its data change: kept in memory
 
 
 class Stream(NamedTuple):
-    """The rows k of a subset that a stage has still to read: those left behind, ascending, then `next`, `next` + 1, ..."""
+    """The rows k of a subset that a stage has still to read: those left behind, then `next` and all after it."""
 
     left: np.ndarray
     next: int
@@ -54,7 +55,15 @@ class Layout:
         begin = Stream(np.empty(0, np.int64), 0)
         self.streams = [(streams or {}).get(name, begin) for name in self.names]
         self.steps = max(0, stage["chunks"] * stage["steps_per_chunk"] - done)
+        if self.steps > MAX_SEGMENTS * stage["steps_per_chunk"]:
+            raise ConfigError(f"stage {stage['name']!r}: more than {MAX_SEGMENTS:,} chunks: make them longer")
         counts = _rows_by_chunk(stage, self.steps)
+        epochs = int((counts.sum(axis=0) // self.windows).sum())
+        if len(counts) + epochs > MAX_SEGMENTS:
+            raise ConfigError(
+                f"stage {stage['name']!r}: {len(counts):,} chunks and {epochs:,} epochs of its subsets, more than the "
+                f"{MAX_SEGMENTS:,} that can be laid out: fewer chunks, or a smaller share for the smallest subset"
+            )
         # k[g, s]: rows of subset s before segment g; its last line is the totals. segment[g]: rows of all.
         ends = [
             _epoch_ends(stream, int(windows), int(total))

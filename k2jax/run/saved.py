@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
+from k2jax.data.epochs import Epoch
 from k2jax.data.storage import kvstore
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
@@ -21,6 +22,7 @@ from k2jax.model.decoder import LAYOUT_VERSION, Params, parameter_table
 from k2jax.parallel import sharding
 from k2jax.run import digest
 from k2jax.run.checkpoint import FORMAT, read_meta
+from k2jax.run.identity import epochs_of
 from k2jax.run.reading import one_line
 
 
@@ -32,6 +34,7 @@ class SavedStep(NamedTuple):
     meta: dict[str, Any]  # as checkpoint.py wrote it: digests, lineage, versions, eos_id, ...
     config: ConfigDict  # the experiment as it was at this step
     stage: ConfigDict  # the row of config.stages that the step belongs to: rope base and sequence length
+    epochs: list[Epoch]  # of the run, up to that of this step
 
     @property
     def digest(self) -> str:
@@ -55,8 +58,8 @@ def saved_steps(workdir: str | Path) -> list[int]:
 def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
     """The checkpoint of a step, by default the newest. Nothing of its arrays is read yet.
 
-    Raises ConfigError, listing the steps that there are, when it is missing or of another format; StorageError when
-    its meta is damaged.
+    Raises ConfigError, listing the steps that there are, when it is missing or of another format, and when it is not a
+    checkpoint of this run; StorageError when its meta is damaged, or not that of the ledger.
     """
     steps = saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
@@ -76,7 +79,7 @@ def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
                 f"version that wrote it ({meta['versions']['k2jax']})"
             )
     config = configuration.from_dict(meta["config"])
-    return SavedStep(Path(workdir), step, meta, config, config.stages[meta["stage"]])
+    return SavedStep(Path(workdir), step, meta, config, config.stages[meta["stage"]], epochs_of(Path(workdir), meta))
 
 
 def check_tokenizer(saved: SavedStep) -> Tokenizer:

@@ -39,3 +39,9 @@ def straight(tiny_data: Path, made_once: Callable) -> Path:
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Command:
     return Command(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def stopped(straight, tmp_path_factory):
+    """A run that ended after its first chunk."""
+    return runs.copy_run(straight, tmp_path_factory.mktemp("stopped") / "run", last_step=10)
