@@ -141,7 +141,7 @@ def test_a_finished_run_says_so_and_changes_nothing(run: Path, tiny_config, tmp_
 
 def test_metrics_are_read_one_step_late(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`push` reads the step before: what it is given is not touched until the next push, or flush."""
-    plan = StagePlan("stage1", 0, 32, 8, 10, 2, 0, 160, 1, 20)
+    plan = StagePlan("stage1", 0, 32, 8, 10, 2, 0, 160, 1, 20, 0)
     steps, ledger = StepLog(tmp_path / "metrics", lambda s: 1), Ledger(tmp_path / "ledger", lambda s: 1)
     lines: list[str] = []
     recorder = Recorder(tiny_config(), tmp_path, None, ["a"], steps, ledger, lines.append, 0, first_step=1)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from k2jax import files
 from k2jax.data.journal import Entry
-from k2jax.data.manifest import check_manifest, sha256_json
+from k2jax.data.manifest import check_manifest, manifest_digest, sha256_json
 from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
 
@@ -115,12 +115,19 @@ def _read(path: Path, previous: Epoch | None) -> Epoch:
 
 def order_of(epochs: Sequence[Epoch], journal: Sequence[Entry] = ()) -> Order:
     """The data order of a run. ConfigError where it has none, as of imported weights."""
-    order = None
+    parts: list[list[Epoch]] = []  # of the same data, one after the other
     for epoch, following in zip(epochs, [*epochs[1:], None], strict=True):
         empty = following is not None and following.after_step <= epoch.after_step
-        if epoch.manifest is not None and not empty:
-            decided = [entry for entry in journal if entry.get("epoch") == epoch.number]
-            order = Order(epoch.manifest, decided, order, epoch.after_step if order else 0)
+        if epoch.manifest is None or empty:
+            continue
+        if parts and manifest_digest(parts[-1][-1].manifest) == manifest_digest(epoch.manifest):
+            parts[-1].append(epoch)
+        else:
+            parts.append([epoch])
+    order = None
+    for part in parts:
+        decided = [entry for entry in journal if entry.get("epoch") in {epoch.number for epoch in part}]
+        order = Order(part[-1].manifest, decided, order, part[0].after_step if order else 0)
     if order is None:
         raise ConfigError("the run has no data: it is imported weights, on which nothing was trained yet")
     return order

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from faults import runs
 from faults.runs import Command, Trainer, trainers
 
 LIMIT_S = 240  # of one test, in process or not; a hung collective can be ended only from outside Python
