@@ -68,7 +68,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         shardings = place_state(config, shapes, mesh)
         save_steps = set(checkpoint_steps(order))
         # 0: of imported weights
-        checkpoints = Checkpoints(run.path, [0, *sorted(save_steps)], config.checkpoint.keep_between, say)
+        between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
+        checkpoints = Checkpoints(run.path, [0, *sorted(save_steps)], between, say, moments_every=every)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
         if checkpoints.last_meta:

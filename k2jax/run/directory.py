@@ -30,8 +30,8 @@ from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import parameter_table
 from k2jax.parallel import cluster
 from k2jax.run import drift
-from k2jax.run.checkpoint import read_meta
 from k2jax.run.saved import saved_steps
+from k2jax.run.storage import read_meta
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 ENVIRONMENT = (
@@ -215,8 +215,8 @@ def is_import(config: dict[str, Any]) -> bool:
 def read_import(path: Path) -> dict[str, Any]:
     """The meta of the imported checkpoint; StorageError when it is missing or damaged."""
     try:
-        return read_meta(path / "checkpoints" / "0" / "meta")
-    except (OSError, ValueError, KeyError) as error:
+        return read_meta(path / "checkpoints" / "0")
+    except (OSError, StorageError) as error:
         raise StorageError(
             f"--workdir={path} holds an import, but its checkpoint 0 cannot be read ({error}): import again"
         ) from error
