@@ -212,11 +212,8 @@ class Checkpoints:
         wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(shapes).items()}
         storage.check_arrays(step, meta, wanted)
         data = storage.read_data(folder, meta)
-        return (
-            meta,
-            storage.read_arrays(folder, meta, storage.disk_shardings(flat(shapes), flat(shardings))),
-            data,
-        )
+        layouts = storage.layouts(flat(shapes), flat(shardings))
+        return meta, storage.read_arrays(folder, meta, {name: x.sharding for name, x in layouts.items()}), data
 
     def restore_newest(self, shardings: TrainState, shapes: TrainState) -> TrainState | None:
         """The newest good checkpoint; None when there is none at all. Newer ones of no use are named and moved away.
@@ -235,6 +232,8 @@ class Checkpoints:
                 continue
             for bad, why in zip(listed, refused, strict=False):
                 self.lineage.abandon(bad, str(why))
+            if refused:
+                self.manager.reload()  # it saves no step that it knows of
             self._steps = listed[len(refused) :]
             return state
         if refused:

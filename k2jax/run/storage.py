@@ -165,9 +165,9 @@ def _chunks(name: str, x: jax.Array) -> ocp.SaveArgs:
 class _Arrays(ocp.type_handlers.ArrayHandler):
     """Writes arrays that lie with the host, so that it can try again for as long as the storage fails."""
 
-    def __init__(self, log: Log):
+    def __init__(self, part: str, log: Log):
         super().__init__(use_replica_parallel=False, enable_write_sharding_file=False)
-        self._log = log
+        self._part, self._log = part, log
 
     async def serialize(
         self,
@@ -183,7 +183,7 @@ class _Arrays(ocp.type_handlers.ArrayHandler):
                 part.result()
 
         async def write_patiently() -> None:
-            await asyncio.to_thread(keep_writing, "arrays of a checkpoint", write, self._log)
+            await asyncio.to_thread(keep_writing, f"{self._part} of a checkpoint", write, self._log)
 
         return [future.CommitFutureAwaitingContractedSignals(write_patiently(), name="arrays")]
 
@@ -191,9 +191,9 @@ class _Arrays(ocp.type_handlers.ArrayHandler):
 class _Parts(ocp.PyTreeCheckpointHandler):
     """Arrays of one part; process 0 puts together at the end what all have written."""
 
-    def __init__(self, log: Log):
+    def __init__(self, part: str, log: Log):
         super().__init__(
-            type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, _Arrays(log)))
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, _Arrays(part, log)))
         )
         self._patient_log = log
 
@@ -230,7 +230,7 @@ class _LateJsonArgs(ocp.args.CheckpointArgs):
 
 def handlers(log: Log) -> dict[str, ocp.CheckpointHandler]:
     """Orbax's, by part. `log` is told of every write that fails, from another thread."""
-    arrays = {name: _Parts(log) for name in ("params", "moments")}
+    arrays = {name: _Parts(name, log) for name in ("params", "moments")}
     return {**arrays, "data": _LateJson("metadata", log), "meta": _LateJson("meta.json", log)}
 
 
