@@ -102,6 +102,7 @@ def base() -> ConfigDict:
     c.checkpoint.every_steps = 0          # more of them, every so many steps; 0: none
     c.checkpoint.keep_between = 2         # how many of those are kept
     c.checkpoint.max_launches = 20        # without a new checkpoint, one after the other; 0: no limit
+    c.checkpoint.moments_every = 1        # Adam's moments: kept of every so many chunks, and of the newest two
 
     c.eval = ConfigDict()                 # on held-out windows, after the last step
     c.eval.windows = 64                   # windows per subset at most
@@ -150,7 +151,7 @@ RANGES = {
         model.ffn_dim model.unroll model.pipeline.microbatches model.pipeline.repeats model.rope_scaling.factor
         loss.block optimizer.max_skips_in_a_row data.threads data.prefetch eval.windows eval.new_tokens log.every_steps
         stages.*.sequence_length stages.*.rows_per_step stages.*.microbatches stages.*.steps_per_chunk
-        stages.*.chunks""",
+        stages.*.chunks checkpoint.moments_every""",
     "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
         checkpoint.max_launches stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.

@@ -66,8 +66,9 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
         # ---- the state is restored and verified, or made -----------------------------------------------------------
         shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
         shardings = place_state(config, shapes, mesh)
-        kept = [0]  # of imported weights
-        checkpoints = Checkpoints(run.path, kept, config.checkpoint.keep_between, say)
+        between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
+        # 0: of imported weights
+        checkpoints = Checkpoints(run.path, [0], between, say, moments_every=every)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
 
@@ -80,7 +81,7 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
             check_resume(epochs, journal, checkpoints.last_data, number, order, step)
         say(describe_run(config, order, mesh))
         save_steps = set(checkpoint_steps(order))
-        kept += sorted(save_steps)
+        checkpoints.keep(save_steps)
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
 
         # ---- training ----------------------------------------------------------------------------------------------
