@@ -42,7 +42,7 @@ OF_THE_SYSTEM = {"replace", "rename", "renames", "move", "fsync", "fdatasync"}
 OF_A_PATH = {"rename", "write_text", "write_bytes"}
 OTHERS_THAT_DO = {
     "k2jax/hf/safetensors_io.py": {"fdatasync"},  # begins early what files.whole_folder does in the end
-    "k2jax/run/checkpoint.py": {"rename"},  # moves a bad step away; undone by a power cut, it is found bad again
+    "k2jax/run/lineage.py": {"rename"},  # moves a step or a part away; undone by a power cut, it is decided again
     "k2jax/run/ledger.py": {"fsync"},  # of rows, before the checkpoint that closes over them
     "tools/bench/convert.py": {"fsync"},  # measures it
 }
