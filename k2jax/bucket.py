@@ -194,6 +194,16 @@ class BucketPath:
             return None
         return generation if found == data else None
 
+    def append(self, data: bytes) -> None:
+        """Adds to what is there, by writing all of it anew, whoever else does the same meanwhile."""
+        while True:
+            try:
+                found, generation = self.read()
+            except FileNotFoundError:
+                found, generation = b"", ABSENT
+            if self.replace(found + data, generation):
+                return
+
     def remove(self, generation: bytes) -> bool:
         """Deletes that generation; False where it is not there any more."""
         with _errors("delete", self):
@@ -204,10 +214,12 @@ class BucketPath:
         with _errors("delete", self):
             _kvstore(self.scheme, self.bucket).write(self.key, None).result(ANSWER_S)
 
-    def delete_tree(self) -> None:
-        """Deletes all that lies below, in the order of its names; what is not there is no error."""
+    def delete_tree(self, last: str = "") -> None:
+        """Deletes all that lies below, the object of that name last; what is not there is no error."""
         with ThreadPoolExecutor(PARALLEL) as pool:
-            list(pool.map(lambda key: (self / key).unlink(), self.keys()))
+            list(pool.map(lambda key: (self / key).unlink(), [key for key in self.keys() if key != last]))
+        if last:
+            (self / last).unlink()
 
 
 # ---- between a bucket and a disk -------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from k2jax import config as configuration
 from k2jax import files, paths
+from k2jax.bucket import BucketPath
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.epochs import check_journal, check_resume, order_of
 from k2jax.data.manifest import describe
@@ -50,12 +51,12 @@ from k2jax.training.setup import check_processes_agree, checkpoint_meta, describ
 from k2jax.training.validation import validate
 
 
-def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int] | None = None) -> None:
+def train(config: ConfigDict, workdir: str | Path | BucketPath, forked_from: tuple[Path, int] | None = None) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
     check_processes_agree(config)
     mesh = sharding.make_mesh(config.mesh)
     check_mesh(config, mesh)
-    with RunDirectory(workdir) as run, jax.set_mesh(mesh):
+    with RunDirectory(workdir, say) as run, jax.set_mesh(mesh):
         # ---- the run is what it was, or what is allowed to change ---------------------------------------------------
         if forked_from:
             run.fork(*forked_from)
@@ -68,7 +69,7 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
         shardings = place_state(config, shapes, mesh)
         between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
         # 0: of imported weights
-        checkpoints = Checkpoints(run.path, [0], between, say, moments_every=every)
+        checkpoints = Checkpoints(run.place, [0], between, say, moments_every=every, mirror=run.mirror)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
 
@@ -105,7 +106,7 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
         recorder.saved(checkpoints.wait())
         recorder.close()
         checkpoints.close()
-        report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run.path)
+        report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run)
         run.end()
 
 
@@ -172,7 +173,7 @@ def report(
     mesh: jax.sharding.Mesh,
     stores: dict[str, Any],
     manifest: dict[str, Any],
-    workdir: Path,
+    run: RunDirectory,
 ) -> None:
     """The end of a run: validation loss by subset, sampled text, and where things are."""
     stage, dtype, eos_id = config.stages[stage_index], compute_dtype(config), manifest["eos_id"]
@@ -182,7 +183,7 @@ def report(
         say(
             f"validation {name:16} loss {v.loss:.4f}   unigram {v.unigram_loss:.4f}   ({v.tokens:,} held-out tokens)"
         )
-    encoder = load_tokenizer(workdir / "tokenizer.json")
+    encoder = load_tokenizer(run.path / "tokenizer.json")
     starts = [encoder.encode(prompt) for prompt in config.eval.prompts]
     if starts:
         reader = mesh_for(config, mesh.devices.flat)  # generation has no pipeline
@@ -193,12 +194,12 @@ def report(
             say(f"sample: {prompt}|{text_after(encoder.decode, start, tokens)}")
     if cluster.is_main():
         values = {"step": int(state.step), "subsets": {name: v._asdict() for name, v in found.items()}}
-        files.write_json(workdir / "validation.json", values, sort_keys=True, end="")
-    say(f"the run: {workdir}")
+        files.write_json(run.path / "validation.json", values, sort_keys=True, end="")
+    say(f"the run: {run.place}")
     say(
-        f"next: python tools/which_docs.py --workdir={workdir} --step={int(state.step)} shows what a step read;"
+        f"next: python tools/which_docs.py --workdir={run.place} --step={int(state.step)} shows what a step read;"
     )
-    say(f"      metrics/*.jsonl hold a row a step; tensorboard --logdir={workdir} draws them")
+    say(f"      metrics/*.jsonl hold a row a step; tensorboard --logdir={run.place} draws them")
 
 
 def progress_bar(total: int, done: int) -> tqdm:
@@ -226,7 +227,8 @@ def main() -> None:
         "78 configuration or data, 70 a bug.",
     )
     paths.add(parser, "--config", required=True, metavar="FILE", help="experiment, as experiments/smoke.py")
-    paths.add(parser, "--workdir", required=True, metavar="DIR", help="run directory; a run in it is resumed")
+    paths.add(parser, "--workdir", buckets=True, required=True, metavar="DIR", help="run directory, which may be a "
+        "gs:// or s3:// URL; a run in it is resumed")  # fmt: skip
     parser.add_argument("--fork", type=parse_fork, metavar="RUN@STEP", help="begin from a checkpoint of another run")
     args, rest = parser.parse_known_args()
     overrides = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]

@@ -103,6 +103,12 @@ def test_conditions(folder):
     assert path.remove(second) and not path.exists() and path.replace(b"4", second) is None
 
 
+def test_of_many_who_append_all_do(folder):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: (folder / "x").append(b"%d\n" % i), range(8)))
+    assert sorted((folder / "x").read_bytes().split()) == [b"%d" % i for i in range(8)]
+
+
 def test_of_many_who_create_one_does(folder):
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda i: (folder / "x").create(str(i).encode()), range(16)))

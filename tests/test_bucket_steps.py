@@ -15,7 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from k2jax import bucket
 from k2jax.bucket import BucketPath, at
 from k2jax.errors import ConfigError, StorageError
+from k2jax.run import reading
 from k2jax.run.bucket_steps import BucketSteps, chunk_shape, committed_steps
+from k2jax.run.mirror import Mirror
 
 TEXTS = {"data/metadata": lambda: "{}", "meta/meta.json": lambda: json.dumps({"step": 10})}
 
@@ -101,7 +103,8 @@ def test_what_killed_saves_and_deletes_left_is_deleted(workdir, arrays):
 def test_an_abandoned_step_is_complete_nowhere(workdir, arrays):
     steps = BucketSteps(workdir)
     save(steps, 10, arrays)
-    target = steps.abandon(10, "a bit has flipped")
+    target = workdir / "abandoned" / "10"
+    steps.abandon(10, target, "a bit has flipped")
     assert steps.all_steps() == [] and not (workdir / "checkpoints" / "10" / "meta").exists()
     assert json.loads((target / "meta.json").read_text()) == {"step": 10}
     assert json.loads((target / "why.json").read_text())["why"] == "a bit has flipped"
@@ -115,20 +118,23 @@ def test_who_has_lost_the_lease_completes_nothing(workdir, arrays):
 
     def check() -> None:
         asked.append(1)
-        if len(asked) == 2:
+        if len(asked) == 3:
             raise ConfigError("taken over by another")
 
-    steps = BucketSteps(workdir, check)
+    mirror = Mirror(workdir, check)
+    (mirror.local / "row").write_text("1")
+    steps = BucketSteps(workdir, mirror)
     with pytest.raises(ConfigError, match="taken over"):
         save(steps, 10, arrays)
-    assert steps.all_steps() == [] and len(asked) == 2
+    assert steps.all_steps() == [] and len(asked) == 3
+    assert (workdir / "row").exists(), "what a checkpoint closes over is there before it"
 
 
 def test_of_two_who_save_one_completes(workdir, arrays):
     save(BucketSteps(workdir), 10, arrays)
     kept = workdir.keys()
     with pytest.raises(
-        StorageError, match="checkpoint 10: another run has saved it to .*checkpoints/10 meanwhile"
+        ConfigError, match="checkpoint 10: another run has saved it to .*checkpoints/10 meanwhile"
     ):
         save(BucketSteps(workdir), 10, arrays)
     assert workdir.keys() == kept
@@ -139,14 +145,16 @@ def test_of_two_who_save_one_completes(workdir, arrays):
 
     slow = BucketSteps(workdir)
     slow.save(11, {"state": arrays}, {**TEXTS, "last": overtake})
-    with pytest.raises(StorageError, match="checkpoint 11: another run has saved it"):
+    with pytest.raises(ConfigError, match="checkpoint 11: another run has saved it"):
         slow.wait_until_finished()
 
 
 def test_a_server_that_fails_for_a_while_or_for_good(server, workdir, arrays, monkeypatch):
     monkeypatch.setattr(bucket, "RETRIES", {"max_retries": 6, "initial_delay": "5ms", "max_delay": "20ms"})
+    monkeypatch.setattr(reading, "WRITE_WAITS_S", (0.01,))
     bucket.forget()
-    steps = BucketSteps(workdir)
+    said: list[str] = []
+    steps = BucketSteps(workdir, log=said.append)
     server.fail(503, every=4)
     save(steps, 10, arrays)
     assert server.counted()["failed"] > 2 and committed_steps(workdir) == [10]
@@ -154,6 +162,7 @@ def test_a_server_that_fails_for_a_while_or_for_good(server, workdir, arrays, mo
     with pytest.raises(StorageError, match="503|retry") as error:
         save(steps, 11, arrays)
     assert "\n" not in str(error.value)
+    assert said and "arrays of checkpoint 11: cannot be written" in said[-1] and "trying again" in said[-1]
     server.heal()
     assert committed_steps(workdir) == [10]
     save(steps, 11, arrays)

@@ -42,9 +42,9 @@ def size(text: str) -> int:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    paths.add(parser, "--workdir", required=True, help="the run directory")
+    paths.add(parser, "--workdir", buckets=True, required=True, help="the run directory")
     parser.add_argument("--step", type=int, help="a checkpoint (default: the newest; with --verify the export's)")
-    paths.add(parser, "--out", required=True, metavar="DIR", help="the export; new, or empty")
+    paths.add(parser, "--out", buckets=True, required=True, metavar="DIR", help="the export; new, or empty")
     kinds = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=kinds, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--shard-size", type=size, default="5GB", help="of a file, at most (default: 5GB)")

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--topology", required=True, help="such as v5p:8x8x8, v6e:16x16, h100:8")
     parser.add_argument("--stage", help="name of the one stage to plan (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
-    paths.add(parser, "--workdir", metavar="DIR", help="run directory to keep the plan in, as plan.json")
+    paths.add(parser, "--workdir", buckets=True, metavar="DIR", help="run directory to keep the plan in, as plan.json")
     parser.add_argument("--search", action="store_true", help="try meshes, microbatches and remat; rank what fits")
     parser.add_argument("--fsdp", type=int, nargs="+", metavar="N", help="of --search: sizes of fsdp to try")
     parser.add_argument("--tensor", type=int, nargs="+", default=[1], metavar="N", help="of --search (default: 1)")

@@ -12,12 +12,12 @@ import json
 import math
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,15 +26,17 @@ import tensorstore as ts
 
 from k2jax import bucket
 from k2jax.bucket import BucketPath
-from k2jax.errors import StorageError
+from k2jax.errors import ConfigError, StorageError
 from k2jax.parallel import cluster
-from k2jax.run.reading import one_line
+from k2jax.run.lineage import Lineage, Policy
+from k2jax.run.mirror import Mirror
+from k2jax.run.reading import keep_writing, one_line
 
 CHUNK_BYTES = 1 << 27  # of an array in the bucket, at most: read, checked and decoded as a whole
 SMALL_BYTES = 1 << 23  # a device's part of a parameter up to this is one chunk, all layers in it
 WRITERS = 8  # arrays that a process writes at a time
 SAVE_LIMIT_S = 7200  # for all processes to have written theirs
-META = "meta/meta.json"
+META, INDEX = "meta/meta.json", "_METADATA"  # by which a step, and a part of one, are there
 Parts = Mapping[str, Mapping[str, jax.Array]]
 
 
@@ -43,12 +45,13 @@ class BucketSteps:
 
     Args:
         workdir: the run.
-        check: raises when this run is no longer the one that may write (a lease's); asked before a step is changed.
+        mirror: of its small files: put before a step is complete; and asked whether this run may still write.
+        log: is told of what fails and is tried again.
     """
 
-    def __init__(self, workdir: BucketPath, check: Callable[[], None] = lambda: None):
-        self.workdir, self.directory = workdir, workdir / "checkpoints"
-        self._check, self._saves = check, 0
+    def __init__(self, workdir: BucketPath, mirror: Mirror | None = None, log: Callable[[str], None] = print):
+        self.workdir, self.directory, self._log = workdir, workdir / "checkpoints", log
+        self._mirror, self._saves = mirror, 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -75,6 +78,15 @@ class BucketSteps:
     def is_saving_in_progress(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    def reload(self) -> None:
+        """Each listing is new."""
+
+    def check_for_errors(self) -> None:
+        """`wait_until_finished` raises them."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
     def wait_until_finished(self) -> None:
         """Raises what made the save fail, the same on every process."""
         if self._thread is not None:
@@ -97,7 +109,7 @@ class BucketSteps:
             f"save {self._saves}",
         )
 
-        committed, context = self.workdir / "committed" / str(step), bucket.context()
+        committed, contents = self.workdir / "committed" / str(step), dict[str, bytes]()
 
         def begin() -> None:
             self._check()
@@ -108,21 +120,34 @@ class BucketSteps:
 
         def write() -> None:
             for part, arrays in parts.items():
-                write_arrays(folder / part, arrays, cluster.index(), context)
+                write_arrays(folder / part, arrays, cluster.index(), bucket.context())
+
+        def write_patiently() -> None:
+            keep_writing(f"arrays of checkpoint {step}", write, self._log)
+            contents.update({file: content().encode() for file, content in texts.items()})
 
         def end() -> None:
             for part, arrays in parts.items():
-                merge_arrays(folder / part, arrays, cluster.count(), context)
-            for file, content in texts.items():
-                (folder / file).put(content().encode())
+                merge_arrays(folder / part, arrays, cluster.count(), bucket.context())
+            for file, content in contents.items():
+                (folder / file).put(content)
+            if self._mirror:  # with all rows up to the step
+                self._mirror.put()
             self._check()
             if not committed.create(_signed(step)):
                 raise _saved_by_another(step, folder)
             mark.unlink()
 
-        cluster.decide("begins a checkpoint", begin, SAVE_LIMIT_S, f"{name} begins")
-        cluster.together(f"writes checkpoint {step}", write, SAVE_LIMIT_S, f"{name} writes")
-        cluster.decide(f"completes checkpoint {step}", end, SAVE_LIMIT_S, f"{name} ends")
+        def patiently(what: str, act: Callable[[], None]) -> Callable[[], None]:
+            return lambda: keep_writing(f"{what} of checkpoint {step}", act, self._log)
+
+        cluster.decide(f"begins checkpoint {step}", patiently("the folder", begin), SAVE_LIMIT_S, f"{name} begins")
+        cluster.together(f"writes checkpoint {step}", write_patiently, SAVE_LIMIT_S, f"{name} writes")
+        cluster.decide(f"completes checkpoint {step}", patiently("the index", end), SAVE_LIMIT_S, f"{name} ends")
+
+    def _check(self) -> None:
+        if self._mirror:
+            self._mirror.check()
 
     # ---- taking away ---------------------------------------------------------------------------------------------
 
@@ -133,20 +158,16 @@ class BucketSteps:
         (self.workdir / "committed" / str(step)).unlink()
         self.delete_unfinished()
 
-    def abandon(self, step: int, why: str) -> BucketPath:
+    def abandon(self, step: int, target: BucketPath, why: str) -> None:
         """Takes a bad step out of the listing. Without renaming: its arrays lie where they are, until the run saves
-        that step again; its meta goes to the folder that is returned, so that no copy of it looks complete."""
+        that step again; its meta goes to the folder `target`, so that no copy of it looks complete."""
         self._check()
-        target, meta = self._abandoned(step), self.directory / str(step) / META
+        meta = self.directory / str(step) / META
         with suppress(FileNotFoundError):
             (target / "meta.json").put(meta.read_bytes())
         (target / "why.json").put(json.dumps({"step": step, "why": why}).encode())
         (self.workdir / "committed" / str(step)).unlink()
         meta.unlink()
-        return target
-
-    def _abandoned(self, step: int) -> BucketPath:
-        return self.workdir / "abandoned" / f"{step}-{time.strftime('%Y%m%dT%H%M%S')}"
 
     def delete_unfinished(self) -> None:
         """Deletes what killed saves, and killed deletes, have left."""
@@ -158,13 +179,40 @@ class BucketSteps:
             mark.unlink()
 
 
+class BucketLineage(Lineage):
+    """Which of them stay: the same policy, without renaming."""
+
+    def __init__(self, steps: BucketSteps, journal: Path | BucketPath, policy: Policy, log: Callable[[str], None]):
+        super().__init__(steps.directory, journal, policy, log)
+        self._steps = steps
+
+    def _is_there(self, step: int) -> bool:
+        return (self._steps.workdir / "committed" / str(step)).is_file()
+
+    def _has_moments(self, folder: BucketPath) -> bool:
+        return (folder / "moments" / INDEX).is_file()
+
+    def _put_away(self, step: int, target: BucketPath, why: str) -> None:
+        self._steps.abandon(step, target, why)
+
+    def _discard(self, path: BucketPath, name: str) -> None:
+        """A step, or the moments of one, whose index goes last: by it the next start finds what a kill left."""
+        if path.parent == self.directory:
+            self._steps.delete(int(path.name))
+        else:
+            path.delete_tree(last=INDEX)
+
+    def _empty_trash(self) -> None:
+        self._steps.delete_unfinished()
+
+
 def committed_steps(workdir: BucketPath) -> list[int]:
     """Those that are complete, oldest first."""
     return sorted(int(name) for name in (workdir / "committed").keys() if name.isdigit())
 
 
-def _saved_by_another(step: int, folder: BucketPath) -> StorageError:
-    return StorageError(f"checkpoint {step}: another run has saved it to {folder} meanwhile")
+def _saved_by_another(step: int, folder: BucketPath) -> ConfigError:
+    return ConfigError(f"checkpoint {step}: another run has saved it to {folder} meanwhile: one run a workdir")
 
 
 def _signed(step: int) -> bytes:
@@ -209,7 +257,7 @@ def merge_arrays(
         transaction.commit_async().result()
     except (ValueError, OSError) as error:
         raise StorageError(f"cannot write {folder}: {one_line(error)}") from error
-    (folder / "_METADATA").put(json.dumps(orbax_metadata(arrays)).encode())
+    (folder / INDEX).put(json.dumps(orbax_metadata(arrays)).encode())
 
 
 def orbax_metadata(arrays: Mapping[str, jax.Array]) -> dict[str, Any]:

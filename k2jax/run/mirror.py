@@ -29,7 +29,9 @@ class Mirror:
 
     def __init__(self, workdir: BucketPath, check: Callable[[], None], say: Callable[[str], None] = print):
         self.workdir, self.check, self.say = workdir, check, say
-        self.local = Path(tempfile.mkdtemp(prefix="k2jax-run-"))
+        self._temporary = Path(tempfile.mkdtemp(prefix="k2jax-run-"))
+        self.local = self._temporary / (workdir.name or workdir.bucket)
+        self.local.mkdir()
         self._generations: dict[str, bytes] = {}
         self._put: dict[str, tuple[int, int]] = {}  # size and time of each file as it was put
         self._one_at_a_time, self._stop = threading.Lock(), threading.Event()
@@ -85,13 +87,16 @@ class Mirror:
                 if not (self.workdir / name).remove(self._generations.pop(name)):
                     raise self._conflict(name)
 
-    def close(self) -> None:
-        """Puts the last, and removes the folder."""
+    def close(self, put: bool = True) -> None:
+        """Puts the last, if it shall, and removes the folder."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        self.put()
-        shutil.rmtree(self.local, ignore_errors=True)
+        try:
+            if put:
+                self.put()
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _files(self) -> list[Path]:
         return [p for p in sorted(self.local.rglob("*")) if p.is_file() and ".new-" not in p.name]

@@ -39,7 +39,7 @@ PATCHED = (
 )
 
 
-def arguments(data: Path, workdir: Path, overrides: dict[str, Any]) -> list[str]:
+def arguments(data: Path, workdir: Path | str, overrides: dict[str, Any]) -> list[str]:
     keys = [f"--config.{key}={value}" for key, value in overrides.items()]
     return [f"--config={data / 'tiny.py'}", f"--workdir={workdir}", *keys]
 
@@ -56,6 +56,7 @@ class Trainer:
         devices: int = 2,
         environment: dict[str, str] | None = None,
         patch: str = "",
+        url: str | None = None,  # of the run, in place of `workdir`, beside which the outputs lie
     ):
         number = len(list(workdir.parent.glob(f"{workdir.name}.out*")))
         self.output = workdir.parent / f"{workdir.name}.out{number}"
@@ -67,7 +68,7 @@ class Trainer:
         }
         with self.output.open("wb") as out, self.errors.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, *start, *arguments(data, workdir, overrides or {})],
+                [sys.executable, *start, *arguments(data, url or workdir, overrides or {})],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

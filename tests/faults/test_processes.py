@@ -168,7 +168,7 @@ def test_a_workdir_that_is_not_shared_is_found_at_start(start, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-SOON_SEEN = "from k2jax.run import directory; directory.SEEN_S = 1"
+SOON_SEEN = "from k2jax.run import holding; holding.SEEN_S = 1"
 
 
 @pytest.mark.processes
