@@ -96,6 +96,9 @@ class BucketPath:
     def with_name(self, name: str) -> "BucketPath":
         return self.parent / name
 
+    def with_suffix(self, suffix: str) -> "BucketPath":
+        return self.parent / f"{self.stem}{suffix}"
+
     def absolute(self) -> "BucketPath":
         return self
 
@@ -133,9 +136,11 @@ class BucketPath:
         return (self / name for name in sorted({key.split("/")[0] for key in self.keys()}))
 
     def glob(self, pattern: str) -> list["BucketPath"]:
-        """Of one level, as all patterns here are."""
-        assert "/" not in pattern and "**" not in pattern, pattern
-        return [path for path in self.iterdir() if fnmatchcase(path.name, pattern)]
+        """Without "**"."""
+        parts = pattern.split("/")
+        found = {tuple(key.split("/")[: len(parts)]) for key in self.keys()}
+        fits = [names for names in found if len(names) == len(parts) and all(map(fnmatchcase, names, parts))]
+        return [self.joinpath(*names) for names in sorted(fits)]
 
     def is_file(self) -> bool:
         """Of the object the listing alone is asked for, however large it is."""

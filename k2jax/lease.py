@@ -11,8 +11,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,22 @@ class Lease:
 
     def _content(self) -> bytes:
         return json.dumps({**self.holder, "renewals": self._renewals}).encode()
+
+
+@contextmanager
+def alone(path: BucketPath, what: str) -> Iterator[None]:
+    """The block runs with the lease on an object, for which others wait, in turn."""
+    lease = Lease(path, what)
+    while True:
+        try:
+            lease.take(lambda line: None)
+            break
+        except ConfigError:  # another has it, and works
+            time.sleep(lease.renew_s)
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 def _parse(data: bytes) -> dict[str, Any]:

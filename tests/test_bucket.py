@@ -53,6 +53,7 @@ def test_names():
         ".gz",
     )
     assert path.parent == at("gs://bucket/a/b") == at("gs://bucket") / "a" / Path("b")
+    assert str(path.with_suffix(".x.y")) == "gs://bucket/a/b/c.tar.x.y"
     assert path.with_name("d") == path.parent / "d" and {path: 1}[at(str(path))] == 1
     assert at("gs://b23/a") < at("s3://b23/a") and pickle.loads(pickle.dumps(path)) == path
     assert at("runs/x") == Path("runs/x") and at(path) is path
@@ -78,6 +79,7 @@ def test_objects(folder):
     (folder / "marker/").parent  # noqa: B018
     assert folder.keys() == ["a/b", "c.json", ODD]
     assert [path.name for path in folder.iterdir()] == ["a", "c.json", ODD]
+    assert folder.glob("*/*") == [folder / "a" / "b"] and folder.glob("a*") == [folder / "a"]
     assert folder.glob("*.json") == [folder / "c.json"] and (folder / "c.json").read_text() == "ü"
     assert (
         folder.is_dir()

@@ -28,11 +28,10 @@ from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import parameter_table
 from k2jax.parallel import cluster
 from k2jax.run import drift
-from k2jax.run.bucket_steps import committed_steps
 from k2jax.run.fork import fork, new_name, read_fork
 from k2jax.run.holding import InBucket, OnDisk
 from k2jax.run.identity import epochs_of
-from k2jax.run.saved import open_step, saved_steps
+from k2jax.run.saved import open_step, steps_so_far
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 ENVIRONMENT = (
@@ -83,7 +82,7 @@ class RunDirectory:
     def _check(self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]) -> None:
         for name in OWN_FILES:
             files.remove_leftovers(self.path, name, alone=True)
-        step = _newest_step(self.place)
+        step = max(steps_so_far(self.place), default=None)
         if step is not None:
             with suppress(StorageError):  # of a damaged meta, which is not the one that will be restored
                 saved = open_step(self.place, step)
@@ -206,13 +205,6 @@ def _refuse(differences: dict[str, tuple], allowed: tuple[str, ...], what: str) 
             f"{what}, {len(refused)} key(s) differ: {shown}. Use another workdir, undo the change, or allow it: "
             f"--config.allow_drift='{tuple(refused)!r}'"
         )
-
-
-def _newest_step(path: Path | BucketPath) -> int | None:
-    """Of the checkpoints that are there; None without any."""
-    if isinstance(path, BucketPath):
-        return max(committed_steps(path), default=None)
-    return max(saved_steps(path), default=None) if (path / "checkpoints").is_dir() else None
 
 
 def _is_same_file(a: str, b: Path) -> bool:

@@ -59,6 +59,13 @@ def saved_steps(workdir: str | Path | BucketPath) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta" / "meta.json").exists())
 
 
+def steps_so_far(workdir: Path | BucketPath) -> list[int]:
+    """As `saved_steps`; of a run that has saved nothing yet none."""
+    if isinstance(workdir, BucketPath):
+        return committed_steps(workdir)
+    return saved_steps(workdir) if (workdir / "checkpoints").is_dir() else []
+
+
 def open_step(workdir: str | Path | BucketPath, step: int | None = None) -> SavedStep:
     """The checkpoint of a step, by default the newest. Nothing of its arrays is read yet.
 

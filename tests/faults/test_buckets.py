@@ -1,8 +1,8 @@
 """Runs in buckets: trained, killed and resumed on real servers, and read from there by every reader."""
 
 import json
+import runpy
 import signal
-import subprocess
 import sys
 
 import buckets
@@ -10,9 +10,13 @@ import pytest
 from conftest import REPOSITORY
 
 from faults import runs
-from k2jax import bucket
+from k2jax import bucket, evaluate, generate
 from k2jax.bucket import at
+from k2jax.errors import run_main
 from k2jax.run.bucket_steps import committed_steps
+from k2jax.upload import local_copy
+
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
@@ -23,15 +27,101 @@ def server(request):
     bucket.forget()
 
 
-def test_kill_and_resume(server, tiny_data, straight, start, tmp_path):
-    """Ledger, chain and digests are those of an undisturbed run on a disk, whatever the server does meanwhile."""
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """`run(program, *arguments)`: what it prints; its exit code is 0."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setenv("JAX_CPU_ENABLE_ASYNC_DISPATCH", "true")  # a tool sets it: the old value comes back
+
+    def run(program: object, *arguments: str) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [str(program), *arguments])
+        code = 0
+        try:
+            if isinstance(program, str):
+                monkeypatch.syspath_prepend((REPOSITORY / program).parent)
+                runpy.run_path(str(REPOSITORY / program), run_name="__main__")
+            else:
+                run_main(program.main)
+        except SystemExit as end:
+            code = end.code or 0
+        out, error = capsys.readouterr()
+        assert code == 0, (code, out, error)
+        return out
+
+    return run
+
+
+def same_as(straight, url: str) -> None:
+    """The run at a URL is that one on a disk: rows, chain, digests, and nothing half-written is left."""
+    with local_copy(at(url)) as copy:
+        assert runs.ledger_rows(copy) == runs.ledger_rows(straight)
+        assert runs.metric_rows(copy) == runs.metric_rows(straight)
+        runs.ledger(copy).verify()
+        assert runs.meta(copy, 25)["digests"] == runs.meta(straight, 25)["digests"]
+        assert (copy / "tensorboard").is_dir() and (copy / "validation.json").exists()
+    left = {key.split("/")[0] for key in at(url).keys()}
+    assert left.isdisjoint({"lock", "saving", "abandoned"}), left
+
+
+def test_kill_and_resume(server, straight, start, tmp_path):
+    """Ledger, metrics and digests are those of an undisturbed run on a disk, whatever the server does meanwhile."""
     url = f"{server.bucket()}/runs/tiny #1"
-    killed = start(tmp_path / "a", url=url, environment=runs.READ_ONLY_CACHE)
+    killed = start(tmp_path / "run", url=url, environment=runs.READ_ONLY_CACHE)
     killed.wait_for("saved 10")
     killed.signal(signal.SIGKILL)
     killed.wait(-signal.SIGKILL)
+    assert committed_steps(at(url)) == [10] and (at(url) / "lock").exists()
     server.fail(503, every=40)
-    told = start(tmp_path / "b", url=url).wait(0)
+    told = start(tmp_path / "run", url=url).wait(0)
+    assert server.counted()["failed"] > 1
     server.heal()
-    print(told)
+    assert "resuming after step 10 of 25" in told
     assert committed_steps(at(url)) == [10, 20, 25]
+    same_as(straight, url)
+
+
+def test_every_reader_takes_the_url(server, tiny_data, command, run, tmp_path):
+    """What they say of a run in a bucket is what they say of the same run on a disk."""
+    url, out, here = f"{server.bucket()}/runs/tiny #1", f"{server.bucket()}/out", tmp_path / "run"
+    for place in (url, here):
+        ended = command.train(tiny_data, place)
+        assert ended.code == 0, ended
+    where_they_are = [f"--workdir={here}", f"--workdir={url}"]
+
+    def same(program: object, *arguments: str) -> str:
+        here, there = (run(program, place, *arguments) for place in where_they_are)
+        assert there == here, program
+        return there
+
+    rows = same("tools/which_docs.py", "--step=7", "--json").splitlines()
+    document = json.loads(rows[0])["documents"][0]["id"]
+    assert "step" in same("tools/which_steps.py", f"--doc={document}")
+    same(generate, "--prompt=the", "--max-new-tokens=4", "--json", "--step=20")
+    defer = ("--defer=24:25", "--steps", "--at-step=20", "--why=a test")
+    run("tools/journal.py", where_they_are[1], *defer)
+    assert "a test" in run("tools/journal.py", where_they_are[1], "--list")
+    (at(url) / "journal.jsonl").unlink()
+
+    found = json.loads(run(evaluate, where_they_are[1], "--tasks=validation", "--steps=all", "--json"))
+    assert found["new"] == 3 and [r["step"] for r in found["results"]] == [10, 20, 25]
+    again = json.loads(run(evaluate, where_they_are[1], "--tasks=validation", "--steps=all", "--json"))
+    assert again["new"] == 0 and again["results"] == found["results"]
+
+    chunks = [tmp_path / "chunks", f"{out}/chunks"]
+    for place, to in zip(where_they_are, chunks, strict=True):
+        run("tools/export_chunks.py", place, f"--out={to}")
+    assert "left as it is" in run("tools/export_chunks.py", where_they_are[1], f"--out={chunks[1]}")
+    with local_copy(at(chunks[1])) as copy:
+        for name in ("chunks.json", "chunk_00001.parquet", "README.md"):
+            assert (copy / name).read_bytes() == (chunks[0] / name).read_bytes()
+
+    run("tools/convert_to_hf.py", where_they_are[1], f"--out={out}/hf", "--step=25", "--shard-size=100KB")
+    run("tools/convert_to_hf.py", where_they_are[0], f"--out={tmp_path / 'hf'}", "--step=25", "--shard-size=100KB")
+    with local_copy(at(f"{out}/hf")) as copy:
+        names = {path.name for path in copy.iterdir()}
+        assert names == {path.name for path in (tmp_path / "hf").iterdir()} and "parity.json" in names
+        for name in (name for name in names if name.endswith(".safetensors")):
+            assert (copy / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    run("tools/convert_to_hf.py", where_they_are[1], f"--out={out}/hf", "--verify")
