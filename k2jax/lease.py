@@ -27,8 +27,8 @@ LEASE_S, RENEW_S = 60.0, 10.0
 class Lease:
     """One holder at a time has the object `path`; `what` is what it stands for, in messages."""
 
-    def __init__(self, path: BucketPath, what: str, lease_s: float = LEASE_S, renew_s: float = RENEW_S):
-        self.path, self.what, self.lease_s, self.renew_s = path, what, lease_s, renew_s
+    def __init__(self, path: BucketPath, what: str, lease_s: float | None = None, renew_s: float | None = None):
+        self.path, self.what, self.lease_s, self.renew_s = path, what, lease_s or LEASE_S, renew_s or RENEW_S
         self.holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),

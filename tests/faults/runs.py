@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,15 +155,15 @@ def pair(
     workdir: Path,
     overrides: dict[str, Any] | None = None,
     *,
-    each: tuple[dict[str, Any], ...] = ({}, {}),
+    each: Sequence[dict[str, Any]] = ({}, {}),
     workdirs: tuple[Path, ...] | None = None,
     **kwargs: Any,
 ) -> list[Trainer]:
-    """Two processes of one run over loopback; `each` has what one of them is told alone."""
+    """Processes of one run over loopback, one for each of `each`, which has what that one is told alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(each))}
     return [
         start(
             workdirs[index] if workdirs else workdir,
@@ -171,7 +171,7 @@ def pair(
             environment={**common, "JAX_PROCESS_ID": str(index)},
             **kwargs,
         )
-        for index in (0, 1)
+        for index in range(len(each))
     ]
 
 

@@ -1,9 +1,14 @@
 """Runs in buckets: trained, killed and resumed on real servers, and read from there by every reader."""
 
+import faulthandler
 import json
+import os
+import random
+import re
 import runpy
 import signal
 import sys
+import time
 
 import buckets
 import pytest
@@ -16,7 +21,7 @@ from k2jax.errors import run_main
 from k2jax.run.bucket_steps import committed_steps
 from k2jax.upload import local_copy
 
-pytestmark = pytest.mark.processes
+SHORT_LEASE = "from k2jax import lease; lease.LEASE_S, lease.RENEW_S = 3.0, 0.3"
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
@@ -60,28 +65,31 @@ def same_as(straight, url: str) -> None:
         assert runs.metric_rows(copy) == runs.metric_rows(straight)
         runs.ledger(copy).verify()
         assert runs.meta(copy, 25)["digests"] == runs.meta(straight, 25)["digests"]
-        assert (copy / "tensorboard").is_dir() and (copy / "validation.json").exists()
+        assert (copy / "validation.json").exists()
     left = {key.split("/")[0] for key in at(url).keys()}
     assert left.isdisjoint({"lock", "saving", "abandoned"}), left
 
 
+@pytest.mark.processes
 def test_kill_and_resume(server, straight, start, tmp_path):
     """Ledger, metrics and digests are those of an undisturbed run on a disk, whatever the server does meanwhile."""
-    url = f"{server.bucket()}/runs/tiny #1"
-    killed = start(tmp_path / "run", url=url, environment=runs.READ_ONLY_CACHE)
+    url, overrides = f"{server.bucket()}/runs/tiny #1", {"log.tensorboard": True}
+    killed = start(tmp_path / "run", overrides, url=url, environment=runs.READ_ONLY_CACHE)
     killed.wait_for("saved 10")
     killed.signal(signal.SIGKILL)
     killed.wait(-signal.SIGKILL)
     assert committed_steps(at(url)) == [10] and (at(url) / "lock").exists()
     server.fail(503, every=40)
-    told = start(tmp_path / "run", url=url).wait(0)
+    told = start(tmp_path / "run", overrides, url=url).wait(0)
     assert server.counted()["failed"] > 1
     server.heal()
     assert "resuming after step 10 of 25" in told
     assert committed_steps(at(url)) == [10, 20, 25]
+    assert len((at(url) / "tensorboard").keys()) == 2  # a launch has one
     same_as(straight, url)
 
 
+@pytest.mark.processes
 def test_every_reader_takes_the_url(server, tiny_data, command, run, tmp_path):
     """What they say of a run in a bucket is what they say of the same run on a disk."""
     url, out, here = f"{server.bucket()}/runs/tiny #1", f"{server.bucket()}/out", tmp_path / "run"
@@ -125,3 +133,69 @@ def test_every_reader_takes_the_url(server, tiny_data, command, run, tmp_path):
         for name in (name for name in names if name.endswith(".safetensors")):
             assert (copy / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     run("tools/convert_to_hf.py", where_they_are[1], f"--out={out}/hf", "--verify")
+
+
+@pytest.mark.processes
+def test_a_second_trainer_waits_its_turn(server, start, tmp_path):
+    """While one trains another is refused; of one that is stopped it takes over, and that one writes nothing more."""
+    url, slow = f"{server.bucket()}/run", {"checkpoint.every_steps": 1, "data.workers": 0}
+    first = start(tmp_path / "first", slow, url=url, patch=SHORT_LEASE)
+    first.wait_for("starting at step 1")
+    refused = start(tmp_path / "second", slow, url=url, patch=SHORT_LEASE).wait_for_error(78)
+    assert re.search(rf"--workdir={url} is in use by another run \(host .*, pid {first.process.pid}, since", refused)
+    first.wait_for("saved 2")
+    first.signal(signal.SIGSTOP)
+    second = start(tmp_path / "third", slow, url=url, patch=SHORT_LEASE)
+    second.wait_for("resuming after step")
+    first.signal(signal.SIGCONT)
+    first.wait(78)
+    assert "has been taken over by host" in first.told()
+    second.wait(0)
+
+
+@pytest.mark.processes
+def test_two_processes(server, straight, start, tmp_path):
+    """Each writes its own shards; one is killed, both end, and the same command goes on."""
+    url = f"{server.bucket()}/run"
+    pair = runs.pair(start, tmp_path / "run", url=url, devices=1)
+    pair[0].wait_for("saved 10")
+    pair[1].signal(signal.SIGKILL)
+    pair[0].wait(70)
+    told = runs.pair(start, tmp_path / "run", url=url, devices=1)[0].wait(0)
+    assert any(line.startswith("resuming after step ") for line in told)
+    parts = {key.split("/")[3] for key in at(url).keys() if key.startswith("checkpoints/25/params/ocdbt.process_")}
+    assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
+    same_as(straight, url)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_four_processes_killed_twelve_times(server, straight, start, tmp_path):
+    """4 processes of 2 devices, any one of them killed at any moment: what the run computes never changes.
+
+    The moments are of a fixed seed; timing adds chance of its own. KILLS in the environment is another number of them.
+    """
+    faulthandler.dump_traceback_later(3600, exit=True)  # in place of the fixture's
+    url, draw, kills = f"{server.bucket()}/run", random.Random(12), int(os.environ.get("KILLS", "12"))
+    overrides = {"checkpoint.every_steps": 2}
+    reference = start(tmp_path / "here", overrides, devices=8)
+    reference.wait(0)
+    server.fail(503, every=97)
+    for kill in range(kills):
+        four = runs.pair(start, tmp_path / "run", overrides, url=url, each=[{}] * 4, devices=2, patch=SHORT_LEASE)
+        four[0].wait_for("resuming after" if committed_steps(at(url)) else "starting at step 1")
+        end = time.monotonic() + draw.uniform(0, 12)
+        while time.monotonic() < end and four[0].process.poll() is None:
+            time.sleep(0.05)
+        done = four[0].process.poll() == 0
+        victim = draw.randrange(4)
+        four[victim].signal(signal.SIGKILL)
+        for trainer in four:
+            trainer.process.wait(120)
+        print(f"kill {kill + 1}: process {victim}; steps {committed_steps(at(url))}", flush=True)
+        if done:
+            break
+    four = runs.pair(start, tmp_path / "run", overrides, url=url, each=[{}] * 4, devices=2, patch=SHORT_LEASE)
+    four[0].wait(0)
+    server.heal()
+    same_as(tmp_path / "here", url)
