@@ -118,7 +118,9 @@ def test_of_many_who_create_one_does(folder):
     assert (folder / "x").read() == (str(winner).encode(), made[winner])
 
 
-def test_errors_that_pass(server, folder):
+def test_errors_that_pass(server, folder, monkeypatch):
+    monkeypatch.setattr(bucket, "RETRIES", {"max_retries": 6, "initial_delay": "10ms", "max_delay": "20ms"})
+    bucket.forget()
     server.fail(503, every=3)
     assert all((folder / str(i)).create(b"1") for i in range(3))
     assert len(folder.keys()) == 3 and server.counted()["failed"] > 0
