@@ -24,6 +24,7 @@ from k2jax import config as configuration
 from k2jax import files
 from k2jax.data.epochs import Epoch, epoch_path, has_epochs, new_epoch, read_epochs, write_epoch
 from k2jax.data.journal import read_journal
+from k2jax.data.launches import read_launches, write_launches
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import parameter_table
 from k2jax.parallel import cluster
@@ -190,11 +191,10 @@ class RunDirectory:
         self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int], step: int | None
     ) -> None:
         """One entry a launch: a run may move between machines, and restarts must not go on for ever without a step."""
-        path = self.path / "environment.json"
-        launches = files.read_json(path)["launches"] if path.exists() else []
+        launches = read_launches(self.path)
         most, same = config.checkpoint.max_launches, 0
         for launch in reversed(launches):
-            if launch["newest_step"] != step or launch.get("done"):
+            if launch.get("newest_step") != step or launch.get("done"):
                 break
             same += 1
         if most and same >= most:
@@ -205,16 +205,14 @@ class RunDirectory:
             )
         stores = {store["root_digest"]: store["path"] for store in manifest["stores"].values()}
         launch = {**environment(mesh_shape), "newest_step": step, "stores": stores}
-        files.write_json(path, {"launches": [*launches, launch]}, sort_keys=True, end="")
+        write_launches(self.path, [*launches, launch])
 
     def end(self) -> None:
         """Notes that this launch came to the end of the run."""
 
         def note() -> None:
-            path = self.path / "environment.json"
-            launches = files.read_json(path)["launches"]
-            launches[-1]["done"] = True
-            files.write_json(path, {"launches": launches}, sort_keys=True, end="")
+            *earlier, launch = read_launches(self.path)
+            write_launches(self.path, [*earlier, {**launch, "done": True}])
 
         cluster.decide("ends the run", note)
 
