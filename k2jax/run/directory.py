@@ -142,6 +142,8 @@ class RunDirectory:
     def _begin(
         self, config: ConfigDict, manifest: dict[str, Any], restored: dict[str, Any] | None
     ) -> tuple[list[Epoch], list[dict[str, Any]]]:
+        if restored is None:
+            self._check_begins()
         kept = epochs_of(self.path, restored) if restored else []
         epoch = self._next(kept, config, manifest, restored["step"] if restored else 0)
         there = read_epochs(self.path) if has_epochs(self.path) else []
@@ -155,6 +157,17 @@ class RunDirectory:
         if epoch and epoch not in there:
             write_epoch(self.path, epoch)
         return [*kept, epoch] if epoch else kept, read_journal(self.path / "journal.jsonl")
+
+    def _check_begins(self) -> None:
+        """Raises StorageError where there must have been a checkpoint: a run never starts from scratch in silence."""
+        first = read_epochs(self.path)[0] if has_epochs(self.path) else None
+        imported, records = first is not None and first.manifest is None, self.path / "ledger" / "records.jsonl"
+        if imported or read_fork(self.path) or (records.exists() and records.stat().st_size):
+            was = "an import" if imported else "a run that had checkpoints"
+            raise StorageError(
+                f"--workdir={self.path} holds {was}, and none is there: restore checkpoints/ from a copy, or use a new "
+                f"workdir"
+            )
 
     def _put_away(self, epoch: Epoch) -> None:
         place = self.path / "abandoned" / f"epoch-{epoch.number:04d}-{epoch.digest[:12]}.json"
