@@ -58,6 +58,6 @@ def _check_ledger(workdir: Path, meta: dict[str, Any]) -> None:
     for step, digest, needed in ((meta["step"], meta["digest"], False), (parent["step"], parent.get("digest"), True)):
         if step and recorded.get(step, None if needed else digest) != digest:
             raise StorageError(
-                f"{path}: of step {step} it records checkpoint {str(recorded.get(step))[:12]}, the one there is, or that "
+                f"{path}: of step {step} it records checkpoint {str(recorded.get(step))[:12]}, the one there, or that "
                 f"the next names, is {digest[:12]}: of another run, or replaced; put the run's own files back"
             )
