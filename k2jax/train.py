@@ -6,11 +6,13 @@ The order within a step is fixed: preempted? -> batch -> step -> the previous st
 The metrics of a step are read before its state is saved, and never before the next step is under way otherwise.
 """
 
+from k2jax import stopping
 from k2jax.parallel.host_memory import keep_freed_memory, use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()
     keep_freed_memory()  # before the imports below, some of which start threads
+    stopping.watch()  # they take seconds, in which a signal may come
 
 import argparse
 import sys
@@ -41,6 +43,7 @@ from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import RunDirectory
 from k2jax.run.ledger import Ledger, StepLog
 from k2jax.run.state import TrainState
+from k2jax.text import shown
 from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import init_state
 from k2jax.training.placement import check_mesh, make_state, mesh_for, move_params, place_state
@@ -73,6 +76,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         step = saved = int(state.step)
         if checkpoints.last_meta:
             run.check_restored(checkpoints.last_meta, config)
+        stopping.at_once(f"step {step} is saved" if step else "before the first step")
         if step:
             check_resume(journal, checkpoints.last_data["order"], order, step)
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
@@ -98,6 +102,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         recorder.saved(checkpoints.wait())
         recorder.close()
         checkpoints.close()
+        stopping.at_once(f"step {order.num_steps} is saved, what ends a run is not made")
         report(config, state, mesh, stores, manifest, run.path)
 
 
@@ -149,13 +154,13 @@ def stop(
     state: TrainState,
     step: int,
 ) -> NoReturn:
-    """After a SIGTERM to any process: makes `step` a checkpoint if it is none, and ends the run."""
+    """After a signal to any process: makes `step` a checkpoint if it is none, and ends the run."""
     if save is not None:
         save(state, step)
     recorder.saved(checkpoints.wait())
     recorder.close()
     done = f"; step {step} is saved" if step else " before the first step"
-    raise Preempted(f"stopped by SIGTERM{done}: run the same command to go on")
+    raise Preempted(f"stopped by {stopping.name()}{done}: run the same command to go on")
 
 
 def report(
@@ -205,7 +210,7 @@ def is_multiple(step: int, every: int) -> bool:
 
 def say(line: str) -> None:
     if cluster.is_main():
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(shown(line), file=sys.stdout)
         sys.stdout.flush()
 
 

@@ -6,11 +6,11 @@ Each stage can be stopped and goes on where it was. data.json, written last, say
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import k2jax
+from k2jax import errors, locks
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
@@ -29,6 +30,7 @@ from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
 from k2jax.prepare.tokenise import Bucket
+from k2jax.text import redacted
 
 FORMAT = 2
 
@@ -43,6 +45,7 @@ def build(
     documents and stores, several times the documents' size. Raises ConfigError if `out` holds anything else, was begun
     with another recipe or other documents, or is being worked in; StorageError if it cannot be written.
     """
+    errors.keep_files_ours()
     out = Path(out).absolute()
     workers = workers or os.cpu_count() or 1
     was_there = (out / "data.json").exists()
@@ -101,7 +104,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     join = partial(_join, config=plain, out=out, names=names, options=options)
     engine.run(Stage("stores", len(names), join))
 
-    data = {"format": FORMAT, "config": json.loads(json.dumps(plain)), **options, "inputs": inputs}
+    data = {"format": FORMAT, "config": redacted(plain), **options, "inputs": inputs}
     data |= _summary(config, out, names)
     card.write_card(out, data)
     write_json(out / "data.json", data)
@@ -222,13 +225,9 @@ def _claimed(config: ConfigDict, out: Path) -> Iterator[None]:
     begun = out / "stages" / "recipe.json"
     if not begun.exists() and any(path.name != "stages" for path in out.iterdir()):
         raise ConfigError(f"--out={out}: holds files that are no preparation of ours; choose an empty folder")
-    begun.parent.mkdir(exist_ok=True)
-    with open(begun.parent / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"--out={out}: another process is preparing data there; wait for it") from error
-        wanted = {"config": config.to_dict(), "version": k2jax.__version__}
+    begun.parent.mkdir(exist_ok=True, mode=0o700)  # tasks are told what to read with the credentials of its URLs
+    with _locked(begun.parent / "lock", out):
+        wanted = {"config": redacted(config.to_dict()), "version": k2jax.__version__}
         if not begun.exists():
             write_json(begun, wanted)
         _check_recipe(json.loads(begun.read_text())["config"], config, out, "was begun with")
@@ -237,9 +236,16 @@ def _claimed(config: ConfigDict, out: Path) -> Iterator[None]:
         yield
 
 
+def _locked(path: Path, out: Path) -> locks.Lock:
+    try:
+        return locks.hold(path, f"host {socket.gethostname()}, pid {os.getpid()}")
+    except locks.Held as holder:
+        raise ConfigError(f"--out={out}: another process ({holder}) is preparing data there; wait for it") from None
+
+
 def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str) -> None:
     """Raises ConfigError if another recipe made what lies in `out`."""
-    wanted = json.loads(json.dumps(config.to_dict()))
+    wanted = redacted(config.to_dict())
     made = {"eos": "", **made}  # before there was the key
     if made != wanted:
         changes = "; ".join(

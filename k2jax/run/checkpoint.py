@@ -84,7 +84,7 @@ class Checkpoints:
     ):
         workdir = workdir.absolute()  # Orbax takes no other
         self.directory, self.abandoned, self.log = workdir / "checkpoints", workdir / "abandoned", log
-        read_only = keep_steps is None
+        read_only, self._told_of_trash = keep_steps is None, False
         if not read_only:
             self._empty_trash()
         policy = keep.AnyPreservationPolicy(
@@ -122,8 +122,14 @@ class Checkpoints:
 
     def _empty_trash(self) -> None:
         """Orbax moves old steps to this folder, so that no kill leaves one half deleted; nothing else empties it."""
-        if cluster.is_main() and (self.directory / "trash").exists():
-            shutil.rmtree(self.directory / "trash")
+        trash = self.directory / "trash"
+        if cluster.is_main() and trash.exists():
+            shutil.rmtree(trash, ignore_errors=True)
+            # NFS keeps a file that somebody has open, as .nfs...: until they close it, and it costs nothing but room.
+            if trash.exists() and not self._told_of_trash:
+                self._told_of_trash = True
+                stays = ", ".join(path.name for path in trash.rglob("*") if path.is_file())
+                self.log(f"{trash} cannot be emptied yet: {stays} stays; tried again at each save")
 
     # ---- save --------------------------------------------------------------------------------------------------
 
