@@ -110,6 +110,7 @@ def run_main(main: Callable[[], None], *, prints: bool = False) -> None:
 
 def _run(main: Callable[[], None]) -> None:
     try:
+        _check_arguments()
         main()
         sys.stdout.flush()
     except RunError as error:
@@ -130,6 +131,18 @@ def _run(main: Callable[[], None]) -> None:
         else:
             print_trace(error)
         _exit(as_ours.exit_code, str(as_ours))
+
+
+def _check_arguments() -> None:
+    """Neither a tokenizer nor the libraries that store arrays take text that is no Unicode."""
+    for argument in sys.argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{argument}: is no text in UTF-8: write or name it so; if it is, this locale hides it "
+                f"({sys.getfilesystemencoding()}): set PYTHONUTF8=1"
+            ) from None
 
 
 def print_error(error: object) -> None:

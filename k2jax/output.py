@@ -53,6 +53,10 @@ class Output:
         """As of any stream."""
         self._try(self._stream.flush)
 
+    def close(self) -> None:
+        """Standard streams stay open: absl's handler would close what it finds is no longer sys.stderr."""
+        self.flush()
+
     def settle(self) -> None:
         """What cannot be written by now never will be: Python would try at its end, and change the exit code."""
         try:
@@ -82,9 +86,8 @@ class Output:
         self._to_nowhere()
         if self._ends:
             raise OutputClosed
-        other = sys.stderr if self is sys.stdout else sys.stdout
-        other.write(f"{getattr(self, 'name', 'an output')} is gone ({why}): what follows is not printed there\n")
-        other.flush()
+        if self is sys.stdout:  # which may be read by a program: nothing else is ever said there
+            print(f"the standard output is gone ({why}): this goes on without it", file=sys.stderr, flush=True)
 
     def _to_nowhere(self) -> None:
         """The descriptor itself: libraries in C write to it, too."""
