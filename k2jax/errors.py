@@ -93,10 +93,11 @@ class Ended(BaseException):
         self.exit_code = 128 + number
 
 
-def run_main(main: Callable[[], None], *, prints: bool = False) -> None:
+def run_main(main: Callable[[], None], *, prints: bool = False, raw: bool = False) -> None:
     """Runs a command's `main` and exits: 0, or a RunError's one line on stderr and its exit code.
 
-    A command that makes nothing but what it `prints` is over when nobody reads that; any other goes on.
+    A command that makes nothing but what it `prints` is over when nobody reads that; any other goes on. `raw` is text
+    that is somebody's data: a file or pipe gets it as it is.
     """
     # A failed save is one line of ours; without this there are hundreds: Orbax logs, with tracebacks, what it then
     # raises, leaves tasks that nobody waits for, and closes an event loop that TensorStore calls back into.
@@ -104,7 +105,7 @@ def run_main(main: Callable[[], None], *, prints: bool = False) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _hide_closed_loops
     keep_files_ours()
-    with output.guarded(ends=prints), _ended_by_signals():
+    with output.guarded(ends=prints, raw=raw), _ended_by_signals():
         _run(main)
 
 

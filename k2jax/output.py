@@ -1,10 +1,11 @@
 """What a command prints: nothing of it ends or commands anything, whatever becomes of the terminal, pipe or file.
 
-    with output.guarded(ends=False): ...      around a whole command
+    with output.guarded(ends=False, raw=False): ...      around a whole command
 
-A terminal that cannot show a character gets an escape, and obeys none that came with text from outside. Where the
-output is gone (a closed pipe, a closed terminal, a full disk under the log), a command goes on without it, or, where it
-makes nothing else (`ends`), is over.
+A character that cannot be encoded becomes an escape, and so do control characters, which come with text from outside
+(in a pipe or a file, too, unless the output is `raw`: logs are looked at in terminals). Where the output is gone (a
+closed pipe, a closed terminal, a full disk under the log), a command goes on without it, or, where it makes nothing
+else (`ends`), is over.
 """
 
 import errno
@@ -28,20 +29,20 @@ class OutputClosed(BaseException):
 
 
 class Output:
-    """Text stream around another; `keeps` what of control sequences passes to a terminal."""
+    """Text stream around another; what `keeps` matches of control sequences passes."""
 
-    def __init__(self, stream: Any, *, keeps: re.Pattern | None, ends: bool):
+    def __init__(self, stream: Any, *, keeps: re.Pattern | None = None, ends: bool = False, raw: bool = False):
         self._stream, self._keeps, self._ends, self._gone = stream, keeps, ends, False
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-        self._is_terminal = stream.isatty()
+        self._escapes = stream.isatty() or not raw
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, string: str) -> int:
         """As of any stream; raises nothing but OutputClosed."""
-        self._try(lambda: self._stream.write(self._shown(string) if self._is_terminal else string))
+        self._try(lambda: self._stream.write(self._shown(string) if self._escapes else string))
         return len(string)
 
     def writelines(self, lines: Any) -> None:
@@ -101,13 +102,12 @@ class Output:
 
 
 @contextmanager
-def guarded(*, ends: bool) -> Iterator[None]:
+def guarded(*, ends: bool, raw: bool) -> Iterator[None]:
     """Stdout and stderr as `Output` for as long as the block runs."""
     _open_standard_descriptors()
     before = sys.stdout, sys.stderr
     out, err = (stream or open(os.devnull, "w") for stream in before)
-    sys.stdout = Output(out, keeps=None, ends=ends)
-    sys.stderr = Output(err, keeps=KEPT, ends=False)
+    sys.stdout, sys.stderr = Output(out, ends=ends, raw=raw), Output(err, keeps=KEPT)
     try:
         yield
     finally:

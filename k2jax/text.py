@@ -26,8 +26,8 @@ MARKUP = re.compile(r"([\\`*_\[\]<>#|~&@$:]|(?<=www)\.)", re.IGNORECASE)
 
 
 def printable(text: str) -> str:
-    """Text that no terminal obeys: control characters as escapes, but for tabs and line feeds."""
-    return CONTROL.sub(lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text)
+    """Text that no terminal obeys: control characters as escapes of JSON, but for tabs and line feeds."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 def without_secrets(text: str) -> str:

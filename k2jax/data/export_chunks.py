@@ -269,7 +269,7 @@ def _locked(out: Path, chunk: int) -> locks.Lock:
 
 def _read_entry(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:

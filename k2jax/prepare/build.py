@@ -113,7 +113,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
 
 def _check_inputs(inputs: dict[str, Any], stages: Path) -> None:
     """The files of the subsets must be those that were dealt when this preparation began."""
-    began = json.loads((stages / "clean" / "files" / "summary.json").read_text())
+    began = json.loads((stages / "clean" / "files" / "summary.json").read_bytes())
     if changed := [name for name in inputs if inputs[name] != began.get(name)]:
         raise ConfigError(
             f"--out={stages.parent}: the files of subset {changed[0]} have changed since this preparation began "
@@ -126,7 +126,7 @@ def _buckets(config: ConfigDict, stages: Path) -> list[Bucket]:
     ranks: dict[str, list[int]] = {}
     num_bytes: dict[str, int] = {}
     for rank, task in enumerate(recipe.tasks(config)):
-        counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_text())
+        counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_bytes())
         ranks.setdefault(task.subset, []).append(rank)
         num_bytes[task.subset] = num_bytes.get(task.subset, 0) + counts["kept"]["bytes"]
     return [
@@ -140,7 +140,7 @@ def _tallies(config: ConfigDict, folder: Path) -> dict[str, dict[str, Any]]:
     """What the tasks of a stage counted, by subset."""
     parts: dict[str, list] = {}
     for rank, task in enumerate(recipe.tasks(config)):
-        parts.setdefault(task.subset, []).append(json.loads((folder / f"{rank:05d}.json").read_text()))
+        parts.setdefault(task.subset, []).append(json.loads((folder / f"{rank:05d}.json").read_bytes()))
     return {name: tally.combine(found) for name, found in parts.items()}
 
 
@@ -204,7 +204,7 @@ def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
         mix |= token_sources.mix_of_rates(rates, examples, {name: opened[name].num_train_tokens for name in rates})
     stores = {}
     for name, store in opened.items():
-        sizes = [json.loads(path.read_text())["bytes"] for path in (stages / "tokens" / name).glob("*.json")]
+        sizes = [json.loads(path.read_bytes())["bytes"] for path in (stages / "tokens" / name).glob("*.json")]
         stores[name] = {
             "subset": subset_of[name],
             "documents": store.num_documents,
@@ -230,7 +230,7 @@ def _claimed(config: ConfigDict, out: Path) -> Iterator[None]:
         wanted = {"config": redacted(config.to_dict()), "version": k2jax.__version__}
         if not begun.exists():
             write_json(begun, wanted)
-        _check_recipe(json.loads(begun.read_text())["config"], config, out, "was begun with")
+        _check_recipe(json.loads(begun.read_bytes())["config"], config, out, "was begun with")
         shutil.rmtree(out / "card", ignore_errors=True)
         remove_leftovers(out, alone=True)
         yield

@@ -192,7 +192,7 @@ def _raise_failures(stage: Stage, folder: Path) -> None:
     for path in sorted((folder / "errors").glob("*.json")):
         if (folder / "completions" / path.stem).exists():
             continue  # it failed, and passed when the executor tried again
-        failure = json.loads(path.read_text())
+        failure = json.loads(path.read_bytes())
         kind = getattr(errors, failure["type"], None)
         if isinstance(kind, type) and issubclass(kind, RunError):
             raise kind(failure["message"])
@@ -250,7 +250,7 @@ def usage(folder: Path) -> dict[str, dict[str, float]]:
     """What each stage whose marks are in `folder` took: CPU-seconds of all its tasks, peak memory of the largest."""
     found = {}
     for stage in sorted(folder.iterdir()):
-        tasks = [json.loads(path.read_text()) for path in (stage / "usage").glob("*.json")]
+        tasks = [json.loads(path.read_bytes()) for path in (stage / "usage").glob("*.json")]
         if tasks:
             cpu_seconds = sum(task["cpu_seconds"] for task in tasks)
             found[stage.name] = {"cpu_seconds": cpu_seconds, "peak_bytes": max(task["peak_bytes"] for task in tasks)}
