@@ -6,11 +6,13 @@ The order within a step is fixed: preempted? -> batch -> step -> the previous st
 The metrics of a step are read before its state is saved, and never before the next step is under way otherwise.
 """
 
+from k2jax import stopping
 from k2jax.parallel.host_memory import keep_freed_memory, use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()
     keep_freed_memory()  # before the imports below, some of which start threads
+    stopping.watch()  # they take seconds, in which a signal may come
 
 import argparse
 import sys
@@ -42,6 +44,7 @@ from k2jax.run.directory import RunDirectory
 from k2jax.run.fork import parse_fork
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
+from k2jax.text import shown
 from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import init_state
 from k2jax.training.placement import check_mesh, make_state, mesh_for, move_params, place_state
@@ -71,6 +74,7 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
         checkpoints = Checkpoints(run.path, [0], between, say, moments_every=every)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
+        stopping.at_once(f"step {step} is saved" if step else "before the first step")
 
         # ---- the data is a function of epochs, journal and step ----------------------------------------------------
         epochs, journal = run.begin(config, manifest, checkpoints.last_meta)
@@ -105,6 +109,7 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
         recorder.saved(checkpoints.wait())
         recorder.close()
         checkpoints.close()
+        stopping.at_once(f"step {order.num_steps} is saved, what ends a run is not made")
         report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run.path)
         run.end()
 
@@ -156,13 +161,13 @@ def stop(
     state: TrainState,
     step: int,
 ) -> NoReturn:
-    """After a SIGTERM to any process: makes `step` a checkpoint if it is none, and ends the run."""
+    """After a signal to any process: makes `step` a checkpoint if it is none, and ends the run."""
     if save is not None:
         save(state, step)
     recorder.saved(checkpoints.wait())
     recorder.close()
     done = f"; step {step} is saved" if step else " before the first step"
-    raise Preempted(f"stopped by SIGTERM{done}: run the same command to go on")
+    raise Preempted(f"stopped by {stopping.name()}{done}: run the same command to go on")
 
 
 def report(
@@ -213,7 +218,7 @@ def is_multiple(step: int, every: int) -> bool:
 
 def say(line: str) -> None:
     if cluster.is_main():
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(shown(line), file=sys.stdout)
         sys.stdout.flush()
 
 

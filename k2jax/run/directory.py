@@ -3,12 +3,10 @@
 epochs/  environment.json  journal.jsonl  tokenizer.json  metrics/  ledger/  checkpoints/  tensorboard/  abandoned/
 """
 
-import fcntl
 import importlib.metadata
 import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -21,7 +19,7 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import config as configuration
-from k2jax import files
+from k2jax import errors, files, locks
 from k2jax.data.epochs import Epoch, epoch_path, has_epochs, new_epoch, read_epochs, write_epoch
 from k2jax.data.journal import read_journal
 from k2jax.data.launches import read_launches, write_launches
@@ -29,9 +27,11 @@ from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import parameter_table
 from k2jax.parallel import cluster
 from k2jax.run import drift
+from k2jax.run.commit import git_commit
 from k2jax.run.fork import fork, new_name, read_fork
 from k2jax.run.identity import epochs_of
 from k2jax.run.saved import open_step, saved_steps
+from k2jax.text import without_secrets
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 ENVIRONMENT = (
@@ -54,33 +54,26 @@ class RunDirectory:
         self._lock = None
 
     def __enter__(self) -> "RunDirectory":
+        errors.keep_files_ours()
         holder = cluster.decide("takes the workdir", self._take_lock)
         cluster.together("looks into the workdir", lambda: self._check_shared(holder))
         return self
 
     def _take_lock(self) -> str:
-        """Who holds it now. The kernel drops the lock with the process, so a killed run leaves none behind."""
+        """Who holds it now: this process, and no other."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
-            self._lock = (self.path / "lock").open("a+")
+            holder = f"host {socket.gethostname()}, pid {os.getpid()}, since {_now()}"
+            self._lock = locks.hold(self.path / "lock", holder)
         except OSError as error:
             raise StorageError(
                 f"--workdir={self.path}: cannot be made or written: {error.strerror}; "
                 f"name a folder that you may write"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip()
+        except locks.Held as holds:
             raise ConfigError(
-                f"--workdir={self.path} is in use by another run ({holder}): wait for it, or use "
-                f"another workdir"
+                f"--workdir={self.path} is in use by another run ({holds}): wait for it, or use another workdir"
             ) from None
-        self._lock.truncate(0)
-        holder = f"host {socket.gethostname()}, pid {os.getpid()}, since {_now()}"
-        self._lock.write(holder)
-        self._lock.flush()
         return holder
 
     def _check_shared(self, holder: str) -> None:
@@ -99,7 +92,7 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
     def fork(self, source: Path, step: int) -> None:
         """Makes this a fork of another run at a step, unless it is that already."""
@@ -265,7 +258,7 @@ def environment(mesh_shape: dict[str, int]) -> dict[str, Any]:
     return {
         "time": _now(),
         "host": socket.gethostname(),
-        "command": sys.argv,
+        "command": [without_secrets(argument) for argument in sys.argv],
         "commit": git_commit(),
         "versions": versions(),
         "devices": {
@@ -306,14 +299,6 @@ def _cpu_name() -> str:
         else []
     )
     return names[0] if names else platform.processor()
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that this code runs from, "+" when it has uncommitted changes; None outside of one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else None
 
 
 def _check_same_arrays(old_config: dict, new_config: dict) -> None:

@@ -16,13 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from k2jax import files
-from k2jax.data.epochs import read_epochs
 from k2jax.data.loader import batch_digest
 from k2jax.data.order import Order, StagePlan
 from k2jax.errors import NumericsError
 from k2jax.model.flops import flops_per_token, peak_flops
 from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog, belonging
+from k2jax.training.sinks import open_sinks
 
 
 class Recorder:
@@ -43,7 +43,7 @@ class Recorder:
         self.config, self.order, self.subsets, self.steps, self.ledger = config, order, subsets, steps, ledger
         self.print_line, self.tokens_seen = print_line, tokens_seen
         self.is_main = cluster.is_main()
-        self.sinks = _sinks(config, workdir, first_step) if self.is_main else []
+        self.sinks = open_sinks(config, workdir, first_step, print_line) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
@@ -112,7 +112,7 @@ class Recorder:
             )
             self.steps.append(_jsonable(row))
         for sink in self.sinks:
-            sink(step, row)
+            sink.put(step, row)
         self._tell(step, row)
         if int(values["skips_in_a_row"]) >= self.config.optimizer.max_skips_in_a_row:
             raise NumericsError(
@@ -166,7 +166,7 @@ class Recorder:
         self.steps.close()
         self.ledger.steps.close()
         for sink in self.sinks:
-            sink(None, {})
+            sink.close()
 
 
 def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str, float]:
@@ -203,31 +203,3 @@ def _memory() -> dict[str, int | None]:
 def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN; the ledger keeps the exact bits."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-def _sinks(config: ConfigDict, workdir: Path, first_step: int) -> list[Callable[[int | None, dict], None]]:
-    """Where rows go besides `metrics/`; each is called with (step, row), and with (None, {}) at the end.
-
-    TensorBoard drops what it has from `first_step` on: those steps are run again.
-    """
-    sinks = []
-    if config.log.tensorboard:
-        from tensorboardX import SummaryWriter
-
-        writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
-
-        def to_tensorboard(step: int | None, row: dict[str, Any]) -> None:
-            if step is None:
-                writer.close()
-            for key, value in row.items():
-                if isinstance(value, (int, float)):
-                    writer.add_scalar(key, value, step)
-
-        sinks.append(to_tensorboard)
-    if config.log.wandb_project:
-        import wandb
-
-        name = read_epochs(workdir)[-1].run[:16]
-        run = wandb.init(project=config.log.wandb_project, name=workdir.name, dir=workdir, resume="allow", id=name)
-        sinks.append(lambda step, row: run.finish() if step is None else run.log(row, step=step))
-    return sinks
