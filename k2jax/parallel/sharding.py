@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from k2jax.errors import ConfigError
 
@@ -76,8 +76,10 @@ def _needs(sizes: Mapping[str, int]) -> str:
 
 
 def spec(axes: tuple[str, ...]) -> PartitionSpec:
-    """The partition of an array whose dimensions are these logical axes."""
-    parts = [RULES[axis] for axis in axes]
+    """The partition of an array whose dimensions are these logical axes, over the mesh axes that are not manual here:
+    within a replica, or a pipeline's stage, arrays are that one's alone."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    parts = [tuple(axis for axis in RULES[name] if axis not in manual) for name in axes]
     used = [axis for part in parts for axis in part]
     assert len(used) == len(set(used)), f"a mesh axis is used twice by {axes}"
     return PartitionSpec(*[part if len(part) > 1 else part[0] if part else None for part in parts])
@@ -129,6 +131,11 @@ def shard(x: jax.Array, name: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS[name]))
+
+
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Among how many devices, or groups of them, the rows of a microbatch are split there."""
+    return math.prod(mesh.shape[axis] for axis in DATA_AXES if axis not in mesh.manual_axes)
 
 
 def num_stages() -> int:
