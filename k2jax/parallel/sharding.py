@@ -67,7 +67,29 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         )
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
-    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
+    across = _across_slices(dict(zip(MESH_AXES, shape, strict=True)), slices)
+    within = [size // parts for size, parts in zip(shape, across, strict=True)]
+    return Mesh(
+        mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True), MESH_AXES
+    )
+
+
+def _across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
+    """Of every mesh axis, how many parts of it lie in slices of their own: `replica` crosses them, then `stage`.
+
+    Raises ConfigError where those two cannot be cut into as many parts as there are slices.
+    """
+    replicas = math.gcd(sizes["replica"], slices)
+    stages = slices // replicas
+    if sizes["stage"] % stages:
+        raise ConfigError(
+            f"mesh.replica={sizes['replica']} on {slices} slices: replicas lie across slices, and no axis but stage "
+            f"else: set mesh.replica to a multiple of {slices}, or mesh.stage={sizes['stage']} to one of {stages}"
+        )
+    return [{"replica": replicas, "stage": stages}.get(axis, 1) for axis in MESH_AXES]
 
 
 def _needs(sizes: Mapping[str, int]) -> str:
