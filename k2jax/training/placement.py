@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError
-from k2jax.model.decoder import Params, num_params, parameter_table
+from k2jax.model.decoder import Params, parameter_table
 from k2jax.parallel import pipeline, sharding
 from k2jax.run.state import TrainState
 from k2jax.training.optimizer import init_state
@@ -90,10 +90,13 @@ def move_params(config: ConfigDict, params: Params, mesh: Mesh) -> Params:
     return jax.device_put(params, places)
 
 
-def state_bytes(config: ConfigDict, mesh: Mesh) -> float:
-    """Of float32 parameters and moments on a device."""
-    shards = math.prod(mesh.shape[axis] for axis in ("stage", "fsdp", "context", "tensor"))
-    return 4 * num_params(config.model) * (1 / shards + 2 / (shards * mesh.shape["replica"]))
+def state_bytes(config: ConfigDict, mesh: Mesh) -> int:
+    """Of float32 parameters and moments on a device, as they are cut there."""
+    shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+    return sum(
+        array.dtype.itemsize * math.prod(place.shard_shape(array.shape))
+        for array, place in zip(*map(jax.tree.leaves, (shapes, place_state(config, shapes, mesh))), strict=True)
+    )
 
 
 class Placement(NamedTuple):
