@@ -49,8 +49,8 @@ def devices(topology: str) -> list[Any]:
     if name in GENERATIONS:
         return tpu_devices(topology)
     raise ConfigError(
-        f"topology {topology!r}: unknown; it is GENERATION:SHAPE for TPUs, as v5p:8x8x8 or v5p:8x8x8*2, with one "
-        f"of {', '.join(GENERATIONS)}, or GPU:NUMBER, as h100:64, with a GPU of {', '.join(GPUS)}"
+        f"topology {topology!r}: unknown; it is GENERATION:SHAPE for TPUs, as v5p:8x8x8, with a generation of "
+        f"{', '.join(GENERATIONS)}, or GPU:NUMBER, as h100:64, with a GPU of {', '.join(GPUS)}"
     )
 
 
