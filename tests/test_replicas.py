@@ -10,12 +10,16 @@ import jax
 import numpy as np
 import pytest
 from compilers import on_tpu_compiler, run_compiling
+from conftest import REPOSITORY
+from jax.sharding import AbstractMesh
 from test_pipeline import mesh_of, placed_state, small, step_of
 from test_sharding import losses
 
+from k2jax import config as configuration
 from k2jax.model.decoder import parameter_table
+from k2jax.parallel import sharding
 from k2jax.plan.hlo import Instruction, Program, replica_groups
-from k2jax.training.placement import state_bytes
+from k2jax.training import placement
 from k2jax.training.program import batch_shapes
 
 
@@ -69,18 +73,41 @@ def test_a_step_sends_one_gradient_between_replicas_and_no_loop_sends_any(sizes:
     assert matrices <= sent["all-gather"] <= matrices + 3 * few, "parameters come back once"
 
 
-def test_replicas_that_divide_no_dimension_have_whole_moments():
-    """Three of them: the sum is the same, and so is what is said of memory and what it takes."""
-    found = losses((3, 2, 1, 1), microbatches=2, rows=12)
-    np.testing.assert_allclose(found, losses((1, 2, 1, 1), rows=12), rtol=0, atol=1e-5)
+def test_replicas_that_divide_no_dimension_are_copies_of_those_that_do():
+    """Six on dimensions that are powers of two: three copies of two. With the losses of one device."""
+    found = losses((6, 1, 1, 1), microbatches=2, rows=12)
+    np.testing.assert_allclose(found, losses((1, 1, 1, 1), rows=12), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [{"replica": 3, "fsdp": 2}, {"replica": 2, "stage": 2, "tensor": 2}], ids=str)
-def test_the_memory_that_is_said_is_what_a_device_holds(sizes: dict):
-    c, mesh = small(), mesh_of(sizes)
+@pytest.mark.parametrize(
+    ("sizes", "axes"),
+    [
+        ({"replica": 6}, {"copy": 3, "replica": 2}),
+        ({"replica": 3, "fsdp": 2}, {"replica": 3, "fsdp": 2}),
+        ({"replica": 2, "stage": 2, "tensor": 2}, {"replica": 2, "stage": 2, "tensor": 2}),
+    ],
+    ids=str,
+)
+def test_the_memory_that_is_said_is_what_a_device_holds(sizes: dict, axes: dict):
+    c = small()
+    with c.unlocked():
+        c.mesh.update({"fsdp": 1, **sizes})
+        c.stages[0].rows_per_step = 48
+    mesh = placement.mesh_of(c, jax.devices()[: math.prod(sizes.values())])
+    assert {axis: size for axis, size in mesh.shape.items() if size > 1} == axes
     shapes, placed = placed_state(c, mesh)
     state = jax.tree.map(lambda x, place: jax.device_put(np.zeros(x.shape, x.dtype), place), shapes, placed)
-    assert state_bytes(c, mesh) == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert placement.state_bytes(c, mesh) == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+
+
+def test_k2s_own_mesh_splits_moments_by_five_of_its_fifteen_replicas():
+    """65,286,184,960 parameters over 32 devices and moments over 160; the embedding and the head divide by no 5."""
+    c = configuration.load(REPOSITORY / "experiments" / "k2_65b.py", [])
+    axes, found = (sharding.COPY, *sharding.MESH_AXES), {}
+    for parts in (15, 5, 3, 1):
+        mesh = AbstractMesh((15 // parts, parts, 1, 4, 1, 8), axes)
+        found[parts] = round(placement.state_bytes(c, mesh) / 2**30, 1)
+    assert found == {15: 22.8, 5: 10.7, 3: 22.8, 1: 22.8}
 
 
 # ---- slices of TPUs --------------------------------------------------------------------------------------------------

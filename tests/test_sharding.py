@@ -11,7 +11,7 @@ from k2jax.errors import ConfigError
 from k2jax.model.decoder import parameter_table
 from k2jax.parallel import sharding
 from k2jax.training.optimizer import init_state
-from k2jax.training.placement import check_mesh, make_state, place_batches, place_state
+from k2jax.training.placement import check_mesh, make_state, mesh_of, place_batches, place_state
 from k2jax.training.program import step_function
 
 ROWS, LENGTH, STEPS = 16, 16, 10
@@ -62,8 +62,8 @@ def losses(
     c, plan = small(microbatches, rows)
     with c.unlocked():
         c.model.rings = rings
-    devices = jax.devices()[: int(np.prod(shape))]
-    mesh = sharding.make_mesh(dict(zip(AXES, shape, strict=True)), devices)
+        c.mesh.update(dict(zip(AXES, shape, strict=True)))
+    mesh = mesh_of(c, jax.devices()[: int(np.prod(shape))])
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
         shardings = place_state(c, shapes, mesh)

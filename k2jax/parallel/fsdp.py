@@ -31,7 +31,7 @@ def reading() -> tuple[str, ...]:
     """The mesh axes that split rows and positions here: within a replica, or a pipeline's stage, its axis does not."""
     mesh = jax.sharding.get_abstract_mesh()
     free = set(mesh.axis_names) - set(mesh.manual_axes)
-    return tuple(axis for axis in ("replica", "fsdp", "stage", "context") if axis in free)
+    return tuple(axis for axis in ("copy", "replica", "fsdp", "stage", "context") if axis in free)
 
 
 def tokens_spec() -> PartitionSpec:

@@ -3,6 +3,7 @@ microbatches and layers, and the replicas' gradients are summed once a step.
 
 Left in the loops, that sum would be sent once for every microbatch. Replicas are far from one another (other hosts,
 other slices of TPUs), so that it is scattered to where the moments live as it is summed: half of an all-reduce's bytes.
+Where the mesh has the axis `copy`, too (sharding.split_replicas), its devices are replicas whose moments are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +12,16 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from k2jax.parallel.sharding import COPY
+
 REPLICA = "replica"
 Specs = Mapping[str, PartitionSpec]
 
 
-def num_replicas() -> int:
-    """On the mesh in use; 1 without one."""
-    return jax.sharding.get_abstract_mesh().shape.get(REPLICA, 1)
+def axes_in_use() -> tuple[str, ...]:
+    """Those of the mesh in use that have more than one device; () without one."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in (COPY, REPLICA) if sizes.get(axis, 1) > 1)
 
 
 def summed(
@@ -32,9 +36,9 @@ def summed(
     def own(params: Any, *rows: jax.Array) -> Any:
         return jax.tree.map(lambda x: x[None], function(params, *rows))
 
-    by_replica = PartitionSpec(REPLICA)
-    in_specs = PartitionSpec(), *[PartitionSpec(None, REPLICA)] * len(rows)
-    on_each = jax.shard_map(own, in_specs=in_specs, out_specs=by_replica, axis_names={REPLICA}, check_vma=False)
+    axes = axes_in_use()
+    in_specs = PartitionSpec(), *[PartitionSpec(None, axes)] * len(rows)
+    on_each = jax.shard_map(own, in_specs=in_specs, out_specs=PartitionSpec(axes), axis_names={*axes}, check_vma=False)
     large, small = on_each(params, *rows)
     return _sum_once(large, specs, moment_specs), jax.tree.map(lambda x: x.sum(axis=0), small)
 
@@ -46,18 +50,20 @@ def _sum_once(stacked: dict[str, jax.Array], specs: Specs, moment_specs: Specs) 
     """
 
     def reduce(own: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: _reduce(array[0], dims[name]) for name, array in own.items()}
+        return {name: _reduce(array[0], dims[name], axes) for name, array in own.items()}
 
+    axes = axes_in_use()
     dims = {name: _split_dim(moment_specs[name]) for name in stacked}
     into = {name: _split_over_replicas(specs[name], dims[name]) for name in stacked}
-    start = {name: PartitionSpec(REPLICA, *specs[name]) for name in stacked}
+    start = {name: PartitionSpec(axes, *specs[name]) for name in stacked}
     return jax.shard_map(reduce, in_specs=(start,), out_specs=into, check_vma=False)(stacked)
 
 
-def _reduce(array: jax.Array, dim: int | None) -> jax.Array:
-    if dim is None:
-        return jax.lax.psum(array, REPLICA)
-    return jax.lax.psum_scatter(array, REPLICA, scatter_dimension=dim, tiled=True)
+def _reduce(array: jax.Array, dim: int | None, axes: tuple[str, ...]) -> jax.Array:
+    if dim is None or REPLICA not in axes:
+        return jax.lax.psum(array, axes)
+    part = jax.lax.psum_scatter(array, REPLICA, scatter_dimension=dim, tiled=True)
+    return jax.lax.psum(part, COPY) if COPY in axes else part
 
 
 def _axes(part: Any) -> tuple[str, ...]:

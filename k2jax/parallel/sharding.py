@@ -14,8 +14,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from k2jax.errors import ConfigError
 
-DATA_AXES = ("replica", "fsdp")  # a global batch is split over both; gradients are summed over both
 MESH_AXES = ("replica", "stage", "fsdp", "context", "tensor")
+COPY = "copy"  # an axis more of meshes whose replicas cannot all split the moments: see split_replicas
+DATA_AXES = (COPY, "replica", "fsdp")  # a global batch is split over them; gradients are summed over them
 
 # Logical axis -> mesh axes. A parameter's width is split over fsdp, an activation's ("width") is not: its batch is.
 # Devices that share a row (context) hold other parts of the parameters, too: to parameters they are more of fsdp.
@@ -77,6 +78,17 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     )
 
 
+def split_replicas(mesh: Mesh, parts: int) -> Mesh:
+    """The same mesh, of whose replicas only so many split what they have in common; all such groups have copies of it.
+
+    An axis splits a dimension or does not: 15 replicas do nothing to 80 layers, 3 copies of 5 split them by 5.
+    """
+    replicas, *others = mesh.devices.shape
+    if parts == replicas:
+        return mesh
+    return Mesh(mesh.devices.reshape(replicas // parts, parts, *others), (COPY, *MESH_AXES))
+
+
 def _across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
     """Of every mesh axis, how many parts of it lie in slices of their own: `replica` crosses them, then `stage`.
 
@@ -100,21 +112,30 @@ def _needs(sizes: Mapping[str, int]) -> str:
 def spec(axes: tuple[str, ...]) -> PartitionSpec:
     """The partition of an array whose dimensions are these logical axes, over the mesh axes that are not manual here:
     within a replica, or a pipeline's stage, arrays are that one's alone."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    parts = [tuple(axis for axis in RULES[name] if axis not in manual) for name in axes]
+    left_out = _left_out(jax.sharding.get_abstract_mesh())
+    parts = [tuple(axis for axis in RULES[name] if axis not in left_out) for name in axes]
     used = [axis for part in parts for axis in part]
     assert len(used) == len(set(used)), f"a mesh axis is used twice by {axes}"
     return PartitionSpec(*[part if len(part) > 1 else part[0] if part else None for part in parts])
 
 
+def _left_out(mesh: Mesh | AbstractMesh) -> set[str]:
+    return set(mesh.manual_axes) | ({COPY} - set(mesh.axis_names))
+
+
+def data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Those that split the rows of a batch there."""
+    return tuple(axis for axis in DATA_AXES if axis not in _left_out(mesh))
+
+
 def optimizer_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> PartitionSpec:
-    """The partition of an optimizer moment: its parameter's, and split over every data axis besides.
+    """The partition of an optimizer moment: its parameter's, and split over every data axis but copies besides.
 
     The data axes that the parameter does not use go to the first dimension that they divide; an array too small to
     be cut (a norm's weights on a large mesh) stays as its parameter is.
     """
     parts = [list(RULES[axis]) for axis in axes]
-    for free in [axis for axis in (*DATA_AXES, "context") if axis not in sum(parts, [])]:
+    for free in [axis for axis in ("replica", "fsdp", "context") if axis not in sum(parts, [])]:
         for size, part in zip(shape, parts, strict=True):
             if size % (math.prod(mesh.shape[a] for a in part) * mesh.shape[free]) == 0:
                 part.append(free)
@@ -157,7 +178,7 @@ def shard(x: jax.Array, name: str) -> jax.Array:
 
 def row_parts(mesh: Mesh | AbstractMesh) -> int:
     """Among how many devices, or groups of them, the rows of a microbatch are split there."""
-    return math.prod(mesh.shape[axis] for axis in DATA_AXES if axis not in mesh.manual_axes)
+    return math.prod(mesh.shape[axis] for axis in data_axes(mesh))
 
 
 def num_stages() -> int:

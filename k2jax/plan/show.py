@@ -89,7 +89,7 @@ def _network(stage: dict[str, Any]) -> list[str]:
     waits = sum(value for key, value in stage.items() if key.startswith("exposed_") and key.endswith("_seconds"))
     share = stage["exposed_network_seconds"] / max(waits, 1e-12)
     size, rate = stage["network_bytes_per_chip"] / 1e9, stage["network_bytes_per_s"] / 1e9
-    sent = f"{size:.2f} GB a step from each chip, by a network of {rate:.2f} GB/s a chip"
+    sent = f"{size:.3g} GB a step from each chip, by a network of {rate:.2f} GB/s a chip"
     return [_row("between slices", sent), _row("", f"{share:.0%} of the time waited for transfers")]
 
 

@@ -100,7 +100,7 @@ def mean_gradients(
     the parameters.
     """
     add_up = partial(summed_gradients, config=config, **loss_arguments)
-    if replicas.num_replicas() == 1:
+    if not replicas.axes_in_use():
         grads, sums = add_up(params, batch.tokens, batch.subset)
     else:
         specs = {name: sharding.spec(p.axes) for name, p in parameter_table(config.model).items()}
