@@ -68,7 +68,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         )
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:  # GPUs have such an index of their host, or of what NVLink reaches: they lie in order
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
     across = _across_slices(dict(zip(MESH_AXES, shape, strict=True)), slices)
