@@ -38,7 +38,7 @@ from k2jax.generate import text_after
 from k2jax.model.decoder import compute_dtype
 from k2jax.model.generation import Generator
 from k2jax.model.sampling import Sampling
-from k2jax.parallel import cluster, sharding
+from k2jax.parallel import cluster
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import RunDirectory
 from k2jax.run.fork import parse_fork
@@ -47,7 +47,7 @@ from k2jax.run.state import TrainState
 from k2jax.text import shown
 from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import init_state
-from k2jax.training.placement import check_mesh, make_state, mesh_for, move_params, place_state
+from k2jax.training.placement import make_state, mesh_for, mesh_of, move_params, place_state
 from k2jax.training.program import feed_steps
 from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
 from k2jax.training.validation import validate
@@ -56,8 +56,7 @@ from k2jax.training.validation import validate
 def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int] | None = None) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
     check_processes_agree(config)
-    mesh = sharding.make_mesh(config.mesh)
-    check_mesh(config, mesh)
+    mesh = mesh_of(config)
     with RunDirectory(workdir) as run, jax.set_mesh(mesh):
         # ---- the run is what it was, or what is allowed to change ---------------------------------------------------
         if forked_from:
