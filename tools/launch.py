@@ -41,24 +41,25 @@ def main() -> None:
         "74 cannot be written, 78 configuration, 70 a bug.",
     )  # fmt: skip
     paths.add(parser, "--config", required=True, metavar="FILE", help="experiment file, by its path on the hosts too")
-    parser.add_argument("--topology", required=True, help="such as v5p:8x8x8, v5p:8x8x8*2 (slices), h100:16, cpu:2x4")
+    parser.add_argument("--topology", required=True, help="v5p:8x8x8, v5p:8x8x8*2 (two slices), h100:16, cpu:2x4")
     parser.add_argument("--on", required=True, choices=KINDS)
-    paths.add(parser, "--workdir", urls=True, required=True, metavar="DIR", help="on the hosts, absolute and shared by all")
-    paths.add(parser, "--out", required=True, metavar="DIR", help="folder for the files; those of an earlier launch are replaced")
+    paths.add(parser, "--workdir", urls=True, required=True, metavar="DIR", help="on the hosts: absolute, shared")
+    paths.add(parser, "--out", required=True, metavar="DIR", help="folder for the files; what is there is replaced")
     paths.add(parser, "--plan", metavar="FILE", help="what tools/plan.py --json printed (default: planned now)")
-    parser.add_argument("--no-plan", action="store_true", help="leave the plan out: it compiles, which may take minutes")
+    parser.add_argument("--no-plan", action="store_true", help="plan nothing: it compiles, which may take minutes")
     parser.add_argument("--name", help="of job, pods and TPUs (default: the experiment's)")
     parser.add_argument("--image", default="", help="gke, sky: container image, NAME@sha256:DIGEST")
-    parser.add_argument("--claim", default="", metavar="CLAIM:/PATH", help="gke: PersistentVolumeClaim that holds workdir and data")
-    parser.add_argument("--code", help="where the repository is on the hosts (default: k2jax in the home folder for tpu-vm and ssh, "
-                        "this checkout for slurm, where image or sky puts it else)")  # fmt: skip
+    parser.add_argument("--claim", default="", metavar="CLAIM:/PATH",
+                        help="gke: PersistentVolumeClaim with workdir and data, and where it is mounted")  # fmt: skip
+    parser.add_argument("--code", help="where the repository is on the hosts (default: k2jax in the home folder for "
+                        "tpu-vm and ssh, this checkout for slurm, the folder of image or task for gke and sky)")
     parser.add_argument("--python", help="there (default: .venv/bin/python, which `install` makes; gke: python)")
-    paths.add(parser, "--cache", urls=True, metavar="DIR", help="of compiled programs (default: compiled/ in the workdir)")
-    parser.add_argument("--port", type=int, default=8476, help="of the coordinator; preflight's is the next one (default: 8476)")
+    paths.add(parser, "--cache", urls=True, metavar="DIR", help="of compiled programs (default: WORKDIR/compiled)")
+    parser.add_argument("--port", type=int, default=8476, help="of the coordinator; preflight's is the next one (8476)")
     parser.add_argument("--max-restarts", type=int, default=100, metavar="N", help="in all (default: 100)")
-    parser.add_argument("--delay", type=int, default=60, metavar="SECONDS", help="before a restart after 74 (default: 60)")
-    parser.add_argument("--time-limit", default="1-00:00:00", help="slurm: of a job, which is then queued again (default: a day)")
-    parser.add_argument("--grace", type=int, default=600, metavar="SECONDS", help="slurm, gke: for the last save (default: 600)")
+    parser.add_argument("--delay", type=int, default=60, metavar="SECONDS", help="before a restart after 74 (60)")
+    parser.add_argument("--time-limit", default="1-00:00:00", help="slurm: of a job, then queued again (a day)")
+    parser.add_argument("--grace", type=int, default=600, metavar="SECONDS", help="slurm, gke: for the last save (600)")
     args, rest = parser.parse_known_args()
     unknown = [text for text in rest if not text.startswith("--config.")]
     if unknown:

@@ -1,39 +1,32 @@
-"""What preflight compares over all hosts of a run. Every process gets the answers of all, and comes to the same verdict.
-
-A check that fails names the hosts: those that differ from most others, or that say themselves what is wrong.
-"""
+"""The checks of preflight, each over all hosts of a run."""
 
 import hashlib
 import json
 import secrets
-import socket
 import statistics
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax import errors, files
+from k2jax import files
 from k2jax.errors import ConfigError, PeerError, RunError, StorageError
 from k2jax.launch import measure
 from k2jax.launch.hosts import Hosts
 from k2jax.launch.spec import mesh_on
+from k2jax.launch.survey import Check, ask, odd
 from k2jax.model.decoder import num_params
 from k2jax.parallel import cluster
 from k2jax.plan.chips import CHIPS, GIB
 from k2jax.training.placement import state_bytes
 
 CLOCK_ROUNDS = 5
-REDUCED = 1024  # integers that each device contributes
 BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 parameters and two moments
 
 
@@ -51,67 +44,6 @@ class Options:
     disk_bytes: int = 2**26
     loader_s: float = 5.0
     step_s: float = 0.0  # what the loader must keep up with; 0: the plan's, if the workdir has one
-
-
-@dataclass
-class Check:
-    """One line of the report."""
-
-    name: str
-    says: str = ""
-    wrong: dict[str, tuple[int, str]] = field(default_factory=dict)  # {host: (exit code, what is wrong)}
-    values: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        return not self.wrong
-
-    def blame(self, answers: list["Answer"], what: str, code: int = ConfigError.exit_code) -> None:
-        for answer in answers:
-            self.wrong.setdefault(answer.who, (code, what))
-
-    def lines(self) -> list[str]:
-        """Of the hosts that are wrong, those with one reason together."""
-        reasons: dict[str, list[str]] = {}
-        for who, (_, what) in self.wrong.items():
-            reasons.setdefault(what, []).append(who)
-        shown = {what: ", ".join(who[:8]) + (f" and {len(who) - 8} more" if len(who) > 8 else "") for what, who in reasons.items()}
-        return [f"{who}: {what}" for what, who in shown.items()]
-
-
-class Answer(NamedTuple):
-    """Of one process."""
-
-    who: str
-    value: Any
-    code: int
-    reason: str
-
-
-def ask(check: Check, f: Callable[[], Any]) -> list[Answer]:
-    """What `f` gives on every process; those on which it raised are blamed, and not among the answers."""
-
-    def here() -> dict[str, Any]:
-        who = f"{socket.gethostname()} (process {cluster.index()})"
-        try:
-            return {"who": who, "value": f(), "code": 0, "reason": ""}
-        except Exception as error:
-            ours = errors.of_system(error)
-            return {"who": who, "value": None, "code": ours.exit_code, "reason": str(ours).splitlines()[0]}
-
-    answers = [Answer(**answer) for answer in cluster.gather(f"looks at {check.name}", here)]
-    for answer in answers:
-        if answer.code:
-            check.blame([answer], answer.reason, answer.code)
-    return [answer for answer in answers if not answer.code]
-
-
-def odd(answers: list[Answer], key: Callable[[Any], Any]) -> tuple[Any, list[Answer]]:
-    """(what most have, those that have another): of equally many, what process 0 has."""
-    keys = [json.dumps(key(answer.value), sort_keys=True) for answer in answers]
-    most = max(Counter(keys).values())
-    usual = next(k for k in keys if keys.count(k) == most)
-    return json.loads(usual), [answer for k, answer in zip(keys, answers, strict=True) if k != usual]
 
 
 def run_checks(config: ConfigDict, options: Options, say: Callable[[Check], None]) -> list[Check]:
@@ -149,7 +81,11 @@ def devices(check: Check, config: ConfigDict, options: Options) -> None:
     """As many everywhere, of one kind, as many in all as the mesh and the topology need."""
 
     def look() -> dict[str, Any]:
-        return {"kind": jax.local_devices()[0].device_kind, "local": jax.local_device_count(), "all": jax.device_count()}
+        return {
+            "kind": jax.local_devices()[0].device_kind,
+            "local": jax.local_device_count(),
+            "all": jax.device_count(),
+        }
 
     answers = ask(check, look)
     if not answers:
@@ -218,7 +154,8 @@ def storage(check: Check, config: ConfigDict, options: Options) -> None:
                     f"does not see in {options.wait_s:g} s what process {of} wrote in --workdir={folder}: it is not "
                     f"one folder; name one on storage that all processes share"
                 )
-            list(folder.iterdir())  # some network file systems look again only then
+            if folder.is_dir():
+                list(folder.iterdir())  # some network file systems look again only then
             time.sleep(0.05)
         return time.monotonic() - started
 
@@ -280,7 +217,7 @@ def all_reduce(check: Check, config: ConfigDict, options: Options) -> None:
 
     def reduce() -> None:
         try:
-            found.append(_reduce())
+            found.append(measure.reduce_over_devices())
         except Exception as error:
             found.append(error)
 
@@ -289,7 +226,9 @@ def all_reduce(check: Check, config: ConfigDict, options: Options) -> None:
         thread.start()
         thread.join(options.collective_limit_s)
         if not found:
-            raise PeerError(f"its all-reduce did not end in {options.collective_limit_s:g} s: look at its network")
+            raise PeerError(
+                f"its all-reduce did not end in {options.collective_limit_s:g} s: look at its network"
+            )
         if isinstance(found[0], Exception):
             raise PeerError(f"its all-reduce failed: {str(found[0]).splitlines()[0][:200]}")
         return found[0]
@@ -297,34 +236,15 @@ def all_reduce(check: Check, config: ConfigDict, options: Options) -> None:
     answers = ask(check, look)
     for answer in answers:
         if not answer.value["sum_is_right"]:
-            check.blame([answer], "its sum over all devices is wrong: a device or a link computes wrongly", 70)
+            check.blame(
+                [answer], "its sum over all devices is wrong: a device or a link computes wrongly", 70
+            )
     wrong = {i for answer in answers for i in answer.value["wrong_devices"]}
     if wrong:
         check.blame(answers, f"received wrong integers from device(s) {sorted(wrong)}", 70)
     if answers:
         check.values = {"seconds": max(answer.value["seconds"] for answer in answers)}
         check.says = f"exact over {jax.device_count()} device(s), {check.values['seconds'] * 1e3:.1f} ms"
-
-
-def _reduce() -> dict[str, Any]:
-    mesh = Mesh(np.asarray(jax.devices()), ("all",))
-    number = mesh.devices.size
-    expected = (np.arange(number)[:, None] + 1) * 1009 + np.arange(REDUCED)[None, :] * 7
-    expected = expected.astype(np.int32)  # sums that overflow wrap alike
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("all"))
-    parts = jax.make_array_from_callback(expected.shape, split, lambda index: expected[index])
-    add = jax.jit(lambda x: x.sum(0, dtype=np.int32), out_shardings=everywhere)
-    collect = jax.jit(lambda x: x, out_shardings=everywhere)
-    total = np.asarray(add(parts).addressable_data(0))
-    rows = np.asarray(collect(parts).addressable_data(0))
-    started = time.perf_counter()
-    jax.block_until_ready(add(parts))
-    return {
-        "sum_is_right": bool((total == expected.sum(0, dtype=np.int32)).all()),
-        "wrong_devices": np.flatnonzero((rows != expected).any(1)).tolist(),
-        "seconds": time.perf_counter() - started,
-    }
 
 
 def memory(check: Check, config: ConfigDict, options: Options) -> None:
@@ -337,14 +257,19 @@ def memory(check: Check, config: ConfigDict, options: Options) -> None:
 
     def look() -> dict[str, Any]:
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
-        limits = [stat["bytes_limit"] - stat.get("bytes_in_use", 0) for stat in stats if "bytes_limit" in stat]
+        limits = [
+            stat["bytes_limit"] - stat.get("bytes_in_use", 0) for stat in stats if "bytes_limit" in stat
+        ]
         return {"host": measure.host_memory(), "device": min(limits) if limits else None, "local": len(stats)}
 
     answers = ask(check, look)
     for answer in answers:
         host, device, copy = answer.value["host"], answer.value["device"], state * answer.value["local"]
         if device is not None and device < state:
-            check.blame([answer], f"{device / GIB:.1f} GiB are free on a device, the state takes {state / GIB:.1f} GiB")
+            check.blame(
+                [answer],
+                f"{device / GIB:.1f} GiB are free on a device, the state takes {state / GIB:.1f} GiB",
+            )
         if host < copy:
             what = f"{host / GIB:.1f} GiB are free, a save copies {copy / GIB:.1f} GiB to the host"
             check.blame([answer], what)
@@ -375,12 +300,17 @@ def loader(check: Check, config: ConfigDict, options: Options) -> None:
         rate, tokens = answer.value["tokens_per_s"], answer.value["tokens_a_step"]
         if step_s and rate and rate < tokens / step_s:
             needs = f"a step of {step_s:.3g} s needs {tokens / step_s:,.0f}"
-            what = f"its loader gives {rate:,.0f} tokens/s, {needs}: more data.threads or data.workers, or other storage"
+            remedy = "more data.threads or data.workers, or other storage"
+            what = f"its loader gives {rate:,.0f} tokens/s, {needs}: {remedy}"
             check.blame([answer], what)
     slowest = min(rates, default=0.0)
     needed = max(answer.value["tokens_a_step"] for answer in answers) / step_s if step_s else None
     check.values = {"tokens_per_s": slowest, "needed_tokens_per_s": needed}
-    beside = f"{needed:,.0f} are needed" if needed else "what is needed is not known: --step-seconds, or a plan in the workdir"
+    beside = (
+        f"{needed:,.0f} are needed"
+        if needed
+        else "what is needed is not known: --step-seconds, or a plan in the workdir"
+    )
     check.says = f"{slowest:,.0f} tokens/s on the slowest process, {beside}"
 
 

@@ -128,7 +128,9 @@ def _tpus(topology: str, chip: Chip) -> Hosts:
     chips = math.prod(map(int, found[1].split("x"))) if found else 0
     if not found or (found[1] not in FLAT if flat else chips % CHIPS_OF_HOST):
         shapes = f"one of {', '.join(FLAT)}" if flat else "AxBxC chips, a multiple of 4, as 2x2x1 or 8x8x8"
-        raise ConfigError(f"--topology={topology}: of {chip.name} it is {chip.name}:SHAPE[*SLICES], SHAPE {shapes}")
+        raise ConfigError(
+            f"--topology={topology}: of {chip.name} it is {chip.name}:SHAPE[*SLICES], SHAPE {shapes}"
+        )
     hosts = 1 if flat and chips <= SMALL else chips // CHIPS_OF_HOST
     devices = 2 if chip.name == "tpu7x" else 1  # a v4's two cores are one device
     of_host = chips // hosts
@@ -138,4 +140,6 @@ def _tpus(topology: str, chip: Chip) -> Hosts:
 def is_default_shape(hosts: Hosts) -> bool:
     """Whether a slice of that many chips has this shape where only their number is named."""
     sizes = sorted(map(int, hosts.shape.split("x")))
-    return len(sizes) == 2 or all(size & (size - 1) == 0 for size in sizes) and sizes[-1] <= 2 * max(sizes[0], 1)
+    return (
+        len(sizes) == 2 or all(size & (size - 1) == 0 for size in sizes) and sizes[-1] <= 2 * max(sizes[0], 1)
+    )

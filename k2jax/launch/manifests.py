@@ -7,7 +7,7 @@ import yaml
 
 from k2jax.errors import ConfigError
 from k2jax.launch.scripts import script
-from k2jax.launch.spec import EXTRAS, Launch, assignments
+from k2jax.launch.spec import EXTRAS, Launch, assignments, printable
 
 # Of a pod, that JobSet restarts: the others make the Job fail by its podFailurePolicy, and the JobSet with it. 70 is
 # among them because pods whose peer was lost end with it; 137 and 143: killed.
@@ -20,7 +20,9 @@ class Dumper(yaml.SafeDumper):
 
 Dumper.add_representer(
     str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
 )
 
 
@@ -33,84 +35,37 @@ def gke(launch: Launch) -> dict[str, str]:
     """{file: text}. ConfigError without an image, or without what all pods share."""
     hosts, name = launch.hosts, launch.name
     if not launch.image:
-        raise ConfigError("--on=gke: needs --image=NAME@sha256:DIGEST, which holds this code and its packages")
-    claim, volumes, mounts = launch.claim.partition(":"), [], []
-    if launch.claim:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", claim[0]) or not claim[2].startswith("/"):
-            raise ConfigError(f"--claim={launch.claim}: expected CLAIM:/PATH")
-        volumes = [{"name": "shared", "persistentVolumeClaim": {"claimName": claim[0]}}]
-        mounts = [{"name": "shared", "mountPath": claim[2]}]
-    elif "://" not in launch.workdir:
         raise ConfigError(
-            f"--on=gke --workdir={launch.workdir}: pods share no folder: name the PersistentVolumeClaim that they mount, "
-            f"--claim=CLAIM:/PATH"
+            "--on=gke: needs --image=NAME@sha256:DIGEST, which holds this code and its packages"
         )
-    number = {"cpu": str(hosts.devices_per_host)}
-    selector = {}
-    if hosts.is_tpu:
-        number = {"google.com/tpu": str(hosts.chips_per_host)}
-        selector = {
-            "cloud.google.com/gke-tpu-accelerator": hosts.names.gke,
-            "cloud.google.com/gke-tpu-topology": hosts.shape,
-        }
-    elif hosts.is_gpu:
-        number = {"nvidia.com/gpu": str(hosts.chips_per_host)}
-        selector = {"cloud.google.com/gke-accelerator": hosts.names.gke}
-    container = {
-        "name": "k2jax",
-        "image": launch.image,
-        "command": ["bash", "/launch/pod.sh"],  # no text of a command's: Kubernetes expands $(NAME) in those
-        "env": [_label("JOB_INDEX", "jobset.sigs.k8s.io/job-index")],
-        "ports": [{"containerPort": port} for port in (launch.port, launch.port + 1)],
-        "resources": {"limits": number},
-        "volumeMounts": [
-            {"name": "launch", "mountPath": "/launch"},
-            {"name": "shm", "mountPath": "/dev/shm"},  # the loader's workers', NCCL's
-            *mounts,
-        ],
-    }
-    pod = {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": launch.grace_s,
-        "nodeSelector": selector,
-        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}] if hosts.is_gpu else [],
-        "containers": [container],
-        "volumes": [
-            {"name": "launch", "configMap": {"name": f"{name}-launch"}},
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},
-            *volumes,
-        ],
-    }
-    job = {
-        "backoffLimit": 0,
-        "completionMode": "Indexed",
-        "completions": hosts.hosts_per_slice,
-        "parallelism": hosts.hosts_per_slice,
-        "podFailurePolicy": {
-            "rules": [
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {"containerName": "k2jax", "operator": "NotIn", "values": RESTARTED},
-                }
-            ]
-        },
-        "template": {"spec": pod},
-    }
     # Pods of one slice are of one node pool.
     exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     jobset = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {"name": name, "annotations": {**(exclusive if hosts.is_tpu else {}), **_digests(launch)}},
+        "metadata": {
+            "name": name,
+            "annotations": {**(exclusive if hosts.is_tpu else {}), **_digests(launch)},
+        },
         "spec": {
             "network": {"enableDNSHostnames": True, "subdomain": name, "publishNotReadyAddresses": True},
             "coordinator": {"replicatedJob": "hosts", "jobIndex": 0, "podIndex": 0},
             "failurePolicy": {
                 "maxRestarts": launch.max_restarts,
-                "rules": [{"name": "stop", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+                "rules": [
+                    {"name": "stop", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+                ],
             },
-            "replicatedJobs": [{"name": "hosts", "replicas": hosts.slices, "template": {"spec": job}}],
+            "replicatedJobs": [
+                {"name": "hosts", "replicas": hosts.slices, "template": {"spec": _job(launch)}}
+            ],
         },
+    }
+    files = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"{name}-launch"},
+        "data": {"pod.sh": script(launch, "common", "gke")},
     }
     how = [
         "    kubectl apply -f jobset.yaml",
@@ -118,13 +73,71 @@ def gke(launch: Launch) -> dict[str, str]:
         "    kubectl delete -f jobset.yaml        the teardown; SIGTERM first, so that the run saves",
         "Here 70 restarts too: it is a bug, or what pods end with whose peer was lost; JobSet cannot tell them apart.",
     ]
-    files = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": f"{name}-launch"},
-        "data": {"pod.sh": script(launch, "common", "gke")},
-    }
     return {"jobset.yaml": dump(launch, how, files, jobset)}
+
+
+def _job(launch: Launch) -> dict[str, Any]:
+    """Of one slice: a pod a host."""
+    only = {"containerName": "k2jax", "operator": "NotIn", "values": RESTARTED}
+    return {
+        "backoffLimit": 0,
+        "completionMode": "Indexed",
+        "completions": launch.hosts.hosts_per_slice,
+        "parallelism": launch.hosts.hosts_per_slice,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": only}]},
+        "template": {"spec": _pod(launch)},
+    }
+
+
+def _pod(launch: Launch) -> dict[str, Any]:
+    hosts, volumes, mounts = launch.hosts, [], []
+    claim, _, path = launch.claim.partition(":")
+    if launch.claim:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", claim) or not path.startswith("/"):
+            raise ConfigError(f"--claim={printable(launch.claim)}: expected CLAIM:/PATH")
+        volumes = [{"name": "shared", "persistentVolumeClaim": {"claimName": claim}}]
+        mounts = [{"name": "shared", "mountPath": path}]
+    elif "://" not in launch.workdir:
+        raise ConfigError(
+            f"--on=gke --workdir={printable(launch.workdir)}: pods share no folder: name the PersistentVolumeClaim "
+            f"that they mount, --claim=CLAIM:/PATH"
+        )
+    limits, selector, tolerations = {"cpu": str(hosts.devices_per_host)}, {}, []
+    if hosts.is_tpu:
+        limits = {"google.com/tpu": str(hosts.chips_per_host)}
+        selector = {
+            "cloud.google.com/gke-tpu-accelerator": hosts.names.gke,
+            "cloud.google.com/gke-tpu-topology": hosts.shape,
+        }
+    elif hosts.is_gpu:
+        limits = {"nvidia.com/gpu": str(hosts.chips_per_host)}
+        selector = {"cloud.google.com/gke-accelerator": hosts.names.gke}
+        tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    container = {
+        "name": "k2jax",
+        "image": launch.image,
+        "command": ["bash", "/launch/pod.sh"],  # no text of a command's: Kubernetes expands $(NAME) in those
+        "env": [_label("JOB_INDEX", "jobset.sigs.k8s.io/job-index")],
+        "ports": [{"containerPort": port} for port in (launch.port, launch.port + 1)],
+        "resources": {"limits": limits},
+        "volumeMounts": [
+            {"name": "launch", "mountPath": "/launch"},
+            {"name": "shm", "mountPath": "/dev/shm"},  # the loader's workers', NCCL's
+            *mounts,
+        ],
+    }
+    return {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": launch.grace_s,
+        "nodeSelector": selector,
+        "tolerations": tolerations,
+        "containers": [container],
+        "volumes": [
+            {"name": "launch", "configMap": {"name": f"{launch.name}-launch"}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            *volumes,
+        ],
+    }
 
 
 def _label(variable: str, label: str) -> dict[str, Any]:
@@ -143,7 +156,9 @@ def sky(launch: Launch) -> dict[str, str]:
     """{file: text}. ConfigError for what SkyPilot cannot start as one task."""
     hosts = launch.hosts
     if hosts.kind == "cpu" or hosts.slices > 1 or (hosts.is_tpu and not hosts.names.accelerator):
-        raise ConfigError(f"--on=sky --topology={hosts.topology}: SkyPilot has GPUs, and one slice of TPUs up to v6e")
+        raise ConfigError(
+            f"--on=sky --topology={hosts.topology}: SkyPilot has GPUs, and one slice of TPUs up to v6e"
+        )
     resources: dict[str, Any] = {"accelerators": f"{hosts.names.accelerator}:{hosts.chips_per_host}"}
     nodes = hosts.hosts
     if hosts.is_tpu:
@@ -176,7 +191,7 @@ def sky(launch: Launch) -> dict[str, str]:
     how = [
         f"In a clean checkout of the commit:  sky jobs launch --name {launch.name} task.yaml",
         f"    sky jobs logs --name {launch.name}; sky jobs cancel --name {launch.name}        the teardown",
-        "A lost host is SkyPilot's to replace; of exit codes it restarts after 74 and 75. Where more than one host trains,",
-        "add file_mounts for what they share: the workdir.",
+        "A lost host is SkyPilot's to replace; of exit codes it restarts after 74 and 75.",
+        "Where more than one host trains, add file_mounts for what they share: the workdir.",
     ]
     return {"task.yaml": dump(launch, how, task)}

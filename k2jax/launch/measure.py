@@ -1,4 +1,4 @@
-"""What preflight measures on one host, by itself: versions, disk, memory, the loader. Raises a RunError for what fails."""
+"""What preflight measures on one host: versions, disk, memory, loader, devices. Raises a RunError for what fails."""
 
 import hashlib
 import os
@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import k2jax
@@ -20,6 +22,7 @@ from k2jax.run.directory import git_commit, versions
 from k2jax.training.setup import open_data
 
 PACKAGE = Path(k2jax.__file__).parent
+REDUCED = 1024  # integers that each device contributes
 CHUNK = 2**22  # bytes, of a read
 
 
@@ -59,14 +62,18 @@ def disk(workdir: Path, size: int, index: int) -> dict[str, float]:
         write_s = time.perf_counter() - started
         with path.open("rb", buffering=0) as file:
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it is the memory that is read
+                os.posix_fadvise(
+                    file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+                )  # else it is the memory that is read
             started = time.perf_counter()
             read = b"".join(iter(lambda: file.read(CHUNK), b""))
             read_s = time.perf_counter() - started
     finally:
         path.unlink(missing_ok=True)
     if read != data:
-        raise StorageError(f"{path}: what was read is not what was written: this storage loses data, use another")
+        raise StorageError(
+            f"{path}: what was read is not what was written: this storage loses data, use another"
+        )
     found = os.statvfs(workdir)
     return {
         "free_bytes": found.f_bavail * found.f_frsize,
@@ -108,3 +115,25 @@ def loader(config: ConfigDict, index: int, count: int, seconds: float) -> dict[s
     tokens = len(rows) * stage.sequence_length
     rate = steps * tokens / elapsed if steps else None  # one step is no measurement
     return {"data": manifest_digest(manifest), "tokens_per_s": rate, "tokens_a_step": tokens}
+
+
+def reduce_over_devices() -> dict[str, Any]:
+    """Whether the sum of known integers, others from each device, is right, and whose arrive wrong. All processes."""
+    mesh = Mesh(np.asarray(jax.devices()), ("all",))
+    number = mesh.devices.size
+    expected = (np.arange(number)[:, None] + 1) * 1009 + np.arange(REDUCED)[None, :] * 7
+    expected = expected.astype(np.int32)  # sums that overflow wrap alike
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("all"))
+    parts = jax.make_array_from_callback(expected.shape, split, lambda index: expected[index])
+    add = jax.jit(lambda x: x.sum(0, dtype=np.int32), out_shardings=everywhere)
+    collect = jax.jit(lambda x: x, out_shardings=everywhere)
+    total = np.asarray(add(parts).addressable_data(0))
+    rows = np.asarray(collect(parts).addressable_data(0))
+    started = time.perf_counter()
+    jax.block_until_ready(add(parts))
+    return {
+        "sum_is_right": bool((total == expected.sum(0, dtype=np.int32)).all()),
+        "wrong_devices": np.flatnonzero((rows != expected).any(1)).tolist(),
+        "seconds": time.perf_counter() - started,
+    }

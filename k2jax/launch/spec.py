@@ -45,6 +45,20 @@ class Launch:
     time_limit: str = "1-00:00:00"  # slurm
     grace_s: int = 600  # between SIGTERM and the end
 
+    def __post_init__(self) -> None:
+        for option, value, least, most in (
+            ("--port", self.port, 1024, 65534),
+            ("--max-restarts", self.max_restarts, 0, 10_000),
+            ("--delay", self.delay_s, 0, 86_400),
+            ("--grace", self.grace_s, 1, 86_400),
+        ):
+            if not least <= value <= most:
+                raise ConfigError(f"{option}={value}: expected {least} to {most}")
+        if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time_limit):
+            raise ConfigError(
+                f"--time-limit={printable(self.time_limit)}: expected MINUTES, H:MM:SS or D-HH:MM:SS"
+            )
+
     @property
     def config_digest(self) -> str:
         return drift.config_digest(self.config)
@@ -198,7 +212,9 @@ def plan_verdict(plan: dict[str, Any], config: ConfigDict, hosts: Hosts) -> str:
         )
         return f"fits, {used}; {steps}; {plan['days']:.1f} days (estimated)"
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--plan: is no output of tools/plan.py --json ({type(error).__name__}: {error})") from error
+        raise ConfigError(
+            f"--plan: is no output of tools/plan.py --json ({type(error).__name__}: {error})"
+        ) from error
 
 
 def printable(text: str) -> str:
