@@ -426,7 +426,7 @@ def test_what_cannot_be_launched_is_refused(kind, topology, options, message):
         WRITERS[kind](make(topology, **options))
 
 
-@pytest.mark.parametrize("image", ["k2:latest", "k2", "k2@sha256:12", f"k2@sha256:{'0' * 64}\nx", f"$(x)@sha256:{'0' * 64}"])
+@pytest.mark.parametrize("image", ["k2:latest", "k2", "k2@sha256:12", IMAGE + "\nx", IMAGE.replace("k2", "$(x)")])
 def test_an_image_without_a_digest_is_refused(image):
     with pytest.raises(ConfigError, match="expected NAME@sha256:DIGEST"):
         spec.check_image(image)
@@ -459,7 +459,8 @@ def launch(tiny_data, tmp_path, monkeypatch, capsys):
     main = runpy.run_path(str(REPOSITORY / "tools" / "launch.py"))["main"]
 
     def run(*arguments: str, topology: str = "h100:8", on: str = "ssh") -> tuple[int, str]:
-        given = [f"--config={tiny_data / 'tiny.py'}", f"--topology={topology}", f"--on={on}", f"--out={tmp_path / 'out'}"]
+        given = [f"--config={tiny_data / 'tiny.py'}", f"--topology={topology}", f"--on={on}"]
+        given += [f"--out={tmp_path / 'out'}"]
         workdir = [] if any(text.startswith("--workdir") for text in arguments) else ["--workdir=/runs/tiny"]
         monkeypatch.setattr(sys, "argv", ["tools/launch.py", *given, *workdir, *arguments])
         with pytest.raises(SystemExit) as end:

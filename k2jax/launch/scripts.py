@@ -95,7 +95,6 @@ def tpu_vm(launch: Launch) -> dict[str, str]:
         "COMMIT": launch.commit.rstrip("+"),
         "NODES": nodes,
         "ACCELERATOR": [*kind, f"--runtime-version={hosts.names.runtime}", *named],
-        "POLL_S": 30,
     }
     return {
         "launch.sh": script(launch, "common", "tpu_vm", more=assignments(more)),

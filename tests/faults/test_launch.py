@@ -23,8 +23,8 @@ from faults import runs
 
 pytestmark = pytest.mark.processes
 BIN = Path(__file__).parent / "bin"
-KEYS = {"stages.0.steps_per_chunk": 150, "log.every_steps": 10}  # long enough to be interrupted
-LAST = 305
+KEYS = {"stages.0.steps_per_chunk": 100, "log.every_steps": 10}  # long enough to be interrupted
+LAST = 205
 
 
 class Launched:
@@ -73,13 +73,17 @@ def launch(tiny_data, tmp_path) -> Iterator[Callable[..., Launched]]:
     def start(kind: str, *arguments: str) -> Launched:
         out, home = tmp_path / "out", tmp_path / "home"
         home.mkdir(exist_ok=True)
+        python = tmp_path / "a python"  # that compiles quickly
+        flags = f'XLA_FLAGS="$XLA_FLAGS {runs.QUICKLY_COMPILED}"'
+        python.write_text(f'#!/bin/sh\n{flags} exec {sys.executable} "$@"\n')
+        python.chmod(0o755)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         write = [
             sys.executable, REPOSITORY / "tools" / "launch.py", f"--config={tiny_data / 'tiny.py'}",
             "--topology=cpu:2x1", f"--on={kind}", f"--workdir={tmp_path / 'run'}", f"--out={out}", f"--port={port}",
-            f"--python={sys.executable}", f"--code={REPOSITORY}", "--delay=0",
+            f"--python={python}", f"--code={REPOSITORY}", "--delay=0",
             f"--cache={os.environ['JAX_COMPILATION_CACHE_DIR']}",
             *(f"--config.{key}={value}" for key, value in KEYS.items()), *arguments,
         ]  # fmt: skip
@@ -117,7 +121,7 @@ def test_ssh_restarts_after_75_and_ends_with_the_worst_code(launch, tmp_path):
     told = started.wait(0)
     assert "launch: exit codes 75 75: again\n" in told and told.endswith("launch: exit codes 0 0: done\n")
     assert len(re.findall(r"^ok    all-reduce", told, re.M)) == 2, "preflight before each"
-    [step] = re.findall(r"^resuming after step (\d+) of 305", told, re.M)
+    [step] = re.findall(r"^resuming after step (\d+) of 205", told, re.M)
     assert 40 <= int(step) < LAST
     check_whole(workdir)
     assert not trainers_of(workdir) and (tmp_path / "out" / "logs" / "127.0.0.1").read_text()
@@ -152,7 +156,7 @@ def test_slurm_queues_again_after_75(launch, tmp_path):
     started.wait_for("step 40 ")
     os.kill(trainers_of(workdir)[0], signal.SIGTERM)
     started.wait_for("launch: exit code 75: again")
-    started.wait_for("step 160 ")
+    started.wait_for("step 120 ")
     os.kill(int((tmp_path / "slurm" / "batch").read_text()), signal.SIGTERM)
     told = started.wait(0)
     assert told.count("launch: exit code 75: again\n") == 2 and told.endswith("launch: exit code 0: done\n")

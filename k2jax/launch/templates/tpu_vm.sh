@@ -7,7 +7,7 @@
 # Every command goes to all workers (--worker=all): one that is left out makes the others wait for ever. Processes find
 # each other by Google's metadata server; the coordinator is worker 0 of the first slice, on port 8482.
 
-: "${ZONE:?set it, as us-east5-a}" "${PROJECT:?set it}"
+: "${ZONE:?set it, as us-east5-a}" "${PROJECT:?set it}" "${POLL_S:=30}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 place=(--zone="$ZONE" --project="$PROJECT")
 there=.k2jax-launch/$NAME

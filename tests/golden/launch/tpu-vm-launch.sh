@@ -26,7 +26,6 @@ export JAX_COMPILATION_CACHE_DIR=/mnt/shared/run/compiled/lock-111111111111
 COMMIT=cccccccccccccccccccccccccccccccccccccccc
 NODES=(k2-test-0 k2-test-1)
 ACCELERATOR=(--accelerator-type=v5p-16 --runtime-version=v2-alpha-tpuv5 --node-count=2 --node-prefix=k2-test)
-POLL_S=30
 
 <templates/common.sh>
 
