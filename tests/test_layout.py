@@ -72,6 +72,8 @@ MAY_IMPORT = {
     "evals": COMMON | RUN,
     "hf": COMMON | RUN,
     "plan": COMMON | RUN,
+    "launch": COMMON | RUN | {"plan"},
+    "preflight": COMMON | RUN | {"launch"},
     "generate": COMMON | RUN,
     "train": COMMON | RUN | {"generate"},
     "evaluate": COMMON | RUN | {"evals"},

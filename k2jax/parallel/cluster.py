@@ -153,6 +153,21 @@ def together(what: str, f: Callable[[], T], limit_s: float | None = None) -> T:
     return mine[0]
 
 
+def gather(what: str, f: Callable[[], T], limit_s: float = LIMIT_S) -> list[T]:
+    """What `f` gives on each process, in JSON's types, on every process; or the worst error of any, on all."""
+    key = _key(what)
+    if count() == 1:
+        return [json.loads(json.dumps(f()))]
+    _set(f"{key}/{index()}", _outcome(f))
+    if is_main():
+        found = [_get(f"{key}/{i}", f"process {i}, which {what},", limit_s) for i in range(count())]
+        verdict = _worst(found) if any("error" in one for one in found) else {"value": [one["value"] for one in found]}
+        _set(f"{key}/all", verdict)
+    else:
+        verdict = _get(f"{key}/all", f"process 0, which {what},", limit_s + GRACE_S)
+    return _result(verdict)
+
+
 def agree(what: str, values: dict[str, Any]) -> None:
     """Raises ConfigError on every process, naming key and values, unless all have the values of process 0."""
     values = json.loads(json.dumps(values))
