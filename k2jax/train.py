@@ -36,11 +36,13 @@ from k2jax.generate import text_after
 from k2jax.model.decoder import compute_dtype
 from k2jax.model.generation import Generator
 from k2jax.model.sampling import Sampling
-from k2jax.parallel import cluster, sharding
+from k2jax.parallel import cluster, compile_cache, sharding
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import RunDirectory
 from k2jax.run.ledger import Ledger, StepLog
 from k2jax.run.state import TrainState
+from k2jax.training.launch import Launch, process_age_s
+from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import init_state
 from k2jax.training.placement import check_mesh, make_state, mesh_for, move_params, place_state
@@ -49,12 +51,16 @@ from k2jax.training.setup import check_processes_agree, checkpoint_meta, describ
 from k2jax.training.validation import validate
 
 
-def train(config: ConfigDict, workdir: str | Path) -> None:
+def train(config: ConfigDict, workdir: str | Path, launch: Launch | None = None) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
+    launch = launch or Launch()
     check_processes_agree(config)
     mesh = sharding.make_mesh(config.mesh)
     check_mesh(config, mesh)
     with RunDirectory(workdir) as run, jax.set_mesh(mesh):
+        compile_cache.use(say)
+        launch.did("coming together")
+
         # ---- the data is a function of manifest, journal and step --------------------------------------------------
         stores, manifest = open_same_data(config)
         journal = run.begin(config, manifest, dict(mesh.shape))
@@ -62,6 +68,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         check_journal(journal, order)
         say(describe(manifest))
         say(describe_run(config, order, mesh))
+        launch.did("data")
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
         shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
@@ -76,12 +83,13 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         if step:
             check_resume(journal, checkpoints.last_data["order"], order, step)
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
+        launch.did("restore" if checkpoints.last_meta else "new state")
 
         # ---- training ----------------------------------------------------------------------------------------------
         meta = checkpoint_meta(config, manifest, mesh)
         save = partial(save_checkpoint, checkpoints, recorder, order, meta)
         work = feed_steps(
-            config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say
+            config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say, launch=launch
         )
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
@@ -90,12 +98,14 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
                 state, metrics = run_step(state, batch)
                 # Reads the metrics of the step before this one, so that the device is not waited for.
                 recorder.push(step, plan, metrics, data_wait_s)
+                note_first_step(launch, recorder, run)
                 if step in save_steps or is_multiple(step, config.checkpoint.every_steps):
                     save(state, step)
                     saved = step
                 recorder.saved(checkpoints.poll())
                 bar.update()
         recorder.saved(checkpoints.wait())
+        note_first_step(launch, recorder, run)  # of a run that had one step left
         recorder.close()
         checkpoints.close()
         report(config, state, mesh, stores, manifest, run.path)
@@ -118,6 +128,16 @@ def open_records(
             say(f"{dropped} step(s) after the checkpoint are run again")
     seen = tokens_before(order, step + 1)
     return Recorder(config, workdir, order, subsets, metrics, ledger, say, seen, first_step=step + 1)
+
+
+def note_first_step(launch: Launch, recorder: Recorder, run: RunDirectory) -> None:
+    """Once the first step of this launch is done: what a restart of this run takes."""
+    if launch.done or recorder.first_done is None:
+        return
+    record = launch.finish(recorder.first_step, recorder.first_done)
+    say(describe_launch(record))
+    if cluster.is_main():
+        run.note_launch({"first_step": record})
 
 
 def save_checkpoint(
@@ -210,6 +230,7 @@ def say(line: str) -> None:
 
 
 def main() -> None:
+    launch = Launch(process_age_s())
     parser = argparse.ArgumentParser(
         prog="python -m k2jax.train",
         description="Trains a model, or resumes a run.",
@@ -227,8 +248,9 @@ def main() -> None:
             f"unknown argument {unknown[0]}; keys of the configuration are set as --config.KEY=VALUE"
         )
     config = configuration.load(args.config, overrides)
+    launch.did("start and imports")
     cluster.initialize()
-    train(config, args.workdir)
+    train(config, args.workdir, launch)
 
 
 if __name__ == "__main__":

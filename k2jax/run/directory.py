@@ -206,6 +206,13 @@ class RunDirectory:
         launches = files.read_json(path)["launches"] if path.exists() else []
         files.write_json(path, {"launches": [*launches, environment(mesh_shape)]}, sort_keys=True, end="")
 
+    def note_launch(self, values: dict[str, Any]) -> None:
+        """Adds what is known now to this launch's entry in environment.json; process 0 alone does that."""
+        path = self.path / "environment.json"
+        launches = files.read_json(path)["launches"]
+        launches[-1] |= values
+        files.write_json(path, {"launches": launches}, sort_keys=True, end="")
+
 
 def is_import(config: dict[str, Any]) -> bool:
     """Whether a saved configuration is of imported weights, before a run on them: its one stage has no data."""
