@@ -144,9 +144,10 @@ def _wanted(backend: str) -> Wanted:
         named = os.environ[VARIABLE]
         return Wanted(named) if named not in ("", "off") else Wanted(why=f"{VARIABLE} is {named or 'empty'}")
     try:
-        folder = _root() / versions(backend)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for part in (folder, folder.parent):
+        root = _root()
+        folder = root / versions(backend)
+        for part in (root.parent, root, folder):
+            part.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_own(part)
     except (OSError, RuntimeError, RunError) as error:  # RuntimeError: of a user without a home
         return Wanted(why=f"{error}: {VARIABLE} names another folder, or is off")
