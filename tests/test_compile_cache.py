@@ -207,3 +207,33 @@ def test_later_parts_do_not_count():
     launch.did("data")
     assert not launch.warm and [*launch.parts] == ["data", "compile", "first step"]
     assert "compile (no cache)" in launches.describe(record) and "programs" not in launches.describe(record)
+
+
+@pytest.mark.processes
+def test_all_processes_read_what_the_first_wrote_or_none(own_cache, tiny_data, tmp_path, monkeypatch):
+    """The second compiles nothing of what is there; where they do not see one folder, both compile, and it is told."""
+    # Both name /proc/self/cwd/cache: it is one folder where they stand in one, two where each stands in its own.
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/self/cwd/cache")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    tell = "import atexit; from k2jax.parallel import compile_cache as c; atexit.register(lambda: print(*c.counts()))"
+    stand = "import os; os.chdir(os.environ['STAND'])"
+    apart = f"{stand}; os.makedirs(os.environ['JAX_PROCESS_ID']); os.chdir(os.environ['JAX_PROCESS_ID'])"
+    monkeypatch.setenv("STAND", str(tmp_path))
+    told = {}
+    with runs.trainers(tiny_data) as start:
+        for name, where in (("cold", stand), ("warm", stand), ("apart", apart)):
+            options = {"devices": 1, "patch": f"{tell}; {where}"}
+            pair = runs.pair(start, tmp_path / name, {"eval.windows": 1}, **options)
+            told[name] = [trainer.wait(0) for trainer in pair]
+    counts = {name: [tuple(map(int, lines[-1].split())) for lines in pair] for name, pair in told.items()}
+    assert all(asked > found for asked, found in counts["cold"])
+    for asked, found in counts["warm"]:
+        assert asked == found > 5
+    assert counts["apart"] == [(0, 0), (0, 0)]
+    [line] = [line for line in told["apart"][0] if line.startswith("compiled programs are not kept: ")]
+    assert "not all processes see /proc/self/cwd/cache/" in line and compile_cache.VARIABLE in line
+    assert not any("are not kept" in line for name in ("cold", "warm") for line in told[name][0])
+    assert not [path for path in (tmp_path / "cache").rglob("seen-*")]
+    assert runs.ledger_rows(tmp_path / "cold") == runs.ledger_rows(tmp_path / "warm")
+    assert runs.ledger_rows(tmp_path / "cold") == runs.ledger_rows(tmp_path / "apart")
+    assert first_step(tmp_path / "warm")["cache"] == "warm" and first_step(tmp_path / "apart")["cache"] == "off"
