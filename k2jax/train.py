@@ -38,13 +38,15 @@ from k2jax.generate import text_after
 from k2jax.model.decoder import compute_dtype
 from k2jax.model.generation import Generator
 from k2jax.model.sampling import Sampling
-from k2jax.parallel import cluster
+from k2jax.parallel import cluster, compile_cache
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import RunDirectory
 from k2jax.run.fork import parse_fork
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
 from k2jax.text import shown
+from k2jax.training.launch import Launch, process_age_s
+from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import init_state
 from k2jax.training.placement import make_state, mesh_for, mesh_of, move_params, place_state
@@ -53,17 +55,27 @@ from k2jax.training.setup import check_processes_agree, checkpoint_meta, describ
 from k2jax.training.validation import validate
 
 
-def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int] | None = None) -> None:
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    forked_from: tuple[Path, int] | None = None,
+    launch: Launch | None = None,
+) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
+    launch = launch or Launch()
     check_processes_agree(config)
     mesh = mesh_of(config)
     with RunDirectory(workdir) as run, jax.set_mesh(mesh):
+        compile_cache.use(say)
+        launch.did("coming together")
+
         # ---- the run is what it was, or what is allowed to change ---------------------------------------------------
         if forked_from:
             run.fork(*forked_from)
         stores, manifest = open_same_data(config)
         say(describe(manifest))
         run.check(config, manifest, dict(mesh.shape))
+        launch.did("data")
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
         shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
@@ -86,12 +98,13 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
         save_steps = set(checkpoint_steps(order))
         checkpoints.keep(save_steps)
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
+        launch.did("restore" if checkpoints.last_meta else "new state")
 
         # ---- training ----------------------------------------------------------------------------------------------
         meta = checkpoint_meta(config, manifest, mesh, epochs[-1])
         save = partial(save_checkpoint, checkpoints, recorder, order, len(journal), meta)
         work = feed_steps(
-            config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say
+            config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say, launch=launch
         )
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
@@ -100,12 +113,14 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
                 state, metrics = run_step(state, batch)
                 # Reads the metrics of the step before this one, so that the device is not waited for.
                 recorder.push(step, plan, metrics, data_wait_s)
+                note_first_step(launch, recorder, run)
                 if step in save_steps or is_multiple(step, config.checkpoint.every_steps):
                     save(state, step)
                     saved = step
                 recorder.saved(checkpoints.poll())
                 bar.update()
         recorder.saved(checkpoints.wait())
+        note_first_step(launch, recorder, run)  # of a run that had one step left
         recorder.close()
         checkpoints.close()
         stopping.at_once(f"step {order.num_steps} is saved, what ends a run is not made")
@@ -128,6 +143,16 @@ def open_records(
             say(f"{dropped} step(s) after the checkpoint are run again")
     seen = tokens_before(order, step + 1)
     return Recorder(config, workdir, order, subsets, metrics, ledger, say, seen, first_step=step + 1)
+
+
+def note_first_step(launch: Launch, recorder: Recorder, run: RunDirectory) -> None:
+    """Once the first step of this launch is done: what a restart of this run takes."""
+    if launch.done or recorder.first_done is None:
+        return
+    record = launch.finish(recorder.first_step, recorder.first_done)
+    say(describe_launch(record))
+    if cluster.is_main():
+        run.note_launch({"first_step": record})
 
 
 def save_checkpoint(
@@ -222,6 +247,7 @@ def say(line: str) -> None:
 
 
 def main() -> None:
+    launch = Launch(process_age_s())
     parser = argparse.ArgumentParser(
         prog="python -m k2jax.train",
         description="Trains a model, or resumes a run.",
@@ -240,8 +266,9 @@ def main() -> None:
             f"unknown argument {unknown[0]}; keys of the configuration are set as --config.KEY=VALUE"
         )
     config = configuration.load(args.config, overrides)
+    launch.did("start and imports")
     cluster.initialize()
-    train(config, args.workdir, args.fork)
+    train(config, args.workdir, args.fork, launch)
 
 
 if __name__ == "__main__":

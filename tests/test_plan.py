@@ -372,6 +372,9 @@ def test_a_step_that_fits(plan: Callable, tmp_path: Path):
     assert found["tokens_per_second_per_chip"] == pytest.approx(tokens / found["step_seconds"] / 4)
     assert found["days"] == pytest.approx(20 * found["step_seconds"] / 86400)
     assert found["chip_hours"] == pytest.approx(found["days"] * 24 * 4)
+    assert found["saving"]["state_bytes"] == pytest.approx(12 * PARAMS, rel=0.01)
+    rows = r"\ncheckpoints\n  state .*\n  on disk .*\n  storage .*\n  training waits .*\n  stage1 "
+    assert re.search(rows, table(found))
     kept = json.loads((tmp_path / "plan.json").read_text())
     assert kept["step_seconds"] == pytest.approx(found["step_seconds"], rel=0.01)
 

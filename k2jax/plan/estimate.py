@@ -14,7 +14,7 @@ from k2jax.data.order import StagePlan
 from k2jax.errors import ConfigError
 from k2jax.model.flops import flops_per_token
 from k2jax.parallel import pipeline, sharding
-from k2jax.plan import topologies
+from k2jax.plan import saving, topologies
 from k2jax.plan.chips import GIB, Chip, chip_of
 from k2jax.plan.hlo import Program
 from k2jax.plan.links import Links
@@ -27,12 +27,18 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
 def plan(
-    config: ConfigDict, topology: str, only: str | None = None, say: Callable[[str], None] = print
+    config: ConfigDict,
+    topology: str,
+    only: str | None = None,
+    say: Callable[[str], None] = print,
+    storage: saving.Storage = saving.DEFAULT,
 ) -> dict[str, Any]:
     """Compiles the training step of every stage (or of the one named `only`) for `topology`.
 
-    Returns the numbers of the longest stage, `days` and `chip_hours` of all stages together, and under "stages" those
-    of each. Raises ConfigError for an unknown topology, and for a mesh or batch that does not divide.
+    Returns the numbers of the longest stage, `days` and `chip_hours` of all stages together, under "stages" those of
+    each, and under "saving" what checkpoints cost.
+
+    Raises ConfigError for an unknown topology, and for a mesh or batch that does not divide.
     """
     chip = chip_of(topology)
     devices = topologies.devices(topology)
@@ -58,6 +64,7 @@ def plan(
         "chip_hours": days and days * 24 * longest["chips"],
         "compile_seconds": sum(stage["compile_seconds"] for stage in stages.values()),
         "stages": stages,
+        "saving": saving.cost(config, mesh, chip, stages, storage),
     }
 
 

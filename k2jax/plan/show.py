@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from k2jax.plan import saving
 from k2jax.plan.chips import GIB
 
 
@@ -17,6 +18,7 @@ def table(found: dict[str, Any]) -> str:
             f"{stage['stage']}: {stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens",
             *_stage(stage),
         ]
+    lines += ["", "checkpoints", *(_row(label, value) for label, value in saving.rows(found["saving"]))]
     if found["days"] is not None:
         lines += ["", _row("whole run", f"{found['days']:.1f} days, {found['chip_hours']:,.0f} chip-hours")]
     return "\n".join(lines)

@@ -213,14 +213,14 @@ class RunDirectory:
         launch = {**environment(mesh_shape), "newest_step": step, "stores": stores}
         write_launches(self.path, [*launches, launch])
 
+    def note_launch(self, values: dict[str, Any]) -> None:
+        """Adds what is known now to this launch's entry in environment.json; process 0 alone does that."""
+        *earlier, launch = read_launches(self.path)
+        write_launches(self.path, [*earlier, {**launch, **values}])
+
     def end(self) -> None:
         """Notes that this launch came to the end of the run."""
-
-        def note() -> None:
-            *earlier, launch = read_launches(self.path)
-            write_launches(self.path, [*earlier, {**launch, "done": True}])
-
-        cluster.decide("ends the run", note)
+        cluster.decide("ends the run", lambda: self.note_launch({"done": True}))
 
 
 def _difference_from_import(last: Epoch, new: dict[str, Any], manifest: dict[str, Any]) -> dict[str, tuple]:

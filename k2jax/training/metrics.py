@@ -41,11 +41,12 @@ class Recorder:
         first_step: int,
     ):
         self.config, self.order, self.subsets, self.steps, self.ledger = config, order, subsets, steps, ledger
-        self.print_line, self.tokens_seen = print_line, tokens_seen
+        self.print_line, self.tokens_seen, self.first_step = print_line, tokens_seen, first_step
         self.is_main = cluster.is_main()
         self.sinks = open_sinks(config, workdir, first_step, print_line) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
+        self.first_done: float | None = None  # when this launch's first step was, by time.perf_counter()
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
         self._last: tuple[StagePlan, float] | None = None  # stage and time of the last row
 
@@ -85,6 +86,7 @@ class Recorder:
         values = jax.device_get(metrics)
         # On CPU a step is done when its call returns (cluster.initialize).
         now = pushed if jax.default_backend() == "cpu" else time.perf_counter()
+        self.first_done = self.first_done or now
         step_s = now - self._last[1] if self._last and self._last[0] is plan else None  # no compiling in it
         self._last = plan, now
         self.tokens_seen += plan.rows_per_step * plan.sequence_length
