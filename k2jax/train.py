@@ -45,6 +45,7 @@ from k2jax.run.fork import parse_fork
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
 from k2jax.text import shown
+from k2jax.training import guard
 from k2jax.training.launch import Launch, process_age_s
 from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
@@ -113,6 +114,7 @@ def train(
                 state, metrics = run_step(state, batch)
                 # Reads the metrics of the step before this one, so that the device is not waited for.
                 recorder.push(step, plan, metrics, data_wait_s)
+                guard.check_steps(recorder, config.optimizer.max_skips_in_a_row)
                 note_first_step(launch, recorder, run)
                 if step in save_steps or is_multiple(step, config.checkpoint.every_steps):
                     save(state, step)
@@ -166,7 +168,8 @@ def save_checkpoint(
 ) -> None:
     """Starts an asynchronous save, once the metrics of `step` are read and found good."""
     recorder.flush()
-    recorder.require_finite_parameters()
+    guard.check_steps(recorder, recorder.config.optimizer.max_skips_in_a_row)
+    guard.check_parameters(recorder)
     recorder.sync()
     recorder.saved(checkpoints.wait())
     say(f"saving {step}")

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from k2jax import files
 from k2jax.data.loader import batch_digest
 from k2jax.data.order import Order, StagePlan
-from k2jax.errors import NumericsError
 from k2jax.model.flops import flops_per_token, peak_flops
 from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog, belonging
@@ -46,18 +45,19 @@ class Recorder:
         self.sinks = open_sinks(config, workdir, first_step, print_line) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
+        self.skips_in_a_row = 0  # up to the last row
         self.first_done: float | None = None  # when this launch's first step was, by time.perf_counter()
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
         self._last: tuple[StagePlan, float] | None = None  # stage and time of the last row
 
     def push(self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float) -> None:
-        """Keeps this step's metrics and records those of the step before. Raises NumericsError as `flush` does."""
+        """Keeps this step's metrics and records those of the step before."""
         previous, self._pending = self._pending, (step, plan, metrics, data_wait_s, time.perf_counter())
         if previous is not None:
             self._record(*previous)
 
     def flush(self) -> None:
-        """Records what is pending, waiting for the device. Raises NumericsError when the guard stops the run."""
+        """Records what is pending, waiting for the device."""
         if self._pending is not None:
             previous, self._pending = self._pending, None
             self._record(*previous)
@@ -71,14 +71,6 @@ class Recorder:
         """Closes the ledger's steps with a checkpoint that has become complete; None: none has."""
         if meta is not None and self.is_main:
             self.ledger.append_record(meta["step"], belonging(meta))
-
-    def require_finite_parameters(self) -> None:
-        """Raises NumericsError when the last recorded step left a parameter that is not finite: it is not saved."""
-        if not math.isfinite(self.last_row["param_norm"]):
-            raise NumericsError(
-                f"step {self.last_row['step']}: parameters are not finite: nothing is saved; "
-                f"go back to an earlier checkpoint"
-            )
 
     def _record(
         self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float, pushed: float
@@ -103,7 +95,7 @@ class Recorder:
             "data_wait_s": data_wait_s,
             **_memory(),
         }
-        self.last_row = row
+        self.last_row, self.skips_in_a_row = row, int(values["skips_in_a_row"])
         if self.is_main:
             self.ledger.append_step(
                 step,
@@ -116,11 +108,6 @@ class Recorder:
         for sink in self.sinks:
             sink.put(step, row)
         self._tell(step, row)
-        if int(values["skips_in_a_row"]) >= self.config.optimizer.max_skips_in_a_row:
-            raise NumericsError(
-                f"loss or gradient not finite in {int(values['skips_in_a_row'])} steps in a row, up to "
-                f"step {step}; no update was made in them; the data: tools/which_docs.py --step {step}"
-            )
 
     def _losses(self, values: dict[str, np.ndarray]) -> dict[str, Any]:
         row = {"loss": float(values["loss"])}
