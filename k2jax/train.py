@@ -27,7 +27,7 @@ from tqdm import tqdm
 from k2jax import config as configuration
 from k2jax import files, paths
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
-from k2jax.data.journal import check_journal, check_resume
+from k2jax.data.epochs import check_journal, check_resume, order_of
 from k2jax.data.manifest import describe
 from k2jax.data.order import Order
 from k2jax.data.tokenizer import load_tokenizer
@@ -39,7 +39,8 @@ from k2jax.model.sampling import Sampling
 from k2jax.parallel import cluster, sharding
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import RunDirectory
-from k2jax.run.ledger import Ledger, StepLog
+from k2jax.run.fork import parse_fork
+from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
 from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import init_state
@@ -49,38 +50,43 @@ from k2jax.training.setup import check_processes_agree, checkpoint_meta, describ
 from k2jax.training.validation import validate
 
 
-def train(config: ConfigDict, workdir: str | Path) -> None:
+def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int] | None = None) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
     check_processes_agree(config)
     mesh = sharding.make_mesh(config.mesh)
     check_mesh(config, mesh)
     with RunDirectory(workdir) as run, jax.set_mesh(mesh):
-        # ---- the data is a function of manifest, journal and step --------------------------------------------------
+        # ---- the run is what it was, or what is allowed to change ---------------------------------------------------
+        if forked_from:
+            run.fork(*forked_from)
         stores, manifest = open_same_data(config)
-        journal = run.begin(config, manifest, dict(mesh.shape))
-        order = Order(manifest, journal)
-        check_journal(journal, order)
         say(describe(manifest))
-        say(describe_run(config, order, mesh))
+        run.check(config, manifest, dict(mesh.shape))
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
         shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
         shardings = place_state(config, shapes, mesh)
-        save_steps = set(checkpoint_steps(order))
-        # 0: of imported weights
         between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
-        checkpoints = Checkpoints(run.path, [0, *sorted(save_steps)], between, say, moments_every=every)
+        # 0: of imported weights
+        checkpoints = Checkpoints(run.path, [0], between, say, moments_every=every)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
-        if checkpoints.last_meta:
-            run.check_restored(checkpoints.last_meta, config)
+
+        # ---- the data is a function of epochs, journal and step ----------------------------------------------------
+        epochs, journal = run.begin(config, manifest, checkpoints.last_meta)
+        check_journal(epochs, journal)
+        order = order_of(epochs, journal)
         if step:
-            check_resume(journal, checkpoints.last_data["order"], order, step)
+            number = checkpoints.last_meta["epoch"]["number"]
+            check_resume(epochs, journal, checkpoints.last_data, number, order, step)
+        say(describe_run(config, order, mesh))
+        save_steps = set(checkpoint_steps(order))
+        checkpoints.keep(save_steps)
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
 
         # ---- training ----------------------------------------------------------------------------------------------
-        meta = checkpoint_meta(config, manifest, mesh)
-        save = partial(save_checkpoint, checkpoints, recorder, order, meta)
+        meta = checkpoint_meta(config, manifest, mesh, epochs[-1])
+        save = partial(save_checkpoint, checkpoints, recorder, order, len(journal), meta)
         work = feed_steps(
             config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say
         )
@@ -99,7 +105,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         recorder.saved(checkpoints.wait())
         recorder.close()
         checkpoints.close()
-        report(config, state, mesh, stores, manifest, run.path)
+        report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run.path)
+        run.end()
 
 
 def open_records(
@@ -110,9 +117,7 @@ def open_records(
     metrics, ledger = StepLog(workdir / "metrics", chunk), Ledger(workdir / "ledger", chunk)
     if cluster.is_main():
         metrics.truncate(step)
-        dropped = ledger.resume(
-            step, checkpoints.last_meta and checkpoints.last_meta["digest"], order.digest()
-        )
+        dropped = ledger.resume(step, checkpoints.last_meta and belonging(checkpoints.last_meta))
         imported = " from imported weights" if checkpoints.last_meta and not step else ""
         say(f"resuming after step {step} of {order.num_steps}" if step else f"starting at step 1{imported}")
         if dropped:
@@ -125,6 +130,7 @@ def save_checkpoint(
     checkpoints: Checkpoints,
     recorder: Recorder,
     order: Order,
+    decisions: int,
     meta: dict[str, Any],
     state: TrainState,
     step: int,
@@ -138,7 +144,7 @@ def save_checkpoint(
     checkpoints.save(
         state,
         step,
-        data={"next_step": step + 1, "order": order.digest()},
+        data={"next_step": step + 1, "order": order.digest(), "journal": decisions},
         meta={**meta, "tokens_seen": recorder.tokens_seen, "stage": order.stage_of_step(step).index},
     )
 
@@ -161,6 +167,7 @@ def stop(
 
 def report(
     config: ConfigDict,
+    stage_index: int,
     state: TrainState,
     mesh: jax.sharding.Mesh,
     stores: dict[str, Any],
@@ -168,7 +175,7 @@ def report(
     workdir: Path,
 ) -> None:
     """The end of a run: validation loss by subset, sampled text, and where things are."""
-    stage, dtype, eos_id = config.stages[-1], compute_dtype(config), manifest["eos_id"]
+    stage, dtype, eos_id = config.stages[stage_index], compute_dtype(config), manifest["eos_id"]
     windows = config.eval.windows
     found = validate(config, stage, state.params, mesh, stores, dtype, eos_id, max_windows=windows)
     for name, v in found.items():
@@ -220,6 +227,7 @@ def main() -> None:
     )
     paths.add(parser, "--config", required=True, metavar="FILE", help="experiment, as experiments/smoke.py")
     paths.add(parser, "--workdir", required=True, metavar="DIR", help="run directory; a run in it is resumed")
+    parser.add_argument("--fork", type=parse_fork, metavar="RUN@STEP", help="begin from a checkpoint of another run")
     args, rest = parser.parse_known_args()
     overrides = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
     unknown = [text for text in rest if not text.startswith("--config.")]
@@ -229,7 +237,7 @@ def main() -> None:
         )
     config = configuration.load(args.config, overrides)
     cluster.initialize()
-    train(config, args.workdir)
+    train(config, args.workdir, args.fork)
 
 
 if __name__ == "__main__":

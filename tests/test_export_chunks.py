@@ -13,13 +13,15 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import begin_run
 
 from k2jax.data import document_table, export_rows
 from k2jax.data.document_table import DocumentTable
+from k2jax.data.epochs import decide, read_epochs
 from k2jax.data.export_chunks import export_chunks
-from k2jax.data.journal import append_entry, decide
+from k2jax.data.journal import append_entry
 from k2jax.data.loader import BatchSource, batch_digest, row_digests
-from k2jax.data.manifest import build_manifest, load_manifest, save_manifest
+from k2jax.data.manifest import build_manifest
 from k2jax.data.provenance import open_run, which_docs
 from k2jax.data.store import Store, StoreWriter
 from k2jax.errors import ConfigError, StorageError
@@ -301,7 +303,7 @@ def test_a_decision_of_the_journal_after_an_export_changes_what_it_must(run, tmp
             "by": "test",
             "why": "the end comes early",
         }
-        journal.append(decide(load_manifest(workdir / "manifest.json"), journal, **options))
+        journal.append(decide(read_epochs(workdir), journal, **options))
         append_entry(workdir / "journal.jsonl", journal[-1])
         export()
     first, deferred, skipped = contents
@@ -379,10 +381,7 @@ def test_large_vocabularies_and_rows_without_a_target_at_their_end(tmp_path):
         "mix": {"big": 1},
     }
     stores = {"big": Store.open(tmp_path / "big").summary()}
-    save_manifest(
-        build_manifest(stages=[stage], stores=stores, seed=3, label_shift="inside"),
-        tmp_path / "manifest.json",
-    )
+    begin_run(tmp_path, build_manifest(stages=[stage], stores=stores, seed=3, label_shift="inside"))
     export_chunks(tmp_path, tmp_path / "out")
     opened, rows = open_run(tmp_path), pandas.read_parquet(tmp_path / "out" / "chunk_00001.parquet")
     batch = BatchSource(opened.order, opened.stores, label_shift="inside", first_step=3, last_step=4)[0]
@@ -400,8 +399,7 @@ def test_errors(run, exported, tmp_path):
         export_chunks(run, tmp_path)
     other = tmp_path / "other"
     other.mkdir()
-    manifest = load_manifest(run / "manifest.json")
-    save_manifest({**manifest, "seed": 4}, other / "manifest.json")
+    begin_run(other, {**read_epochs(run)[0].manifest, "seed": 4})
     with pytest.raises(ConfigError, match="holds chunks of data"):
         export_chunks(other, exported)
     assert len(files(exported)) == 5

@@ -369,15 +369,20 @@ def _read_info(fs: pafs.FileSystem, root: str, path: str) -> dict[str, Any]:
 
 
 def open_stores(
-    manifest: dict[str, Any], *, folder: str | os.PathLike | None = None, verify: str = "sizes"
+    manifest: dict[str, Any],
+    *,
+    folder: str | os.PathLike | None = None,
+    places: dict[str, str] | None = None,
+    verify: str = "sizes",
 ) -> dict[str, Store]:
-    """Opens every store of a manifest, at its path or, where they have moved, at folder/<name>.
+    """Opens every store of a manifest: at folder/<name>, or where `places` has its root digest, or at its path.
 
     Raises ConfigError if one is not the store that the manifest was made with.
     """
     stores = {}
     for name, entry in manifest["stores"].items():
-        stores[name] = Store.open(f"{os.fspath(folder)}/{name}" if folder else entry["path"], verify=verify)
+        place = (places or {}).get(entry["root_digest"], entry["path"])
+        stores[name] = Store.open(f"{os.fspath(folder)}/{name}" if folder else place, verify=verify)
         found, expected = stores[name].root_digest, entry["root_digest"]
         if found != expected:
             raise ConfigError(

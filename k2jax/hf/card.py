@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from k2jax import __version__
-from k2jax.data.manifest import load_manifest
+from k2jax.data.epochs import read_epochs
 from k2jax.data.tokenizer import UNK, Tokenizer
 from k2jax.model.decoder import num_params
 from k2jax.run.saved import SavedStep
@@ -84,11 +84,11 @@ def _table(facts: dict[str, Any]) -> list[str]:
 
 def _data(saved: SavedStep) -> list[str]:
     """The mix of each stage up to the one of this checkpoint; nothing for a run that has not trained."""
-    path = saved.workdir / "manifest.json"
-    if not path.exists():
+    manifest = read_epochs(saved.workdir)[saved.meta["epoch"]["number"] - 1].manifest
+    if manifest is None:
         return []
     lines = ["## Data", "", "| stage | subset | share of the stage's tokens | epochs |", "|---|---|---|---|"]
-    for stage in load_manifest(path)["stages"][: saved.meta["stage"] + 1]:
+    for stage in manifest["stages"][: saved.meta["stage"] + 1]:
         rows = sum(subset["rows"] for subset in stage["subsets"])
         for subset in sorted(stage["subsets"], key=lambda s: (-s["rows"], s["name"])):
             epochs = subset["rows"] / subset["windows"]

@@ -74,6 +74,11 @@ class Checkpoints:
         self.last_meta: dict | None = None  # of the newest checkpoint that is known to be good
         self.last_data: dict | None = None  # of the checkpoint that was restored
 
+    def keep(self, steps: Iterable[int]) -> None:
+        """Steps to keep for ever, besides those that were given at first."""
+        policy = self.lineage.policy
+        self.lineage.policy = policy._replace(keep_steps=policy.keep_steps | set(steps))
+
     def __enter__(self) -> "Checkpoints":
         return self
 

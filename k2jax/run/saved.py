@@ -13,11 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
+from k2jax.data.epochs import Epoch
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import Params, parameter_table
 from k2jax.parallel import sharding
 from k2jax.run import digest, storage
+from k2jax.run.identity import epochs_of
 from k2jax.run.reading import one_line
 
 
@@ -29,6 +31,7 @@ class SavedStep(NamedTuple):
     meta: dict[str, Any]  # as checkpoint.py wrote it: digests, lineage, versions, eos_id, ...
     config: ConfigDict  # the experiment as it was at this step
     stage: ConfigDict  # the row of config.stages that the step belongs to: rope base and sequence length
+    epochs: list[Epoch]  # of the run, up to that of this step
 
     @property
     def digest(self) -> str:
@@ -52,8 +55,8 @@ def saved_steps(workdir: str | Path) -> list[int]:
 def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
     """The checkpoint of a step, by default the newest. Nothing of its arrays is read yet.
 
-    Raises ConfigError, listing the steps that there are, when it is missing or of another format; StorageError when
-    its meta is damaged.
+    Raises ConfigError, listing the steps that there are, when it is missing or of another format, and when it is not a
+    checkpoint of this run; StorageError when its meta is damaged, or not that of the ledger.
     """
     steps = saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
@@ -68,7 +71,7 @@ def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
         raise StorageError(f"checkpoint {step} of {workdir}: it is that of step {meta['step']}: name its folder so")
     storage.check_format(meta, f"checkpoint {step} of {workdir}")
     config = configuration.from_dict(meta["config"])
-    return SavedStep(Path(workdir), step, meta, config, config.stages[meta["stage"]])
+    return SavedStep(Path(workdir), step, meta, config, config.stages[meta["stage"]], epochs_of(Path(workdir), meta))
 
 
 def check_tokenizer(saved: SavedStep) -> Tokenizer:

@@ -4,7 +4,6 @@
 device never waits for the host. `flush` reads the last ones too, where the loop must know (before a save, at the end).
 """
 
-import hashlib
 import math
 import resource
 import time
@@ -17,12 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from k2jax import files
+from k2jax.data.epochs import read_epochs
 from k2jax.data.loader import batch_digest
 from k2jax.data.order import Order, StagePlan
 from k2jax.errors import NumericsError
 from k2jax.model.flops import flops_per_token, peak_flops
 from k2jax.parallel import cluster
-from k2jax.run.ledger import Ledger, StepLog
+from k2jax.run.ledger import Ledger, StepLog, belonging
 
 
 class Recorder:
@@ -69,7 +69,7 @@ class Recorder:
     def saved(self, meta: dict[str, Any] | None) -> None:
         """Closes the ledger's steps with a checkpoint that has become complete; None: none has."""
         if meta is not None and self.is_main:
-            self.ledger.append_record(meta["step"], meta["digest"], self.order.digest())
+            self.ledger.append_record(meta["step"], belonging(meta))
 
     def require_finite_parameters(self) -> None:
         """Raises NumericsError when the last recorded step left a parameter that is not finite: it is not saved."""
@@ -205,12 +205,6 @@ def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def run_id(workdir: Path) -> str:
-    """The same at each launch of a run, and of no other: of its first launch, whatever its folder is called."""
-    first = files.read_json(workdir / "environment.json")["launches"][0]
-    return hashlib.sha256(f"{first['time']} {first['host']} {workdir.name}".encode()).hexdigest()[:16]
-
-
 def _sinks(config: ConfigDict, workdir: Path, first_step: int) -> list[Callable[[int | None, dict], None]]:
     """Where rows go besides `metrics/`; each is called with (step, row), and with (None, {}) at the end.
 
@@ -233,8 +227,7 @@ def _sinks(config: ConfigDict, workdir: Path, first_step: int) -> list[Callable[
     if config.log.wandb_project:
         import wandb
 
-        run = wandb.init(
-            project=config.log.wandb_project, name=workdir.name, dir=workdir, resume="allow", id=run_id(workdir)
-        )
+        name = read_epochs(workdir)[-1].run[:16]
+        run = wandb.init(project=config.log.wandb_project, name=workdir.name, dir=workdir, resume="allow", id=name)
         sinks.append(lambda step, row: run.finish() if step is None else run.log(row, step=step))
     return sinks

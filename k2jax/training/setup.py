@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax.data import storage
+from k2jax.data.epochs import Epoch
 from k2jax.data.manifest import build_manifest, manifest_digest
 from k2jax.data.order import Order
 from k2jax.data.store import Store
@@ -87,7 +88,7 @@ def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:
         f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
         f"state: {state_bytes(config, mesh) / 2**30:.2f} GiB a device (fp32 parameters and moments)",
     ]
-    for plan in order.stages:
+    for plan in (stage for stage in order.stages if stage.last_step >= stage.first_step):
         flops = flops_per_token(config.model, plan.sequence_length)
         lines.append(
             f"{plan.name}: steps {plan.first_step:,} to {plan.last_step:,}, {plan.rows_per_step} rows of "
@@ -97,10 +98,11 @@ def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:
     return "\n".join(lines)
 
 
-def checkpoint_meta(config: ConfigDict, manifest: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+def checkpoint_meta(config: ConfigDict, manifest: dict[str, Any], mesh: Mesh, epoch: Epoch) -> dict[str, Any]:
     """What every checkpoint of this launch says of where it came from."""
     here = environment(dict(mesh.shape))
     return {
+        "epoch": epoch.name,
         "config": configuration.to_dict(config),
         "config_digest": drift.config_digest(config),
         "manifest_digest": manifest_digest(manifest),

@@ -117,6 +117,7 @@ def train_step(
     config: ConfigDict,
     stage: ConfigDict,
     first_step: int,
+    num_steps: int,
     moment_shardings: Params | None = None,
     **loss_arguments,
 ) -> tuple[TrainState, Metrics]:
@@ -135,7 +136,7 @@ def train_step(
     clip = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
     direction, mu, nu = adamw(config, state, jax.tree.map(lambda g: g * clip, grads))
     step = state.step + 1
-    lr = learning_rate(stage, step - first_step + 1)
+    lr = learning_rate(stage, step - first_step + 1, num_steps)
     update = jax.tree.map(lambda d: jnp.where(finite, -lr * d, 0.0), direction)
 
     def keep(new: Params, old: Params) -> Params:

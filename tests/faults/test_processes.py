@@ -157,7 +157,7 @@ def test_keys_that_steer_must_agree(start, tmp_path):
     for trainer in runs.pair(start, tmp_path / "run", each=keys, devices=1):
         error = trainer.wait_for_error(78)
         assert "checkpoint.every_steps: 3, process 0 has 2" in error and "process 1" in error
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run" / "epochs").exists()
 
 
 @pytest.mark.processes

@@ -1,0 +1,60 @@
+"""To which run, and to which of its epochs, a checkpoint belongs: compared wherever one is read."""
+
+from pathlib import Path
+from typing import Any
+
+from k2jax import config as configuration
+from k2jax import files
+from k2jax.data.epochs import Epoch, has_epochs, read_epochs
+from k2jax.data.manifest import manifest_digest, sha256_json
+from k2jax.errors import ConfigError, StorageError
+from k2jax.run import drift
+
+MAX_RECORDS_BYTES = 1 << 28  # of ledger/records.jsonl: one of 600 bytes a checkpoint
+
+
+def epochs_of(workdir: Path, meta: dict[str, Any]) -> list[Epoch]:
+    """The run's epochs up to that of a checkpoint, whose meta this is.
+
+    Raises ConfigError when the checkpoint is not one of this run, as of a folder that was copied here; StorageError
+    when it is not the one that the run's ledger records.
+    """
+    step, named = meta["step"], meta["epoch"]
+    epochs = read_epochs(workdir) if has_epochs(workdir) else []
+    found = epochs[named["number"] - 1] if 0 < named["number"] <= len(epochs) else None
+    if found is None or found.name != named:
+        here = f"that of run {found.run[:12]} here has {found.digest[:12]}" if found else "there is no such epoch"
+        raise ConfigError(
+            f"checkpoint {step} in {workdir} is of another run: it names epoch {named['number']} of run "
+            f"{named['run'][:12]} with digest {named['digest'][:12]}, {here}: to go on from another run's checkpoint: "
+            f"--fork=RUN@STEP, in a new workdir"
+        )
+    expected = {"config_digest": drift.config_digest(configuration.from_dict(found.config))}
+    if found.manifest is not None:
+        expected["manifest_digest"] = manifest_digest(found.manifest)
+    for key, value in expected.items():
+        if meta.get(key) != value:
+            raise ConfigError(
+                f"checkpoint {step} in {workdir}: its {key} is {str(meta.get(key))[:12]}, that of its epoch "
+                f"{value[:12]}: restore the checkpoint or epochs/ from a copy"
+            )
+    _check_ledger(workdir, step, meta["digest"])
+    return epochs[: found.number]
+
+
+def _check_ledger(workdir: Path, step: int, digest: str) -> None:
+    """That the ledger's record of the step, where it has one yet, is of this checkpoint."""
+    path = workdir / "ledger" / "records.jsonl"
+    lines = files.read_bytes(path, MAX_RECORDS_BYTES).splitlines(keepends=True) if path.exists() else []
+    for line in lines:
+        if not line.endswith(b"\n"):
+            continue
+        record = files.parse_json(line, str(path))
+        own = {key: value for key, value in record.items() if key != "record"} if isinstance(record, dict) else {}
+        if own.get("last_step") == step and sha256_json(own) != record.get("record"):
+            raise StorageError(f"{path}: the record of step {step} is damaged: restore the file from a copy")
+        if own.get("last_step") == step and own["checkpoint"] != digest:
+            raise StorageError(
+                f"{path}: the checkpoint of step {step} that it records is {own['checkpoint'][:12]}, the one there is "
+                f"{digest[:12]}: of another run, or replaced; put the run's own back"
+            )
