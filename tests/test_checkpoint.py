@@ -13,12 +13,11 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from k2jax import config as configuration
 from k2jax.errors import ConfigError, DamagedError, StorageError
 from k2jax.parallel import sharding
 from k2jax.run import disk_layout, reading, storage
 from k2jax.run.checkpoint import Checkpoints
-from k2jax.run.saved import open_array, open_step, restore_params
+from k2jax.run.saved import SavedStep, open_array, restore_params
 from k2jax.run.state import TrainState, flat
 from k2jax.training.optimizer import init_state
 from k2jax.training.placement import make_state, place_state
@@ -33,7 +32,6 @@ class Saver:
         self.shardings = place_state(config, self.shapes, self.mesh)
         with jax.set_mesh(self.mesh):
             self._first = make_state(config, self.shardings)
-        self.meta = {"config": configuration.to_dict(config), "stage": 0, "versions": {"k2jax": "0"}}
 
     def state(self, step: int) -> TrainState:
         return jax.tree.map(lambda x: x + np.asarray(step, x.dtype), self._first)
@@ -42,10 +40,14 @@ class Saver:
         said = []
         with jax.set_mesh(self.mesh), Checkpoints(workdir, keep, log=said.append, **policy) as checkpoints:
             for step in steps:
-                checkpoints.save(self.state(step), step, data={"next_step": step + 1}, meta=self.meta)
+                checkpoints.save(self.state(step), step, data={"next_step": step + 1}, meta={})
                 checkpoints.wait()
             checkpoints.close()
         return said
+
+    def saved(self, workdir: Path, step: int) -> SavedStep:
+        meta = storage.read_meta(workdir / "checkpoints" / str(step))
+        return SavedStep(workdir, step, meta, self.config, self.config.stages[0], [])
 
     def open(self, workdir: Path, **options) -> Checkpoints:
         return Checkpoints(workdir, [1, 2, 3, 4, 5, 6], **options)
@@ -101,7 +103,7 @@ def test_moments_stay_of_every_nth_chunk_and_of_the_newest_two(saver, thinned):
 
 def test_a_thinned_checkpoint_is_whole_to_its_readers(saver, thinned):
     """Its weights verify and its digest is the one that the ledger recorded; what is gone is said."""
-    saved = open_step(thinned, 4)
+    saved = saver.saved(thinned, 4)
     assert len(saved.meta["digests"]) == len(flat(saver.state(4))) and saved.digest
     params = restore_params(saved, saver.mesh)
     for name, value in saver.state(4).params.items():
@@ -142,7 +144,7 @@ def test_kept_is_kept_whatever_the_order_says_later(saver, tmp_path):
     assert steps_of(tmp_path) == [2, 4]
     saver.save(tmp_path, [5, 6, 7, 8], [3, 6, 9], keep_between=1)
     assert steps_of(tmp_path) == [2, 4, 6, 7, 8]
-    assert [open_step(tmp_path, step).meta["kept"] for step in (4, 6, 7)] == [True, True, False]
+    assert [saver.saved(tmp_path, step).meta["kept"] for step in (4, 6, 7)] == [True, True, False]
     saver.save(tmp_path, [9], [3, 6, 7, 9], keep_between=0)  # what has become an end stays, too
     assert steps_of(tmp_path) == [2, 4, 6, 7, 9]
 
@@ -166,7 +168,7 @@ def test_an_old_format_is_read(saver, tmp_path):
         (folder / "meta" / "meta.json").write_text(text)
     assert equal(saver.restore(tmp_path, 2), saver.state(2))
     np.testing.assert_array_equal(
-        restore_params(open_step(tmp_path, 1), saver.mesh)["head_DV"], saver.state(1).params["head_DV"]
+        restore_params(saver.saved(tmp_path, 1), saver.mesh)["head_DV"], saver.state(1).params["head_DV"]
     )
     saver.save(tmp_path, [3, 4, 5], [1, 2, 3, 4, 5], moments_every=5)
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5] and equal(saver.restore(tmp_path, 2), saver.state(2))
@@ -269,7 +271,7 @@ def test_large_layers_stay_where_they_are(monkeypatch):
 def test_chunks_are_large_and_layers_can_be_read(saver, tmp_path):
     """Every part of a weight is written once; a layer of the weights is whole chunks."""
     saver.save(tmp_path, [1], [1])
-    folder, meta = tmp_path / "checkpoints" / "1", open_step(tmp_path, 1).meta
+    folder, meta = tmp_path / "checkpoints" / "1", saver.saved(tmp_path, 1).meta
     for name, x in flat(saver.state(1)).items():
         if not x.shape:
             continue

@@ -75,9 +75,10 @@ class Checkpoints:
         self.last_data: dict | None = None  # of the checkpoint that was restored
 
     def keep(self, steps: Iterable[int]) -> None:
-        """Steps to keep for ever, besides those that were given at first."""
+        """Steps to keep for ever, besides those that were given at first; once one is found good, and before a save."""
         policy = self.lineage.policy
         self.lineage.policy = policy._replace(keep_steps=policy.keep_steps | set(steps))
+        self.lineage.tidy(self._steps)  # what a kill has left half done
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -243,7 +244,6 @@ class Checkpoints:
             if refused:
                 self.manager.reload()  # it saves no step that it knows of
             self._steps = listed[len(refused) :]
-            self.lineage.tidy(self._steps)  # what a kill has left half done
             return state
         if refused:
             kind = ConfigError if isinstance(refused[0], ConfigError) else StorageError

@@ -134,10 +134,9 @@ class Lineage:
                 meta = storage.read_meta(folder)
             except StorageError:
                 return Known(True, None, False, False)
-            own = meta if "kept" in meta else self.policy.describe(step)  # format 1 did not say
-            kept = own["kept"] or step in self.policy.keep_steps
+            kept = meta.get("kept", True) or step in self.policy.keep_steps  # format 1 did not say: it stays
             moments = (folder / "moments").exists()
-            self._known[step] = Known(kept, own["chunk"], moments, storage.is_thinned(folder))
+            self._known[step] = Known(kept, meta.get("chunk"), moments, storage.is_thinned(folder))
         return self._known[step]
 
     def _thin(self, step: int) -> None:
