@@ -193,7 +193,9 @@ class _Parts(ocp.PyTreeCheckpointHandler):
 
     def __init__(self, part: str, log: Log):
         super().__init__(
-            type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, _Arrays(part, log)))
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                (jax.Array, _Arrays(part, log))
+            )
         )
         self._patient_log = log
 
@@ -260,6 +262,10 @@ def save_args(
 
 def open_array(step_folder: epath.PathLike, meta: dict[str, Any], name: str) -> ts.TensorStore:
     """One array of a step, found to be as its meta records; raises DamagedError, or what TensorStore raises."""
+    if _is_moment(name) and is_thinned(step_folder):
+        raise StorageError(
+            f"checkpoint {meta['step']}: {name} is gone: its moments were taken away to save room"
+        )
     base = kvstore(str(epath.Path(step_folder) / _part(meta, name)))
     place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     # By default a chunk that is missing reads as zeros.
