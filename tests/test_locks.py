@@ -108,7 +108,7 @@ def held_elsewhere(path: Path, **other: object) -> None:
 
 @pytest.mark.parametrize("other", [{"host": "far"}, {"boot": "other"}, {"namespace": "pid:[1]"}])
 def test_a_process_that_cannot_be_seen_from_here_is_watched(tmp_path, no_flock, other):
-    """Its number says nothing: on another host, or in a container, it is another process. It counts as gone if silent."""
+    """Its number says nothing: on another host, or in a container, it is another's. It counts as gone if silent."""
     path, said = tmp_path / "lock", []
     held_elsewhere(path, **other, pid=2**22 + 1)
     locks.hold(path, "me", said.append).release()

@@ -1,4 +1,4 @@
-"""What becomes of a command whose terminal, pipe or log goes away, or shows ASCII alone. Real pipes, terminals, files."""
+"""What becomes of a command whose terminal, pipe or log goes away, or shows ASCII alone: real pipes and terminals."""
 
 import os
 import pty
