@@ -120,6 +120,17 @@ class Lease:
 
 
 @contextmanager
+def taken(path: BucketPath, what: str) -> Iterator[None]:
+    """The block runs with the lease on an object; ConfigError when another has it."""
+    lease = Lease(path, what)
+    lease.take()
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+@contextmanager
 def alone(path: BucketPath, what: str) -> Iterator[None]:
     """The block runs with the lease on an object, for which others wait, in turn."""
     lease = Lease(path, what)

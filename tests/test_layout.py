@@ -49,14 +49,19 @@ OTHERS_THAT_DO = {
 
 
 # The rooms, each importing only from itself and from those named here, of which every one stands further up.
-COMMON = {"errors", "files", "paths", "bucket", "lease", "upload", "config", "k2", "kernels", "__init__"}
+COMMON = {"text", "output", "errors", "stopping", "bucket", "locks", "files", "paths", "lease", "upload", "config"}
+COMMON |= {"k2", "kernels", "__init__"}
 RUN = {"data", "parallel", "model", "run", "training"}
 MAY_IMPORT = {
     "__init__": set(),
-    "errors": set(),
+    "text": set(),
+    "output": {"text"},
+    "errors": {"output", "text"},
+    "stopping": set(),
+    "locks": {"errors"},
     "kernels": set(),
     "bucket": {"errors"},
-    "paths": {"errors", "bucket"},
+    "paths": {"errors", "text", "bucket"},
     "files": {"errors", "bucket"},
     "lease": {"errors", "files", "bucket"},
     "upload": {"errors", "bucket", "lease"},
@@ -71,6 +76,8 @@ MAY_IMPORT = {
     "evals": COMMON | RUN,
     "hf": COMMON | RUN,
     "plan": COMMON | RUN,
+    "launch": COMMON | RUN | {"plan"},
+    "preflight": COMMON | RUN | {"launch"},
     "generate": COMMON | RUN,
     "train": COMMON | RUN | {"generate"},
     "evaluate": COMMON | RUN | {"evals"},

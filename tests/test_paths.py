@@ -101,10 +101,12 @@ COMMANDS = {
     "k2jax.train": "--config=. --workdir=.",
     "k2jax.evaluate": "--workdir=. --task-dir=.",
     "k2jax.generate": "--workdir=. --prompts=.",
+    "k2jax.preflight": "--config=. --workdir=.",
     "tools/convert_from_hf.py": "--hf=. --out=.",
     "tools/convert_to_hf.py": "--workdir=. --out=.",
     "tools/export_chunks.py": "--workdir=. --out=.",
     "tools/journal.py": "--workdir=. --list",
+    "tools/launch.py": "--config=. --out=. --plan=. --workdir=/x --topology=cpu:1x1 --on=ssh",
     "tools/plan.py": "--config=. --workdir=. --topology=v5e:2x2",
     "tools/prepare_data.py": "--config=. --out=.",
     "tools/which_docs.py": "--workdir=. --step=1",
@@ -153,7 +155,7 @@ def test_a_url_for_a_path_is_one_line_and_makes_nothing(refused, program, option
         line = COMMANDS[program].replace(f"{option}=.", f"{option}=hdfs://host/x")
         assert f"{option}=hdfs://host/x: expected a local path, or a URL" in refused(program, *line.split())
         line = COMMANDS[program].replace(f"{option}=.", f"{option}=gs://key:secret@bucket/x")
-        assert f"{option}: gs://...@bucket/x: expected a local path, or a URL" in refused(program, *line.split())
+        assert f"{option}=gs://***@bucket/x: holds credentials" in refused(program, *line.split())
     else:
         line = COMMANDS[program].replace(f"{option}=.", f"{option}=gs://bucket/x")
         assert f"{option}=gs://bucket/x: a gs:// URL, expected a path" in refused(program, *line.split())

@@ -9,11 +9,11 @@ in all columns 0.91 bytes a token for a vocabulary of 4,096, 1.11 for one of 32,
 
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +24,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from k2jax import files
+from k2jax import errors, files, locks
 from k2jax.bucket import BucketPath, at
 from k2jax.data.chunks import checkpoint_steps
 from k2jax.data.document_table import DocumentTable
@@ -35,7 +35,7 @@ from k2jax.data.manifest import manifest_digest
 from k2jax.data.provenance import Run, open_run
 from k2jax.data.store import Store
 from k2jax.errors import ConfigError, RunError, StorageError
-from k2jax.lease import Lease
+from k2jax.lease import taken
 
 FORMAT = 1
 # Measured on 16 MB of Python's documents and code, ids in shuffled rows of 2,049: bytes a token with a vocabulary of
@@ -70,6 +70,7 @@ def export_chunks(
     Raises ConfigError if the run or the folder is not what it should be, or a step is not what the ledger says that
     the run read; StorageError if something cannot be read or written.
     """
+    errors.keep_files_ours()
     run, out = open_run(workdir, stores), at(out)
     steps = chunk_steps(run)
     first, stop = _range(chunks, len(steps))
@@ -268,30 +269,19 @@ def _write_summary(run: Run, out: Path | BucketPath, steps: list[tuple[int, int]
     return summary
 
 
-@contextlib.contextmanager
-def _locked(out: Path | BucketPath, chunk: int) -> Iterator[None]:
+def _locked(out: Path | BucketPath, chunk: int) -> contextlib.AbstractContextManager:
     """This process alone writes this chunk."""
     if isinstance(out, BucketPath):
-        lease = Lease(out / WORK / f"{chunk:05d}.lock", f"--out={out}: chunk {chunk}")
-        lease.take()
-        try:
-            yield
-        finally:
-            lease.release()
-        return
-    with open(out / WORK / "lock", "ab") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, chunk)
-        except (BlockingIOError, PermissionError) as error:
-            raise ConfigError(
-                f"--out={out}: another process is writing chunk {chunk}: wait for it"
-            ) from error
-        yield
+        return taken(out / WORK / f"{chunk:05d}.lock", f"--out={out}: chunk {chunk}")
+    try:
+        return locks.hold(out / WORK / f"{chunk:05d}.lock", f"host {socket.gethostname()}, pid {os.getpid()}")
+    except locks.Held as holder:
+        raise ConfigError(f"--out={out}: another process ({holder}) is writing chunk {chunk}: wait for it") from None
 
 
 def _read_entry(path: Path | BucketPath) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:

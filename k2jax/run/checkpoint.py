@@ -58,7 +58,7 @@ class Checkpoints:
     ):
         workdir, read_only = epath.Path(workdir).absolute(), keep_steps is None  # Orbax takes no other
         self.directory, self.log = workdir / "checkpoints", log
-        policy = Policy(frozenset(keep_steps or ()), keep_between, moments_every)
+        policy = Policy(None if read_only else frozenset(keep_steps), keep_between, moments_every)
         self.in_bucket = isinstance(workdir, BucketPath)
         if self.in_bucket:
             self.manager = BucketSteps(workdir, mirror, log)
@@ -68,16 +68,16 @@ class Checkpoints:
             self.manager = _orbax(self.directory, read_only, log)
             self.lineage = Lineage(self.directory, workdir / "journal.jsonl", policy, log)
         self._steps = self.steps()
-        if not read_only:
-            self.lineage.tidy([])  # what a kill has left; nothing else before one is found good
+        self.lineage.tidy([])  # what a kill has left in the trash; nothing else before one is found good
         self._saving: int | None = None
         self.last_meta: dict | None = None  # of the newest checkpoint that is known to be good
         self.last_data: dict | None = None  # of the checkpoint that was restored
 
     def keep(self, steps: Iterable[int]) -> None:
-        """Steps to keep for ever, besides those that were given at first."""
+        """Steps to keep for ever, besides those that were given at first; once one is found good, and before a save."""
         policy = self.lineage.policy
         self.lineage.policy = policy._replace(keep_steps=policy.keep_steps | set(steps))
+        self.lineage.tidy(self._steps)  # what a kill has left half done
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -220,7 +220,11 @@ class Checkpoints:
         storage.check_arrays(step, meta, wanted)
         data = storage.read_data(folder, meta)
         layouts = storage.layouts(flat(shapes), flat(shardings))
-        return meta, storage.read_arrays(folder, meta, {name: x.sharding for name, x in layouts.items()}), data
+        return (
+            meta,
+            storage.read_arrays(folder, meta, {name: x.sharding for name, x in layouts.items()}),
+            data,
+        )
 
     def restore_newest(self, shardings: TrainState, shapes: TrainState) -> TrainState | None:
         """The newest good checkpoint; None when there is none at all. Newer ones of no use are named and moved away.

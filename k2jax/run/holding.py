@@ -1,10 +1,9 @@
 """Holding a run directory: that one trainer at a time writes it, and that all its processes see the same one.
 
-On a disk that is a lock, which the kernel drops with the process, so that a killed run leaves none behind. In a bucket
-it is a lease, and all but the checkpoints is written by way of a mirror on this machine (mirror.py).
+On a disk that is a lock (locks.py). In a bucket it is a lease, and all but the checkpoints is written by way of a
+mirror on this machine (mirror.py).
 """
 
-import fcntl
 import os
 import socket
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from k2jax import locks
 from k2jax.bucket import BucketPath
 from k2jax.errors import ConfigError, RunError, StorageError
 from k2jax.lease import Lease
@@ -34,26 +34,18 @@ class OnDisk:
         """Of process 0: who holds it now. ConfigError when another does, StorageError when it cannot be made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
-            self._lock = (self.path / "lock").open("a+")
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            holder = f"host {socket.gethostname()}, pid {os.getpid()}, since {now}"
+            self._lock = locks.hold(self.path / "lock", holder)
         except OSError as error:
             raise StorageError(
                 f"--workdir={self.path}: cannot be made or written: {error.strerror}; "
                 f"name a folder that you may write"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip()
+        except locks.Held as holds:
             raise ConfigError(
-                f"--workdir={self.path} is in use by another run ({holder}): wait for it, or use "
-                f"another workdir"
+                f"--workdir={self.path} is in use by another run ({holds}): wait for it, or use another workdir"
             ) from None
-        self._lock.truncate(0)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = f"host {socket.gethostname()}, pid {os.getpid()}, since {now}"
-        self._lock.write(holder)
-        self._lock.flush()
         return holder
 
     def check(self, holder: str) -> None:
@@ -76,7 +68,7 @@ class OnDisk:
     def leave(self, error: BaseException | None) -> None:
         """Lets go of it; `error` is what ends the run."""
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
 
 class InBucket:

@@ -28,12 +28,15 @@ FULL = 2  # newest checkpoints of chunks' ends whose moments stay: one may turn 
 class Policy(NamedTuple):
     """What of a run's checkpoints stays."""
 
-    keep_steps: frozenset[int]  # the chunks' ends as the order has them now
+    keep_steps: (
+        frozenset[int] | None
+    )  # the chunks' ends as the order has them now; None: nothing is taken away
     keep_between: int = 2  # of the others
     moments_every: int = 1  # chunks
 
     def describe(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of itself for good: whether it is kept, and which chunk's it is (0: an import's)."""
+        assert self.keep_steps is not None, "a reader of a run saves nothing"
         kept = step in self.keep_steps
         return {"kept": kept, "chunk": sum(0 < s <= step for s in self.keep_steps) if kept else None}
 
@@ -78,7 +81,7 @@ class Lineage:
 
         A storage that fails costs room and no more: it is said, and done the next time.
         """
-        if cluster.is_main():
+        if cluster.is_main() and self.policy.keep_steps is not None:
             self._raise_bugs()
             self._thread = threading.Thread(target=self._tidy, args=(steps, self._thread), daemon=True)
             self._thread.start()
@@ -128,9 +131,9 @@ class Lineage:
                 meta = storage.read_meta(folder)
             except StorageError:
                 return Known(True, None, False, False)
-            own = meta if "kept" in meta else self.policy.describe(step)  # format 1 did not say
+            kept = meta.get("kept", True) or step in self.policy.keep_steps  # format 1 did not say: it stays
             moments = self._has_moments(folder)
-            self._known[step] = Known(own["kept"], own["chunk"], moments, storage.is_thinned(folder))
+            self._known[step] = Known(kept, meta.get("chunk"), moments, storage.is_thinned(folder))
         return self._known[step]
 
     def _thin(self, step: int) -> None:

@@ -195,7 +195,9 @@ class _Parts(ocp.PyTreeCheckpointHandler):
 
     def __init__(self, part: str, log: Log):
         super().__init__(
-            type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, _Arrays(part, log)))
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                (jax.Array, _Arrays(part, log))
+            )
         )
         self._patient_log = log
 
@@ -277,6 +279,10 @@ def with_sha256(meta: dict[str, Any]) -> dict[str, Any]:
 
 def open_array(step_folder: epath.PathLike, meta: dict[str, Any], name: str) -> ts.TensorStore:
     """One array of a step, found to be as its meta records; raises DamagedError, or what TensorStore raises."""
+    if _is_moment(name) and is_thinned(step_folder):
+        raise StorageError(
+            f"checkpoint {meta['step']}: {name} is gone: its moments were taken away to save room"
+        )
     folder = epath.Path(step_folder) / _part(meta, name)
     base, context = kvstore(str(folder)), bucket.context() if isinstance(folder, BucketPath) else None
     place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
