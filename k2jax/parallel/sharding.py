@@ -70,7 +70,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
-    if len(slices) == 1 or devices[0].platform != "tpu":  # a GPU's index is its host's; in order they lie as they should
+    if len(slices) == 1 or devices[0].platform != "tpu":  # a GPU's index is its host's: in order they lie well
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
     if len(set(slices.values())) > 1:
         raise ConfigError(
