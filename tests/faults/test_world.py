@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from faults import runs
+from k2jax.data.epochs import read_epochs
 from k2jax.run.checkpoint import Checkpoints
 
 # Before the program: as the shells, containers and file systems that it meets would have it.
@@ -89,7 +90,7 @@ def test_a_closed_log_pipe_ends_no_run(straight, start, tmp_path):
 
 
 def tiny_data_of(workdir: Path) -> Path:
-    return Path(json.loads((workdir / "config.json").read_text())["config"]["data"]["root"])
+    return Path(read_epochs(workdir)[0].config["data"]["root"])
 
 
 def test_what_nfs_leaves_in_the_trash_is_said_once(straight, tmp_path, monkeypatch):
