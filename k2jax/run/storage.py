@@ -155,7 +155,7 @@ def _is_stacked(name: str) -> bool:
     return name.startswith("params/layers.")
 
 
-def _chunks(name: str, x: jax.Array) -> ocp.SaveArgs:
+def chunk_args(name: str, x: jax.Array) -> ocp.SaveArgs:
     """A chunk on disk: a device's part, or a layer of it where that is large, or so much of it as a chunk may have."""
     large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > SMALL_BYTES
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if large and _is_stacked(name) else ())
@@ -243,7 +243,7 @@ def save_args(
 ) -> ocp.args.Composite:
     """What CheckpointManager.save takes. `finish_meta` is called in the background."""
     arrays = {
-        part: _PartsArgs(group, {name: _chunks(name, x) for name, x in group.items()})
+        part: _PartsArgs(group, {name: chunk_args(name, x) for name, x in group.items()})
         for part, group in parts(on_host).items()
     }
     return ocp.args.Composite(
