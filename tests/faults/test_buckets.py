@@ -15,7 +15,7 @@ import pytest
 from conftest import REPOSITORY
 
 from faults import runs
-from k2jax import bucket, evaluate, generate
+from k2jax import bucket, evaluate, generate, replay
 from k2jax.bucket import at
 from k2jax.errors import run_main
 from k2jax.run.bucket_steps import committed_steps
@@ -108,6 +108,8 @@ def test_every_reader_takes_the_url(server, tiny_data, command, run, tmp_path):
     assert "step" in same("tools/which_steps.py", f"--doc={document}")
     same(generate, "--prompt=the", "--max-new-tokens=4", "--json", "--step=20")
     defer = ("--defer=24:25", "--steps", "--at-step=20", "--why=a test")
+    replayed = json.loads(run(replay, where_they_are[1], "--step=12", "--json").splitlines()[-1])
+    assert replayed["step"] == 12 and replayed["same"]
     run("tools/journal.py", where_they_are[1], *defer)
     assert "a test" in run("tools/journal.py", where_they_are[1], "--list")
     (at(url) / "journal.jsonl").unlink()
