@@ -109,7 +109,7 @@ def test_every_reader_takes_the_url(server, tiny_data, command, run, tmp_path):
     same(generate, "--prompt=the", "--max-new-tokens=4", "--json", "--step=20")
     defer = ("--defer=24:25", "--steps", "--at-step=20", "--why=a test")
     replayed = json.loads(run(replay, where_they_are[1], "--step=12", "--json").splitlines()[-1])
-    assert replayed["step"] == 12 and replayed["same"]
+    assert replayed["step"] == 12 and replayed["batch"] and replayed["bits"]
     run("tools/journal.py", where_they_are[1], *defer)
     assert "a test" in run("tools/journal.py", where_they_are[1], "--list")
     (at(url) / "journal.jsonl").unlink()
