@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache, total_ordering
 from pathlib import Path
@@ -181,6 +181,8 @@ class BucketPath:
         with _errors("write", self):
             return _kvstore(self.scheme, self.bucket).write(self.key, data).result(ANSWER_S).generation
 
+    write_bytes = put  # as JAX's compilation cache calls it
+
     def create(self, data: bytes) -> bytes | None:
         """Writes where nothing is; the generation, or None: something is there."""
         return self.replace(data, ABSENT)
@@ -244,9 +246,14 @@ def upload(file: Path, target: BucketPath) -> None:
         return
     with _errors("write", target):
         files, place = arrow_files(target)
-        with open(file, "rb") as source, files.open_output_stream(place) as there:
-            while data := source.read(PART_BYTES):
-                there.write(data)
+        try:
+            with open(file, "rb") as source, files.open_output_stream(place) as there:
+                while data := source.read(PART_BYTES):
+                    there.write(data)
+        except BaseException:  # pyarrow ends an upload when it is left, however
+            with suppress(StorageError):
+                target.unlink()
+            raise
 
 
 def download(source: BucketPath, file: Path) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints in a bucket: Orbax's format, complete at one moment, never half of one."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import buckets
 import jax
@@ -10,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from k2jax import bucket
@@ -111,6 +114,41 @@ def test_an_abandoned_step_is_complete_nowhere(workdir, arrays):
     assert (workdir / "checkpoints" / "10" / "state").exists(), "its arrays are kept"
     save(steps, 10, arrays)
     assert steps.all_steps() == [10]
+
+
+def test_a_run_that_was_copied_from_a_disk_has_its_steps(workdir, arrays):
+    save(BucketSteps(workdir), 9, arrays)
+    save(BucketSteps(workdir), 10, arrays)
+    (workdir / "committed").delete_tree()
+    (workdir / "checkpoints" / "11" / "state" / "x").put(b"of a save that was killed")
+    assert committed_steps(workdir) == [9, 10]
+    trainer = BucketSteps(workdir, Mirror(workdir, lambda: None))
+    assert trainer.all_steps() == [9, 10] and (workdir / "committed").keys() == ["10", "9"]
+    save(trainer, 11, arrays)
+    assert committed_steps(workdir) == [9, 10, 11]
+
+
+def test_compiled_programs_are_kept_in_a_bucket(server, workdir, monkeypatch):
+    """By JAX's own cache, without the packages that it would need."""
+    with compilation_cache(f"{workdir}/compiled"):
+        assert jax.jit(lambda x: x * 2 + 1)(jnp.arange(3)).tolist() == [1, 3, 5]
+        [program] = [key for key in (workdir / "compiled").keys() if "lambda" in key and key.endswith("-cache")]
+        jax.clear_caches()
+        (workdir / "compiled" / program).write_bytes(b"damaged")
+        with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
+            jax.jit(lambda x: x * 2 + 1)(jnp.arange(3))
+
+
+@contextmanager
+def compilation_cache(url: str) -> Iterator[None]:
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", url)
+        yield
+    finally:
+        jax_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_who_has_lost_the_lease_completes_nothing(workdir, arrays):

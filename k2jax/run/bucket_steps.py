@@ -58,7 +58,12 @@ class BucketSteps:
     # ---- listing -------------------------------------------------------------------------------------------------
 
     def all_steps(self) -> list[int]:
-        return committed_steps(self.workdir)
+        """Oldest first. The trainer marks those of a run that was copied here from a disk."""
+        steps = committed_steps(self.workdir)
+        if self._mirror and cluster.is_main() and not (self.workdir / "committed").keys():
+            for step in steps:
+                (self.workdir / "committed" / str(step)).create(_signed(step))
+        return steps
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
@@ -129,10 +134,11 @@ class BucketSteps:
         def end() -> None:
             for part, arrays in parts.items():
                 merge_arrays(folder / part, arrays, cluster.count(), bucket.context())
+            if self._mirror:  # all rows up to the step, before anything says that there is one
+                self._mirror.put()
+            self._check()
             for file, content in contents.items():
                 (folder / file).put(content)
-            if self._mirror:  # with all rows up to the step
-                self._mirror.put()
             self._check()
             if not committed.create(_signed(step)):
                 raise _saved_by_another(step, folder)
@@ -207,8 +213,12 @@ class BucketLineage(Lineage):
 
 
 def committed_steps(workdir: BucketPath) -> list[int]:
-    """Those that are complete, oldest first."""
-    return sorted(int(name) for name in (workdir / "committed").keys() if name.isdigit())
+    """Those that are complete, oldest first; of a run copied from a disk, which marks none, those with a meta."""
+    found = (workdir / "committed").keys()
+    if not found:
+        keys = (workdir / "checkpoints").keys()
+        found = [key.removesuffix(f"/{META}") for key in keys if key.endswith(f"/{META}")]
+    return sorted(int(name) for name in found if name.isdigit())
 
 
 def _saved_by_another(step: int, folder: BucketPath) -> ConfigError:

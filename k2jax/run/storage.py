@@ -42,7 +42,8 @@ SMALL_BYTES = 1 << 23  # a device's part of a parameter up to this is one chunk,
 READERS = 8  # arrays that a process reads at a time
 THINNED = "thinned.json"  # beside the parts: the moments were taken away, on purpose
 Log = Callable[[str], None]
-epath.register_path_cls(BucketPath)  # epath.Path leaves it as it is
+# What epath.Path makes of a URL, and leaves as it is, without gcsfs, s3fs or TensorFlow: here, and for JAX's cache.
+epath.register_path_cls(("gs://", "s3://"))(BucketPath)
 
 
 # ---- what a step says of itself --------------------------------------------------------------------------------------
