@@ -1,4 +1,4 @@
-"""A process that is at one thing for too long prints where it stands, and ends; time in which it was stopped is none."""
+"""A process that is at one thing for too long says where it stands, and ends; time in which it was stopped is none."""
 
 import os
 import signal

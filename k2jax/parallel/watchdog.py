@@ -5,8 +5,8 @@
         ...
         watchdog.at("step")
 
-A collective whose peer is stuck, a disk that does not answer, a loader that waits for itself: nothing of that raises. The
-others are told who it was and at what (cluster.py), and end, too; a restart goes on from the newest checkpoint.
+A collective whose peer is stuck, a disk that does not answer, a loader that waits for itself: nothing of that raises.
+The others are told who it was and at what (cluster.py), and end, too; a restart goes on from the newest checkpoint.
 """
 
 import faulthandler
