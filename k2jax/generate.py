@@ -234,4 +234,4 @@ def describe(saved: Any, prompt: Prompt, text: str, tokens: list[int], args: arg
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, prints=True, raw=True)

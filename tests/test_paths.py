@@ -101,10 +101,12 @@ COMMANDS = {
     "k2jax.train": "--config=. --workdir=.",
     "k2jax.evaluate": "--workdir=. --task-dir=.",
     "k2jax.generate": "--workdir=. --prompts=.",
+    "k2jax.preflight": "--config=. --workdir=.",
     "tools/convert_from_hf.py": "--hf=. --out=.",
     "tools/convert_to_hf.py": "--workdir=. --out=.",
     "tools/export_chunks.py": "--workdir=. --out=.",
     "tools/journal.py": "--workdir=. --list",
+    "tools/launch.py": "--config=. --out=. --plan=. --workdir=/x --topology=cpu:1x1 --on=ssh",
     "tools/plan.py": "--config=. --workdir=. --topology=v5e:2x2",
     "tools/prepare_data.py": "--config=. --out=.",
     "tools/which_docs.py": "--workdir=. --step=1",
@@ -225,7 +227,7 @@ def test_a_run_in_a_folder_of_an_odd_name_is_read_like_any_other(tiny_data, tiny
     config.stages = config.stages[:1]
     train(config, workdir)
     shutil.rmtree(workdir / "checkpoints" / "2")
-    (workdir / "config.json.new-elsewhere-1").write_text("{")  # of a trainer that was killed on another machine
+    (workdir / "environment.json.new-elsewhere-1").write_text("{")  # of a trainer that was killed on another machine
     train(config, workdir)  # resumes after step 1
     assert saved_steps(workdir) == [1, 2] and not list(workdir.rglob("*.new-*"))
 

@@ -20,7 +20,7 @@ from k2jax.plan.hlo import Program
 from k2jax.plan.links import Links
 from k2jax.plan.timeline import Timeline
 from k2jax.training.optimizer import init_state
-from k2jax.training.placement import check_mesh, place_state, state_bytes
+from k2jax.training.placement import mesh_of, place_state, state_bytes
 from k2jax.training.program import batch_shapes, compile_lowered, step_function
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
@@ -43,8 +43,7 @@ def plan(
     chip = chip_of(topology)
     devices = topologies.devices(topology)
     config = with_stage(config, only) if only else config
-    mesh = sharding.make_mesh(config.mesh, devices)
-    check_mesh(config, mesh)
+    mesh = mesh_of(config, devices)
     stages = {}
     for i, stage in enumerate(config.stages):
         say(f"compiling the step of {stage.name} for {len(devices)} devices of {topology}")
@@ -134,6 +133,10 @@ def _times(
         "exposed_collective_seconds": parts.collectives.exposed,
         "hidden_collective_seconds": parts.collectives.hidden,
         "collective_bytes": parts.collectives.size,
+        "exposed_network_seconds": parts.slices.exposed,
+        "hidden_network_seconds": parts.slices.hidden,
+        "network_bytes_per_chip": parts.slices.size * timeline.chip.devices_per_chip,
+        "network_bytes_per_s": timeline.chip.network_bytes_per_s * timeline.chip.devices_per_chip,
         "exposed_host_copy_seconds": parts.host.exposed,
         "hidden_host_copy_seconds": parts.host.hidden,
         "host_copy_bytes": parts.host.size,
@@ -181,7 +184,7 @@ def remedies(config: ConfigDict, stage: ConfigDict, mesh: jax.sharding.Mesh, chi
         return [
             f"parameters and moments alone take {state / GIB:.1f} GiB a device: shard them over {more} times as many"
         ]
-    rows = stage.rows_per_step // stage.microbatches // (mesh.shape["replica"] * mesh.shape["fsdp"])
+    rows = stage.rows_per_step // stage.microbatches // sharding.row_parts(mesh)
     cut = math.ceil((needed - state) / (chip.hbm_bytes - state))
     found = []
     if config.model.remat != "full":

@@ -35,7 +35,8 @@ def step_function(
         train_step,
         config=config,
         stage=stage,
-        first_step=plan.first_step,
+        first_step=plan.first_step - plan.done,
+        num_steps=plan.num_steps,
         eos_id=eos_id,
         num_subsets=num_subsets,
         compute_dtype=compute_dtype(config),
@@ -125,8 +126,8 @@ def feed_steps(
 ) -> Iterator[Work]:
     """The steps from `first_step` to the end of the run; compiles where a stage begins. Close it to end the loader."""
     for plan in order.stages:
-        if first_step > plan.last_step:
-            continue
+        if max(first_step, plan.first_step) > plan.last_step:
+            continue  # behind, or skipped as a whole
         placement = place_batches(config.stages[plan.index], mesh)
         run_step = compile_step(config, plan, mesh, shapes, shardings, manifest, say, launch)
         batches = make_loader(
