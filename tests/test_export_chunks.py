@@ -439,4 +439,4 @@ def test_the_tool(run, exported, tiny_data, tmp_path, monkeypatch, capsys):
         call("1")
     command = [sys.executable, ROOT / "tools" / "export_chunks.py", "--workdir", "nowhere", "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 74 and done.stderr.count("\n") == 1
+    assert done.returncode == 78 and done.stderr.count("\n") == 1

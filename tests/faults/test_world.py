@@ -166,8 +166,9 @@ def test_no_command_leaves_files_for_all_to_write(tiny_data, straight, tmp_path)
     )
     out = tmp_path / "made"
     commands = [
-        ["tools/prepare_data.py", f"--config={tmp_path / 'recipe.py'}", f"--out={out / 'data'}", "--workers=2", "--keep_stages"],
-        ["tools/export_chunks.py", f"--workdir={straight}", f"--out={out / 'chunks'}", "--workers=2", "--keep_stages"],
+        ["tools/prepare_data.py", f"--config={tmp_path / 'recipe.py'}", f"--out={out / 'data'}", "--workers=2",
+         "--keep_stages"],
+        ["tools/export_chunks.py", f"--workdir={straight}", f"--out={out / 'chunks'}", "--workers=2"],
         ["tools/convert_to_hf.py", f"--workdir={straight}", f"--out={out / 'hf'}"],
         ["tools/convert_from_hf.py", f"--hf={out / 'hf'}", f"--out={out / 'imported'}"],
         ["-m", "k2jax.evaluate", f"--workdir={out / 'run'}", "--windows=2"],
