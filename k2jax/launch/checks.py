@@ -24,7 +24,7 @@ from k2jax.launch.survey import Check, ask, odd
 from k2jax.model.decoder import num_params
 from k2jax.parallel import cluster
 from k2jax.plan.chips import CHIPS, GIB
-from k2jax.training.placement import state_bytes
+from k2jax.training.placement import split_moments, state_bytes
 
 CLOCK_ROUNDS = 5
 BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 parameters and two moments
@@ -250,7 +250,7 @@ def all_reduce(check: Check, config: ConfigDict, options: Options) -> None:
 def memory(check: Check, config: ConfigDict, options: Options) -> None:
     """The state on a device, and on the host the copy of it that an asynchronous save takes."""
     try:
-        state = state_bytes(config, mesh_on(config, jax.device_count(), "this run"))
+        state = state_bytes(config, split_moments(config, mesh_on(config, jax.device_count(), "this run")))
     except ConfigError as error:
         check.says = f"not looked at: {error}"
         return
