@@ -58,6 +58,10 @@ EXTRAS = {
         "ruff>=0.17,<0.18",
         "scipy>=1.15,<2",
         "pandas>=2.2,<4",
+        "nbclient>=0.10,<0.12",  # experiments/colab.ipynb, which these run and which draws with matplotlib
+        "nbformat>=5.10,<6",
+        "ipykernel>=7,<8",
+        "matplotlib>=3.10,<4",
         f"{FASTTEXT} ; python_version < '3.13' and sys_platform == 'linux'",
     ],
     # What our numbers are compared with, in tests and benchmarks.

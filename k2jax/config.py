@@ -101,6 +101,16 @@ def base() -> ConfigDict:
     c.checkpoint = ConfigDict()           # one a chunk always, kept for ever
     c.checkpoint.every_steps = 0          # more of them, every so many steps; 0: none
     c.checkpoint.keep_between = 2         # how many of those are kept
+    c.checkpoint.max_launches = 20        # without a new checkpoint, one after the other; 0: no limit
+    c.checkpoint.moments_every = 1        # Adam's moments: kept of every so many chunks, and of the newest two
+
+    c.watchdog = ConfigDict()             # seconds that a process may be at one thing, else it ends with 70; 0: any
+    c.watchdog.start = 1800               # processes, data and run are opened
+    c.watchdog.restore = 7200             # of a checkpoint
+    c.watchdog.data = 1800                # the next batch, and once a stage its compiled step
+    c.watchdog.step = 1800                # until the step before it is done
+    c.watchdog.save = 7200                # until a save has begun, and with it the one before ended
+    c.watchdog.evaluate = 14400           # what ends a run
 
     c.eval = ConfigDict()                 # on held-out windows, after the last step
     c.eval.windows = 64                   # windows per subset at most
@@ -149,9 +159,10 @@ RANGES = {
         model.ffn_dim model.unroll model.pipeline.microbatches model.pipeline.repeats model.rope_scaling.factor
         loss.block optimizer.max_skips_in_a_row data.threads data.prefetch eval.windows eval.new_tokens log.every_steps
         stages.*.sequence_length stages.*.rows_per_step stages.*.microbatches stages.*.steps_per_chunk
-        stages.*.chunks""",
+        stages.*.chunks checkpoint.moments_every""",
     "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
-        stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
+        checkpoint.max_launches watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save
+        watchdog.evaluate stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.
     "(0, inf)": """optimizer.clip_norm optimizer.eps model.norm_eps model.init_std model.rope_scaling.low_freq_factor
         model.rope_scaling.high_freq_factor model.rope_scaling.original_context stages.*.mix.*""",
@@ -200,7 +211,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
-    """Plain JSON types, tuples as lists: what `config.json` holds."""
+    """Plain JSON types, tuples as lists: what an epoch and a checkpoint hold."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, ConfigDict):
@@ -217,7 +228,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     def fill(target: ConfigDict, source: dict[str, Any], prefix: str) -> None:
         for key, value in source.items():
             if key not in target:
-                raise ConfigError(f"config.json: unknown key {prefix}{key}: written by another version of k2jax")
+                raise ConfigError(f"saved configuration: unknown key {prefix}{key}: of another version of k2jax")
             if isinstance(target[key], ConfigDict) and prefix + key != "mix":
                 fill(target[key], value, f"{prefix}{key}.")
             elif key != "stages":

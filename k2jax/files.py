@@ -61,12 +61,26 @@ def write_json(path: str | os.PathLike, value: Any, *, sort_keys: bool = False, 
     write_text(path, json.dumps(value, indent=1, sort_keys=sort_keys) + end)
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """What a file of JSON holds; ConfigError when it is damaged."""
+def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
+    """What a file holds; ConfigError when it is larger than any that we write."""
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ConfigError(f"{path}: more than {max_bytes:,} bytes, which none of its kind has: restore it from a copy")
+    return data
+
+
+def read_json(path: str | os.PathLike, max_bytes: int = 1 << 26) -> Any:
+    """What a file of JSON holds; ConfigError when it is damaged, or larger than any that we write."""
+    return parse_json(read_bytes(path, max_bytes), str(path))
+
+
+def parse_json(text: bytes | str, where: str) -> Any:
+    """What a text of JSON says; ConfigError, naming `where` it is from, for what is none, or nested without end."""
     try:
-        return json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged: {error}; restore it from a copy") from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is damaged: {error}; restore it from a copy") from error
 
 
 def append_line(path: str | os.PathLike, line: bytes) -> None:
@@ -98,6 +112,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def move(path: Path, to: Path) -> None:
+    """Gives a file or folder another place on the same file system; both folders say so on the disk then."""
+    make_folder(to.parent)
+    os.rename(path, to)
+    sync_folder(to.parent)
+    sync_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:

@@ -41,6 +41,7 @@ from hypothesis import settings  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax import config as configuration  # noqa: E402
+from k2jax.data.epochs import new_epoch, write_epoch  # noqa: E402
 from k2jax.data.store import StoreWriter  # noqa: E402
 from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256, train_bpe  # noqa: E402
 
@@ -122,6 +123,11 @@ def make_data(root: Path, seed: int = 0) -> Path:
             writer.finish(validation_fraction=0.1)
     (root / "tiny.py").write_text(EXPERIMENT.format(vocab_size=VOCAB_SIZE, root=str(root)))
     return root
+
+
+def begin_run(workdir: Path, manifest: dict[str, Any]) -> None:
+    """What a run directory says of its data, without a run."""
+    write_epoch(workdir, new_epoch([], run="0" * 32, after_step=0, config={}, manifest=manifest))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -90,7 +90,7 @@ def test_trains_when_shrunk(path: Path, tiny_data: Path, tmp_path: Path):
     rows = list(StepLog(tmp_path / "run" / "metrics", None).rows())
     assert [row["step"] for row in rows] == list(range(1, 2 * len(c.stages) + 1))
     assert [row["stage"] for row in rows] == [stage.name for stage in c.stages for _ in range(2)]
-    rates = [learning_rate(stage, jnp.arange(1, 3)) for stage in c.stages]
+    rates = [learning_rate(stage, jnp.arange(1, 3), stage.chunks * stage.steps_per_chunk) for stage in c.stages]
     np.testing.assert_allclose([row["lr"] for row in rows], np.concatenate(rates), rtol=1e-5)
     ledger = Ledger(tmp_path / "run" / "ledger", None)
     ledger.verify()
@@ -106,7 +106,7 @@ def test_one_checkpoint_is_one_chunk_is_one_range_of_steps(tiny_config):
 
     c = configuration.load(str(ROOT / "experiments" / "k2_65b.py"))
     order, step = object.__new__(Order), 1
-    order.stages = []
+    order.stages, order.past, order.after_step = [], None, 0
     for i, s in enumerate(c.stages):
         last = step - 1 + s.chunks * s.steps_per_chunk
         fields = (
@@ -120,6 +120,7 @@ def test_one_checkpoint_is_one_chunk_is_one_range_of_steps(tiny_config):
             0,
             step,
             last,
+            0,
         )
         order.stages.append(StagePlan(*fields))
         step = last + 1

@@ -13,13 +13,15 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import begin_run
 
 from k2jax.data import document_table, export_rows
 from k2jax.data.document_table import DocumentTable
+from k2jax.data.epochs import decide, new_epoch, read_epochs
 from k2jax.data.export_chunks import export_chunks
-from k2jax.data.journal import append_entry, decide
+from k2jax.data.journal import append_entry
 from k2jax.data.loader import BatchSource, batch_digest, row_digests
-from k2jax.data.manifest import build_manifest, load_manifest, save_manifest
+from k2jax.data.manifest import build_manifest
 from k2jax.data.provenance import open_run, which_docs
 from k2jax.data.store import Store, StoreWriter
 from k2jax.errors import ConfigError, StorageError
@@ -37,10 +39,10 @@ def run(tiny_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config = tiny_config(**STAGES)
     _, manifest = open_data(config)
-    journal = []
+    journal, epochs = [], [new_epoch([], run="0" * 32, after_step=0, config={}, manifest=manifest)]
     for kind, positions in (("skip", (8, 16)), ("defer", (24, 32))):
         options = {"kind": kind, "positions": positions, "at_step": 0, "by": "test", "why": "a spike"}
-        journal.append(decide(manifest, journal, **options))
+        journal.append(decide(epochs, journal, **options))
         append_entry(workdir / "journal.jsonl", journal[-1])
     train(config, workdir)
     return workdir
@@ -246,7 +248,7 @@ def test_finished_chunks_are_checked_and_left(run, tmp_path):
 
 
 def test_a_step_that_the_ledger_has_otherwise_is_refused_and_nothing_is_left(run, tmp_path):
-    workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl")
+    workdir = copy_of(run, tmp_path / "run", "epochs/0001.json", "journal.jsonl")
     export_chunks(workdir, tmp_path / "out", chunks=(0, 1))
     copy_of(run, workdir, "ledger/chunk-00002.jsonl")
     path = workdir / "ledger" / "chunk-00002.jsonl"
@@ -261,7 +263,7 @@ def test_a_step_that_the_ledger_has_otherwise_is_refused_and_nothing_is_left(run
 
 def test_a_run_at_work(run, exported, tmp_path):
     """Steps to come are what they will read; once they are in the ledger, the chunk is compared, its bytes the same."""
-    workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl")
+    workdir = copy_of(run, tmp_path / "run", "epochs/0001.json", "journal.jsonl")
     summary = export_chunks(workdir, tmp_path / "out")
     assert [chunk["steps_in_ledger"] for chunk in summary["chunks"]] == [0, 0, 0]
     copy_of(run, workdir, "ledger/chunk-00001.jsonl")
@@ -284,7 +286,7 @@ def test_a_run_at_work(run, exported, tmp_path):
 
 def test_a_decision_of_the_journal_after_an_export_changes_what_it_must(run, tmp_path):
     """A step that is deferred within its chunk; then a skip of the whole last chunk."""
-    workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl")
+    workdir = copy_of(run, tmp_path / "run", "epochs/0001.json", "journal.jsonl")
     journal = [json.loads(line) for line in (workdir / "journal.jsonl").read_text().splitlines()]
     contents, summaries = [], []
 
@@ -301,7 +303,7 @@ def test_a_decision_of_the_journal_after_an_export_changes_what_it_must(run, tmp
             "by": "test",
             "why": "the end comes early",
         }
-        journal.append(decide(load_manifest(workdir / "manifest.json"), journal, **options))
+        journal.append(decide(read_epochs(workdir), journal, **options))
         append_entry(workdir / "journal.jsonl", journal[-1])
         export()
     first, deferred, skipped = contents
@@ -379,10 +381,7 @@ def test_large_vocabularies_and_rows_without_a_target_at_their_end(tmp_path):
         "mix": {"big": 1},
     }
     stores = {"big": Store.open(tmp_path / "big").summary()}
-    save_manifest(
-        build_manifest(stages=[stage], stores=stores, seed=3, label_shift="inside"),
-        tmp_path / "manifest.json",
-    )
+    begin_run(tmp_path, build_manifest(stages=[stage], stores=stores, seed=3, label_shift="inside"))
     export_chunks(tmp_path, tmp_path / "out")
     opened, rows = open_run(tmp_path), pandas.read_parquet(tmp_path / "out" / "chunk_00001.parquet")
     batch = BatchSource(opened.order, opened.stores, label_shift="inside", first_step=3, last_step=4)[0]
@@ -400,8 +399,7 @@ def test_errors(run, exported, tmp_path):
         export_chunks(run, tmp_path)
     other = tmp_path / "other"
     other.mkdir()
-    manifest = load_manifest(run / "manifest.json")
-    save_manifest({**manifest, "seed": 4}, other / "manifest.json")
+    begin_run(other, {**read_epochs(run)[0].manifest, "seed": 4})
     with pytest.raises(ConfigError, match="holds chunks of data"):
         export_chunks(other, exported)
     assert len(files(exported)) == 5
@@ -411,15 +409,15 @@ def test_a_chunk_that_another_process_is_writing_is_refused(run, tmp_path):
     export_chunks(run, tmp_path / "out", chunks=(0, 1))
     holder = f"""
 import fcntl, sys
-file = open({str(tmp_path / "out/.export/lock")!r}, "ab")
-fcntl.lockf(file, fcntl.LOCK_EX, 1, 2)
+file = open({str(tmp_path / "out/.export/00002.lock")!r}, "ab")
+fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 sys.stdin.read()
 """
     with subprocess.Popen([sys.executable, "-c", holder], stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout.readline() == "held\n"
         export_chunks(run, tmp_path / "out", chunks=(1, 2))
-        with pytest.raises(ConfigError, match="another process is writing chunk 2"):
+        with pytest.raises(ConfigError, match="another process .* is writing chunk 2"):
             export_chunks(run, tmp_path / "out", chunks=(2, 3))
         process.stdin.close()
 
@@ -441,4 +439,4 @@ def test_the_tool(run, exported, tiny_data, tmp_path, monkeypatch, capsys):
         call("1")
     command = [sys.executable, ROOT / "tools" / "export_chunks.py", "--workdir", "nowhere", "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 74 and done.stderr.count("\n") == 1
+    assert done.returncode == 78 and done.stderr.count("\n") == 1

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_order import tiny_manifest
 
-from k2jax.data.journal import append_entry, check_journal, decide, read_journal
-from k2jax.data.manifest import save_manifest
+from k2jax.data.epochs import check_journal, decide, new_epoch, write_epoch
+from k2jax.data.journal import append_entry, read_journal
 from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
 
@@ -20,8 +20,11 @@ TOOL = Path(__file__).parents[1] / "tools" / "journal.py"
 MANIFEST = tiny_manifest([(10, 2, 5, {"a": (30, 1), "b": (30, 2)}), (3, 2, 5, {"a": (30, 1)})])
 
 
+EPOCHS = [new_epoch([], run="0" * 32, after_step=0, config={}, manifest=MANIFEST)]
+
+
 def decision(journal, kind, positions, at_step):
-    return decide(MANIFEST, journal, kind=kind, positions=positions, at_step=at_step, by="me", why="a spike")
+    return decide(EPOCHS, journal, kind=kind, positions=positions, at_step=at_step, by="me", why="a spike")
 
 
 def test_entries_are_read_as_they_were_written(tmp_path):
@@ -44,7 +47,7 @@ def test_entries_are_read_as_they_were_written(tmp_path):
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "journal.jsonl"
     path.write_bytes(b'{"kind": "allow_drift"}\n' + line.encode("latin-1") + b'\n{"kind": "allow_drift"}\n')
-    with pytest.raises(ConfigError, match=r"journal\.jsonl, line 2: ") as error:
+    with pytest.raises(ConfigError, match=r"journal\.jsonl, line 2( is damaged)?: ") as error:
         read_journal(path)
     assert "\n" not in str(error.value)
 
@@ -99,7 +102,7 @@ def test_steps_up_to_the_decision_read_what_they_read(wanted):
         for step in range(1, at_step + 1):
             assert before.positions(step).tolist() == after.positions(step).tolist()
             assert before.stage_of_step(step).index == after.stage_of_step(step).index
-    check_journal(journal, Order(MANIFEST, journal))
+    check_journal(EPOCHS, journal)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +120,18 @@ def test_an_edited_or_lost_line_or_another_manifest_is_found():
     journal = []
     for positions in ((20, 30), (50, 60), (70, 80)):
         journal.append(decision(journal, "defer", positions, 0))
-    check_journal([*journal, {"kind": "allow_drift"}], Order(MANIFEST, journal))
-    check_journal([], Order(MANIFEST))
+    check_journal(EPOCHS, [*journal, {"kind": "abandon"}])
+    check_journal(EPOCHS, [])
     edited = [journal[0], {**journal[1], "positions": [40, 50]}, journal[2]]
     first_lost, second_lost = journal[1:], journal[::2]
-    for damaged, name in ((first_lost, "entry 2"), (second_lost, "entry 1"), (edited, "entry 3")):
+    for damaged, name in ((first_lost, "entry 1"), (second_lost, "entry 2"), (edited, "entry 2")):
         with pytest.raises(ConfigError, match=name):
-            check_journal(damaged, Order(MANIFEST, damaged))
-    with pytest.raises(ConfigError, match="entry 3"):
-        check_journal(journal, Order({**MANIFEST, "seed": 9}, journal))
+            check_journal(EPOCHS, damaged)
+    other = [EPOCHS[0]._replace(manifest={**MANIFEST, "seed": 9})]
+    with pytest.raises(ConfigError, match="entry 1 was decided on data order"):
+        check_journal(other, journal)
+    with pytest.raises(ConfigError, match="no such epoch"):
+        check_journal(EPOCHS, [{**journal[0], "epoch": 2}])
 
 
 def run_tool(workdir, *arguments):
@@ -134,7 +140,7 @@ def run_tool(workdir, *arguments):
 
 
 def test_the_tool_defers_steps_and_lists_them(tmp_path):
-    save_manifest(MANIFEST, tmp_path / "manifest.json")
+    write_epoch(tmp_path, EPOCHS[0])
     done = run_tool(tmp_path, "--defer", "5:6", "--steps", "--at-step", 4, "--why", "a spike", "--by", "Ada")
     assert done.returncode == 0, done.stderr
     assert "positions 20:30 written: 26 steps" in done.stdout
@@ -151,8 +157,8 @@ def test_the_tool_defers_steps_and_lists_them(tmp_path):
 
 def test_the_tool_names_a_missing_run_and_a_damaged_journal(tmp_path):
     missing = run_tool(tmp_path, "--list")
-    assert missing.returncode == 74 and "cannot read the manifest" in missing.stderr
-    save_manifest(MANIFEST, tmp_path / "manifest.json")
+    assert missing.returncode == 78 and "no epochs/0001.json" in missing.stderr
+    write_epoch(tmp_path, EPOCHS[0])
     (tmp_path / "journal.jsonl").write_text(json.dumps({"no": "kind"}) + "\n")
     damaged = run_tool(tmp_path, "--skip", "0:5", "--at-step", 0)
     assert damaged.returncode == 78 and "line 1" in damaged.stderr

@@ -42,20 +42,24 @@ OF_THE_SYSTEM = {"replace", "rename", "renames", "move", "fsync", "fdatasync"}
 OF_A_PATH = {"rename", "write_text", "write_bytes"}
 OTHERS_THAT_DO = {
     "k2jax/hf/safetensors_io.py": {"fdatasync"},  # begins early what files.whole_folder does in the end
-    "k2jax/run/checkpoint.py": {"rename"},  # moves a bad step away; undone by a power cut, it is found bad again
+    "k2jax/run/lineage.py": {"rename"},  # moves a step or a part away; undone by a power cut, it is decided again
     "k2jax/run/ledger.py": {"fsync"},  # of rows, before the checkpoint that closes over them
     "tools/bench/convert.py": {"fsync"},  # measures it
 }
 
 
 # The rooms, each importing only from itself and from those named here, of which every one stands further up.
-COMMON = {"errors", "files", "paths", "config", "k2", "kernels", "__init__"}
+COMMON = {"text", "output", "errors", "stopping", "locks", "files", "paths", "config", "k2", "kernels", "__init__"}
 RUN = {"data", "parallel", "model", "run", "training"}
 MAY_IMPORT = {
     "__init__": set(),
-    "errors": set(),
+    "text": set(),
+    "output": {"text"},
+    "errors": {"output", "text"},
+    "stopping": set(),
+    "locks": {"errors"},
     "kernels": set(),
-    "paths": {"errors"},
+    "paths": {"errors", "text"},
     "files": {"errors"},
     "config": {"errors", "paths"},
     "k2": {"config"},
@@ -73,6 +77,7 @@ MAY_IMPORT = {
     "generate": COMMON | RUN,
     "train": COMMON | RUN | {"generate"},
     "evaluate": COMMON | RUN | {"evals"},
+    "replay": COMMON | RUN,
     "experiments": {"config", "k2", "prepare"},
 }
 

@@ -11,15 +11,14 @@ from k2jax.data.manifest import (
     StoreSummary,
     build_manifest,
     canonical_json,
+    check_manifest,
     describe,
-    load_manifest,
     manifest_digest,
     num_windows,
-    save_manifest,
     sha256_json,
     share_out,
 )
-from k2jax.errors import ConfigError, StorageError
+from k2jax.errors import ConfigError
 
 STORE = StoreSummary(
     path="stores/x", root_digest="ab" * 32, tokenizer_sha256="cd" * 32, vocab_size=100, eos_id=2,
@@ -98,23 +97,26 @@ def test_what_does_not_fit_is_named(change, complaint):
     assert "\n" not in str(error.value)
 
 
-def test_a_manifest_is_read_as_it_was_written(tmp_path):
-    path = tmp_path / "manifest.json"
-    save_manifest({"format": 1, "old": True}, path)
-    save_manifest(build(), path)
-    assert load_manifest(path) == build() and [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+NONE = {
+    "format": lambda m: m.update(format=2), "seed": lambda m: m.update(seed=-1),
+    "stores": lambda m: m.update(stores=[]),
+    "no stage": lambda m: m.update(stages=[]), "a store": lambda m: m["stores"]["web"].update(num_tokens="90"),
+    "chunks": lambda m: m["stages"][0].update(chunks=1.0), "absurd": lambda m: m["stages"][0].update(chunks=1 << 60),
+    "subset": lambda m: m["stages"][0]["subsets"][0].update(name="other"),
+    "rows": lambda m: m["stages"][0]["subsets"][0].update(rows=1), "label": lambda m: m.update(label_shift=None),
+    "windows": lambda m: m["stages"][0]["subsets"][0].update(windows=0), "nothing": lambda m: m.clear(),
+}  # fmt: skip
 
 
-def test_an_unreadable_manifest_is_named(tmp_path):
-    path = tmp_path / "manifest.json"
-    with pytest.raises(StorageError, match="cannot read the manifest .*No such file"):
-        load_manifest(path)
-    for text, complaint in (("{", "not JSON"), ('{"format": 2}', "format 2.*reads 1"), ("[]", "format None")):
-        path.write_text(text)
-        with pytest.raises(ConfigError, match=complaint):
-            load_manifest(path)
-    with pytest.raises(StorageError, match="cannot write the manifest"):
-        save_manifest({}, path / "manifest.json")
+@pytest.mark.parametrize("name", NONE)
+def test_what_is_no_manifest_is_refused(name):
+    manifest = build()
+    check_manifest(manifest, "x.json")
+    NONE[name](manifest)
+    with pytest.raises(ConfigError, match="x.json: its manifest is none: .*: restore it from a copy"):
+        check_manifest(manifest, "x.json")
+    with pytest.raises(ConfigError, match="expected a JSON object"):
+        check_manifest([], "x.json")
 
 
 def test_the_table_at_start_up_shows_shares_and_epochs():

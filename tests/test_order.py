@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2jax.data.layout import chunk_counts
 from k2jax.data.manifest import StoreSummary, build_manifest
-from k2jax.data.order import Order, chunk_counts
+from k2jax.data.order import Order
 from k2jax.errors import ConfigError
 
 BENCH = Path(__file__).parents[1] / "tools" / "bench" / "order.py"

@@ -227,7 +227,7 @@ def test_a_run_in_a_folder_of_an_odd_name_is_read_like_any_other(tiny_data, tiny
     config.stages = config.stages[:1]
     train(config, workdir)
     shutil.rmtree(workdir / "checkpoints" / "2")
-    (workdir / "config.json.new-elsewhere-1").write_text("{")  # of a trainer that was killed on another machine
+    (workdir / "environment.json.new-elsewhere-1").write_text("{")  # of a trainer that was killed on another machine
     train(config, workdir)  # resumes after step 1
     assert saved_steps(workdir) == [1, 2] and not list(workdir.rglob("*.new-*"))
 

@@ -5,12 +5,15 @@ import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import begin_run
 
-from k2jax.data.journal import append_entry, decide
-from k2jax.data.manifest import build_manifest, load_manifest, save_manifest
+from k2jax.data.epochs import decide, read_epochs
+from k2jax.data.journal import append_entry
+from k2jax.data.manifest import build_manifest
 from k2jax.data.order import Order
 from k2jax.data.provenance import open_run, which_docs, which_steps
 from k2jax.data.store import Store, StoreWriter
@@ -47,10 +50,10 @@ def workdir(request, tmp_path_factory):
             writer.finish(validation_fraction=0.1)
         summaries[name] = Store.open(workdir / "stores" / name).summary()
     manifest = build_manifest(stages=STAGES, stores=summaries, seed=3, label_shift=request.param)
-    save_manifest(manifest, workdir / "manifest.json")
+    begin_run(workdir, manifest)
     journal = []
     for kind, positions in (("skip", (4, 8)), ("defer", (12, 16))):
-        entry = decide(manifest, journal, kind=kind, positions=positions, at_step=0, by="test", why="spike")
+        entry = decide(read_epochs(workdir), journal, kind=kind, positions=positions, at_step=0, by="test", why="spike")
         append_entry(workdir / "journal.jsonl", entry)
         journal.append(entry)
     return workdir
@@ -161,11 +164,11 @@ def test_errors(run, workdir, tmp_path):
     other = train_bpe(SENTENCES[:9], 300)
     other.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match="tokenizer.json has SHA-256"):
-        which_docs(run._replace(workdir=tmp_path), 1, text=True)
-    manifest = load_manifest(workdir / "manifest.json")
-    save_manifest({**manifest, "seed": 4}, tmp_path / "manifest.json")
+        which_docs(replace(run, workdir=tmp_path), 1, text=True)
+    manifest = run.manifest
+    begin_run(tmp_path, {**manifest, "seed": 4})
     (tmp_path / "journal.jsonl").write_bytes((workdir / "journal.jsonl").read_bytes())
-    with pytest.raises(ConfigError, match="journal entry 2"):
+    with pytest.raises(ConfigError, match="journal entry 1"):
         open_run(tmp_path)
     assert Order(manifest).digest() != run.order.digest()
 
@@ -204,7 +207,7 @@ def test_tools(workdir, tool):
         reads = [read for document in documents for read in document["reads"]]
         assert any((read["step"], read["row"], read["in_row"]) == (3, 2, part["in_row"]) for read in reads)
         assert "step 3, row 2: stage short" in tool("which_steps.py", *where, "--doc", part["id"])
-        skipped = which_docs(run._replace(order=Order(run.manifest)), 2)[0].documents[0].id
+        skipped = which_docs(replace(run, order=Order(run.manifest)), 2)[0].documents[0].id
         assert "skipped by the journal" in tool("which_steps.py", *where, "--doc", skipped)
         assert "held out for validation" in tool("which_steps.py", *where, "--doc", sha256(SENTENCES[-1]))
         with pytest.raises(ConfigError, match="no store.json"):
@@ -222,5 +225,5 @@ def test_tools_from_anywhere(tmp_path):
     for name, arguments in (("which_docs.py", ["--step", "1"]), ("which_steps.py", ["--doc", "00"])):
         command = [sys.executable, ROOT / "tools" / name, "--workdir", "nowhere", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert done.returncode == 74 and done.stdout == ""
-        assert done.stderr.count("\n") == 1 and "nowhere/manifest.json" in done.stderr
+        assert done.returncode == 78 and done.stdout == ""
+        assert done.stderr.count("\n") == 1 and "--workdir=nowhere: no run" in done.stderr

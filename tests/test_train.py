@@ -18,9 +18,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 import k2jax
 from k2jax.data import chunks
+from k2jax.data.epochs import order_of, read_epochs
 from k2jax.data.journal import read_journal
 from k2jax.data.loader import batch_digest, make_loader
-from k2jax.data.manifest import load_manifest, manifest_digest
+from k2jax.data.manifest import manifest_digest
 from k2jax.data.order import Order, StagePlan
 from k2jax.data.store import open_stores
 from k2jax.run.ledger import Ledger, StepLog
@@ -81,8 +82,8 @@ def test_tensorboard_has_every_number(run: Path, metrics: pandas.DataFrame):
 
 def test_the_ledger_has_the_digests_of_the_batches_that_the_manifest_gives(run: Path):
     """Anyone can recompute them from the run directory and the stores."""
-    manifest = load_manifest(run / "manifest.json")
-    order = Order(manifest, read_journal(run / "journal.jsonl"))
+    [epoch] = read_epochs(run)
+    manifest, order = epoch.manifest, order_of([epoch], read_journal(run / "journal.jsonl"))
     stores = open_stores(manifest, verify="sha256")
     rows = {row["step"]: row for row in Ledger(run / "ledger", None).steps.rows()}
     for first, last in ((1, 20), (21, 25)):
@@ -113,10 +114,10 @@ def test_the_run_explains_itself(run: Path):
         "tensor": 1,
     }
     assert launch["flags"]["XLA_FLAGS"] and launch["host_hardware"]["cpus"] > 0
-    config = json.loads((run / "config.json").read_text())
+    [epoch] = read_epochs(run)
     meta = json.loads((run / "checkpoints" / "25" / "meta" / "meta.json").read_text())
-    assert meta["config"] == config["config"] and meta["config_digest"] == config["digest"]
-    assert meta["manifest_digest"] == manifest_digest(load_manifest(run / "manifest.json"))
+    assert meta["config"] == epoch.config and meta["epoch"] == epoch.name
+    assert meta["manifest_digest"] == manifest_digest(epoch.manifest)
     data = json.loads((run / "checkpoints" / "25" / "data" / "metadata").read_text())
     assert data["next_step"] == 26
 
@@ -140,7 +141,7 @@ def test_a_finished_run_says_so_and_changes_nothing(run: Path, tiny_config, tmp_
 
 def test_metrics_are_read_one_step_late(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`push` reads the step before: what it is given is not touched until the next push, or flush."""
-    plan = StagePlan("stage1", 0, 32, 8, 10, 2, 0, 160, 1, 20)
+    plan = StagePlan("stage1", 0, 32, 8, 10, 2, 0, 160, 1, 20, 0)
     steps, ledger = StepLog(tmp_path / "metrics", lambda s: 1), Ledger(tmp_path / "ledger", lambda s: 1)
     lines: list[str] = []
     recorder = Recorder(tiny_config(), tmp_path, None, ["a"], steps, ledger, lines.append, 0, first_step=1)

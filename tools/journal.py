@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2jax import paths  # noqa: E402
-from k2jax.data.journal import append_entry, check_journal, decide, read_journal  # noqa: E402
-from k2jax.data.manifest import load_manifest  # noqa: E402
+from k2jax.data.epochs import check_journal, decide, order_of, read_epochs  # noqa: E402
+from k2jax.data.journal import append_entry, read_journal  # noqa: E402
 from k2jax.data.order import Order  # noqa: E402
 from k2jax.errors import ConfigError, run_main  # noqa: E402
 
@@ -52,11 +52,11 @@ def main() -> None:
     parser.add_argument("--by", default=None, help="who decides (default: the user's name)")
     args = parser.parse_args()
 
-    manifest = load_manifest(args.workdir / "manifest.json")
+    epochs = read_epochs(args.workdir)
     path = args.workdir / "journal.jsonl"
     journal = read_journal(path)
-    order = Order(manifest, journal)
-    check_journal(journal, order)
+    order = order_of(epochs, journal)
+    check_journal(epochs, journal)
     if args.list:
         for entry in journal:
             what = ":".join(map(str, entry.get("positions", ())))
@@ -70,9 +70,9 @@ def main() -> None:
     if args.steps:
         a, b = positions_of_steps(order, a, b)
     by = args.by or getpass.getuser()
-    entry = decide(manifest, journal, kind=kind, positions=(a, b), at_step=args.at_step, by=by, why=args.why)
+    entry = decide(epochs, journal, kind=kind, positions=(a, b), at_step=args.at_step, by=by, why=args.why)
     append_entry(path, entry)
-    order = Order(manifest, [*journal, entry])
+    order = order_of(epochs, [*journal, entry])
     print(f"{kind} of positions {a}:{b} written: {order.num_steps} steps, order {order.digest()[:12]}")
 
 

@@ -8,12 +8,11 @@ in all columns 0.91 bytes a token for a vocabulary of 4,096, 1.11 for one of 32,
 """
 
 import concurrent.futures
-import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +23,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from k2jax import files
+from k2jax import errors, files, locks
 from k2jax.data.chunks import checkpoint_steps
 from k2jax.data.document_table import DocumentTable
 from k2jax.data.export_readme import readme
@@ -32,6 +31,7 @@ from k2jax.data.export_rows import GROUP_TOKENS, row_batches, schema
 from k2jax.data.loader import row_length
 from k2jax.data.manifest import manifest_digest
 from k2jax.data.provenance import Run, open_run
+from k2jax.data.store import Store
 from k2jax.errors import ConfigError, RunError, StorageError
 
 FORMAT = 1
@@ -67,6 +67,7 @@ def export_chunks(
     Raises ConfigError if the run or the folder is not what it should be, or a step is not what the ledger says that
     the run read; StorageError if something cannot be read or written.
     """
+    errors.keep_files_ours()
     run, out = open_run(workdir, stores), Path(out)
     steps = chunk_steps(run)
     first, stop = _range(chunks, len(steps))
@@ -84,9 +85,8 @@ def export_chunks(
             else:
                 wanted.append(chunk)
         if wanted:
-            used = {entry["name"] for stage in run.manifest["stages"] for entry in stage["subsets"]}
-            for name in sorted(used):
-                DocumentTable.build(run.stores[name], Path(scratch) / name)
+            for name, store in sorted(_stores_read(run, [steps[chunk] for chunk in wanted]).items()):
+                DocumentTable.build(store, Path(scratch) / name)
         for entry in _run_all(work, wanted, workers):
             report(entry, False)
     return _write_summary(run, out, steps)
@@ -98,6 +98,15 @@ def chunk_steps(run: Run) -> list[tuple[int, int]]:
     return list(zip([1, *(end + 1 for end in ends)], ends, strict=False))
 
 
+def _stores_read(run: Run, steps: list[tuple[int, int]]) -> dict[str, Store]:
+    """{root digest: store} of what is read by steps first to last of any of these chunks."""
+    found = {}
+    for part in {id(run.order.of_step(first)): run.of_step(first) for first, _ in steps}.values():
+        names = {entry["name"] for stage in part.manifest["stages"] for entry in stage["subsets"]}
+        found |= {part.stores[name].root_digest: part.stores[name] for name in names}
+    return found
+
+
 def _range(chunks: tuple[int | None, int | None], available: int) -> tuple[int, int]:
     first, stop = chunks[0] or 0, available if chunks[1] is None else chunks[1]
     if not 0 <= first < stop <= available:
@@ -107,13 +116,13 @@ def _range(chunks: tuple[int | None, int | None], available: int) -> tuple[int, 
 
 def _check_identity(run: Run, out: Path, num_chunks: int) -> None:
     """Refuses the chunks of another run; removes those past the end, which a skip in the journal moved forward."""
-    expected = manifest_digest(run.manifest)
+    expected = {manifest_digest(part.manifest) for part in run.epochs()}
     for path in sorted((out / WORK).glob("*.json")):
         found = _read_entry(path)
-        if found and found["data"] != expected:
+        if found and found["data"] not in expected:
             raise ConfigError(
-                f"--out={out} holds chunks of data {found['data'][:12]}, the run's is {expected[:12]}: "
-                "choose another folder"
+                f"--out={out} holds chunks of data {found['data'][:12]}, the run's is "
+                f"{' and '.join(sorted(digest[:12] for digest in expected))}: choose another folder"
             )
         if int(path.stem) >= num_chunks:
             path.unlink()
@@ -140,7 +149,7 @@ def export_chunk(workdir: str, out: str, stores: str | None, scratch: str, chunk
     """Writes one chunk; `scratch` is the folder of the stores' DocumentTables. Returns its entry in chunks.json."""
     run, folder = open_run(workdir, stores), Path(out)
     first, last = chunk_steps(run)[chunk]
-    stage = run.order.stage_of_step(first)
+    run, stage = run.of_step(first), run.order.stage_of_step(first)
     path = folder / f"chunk_{chunk:05d}.parquet"
     with _locked(folder, chunk):
         (folder / WORK / f"{chunk:05d}.json").unlink(missing_ok=True)
@@ -214,10 +223,8 @@ def _write_rows(
     file: IO[bytes], run: Run, scratch: Path, first: int, last: int, in_ledger: dict[int, str]
 ) -> tuple[int, int]:
     """Writes steps first to last; returns how many rows and parts of documents they have."""
-    tables = [
-        DocumentTable(scratch / name) if (scratch / f"{name}.starts").exists() else None
-        for name in run.subset_names
-    ]
+    places = [scratch / run.manifest["stores"][name]["root_digest"] for name in run.subset_names]
+    tables = [DocumentTable(place) if place.with_name(f"{place.name}.starts").exists() else None for place in places]
     columns, rows, parts = schema(run.manifest["vocab_size"]), 0, 0
     waiting: list[pa.RecordBatch] = []
     with pq.ParquetWriter(file, columns, use_dictionary=["subset"], **COMPRESSION) as writer:
@@ -259,22 +266,17 @@ def _write_summary(run: Run, out: Path, steps: list[tuple[int, int]]) -> dict[st
     return summary
 
 
-@contextlib.contextmanager
-def _locked(out: Path, chunk: int) -> Iterator[None]:
+def _locked(out: Path, chunk: int) -> locks.Lock:
     """This process alone writes this chunk."""
-    with open(out / WORK / "lock", "ab") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, chunk)
-        except (BlockingIOError, PermissionError) as error:
-            raise ConfigError(
-                f"--out={out}: another process is writing chunk {chunk}: wait for it"
-            ) from error
-        yield
+    try:
+        return locks.hold(out / WORK / f"{chunk:05d}.lock", f"host {socket.gethostname()}, pid {os.getpid()}")
+    except locks.Held as holder:
+        raise ConfigError(f"--out={out}: another process ({holder}) is writing chunk {chunk}: wait for it") from None
 
 
 def _read_entry(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:

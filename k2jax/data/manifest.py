@@ -5,13 +5,11 @@ The manifest fixes the data order together with the journal (order.py). Its dige
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from k2jax import files
-from k2jax.errors import ConfigError, StorageError
+from k2jax.errors import ConfigError
 
 FORMAT = 1
 LABEL_SHIFTS = ("next", "inside")
@@ -154,27 +152,38 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return sha256_json({**manifest, "stores": stores})
 
 
-def save_manifest(manifest: dict[str, Any], path: str | os.PathLike) -> None:
-    """Writes the manifest whole or not at all; StorageError if it cannot."""
-    try:
-        files.write_json(path, manifest, sort_keys=True)
-    except OSError as error:
-        raise StorageError(f"cannot write the manifest {path}: {error.strerror}") from error
+def check_manifest(manifest: Any, where: str) -> None:
+    """Raises ConfigError, naming `where` it is from, unless it is what `build_manifest` makes, of sizes that exist."""
 
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise ConfigError(f"{where}: its manifest is none: {what}: restore it from a copy")
 
-def load_manifest(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads what `save_manifest` wrote; StorageError if it cannot be read, ConfigError if it is damaged."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-    except OSError as error:
-        raise StorageError(f"cannot read the manifest {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"the manifest {path} is not JSON ({error}): restore it from a copy") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise ConfigError(f"the manifest {path} has format {found}: this version of k2jax reads {FORMAT}")
-    return manifest
+    def whole(values: dict, keys: tuple[str, ...], low: int = 1, high: int = 1 << 48) -> bool:
+        return all(type(values.get(key)) is int and low <= values[key] < high for key in keys)
+
+    need(isinstance(manifest, dict), "expected a JSON object")
+    need(manifest.get("format") == FORMAT, f"format {manifest.get('format')}, this version of k2jax reads {FORMAT}")
+    need(whole(manifest, ("vocab_size",)) and whole(manifest, ("seed", "eos_id"), 0, 1 << 64), "its numbers")
+    need(manifest.get("label_shift") in LABEL_SHIFTS, f"label_shift {manifest.get('label_shift')!r}")
+    need(isinstance(manifest.get("tokenizer_sha256"), str), "tokenizer_sha256")
+    stores, stages = manifest.get("stores"), manifest.get("stages")
+    need(isinstance(stores, dict) and isinstance(stages, list) and bool(stages), "its stores or stages")
+    for name, store in stores.items():
+        texts = isinstance(store, dict) and all(isinstance(store.get(key), str) for key in ("path", "root_digest"))
+        counts = ("num_tokens", "num_train_tokens", "num_documents")
+        need(texts and whole(store, counts, 0), f"its store {name!r}")
+    for row in stages:
+        sizes = ("sequence_length", "rows_per_step", "steps_per_chunk", "chunks")
+        named = isinstance(row, dict) and isinstance(row.get("name"), str)
+        need(named and whole(row, sizes), "a stage's name or numbers")
+        subsets = row.get("subsets")
+        need(isinstance(subsets, list) and bool(subsets), f"the subsets of {row['name']!r}")
+        for subset in subsets:
+            fine = isinstance(subset, dict) and subset.get("name") in stores and type(subset.get("repeats")) is float
+            need(fine and whole(subset, ("windows",)) and whole(subset, ("rows",), 0), f"a subset of {row['name']!r}")
+        total = row["chunks"] * row["steps_per_chunk"] * row["rows_per_step"]
+        need(sum(subset["rows"] for subset in subsets) == total, f"the rows of {row['name']!r}")
 
 
 def describe(manifest: dict[str, Any]) -> str:

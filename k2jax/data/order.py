@@ -14,6 +14,11 @@ How a stage is laid out:
    where an epoch of some subset ends in it. So no segment holds two epochs of a subset, and every window of
    an epoch is read before any is repeated.
 The journal then takes ranges of whole steps out of a stage (skip) or puts them at its end (defer).
+
+A run whose data change after a step has an order for each of its manifests, each the `past` of the next. What was read
+stays what it was, under the positions that it had; the new manifest's have numbers of their own, after them. The stage
+in which the change falls goes on for the steps that it still has by the new manifest, with the new mix, and with the
+rows of each subset that it has not read: none is read twice or lost, unless the subset's store is another one.
 """
 
 from bisect import bisect_left, bisect_right
@@ -23,8 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from k2jax.data.layout import Layout, Stream
 from k2jax.data.manifest import manifest_digest, sha256_json
-from k2jax.data.permutation import derive_key, permute, splitmix, unpermute
 from k2jax.errors import ConfigError
 
 Interval = tuple[int, int]  # positions [first, stop)
@@ -50,7 +55,10 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its positions [first_position, stop_position) and the steps that the journal left of it."""
+    """One stage: its positions [first_position, stop_position) and the steps that the journal left of it.
+
+    Of a stage in which the data changed there are two, in the orders before and after the change.
+    """
 
     name: str
     index: int
@@ -62,6 +70,12 @@ class StagePlan:
     stop_position: int
     first_step: int
     last_step: int  # read by this stage, too; first_step - 1 if the journal skips all of it
+    done: int  # steps of the stage before `first_step`, under other data
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole stage, in which its learning rate goes from start to end."""
+        return self.done + self.last_step - self.first_step + 1
 
 
 class Order:
@@ -69,19 +83,43 @@ class Order:
 
     Args:
         manifest: of manifest.py.
-        journal: entries of journal.py. Only "skip" and "defer" matter here; ConfigError if one of them is
-            not a range of whole steps of one stage, or takes what an earlier entry has skipped.
+        journal: entries of journal.py on this manifest's positions. Only "skip" and "defer" matter here; ConfigError
+            if one of them is not a range of whole steps of one stage, or takes what an earlier entry has skipped.
+        past: the order before the manifest changed; `manifest` and `stages` are of what comes after.
+        after_step: the last step of the past.
     """
 
-    def __init__(self, manifest: dict[str, Any], journal: Iterable[dict[str, Any]] = ()):
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        journal: Iterable[dict[str, Any]] = (),
+        past: "Order | None" = None,
+        after_step: int = 0,
+    ):
+        self.manifest, self.past, self.after_step = manifest, past, after_step
         seed, stages = manifest["seed"], manifest["stages"]
+        # Stages before the one in which the run stands have no part in this order.
+        at, done = past.stands_in(manifest, after_step) if past else (0, 0)
+        streams = past.streams(after_step) if past else {}
         subset_index = {name: i for i, name in enumerate(sorted(manifest["stores"]))}
-        self._layouts = [_Layout(stage, i, seed, subset_index) for i, stage in enumerate(stages)]
-        sizes = [s["chunks"] * s["steps_per_chunk"] * s["rows_per_step"] for s in stages]
-        self._first_positions = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.num_positions = sum(sizes)
+        self._layouts = [
+            Layout(
+                stage,
+                i,
+                seed,
+                subset_index,
+                done=done if i == at else stage["chunks"] * stage["steps_per_chunk"] if i < at else 0,
+                streams={s["name"]: streams[key] for s in stage["subsets"] if (key := _key(manifest, i, s)) in streams},
+                salt=(after_step,) if past else (),
+            )
+            for i, stage in enumerate(stages)
+        ]
+        base = past.num_positions if past else 0
+        sizes = [layout.steps * stage["rows_per_step"] for layout, stage in zip(self._layouts, stages, strict=True)]
+        self._first_positions = [base + sum(sizes[:i]) for i in range(len(sizes))]
+        self.num_positions = base + sum(sizes)
 
-        intervals = [[(a, a + n)] for a, n in zip(self._first_positions, sizes, strict=True)]
+        intervals = [[(a, a + n)] if n else [] for a, n in zip(self._first_positions, sizes, strict=True)]
         for entry in journal:
             if entry["kind"] in ("skip", "defer"):
                 self._apply(entry, stages, intervals)
@@ -89,7 +127,7 @@ class Order:
         self.stages: list[StagePlan] = []
         self._intervals: list[Interval] = []  # of all stages, in the order in which they are read
         self._interval_steps: list[int] = []  # the first step of each
-        step = 1
+        step = after_step + 1
         for i, stage in enumerate(stages):
             first_step = step
             for a, b in intervals[i]:
@@ -105,16 +143,18 @@ class Order:
                     stop_position=self._first_positions[i] + sizes[i],
                     first_step=first_step,
                     last_step=step - 1,
+                    done=done if i == at else 0,
                 )
             )
         self.num_steps = step - 1
-        self._digest = sha256_json({"manifest": manifest_digest(manifest), "intervals": intervals})
+        content = {"manifest": manifest_digest(manifest), "intervals": intervals}
+        self._digest = sha256_json({**content, "past": past.digest(), "after_step": after_step} if past else content)
 
     def _apply(self, entry: dict[str, Any], stages: list[dict], intervals: list[list[Interval]]) -> None:
         a, b = entry["positions"]
         where = f"journal: {entry['kind']} of positions {a}:{b}"
-        if not 0 <= a < b <= self.num_positions:
-            raise ConfigError(f"{where}: expected a range inside 0:{self.num_positions}")
+        if not self._first_positions[0] <= a < b <= self.num_positions:
+            raise ConfigError(f"{where}: expected a range inside {self._first_positions[0]}:{self.num_positions}")
         i = bisect_right(self._first_positions, a) - 1
         first, rows_per_step = self._first_positions[i], stages[i]["rows_per_step"]
         stop = self._first_positions[i + 1] if i + 1 < len(stages) else self.num_positions
@@ -131,21 +171,33 @@ class Order:
         """SHA-256 (hex) of all that decides which rows each step reads."""
         return self._digest
 
+    def of_step(self, step: int) -> "Order":
+        """The order that has the step: this one, or one of its past."""
+        return self if self.past is None or step > self.after_step else self.past.of_step(step)
+
+    def of_position(self, position: int) -> "Order":
+        """The same of a position."""
+        return self if self.past is None or position >= self.past.num_positions else self.past.of_position(position)
+
     def stage_of_step(self, step: int) -> StagePlan:
         """The stage that step `step` (from 1) belongs to; ConfigError past the last step."""
         if not 1 <= step <= self.num_steps:
             raise ConfigError(f"step {step}: the run's steps are 1 to {self.num_steps}")
-        return self.stages[bisect_left(self.stages, step, key=lambda stage: stage.last_step)]
+        stages = self.of_step(step).stages
+        return stages[bisect_left(stages, step, key=lambda stage: stage.last_step)]
 
     def positions(self, step: int) -> np.ndarray:
         """The positions that step `step` reads, int64 (rows_per_step,)."""
-        rows_per_step = self.stage_of_step(step).rows_per_step
-        i = bisect_right(self._interval_steps, step) - 1
-        first = self._intervals[i][0] + (step - self._interval_steps[i]) * rows_per_step
+        rows_per_step, order = self.stage_of_step(step).rows_per_step, self.of_step(step)
+        i = bisect_right(order._interval_steps, step) - 1
+        first = order._intervals[i][0] + (step - order._interval_steps[i]) * rows_per_step
         return np.arange(first, first + rows_per_step)
 
     def step_of_position(self, position: int) -> int | None:
-        """The step that reads a position, None if the journal skips it."""
+        """The step that reads a position, None if the journal skips it or the data had changed before."""
+        if self.past and position < self.past.num_positions:
+            step = self.past.step_of_position(position)
+            return step if step and step <= self.after_step else None
         stage = self.stages[self._stage_of_position(position)]
         for (a, b), step in zip(self._intervals, self._interval_steps, strict=True):
             if a <= position < b:
@@ -153,13 +205,17 @@ class Order:
         return None
 
     def row(self, position: int) -> Row:
-        """The row at one position."""
-        i = self._stage_of_position(position)
-        return Row(i, *self._layouts[i].row(int(position) - self._first_positions[i]))
+        """The row at one position, by the manifest of `of_position`."""
+        order = self.of_position(position)
+        i = order._stage_of_position(position)
+        return Row(i, *order._layouts[i].row(int(position) - order._first_positions[i]))
 
     def rows(self, positions: np.ndarray) -> Rows:
-        """The rows at many positions, int64 (rows,) each; the same answers as `row`."""
+        """The rows at many positions of one manifest, int64 (rows,) each; the same answers as `row`."""
         positions = np.asarray(positions, np.int64)
+        if self.past and positions.size and positions.min() < self.past.num_positions:
+            assert positions.max() < self.past.num_positions, "positions of two manifests at once"
+            return self.past.rows(positions)
         if positions.size:
             self._stage_of_position(int(positions.min()))
             self._stage_of_position(int(positions.max()))
@@ -172,104 +228,68 @@ class Order:
         return result
 
     def find(self, stage: int, subset: int, window: int) -> list[int]:
-        """All positions of a stage at which a window of a subset stands: one for each epoch that reads it."""
+        """All positions of a stage of this manifest at which a window of a subset stands: one for each epoch."""
         first = self._first_positions[stage]
         return [first + offset for offset in self._layouts[stage].find(subset, int(window))]
 
     def _stage_of_position(self, position: int) -> int:
-        if not 0 <= position < self.num_positions:
+        if not self._first_positions[0] <= position < self.num_positions:
             raise ConfigError(f"position {position}: the run's positions are 0 to {self.num_positions - 1}")
         return bisect_right(self._first_positions, position) - 1
 
+    # ---- where another manifest takes over ------------------------------------------------------------------------
 
-class _Layout:
-    """What stands at each position of one stage, by offset from its first position.
+    def reads(self, last_step: int) -> list[tuple[str, list[Interval]]]:
+        """(digest of the manifest, positions in their order) of steps 1 to `last_step`: what nothing may change."""
+        before = self.past.reads(min(last_step, self.after_step)) if self.past else []
+        own = _join([piece for pieces in self._split(last_step)[0] for piece in pieces])
+        return [*before, (manifest_digest(self.manifest), own)] if own else before
 
-    Before the shuffle the rows of a segment stand one subset after the other, each subset's in a *run*.
-    """
+    def stands_in(self, manifest: dict[str, Any], step: int) -> tuple[int, int]:
+        """(index of the stage in a new manifest, its steps that are done) of the step that was made last."""
+        plan = self.stage_of_step(step)
+        names = [stage["name"] for stage in manifest["stages"]]
+        if plan.name not in names:
+            raise ConfigError(
+                f"the run stands in stage {plan.name!r}, after step {step}, and the new stages are {', '.join(names)}: "
+                f"keep that stage's name, whatever of it changes"
+            )
+        return names.index(plan.name), plan.done + step - plan.first_step + 1
 
-    def __init__(self, stage: dict[str, Any], index: int, seed: int, subset_index: dict[str, int]):
-        subsets = stage["subsets"]
-        self.subset = np.array([subset_index[s["name"]] for s in subsets])
-        self.windows = np.array([s["windows"] for s in subsets])
-        self.keys = np.array([derive_key(seed, "windows", index, s["name"]) for s in subsets], np.uint64)
-        self.shuffle_key = derive_key(seed, "rows", index)
-        rows = np.array([s["rows"] for s in subsets])
-        # k[g, s]: rows of subset s before segment g; its last line is the totals. segment[g]: rows of all.
-        self.k = segment_table(chunk_counts(rows, stage["chunks"]), self.windows)
-        self.segment = self.k.sum(axis=1)
-        counts = np.diff(self.k, axis=0)
-        # run[g * subsets + s]: the offset at which subset s begins in segment g
-        self.run = (self.segment[:-1, None] + np.cumsum(counts, axis=1) - counts).ravel()
+    def streams(self, step: int) -> dict[tuple, Stream]:
+        """After a step: what is left of each subset of each stage that was begun, under any manifest so far."""
+        found = self.past.streams(self.after_step) if self.past else {}
+        read, left = self._split(step)
+        for plan, layout, done, still in zip(self.stages, self._layouts, read, left, strict=True):
+            first, size = plan.first_position, plan.stop_position - plan.first_position
+            skipped = [(first, plan.stop_position)] if size else []
+            for a, b in [*done, *still]:
+                skipped = _without(skipped, a, b)
+            reached = max((b - first for _, b in [*done, *skipped]), default=0)
+            if reached:
+                unread = [(a - first, b - first) for a, b in still]
+                streams = layout.streams_after(unread, reached)
+                stage = self.manifest["stages"][plan.index]
+                found |= {_key(self.manifest, plan.index, s): streams[s["name"]] for s in stage["subsets"]}
+        return found
 
-    def row(self, offset: int) -> tuple[int, int, int]:
-        g = int(self.segment.searchsorted(offset, side="right")) - 1
-        start, stop = self.segment[g : g + 2].tolist()
-        place = start + permute(offset - start, stop - start, splitmix(self.shuffle_key, g))
-        run = int(self.run.searchsorted(place, side="right")) - 1
-        column = run % len(self.subset)
-        windows = int(self.windows[column])
-        epoch, index = divmod(int(self.k[g, column]) + place - int(self.run[run]), windows)
-        return int(self.subset[column]), epoch, permute(index, windows, int(self.keys[column]))
-
-    def rows(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        g = self.segment.searchsorted(offsets, side="right") - 1
-        start, size = self.segment[g], self.segment[g + 1] - self.segment[g]
-        place = start + permute(offsets - start, size, splitmix(self.shuffle_key, g.astype(np.uint64)))
-        run = self.run.searchsorted(place, side="right") - 1
-        column = run % len(self.subset)
-        windows = self.windows[column]
-        epoch, index = np.divmod(self.k[g, column] + place - self.run[run], windows)
-        return self.subset[column], epoch, permute(index, windows, self.keys[column])
-
-    def find(self, subset: int, window: int) -> list[int]:
-        if subset not in self.subset:
-            return []
-        column = self.subset.tolist().index(subset)
-        windows = int(self.windows[column])
-        if not 0 <= window < windows:
-            return []
-        first = unpermute(window, windows, int(self.keys[column]))
-        k = np.arange(first, self.k[-1, column], windows)
-        g = self.k[:, column].searchsorted(k, side="right") - 1
-        place = self.run[g * len(self.subset) + column] + k - self.k[g, column]
-        start, size = self.segment[g], self.segment[g + 1] - self.segment[g]
-        offsets = start + unpermute(place - start, size, splitmix(self.shuffle_key, g.astype(np.uint64)))
-        return offsets.tolist()
+    def _split(self, last_step: int) -> tuple[list[list[Interval]], list[list[Interval]]]:
+        """By stage: the positions that its steps to `last_step` read, and those of its later ones."""
+        read: list[list[Interval]] = [[] for _ in self.stages]
+        left: list[list[Interval]] = [[] for _ in self.stages]
+        for (a, b), first_step in zip(self._intervals, self._interval_steps, strict=True):
+            i = self._stage_of_position(a)
+            middle = min(b, max(a, a + (last_step + 1 - first_step) * self.stages[i].rows_per_step))
+            read[i] += [(a, middle)] if a < middle else []
+            left[i] += [(middle, b)] if middle < b else []
+        return read, left
 
 
-def chunk_counts(rows: np.ndarray, chunks: int) -> np.ndarray:
-    """Rows of each subset (columns) in each chunk: int64 (chunks, subsets).
-
-    Every chunk holds the same total, every column sums to `rows` (int64, together a multiple of `chunks`),
-    and every count is rows/chunks rounded down or up.
-    """
-    low, extra = np.divmod(rows, chunks)
-    # The extras of all subsets, laid end to end, are dealt to the chunks in turn: each chunk gets equally
-    # many, and no subset meets a chunk twice (its extras are fewer than the chunks). The turns run through
-    # the chunks by the golden ratio, which spreads each subset's extras evenly over the stage.
-    first = np.cumsum(extra) - extra
-    golden = np.arange(chunks, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    turn = np.argsort(np.argsort(golden))
-    return low + ((turn[:, None] - first) % chunks < extra)
-
-
-def segment_table(counts: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """Where segments begin: rows of each subset (columns) before each, int64 (segments + 1, subsets).
-
-    Segments begin at every chunk (rows of `counts`) and wherever an epoch of a subset ends inside a chunk. If
-    that is after m of its n rows there, every other subset t is cut after m * counts[t] // n of its own.
-    """
-    k_chunk = np.concatenate([np.zeros_like(counts[:1]), np.cumsum(counts, axis=0)])
-    tables = [k_chunk]
-    for column, size in enumerate(windows):
-        k = np.arange(size, k_chunk[-1, column], size)
-        chunk = k_chunk[:, column].searchsorted(k, side="right") - 1
-        m = k - k_chunk[chunk, column]
-        tables.append(k_chunk[chunk] + m[:, None] * counts[chunk] // counts[chunk, column, None])
-    table = np.concatenate(tables)
-    # A later cut has more of some subset and less of none, so sums tell cuts apart and put them in order.
-    return table[np.unique(table.sum(axis=1), return_index=True)[1]]
+def _key(manifest: dict[str, Any], stage: int, subset: dict[str, Any]) -> tuple:
+    """Under which a subset's stream goes on in a later manifest: the same tokens, cut and permuted in the same way."""
+    content = manifest["stores"][subset["name"]]["root_digest"]
+    length = manifest["stages"][stage]["sequence_length"]
+    return manifest["seed"], stage, subset["name"], content, subset["windows"], length, manifest["label_shift"]
 
 
 def _without(intervals: list[Interval], a: int, b: int) -> list[Interval]:

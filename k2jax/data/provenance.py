@@ -1,15 +1,18 @@
 """From a step to the documents it read, and from a document to the steps that read it.
 
-All of it follows from the run's manifest and journal and from the stores that the manifest names.
+All of it follows from the run's epochs and journal and from the stores that their manifests name.
 """
 
 import os
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2jax.data.journal import check_journal, read_journal
+from k2jax.data.epochs import check_journal, order_of, read_epochs
+from k2jax.data.journal import read_journal
+from k2jax.data.launches import read_launches
 from k2jax.data.loader import row_length
-from k2jax.data.manifest import load_manifest
 from k2jax.data.order import Order
 from k2jax.data.store import Store, open_stores
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -18,13 +21,33 @@ from k2jax.errors import ConfigError
 Range = tuple[int, int]  # tokens [first, stop)
 
 
-class Run(NamedTuple):
-    """What a run directory says of its data."""
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says of its data, of all steps; `manifest` and `stores` are of its last epoch."""
 
     workdir: Path
-    manifest: dict[str, Any]
     order: Order
-    stores: dict[str, Store]
+    places: dict[str, str]  # {root digest: path} of stores that have moved since the manifest was made
+    folder: str | os.PathLike | None = None  # where the stores are, by name, if the user says so
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.order.manifest
+
+    @cached_property
+    def stores(self) -> dict[str, Store]:
+        """By name. Raises ConfigError, StorageError when one is not the manifest's or cannot be read."""
+        return open_stores(self.manifest, folder=self.folder, places=self.places)
+
+    def of_step(self, step: int) -> "Run":
+        """The same run with manifest and stores of the epoch that has the step."""
+        order = self.order.of_step(step)
+        return self if order is self.order else Run(self.workdir, order, self.places, self.folder)
+
+    def epochs(self) -> "list[Run]":
+        """The same of each epoch with steps, the last one last."""
+        earlier = self.of_step(self.order.after_step).epochs() if self.order.past else []
+        return [*earlier, self]
 
     @property
     def subset_names(self) -> list[str]:
@@ -86,11 +109,16 @@ def open_run(workdir: str | os.PathLike, stores_folder: str | os.PathLike | None
     cannot be read.
     """
     workdir = Path(workdir)
-    manifest = load_manifest(workdir / "manifest.json")
-    journal = read_journal(workdir / "journal.jsonl")
-    order = Order(manifest, journal)
-    check_journal(journal, order)
-    return Run(workdir, manifest, order, open_stores(manifest, folder=stores_folder))
+    epochs, journal = read_epochs(workdir), read_journal(workdir / "journal.jsonl")
+    check_journal(epochs, journal)
+    run = Run(workdir, order_of(epochs, journal), _places(workdir), stores_folder)
+    _ = run.stores  # now, where a wrong one is an error of the command
+    return run
+
+
+def _places(workdir: Path) -> dict[str, str]:
+    """{root digest: path} as the launches so far found them, the newest last."""
+    return {digest: place for launch in read_launches(workdir) for digest, place in launch.get("stores", {}).items()}
 
 
 def which_docs(run: Run, step: int, row: int | None = None, *, text: bool = False) -> list[RowOrigin]:
@@ -101,7 +129,7 @@ def which_docs(run: Run, step: int, row: int | None = None, *, text: bool = Fals
 
     Raises ConfigError for a step or row that the run does not have.
     """
-    stage = run.order.stage_of_step(step)
+    run, stage = run.of_step(step), run.order.stage_of_step(step)
     if row is not None and not 0 <= row < stage.rows_per_step:
         raise ConfigError(f"row {row}: the rows of step {step} are 0 to {stage.rows_per_step - 1}")
     decode = _decoder(run) if text else None
@@ -140,36 +168,46 @@ def which_steps(run: Run, document_id: str) -> list[DocumentReads]:
 
     Raises ConfigError if no store has it.
     """
-    found = []
-    for name in run.subset_names:
-        store = run.stores[name]
-        for index in store.find_documents(document_id):
-            document = store.document(index)
-            start, num_tokens = document["start"], document["num_tokens"]
-            reads = _reads(run, name, start, start + num_tokens)
-            held_out = start >= store.num_train_tokens
-            found.append(DocumentReads(name, index, document["source"], num_tokens, held_out, reads))
+    found: dict[tuple[str, str, int], DocumentReads] = {}
+    there: dict[str, list[int]] = {}  # by root digest: epochs share stores
+    for part in run.epochs():
+        for name in part.subset_names:
+            store = part.stores[name]
+            if store.root_digest not in there:
+                there[store.root_digest] = store.find_documents(document_id)
+            for index in there[store.root_digest]:
+                document = store.document(index)
+                start, num_tokens = document["start"], document["num_tokens"]
+                held_out = start >= store.num_train_tokens
+                whole = DocumentReads(name, index, document["source"], num_tokens, held_out, [])
+                reads = found.setdefault((name, store.root_digest, index), whole).reads
+                reads += _reads(run, part, name, start, start + num_tokens)
     if not found:
-        raise ConfigError(f"document {document_id}: none of the stores {', '.join(run.subset_names)} has it")
-    return found
+        names = sorted({name for part in run.epochs() for name in part.subset_names})
+        raise ConfigError(f"document {document_id}: none of the stores {', '.join(names)} has it")
+    for document in found.values():
+        document.reads.sort(key=lambda read: (read.step is None, read.step or 0, read.position))
+    return list(found.values())
 
 
-def _reads(run: Run, subset: str, start: int, stop: int) -> list[Read]:
-    """All readings of tokens [start, stop) of a store."""
-    reads = []
-    for stage, plan in zip(run.manifest["stages"], run.order.stages, strict=True):
+def _reads(run: Run, part: Run, subset: str, start: int, stop: int) -> list[Read]:
+    """All readings of tokens [start, stop) of a store under the manifest of one part of a run."""
+    reads, order = [], part.order
+    for stage, plan in zip(part.manifest["stages"], order.stages, strict=True):
         windows = {entry["name"]: entry["windows"] for entry in stage["subsets"]}.get(subset, 0)
         stride = plan.sequence_length  # from a window to the next
-        length = row_length(stride, run.manifest["label_shift"])
+        length = row_length(stride, part.manifest["label_shift"])
         first = max(0, (start - length) // stride + 1)
         for window in range(first, min(windows, (stop - 1) // stride + 1)):
             begin = window * stride
             a, b = max(start, begin), min(stop, begin + length)
-            for position in run.order.find(plan.index, run.subset_names.index(subset), window):
+            for position in order.find(plan.index, part.subset_names.index(subset), window):
                 step = run.order.step_of_position(position)
+                if step is None and order.step_of_position(position) is not None:
+                    continue  # the data had changed before its turn: the next part has it
                 # The journal moves whole steps, so a row keeps its place in its step.
                 row = None if step is None else (position - plan.first_position) % plan.rows_per_step
-                epoch = run.order.row(position).epoch
+                epoch = order.row(position).epoch
                 places = ((a - start, b - start), (a - begin, b - begin))
                 reads.append(Read(step, row, plan.name, subset, epoch, window, position, *places))
-    return sorted(reads, key=lambda read: (read.step is None, read.step or 0, read.position))
+    return reads

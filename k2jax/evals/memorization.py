@@ -86,7 +86,7 @@ class Memorization:
 
 def read_windows(run: Run, steps: list[int], rows: int) -> list[Window]:
     """About `rows` rows, evenly spaced, of some steps of one stage. ConfigError when its rows are too short."""
-    plan = run.order.stage_of_step(steps[0])
+    run, plan = run.of_step(steps[0]), run.order.stage_of_step(steps[0])
     if plan.sequence_length < PROMPT + NEW:
         raise ConfigError(
             f"memorization: rows of step {steps[0]} have {plan.sequence_length} tokens, {PROMPT + NEW} are needed: "

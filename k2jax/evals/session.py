@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from k2jax.data.chunks import checkpoint_steps
+from k2jax.data.epochs import has_epochs, order_of, read_epochs
 from k2jax.data.journal import read_journal
-from k2jax.data.manifest import load_manifest
 from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
 from k2jax.evals import suites
@@ -132,7 +132,7 @@ class Session:
         if not workdir.is_dir():
             raise ConfigError(f"--workdir={workdir}: no such folder")
         while True:
-            expected = expected_steps(workdir, self.wanted.steps) if (workdir / "manifest.json").exists() else None
+            expected = expected_steps(workdir, self.wanted.steps) if has_epochs(workdir) else None
             there = saved_steps(workdir) if (workdir / "checkpoints").is_dir() else []
             new = [
                 step
@@ -238,5 +238,5 @@ def expected_steps(workdir: Path, text: str) -> list[int]:
 
 
 def _order(workdir: Path) -> Order:
-    return Order(load_manifest(workdir / "manifest.json"), read_journal(workdir / "journal.jsonl"))
+    return order_of(read_epochs(workdir), read_journal(workdir / "journal.jsonl"))
 

@@ -39,13 +39,13 @@ class Subject:
 
     @cached_property
     def run(self) -> Run:
-        """The run's data. ConfigError where it has none."""
-        if not (self.saved.workdir / "manifest.json").exists():
+        """The run's data, of the epoch that made the step. ConfigError where it has none."""
+        if "manifest_digest" not in self.saved.meta:
             raise ConfigError(
-                f"{self.saved.workdir} has no manifest.json, as an imported model that has not trained: it has no data "
-                f"to be evaluated on; name harness tasks"
+                f"{self.saved.workdir} at step {self.saved.step} is an imported model that has not trained: it has no "
+                f"data to be evaluated on; name harness tasks"
             )
-        return open_run(self.saved.workdir, self._stores)
+        return open_run(self.saved.workdir, self._stores).of_step(max(1, self.saved.step))
 
     @cached_property
     def scorer(self) -> Scorer:

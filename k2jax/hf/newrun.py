@@ -9,14 +9,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
+from k2jax.data.epochs import new_epoch, write_epoch
+from k2jax.data.launches import write_launches
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
-from k2jax.files import write_json, write_text
+from k2jax.files import write_text
 from k2jax.hf.layout import HfModel
 from k2jax.hf.untrusted import StoredTensor
 from k2jax.run import drift
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import environment
+from k2jax.run.fork import new_name
 from k2jax.run.state import TrainState
 
 MAX_SEQUENCE_LENGTH = 8192  # that experiment.py proposes, however long the model's context
@@ -50,7 +53,12 @@ def write_run(
     config = saved_config(source.hf, name)
     here = environment({})
     imported = {"source": source.folder.resolve().name, "files": files, "config": source.config, "dtype": source.dtype}
+    origin = {"kind": "import", "eos_id": source.eos_id, "tokenizer_sha256": identity, **imported}
+    epoch = new_epoch(
+        [], run=new_name(), after_step=0, config=configuration.to_dict(config), manifest=None, origin=origin
+    )
     meta = {
+        "epoch": epoch.name,
         "config": configuration.to_dict(config),
         "config_digest": drift.config_digest(config),
         "tokenizer_sha256": identity,
@@ -60,14 +68,13 @@ def write_run(
         "commit": here["commit"],
         "imported": imported,
     }
-    written = {"digest": meta["config_digest"], "config": meta["config"]}
-    write_json(run / "config.json", written, sort_keys=True, end="")
-    write_json(run / "environment.json", {"launches": [here]}, sort_keys=True, end="")
+    write_epoch(run, epoch)
+    write_launches(run, [{**here, "newest_step": None}])
     write_text(run / "experiment.py", experiment(source, name))
     zero = jax.device_put(np.int32(0), params["embed_VD"].sharding)
     with Checkpoints(run, [0], log=lambda _: None) as checkpoints:
         state = TrainState(zero, zero, zero, params, {}, {})
-        checkpoints.save(state, 0, data={"next_step": 1, "order": None}, meta=meta)
+        checkpoints.save(state, 0, data={"next_step": 1, "order": None, "journal": 0}, meta=meta)
         saved = checkpoints.wait()
         checkpoints.close()
     return saved

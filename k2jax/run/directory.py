@@ -1,15 +1,12 @@
 """The run directory: its lock, what it says of itself, and the refusal to resume it as something else.
 
-config.json  environment.json  manifest.json  journal.jsonl  tokenizer.json
-metrics/  ledger/  checkpoints/  tensorboard/  abandoned/
+epochs/  environment.json  journal.jsonl  tokenizer.json  metrics/  ledger/  checkpoints/  tensorboard/  abandoned/
 """
 
-import fcntl
 import importlib.metadata
 import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -22,16 +19,19 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import config as configuration
-from k2jax import files
-from k2jax.data.journal import append_entry, read_journal
-from k2jax.data.manifest import load_manifest, manifest_digest, save_manifest
-from k2jax.data.order import Order
+from k2jax import errors, files, locks
+from k2jax.data.epochs import Epoch, epoch_path, has_epochs, new_epoch, read_epochs, write_epoch
+from k2jax.data.journal import read_journal
+from k2jax.data.launches import read_launches, write_launches
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import parameter_table
 from k2jax.parallel import cluster
 from k2jax.run import drift
-from k2jax.run.checkpoint import read_meta
-from k2jax.run.saved import saved_steps
+from k2jax.run.commit import git_commit
+from k2jax.run.fork import fork, new_name, read_fork
+from k2jax.run.identity import epochs_of
+from k2jax.run.saved import open_step, saved_steps
+from k2jax.text import without_secrets
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 ENVIRONMENT = (
@@ -43,7 +43,7 @@ ENVIRONMENT = (
 )
 SEEN_S = 60  # by when every process sees what process 0 wrote
 # That the trainer alone writes anew; a plan or an evaluation may be writing its own beside them.
-OWN_FILES = ("config.json", "environment.json", "manifest.json", "tokenizer.json", "validation.json")
+OWN_FILES = ("environment.json", "tokenizer.json", "validation.json")
 
 
 class RunDirectory:
@@ -54,33 +54,26 @@ class RunDirectory:
         self._lock = None
 
     def __enter__(self) -> "RunDirectory":
+        errors.keep_files_ours()
         holder = cluster.decide("takes the workdir", self._take_lock)
         cluster.together("looks into the workdir", lambda: self._check_shared(holder))
         return self
 
     def _take_lock(self) -> str:
-        """Who holds it now. The kernel drops the lock with the process, so a killed run leaves none behind."""
+        """Who holds it now: this process, and no other."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
-            self._lock = (self.path / "lock").open("a+")
+            holder = f"host {socket.gethostname()}, pid {os.getpid()}, since {_now()}"
+            self._lock = locks.hold(self.path / "lock", holder)
         except OSError as error:
             raise StorageError(
                 f"--workdir={self.path}: cannot be made or written: {error.strerror}; "
                 f"name a folder that you may write"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip()
+        except locks.Held as holds:
             raise ConfigError(
-                f"--workdir={self.path} is in use by another run ({holder}): wait for it, or use "
-                f"another workdir"
+                f"--workdir={self.path} is in use by another run ({holds}): wait for it, or use another workdir"
             ) from None
-        self._lock.truncate(0)
-        holder = f"host {socket.gethostname()}, pid {os.getpid()}, since {_now()}"
-        self._lock.write(holder)
-        self._lock.flush()
         return holder
 
     def _check_shared(self, holder: str) -> None:
@@ -99,132 +92,160 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
-    def begin(
-        self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]
-    ) -> list[dict[str, Any]]:
-        """Writes what the run is, or checks that it is what the directory holds; returns the journal.
+    def fork(self, source: Path, step: int) -> None:
+        """Makes this a fork of another run at a step, unless it is that already."""
+        cluster.decide("forks a run", lambda: fork(source, step, self.path))
+
+    def check(self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]) -> None:
+        """Refuses early, before anything large is read, what `begin` would refuse; and notes the launch.
 
         Raises ConfigError with a key-by-key difference when configuration, tokenizer, stores or order have changed and
-        `allow_drift` does not name the keys; what it names is written to the journal.
+        `allow_drift` does not name the keys; and when launch after launch has made no new checkpoint.
         """
-        return cluster.decide("begins the run", lambda: self._begin(config, manifest, mesh_shape))
+        cluster.decide("looks at the run", lambda: self._check(config, manifest, mesh_shape))
 
-    def _begin(
-        self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]
-    ) -> list[dict[str, Any]]:
-        new = configuration.to_dict(config)
-        allowed = self._allowed_drift(new, manifest, config.allow_drift)
+    def _check(self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]) -> None:
         for name in OWN_FILES:
             files.remove_leftovers(self.path, name, alone=True)
-        if allowed:
-            append_entry(self.path / "journal.jsonl", allowed)
+        step = _newest_step(self.path)
+        if step is not None:
+            with suppress(StorageError):  # of a damaged meta, which is not the one that will be restored
+                saved = open_step(self.path, step)
+                self._next(saved.epochs, config, manifest, step)
+        self._note_launch(config, manifest, mesh_shape, step)
+
+    def begin(
+        self, config: ConfigDict, manifest: dict[str, Any], restored: dict[str, Any] | None
+    ) -> tuple[list[Epoch], list[dict[str, Any]]]:
+        """(epochs, journal) of the run, the last epoch that of this launch.
+
+        It counts from the first checkpoint that names it: of one that none does, as of a launch that made no step, and
+        of those after the checkpoint that was restored, nothing is left.
+
+        Args:
+            restored: the meta of the checkpoint that the run goes on from; None at its start.
+
+        Raises ConfigError as `check` does, and when the checkpoint is not one of this run.
+        """
+        epochs, journal = cluster.decide("begins the run", lambda: self._begin(config, manifest, restored))
+        return [Epoch(*epoch) for epoch in epochs], journal
+
+    def _begin(
+        self, config: ConfigDict, manifest: dict[str, Any], restored: dict[str, Any] | None
+    ) -> tuple[list[Epoch], list[dict[str, Any]]]:
+        if restored is None:
+            self._check_begins()
+        kept = epochs_of(self.path, restored) if restored else []
+        epoch = self._next(kept, config, manifest, restored["step"] if restored else 0)
+        there = read_epochs(self.path) if has_epochs(self.path) else []
+        if epoch and len(there) == len(kept) + 1 and there[-1].is_as(epoch):
+            epoch = there[-1]  # that of an earlier launch, which made no checkpoint
+        else:
+            for old in reversed(there[len(kept) :]):
+                self._put_away(old)
         if not _is_same_file(config.data.tokenizer, self.path / "tokenizer.json"):
             files.write_bytes(self.path / "tokenizer.json", Path(config.data.tokenizer).read_bytes())
-        save_manifest(manifest, self.path / "manifest.json")
-        values = {"digest": drift.config_digest(config), "config": new}
-        files.write_json(self.path / "config.json", values, sort_keys=True, end="")
-        self._add_environment(mesh_shape)
-        return read_journal(self.path / "journal.jsonl")
+        if epoch and epoch not in there:
+            write_epoch(self.path, epoch)
+        return [*kept, epoch] if epoch else kept, read_journal(self.path / "journal.jsonl")
 
-    def _allowed_drift(self, new: dict, manifest: dict, allowed: tuple[str, ...]) -> dict[str, Any] | None:
-        """The entry that the journal lacks of what has changed and may; ConfigError for what may not."""
-        if not (self.path / "config.json").exists():
-            return None
-        old_config = files.read_json(self.path / "config.json")["config"]
-        if is_import(old_config):
-            return self._difference_from_import(old_config, new, manifest, allowed)
-        old_manifest = load_manifest(self.path / "manifest.json")
-        old_identity, new_identity = _identity(old_manifest), _identity(manifest)
-        differences = drift.differences(old_config, new) | drift.differences(old_identity, new_identity)
-        self._refuse(differences, allowed, "holds another run")
-        _check_same_arrays(old_config, new)
-        journal = read_journal(self.path / "journal.jsonl")
-        entry = {
-            "by": "k2jax.train",
-            "why": "allow_drift",
-            "kind": "allow_drift",
-            "at_step": _newest_step(self.path),
-            "changes": {key: list(pair) for key, pair in differences.items()},
-            "manifest_before": manifest_digest(old_manifest),
-            "manifest_after": manifest_digest(manifest),
-        }
-        # A kill after the entry and before the files that it tells of: it is there already.
-        if not differences or (journal and entry.items() <= journal[-1].items()):
-            return None
-        before, after = Order(old_manifest, journal).digest(), Order(manifest, journal).digest()
-        return {"time": _now(), **entry, "order_before": before, "order_after": after}
-
-    def check_restored(self, meta: dict[str, Any], config: ConfigDict) -> None:
-        """Raises ConfigError when the checkpoint was trained with another configuration than what may have changed.
-
-        It is compared itself, because it may have come here from another run.
-        """
-        if not is_import(meta["config"]):
-            differences = drift.differences(meta["config"], configuration.to_dict(config))
-            self._refuse(differences, config.allow_drift, f"holds checkpoint {meta['step']} of another run")
-
-    def _difference_from_import(
-        self, old: dict, new: dict, manifest: dict[str, Any], allowed: tuple[str, ...]
-    ) -> dict[str, Any] | None:
-        """The same for the start of a run on imported weights: only the model and its tokens must be theirs.
-
-        The rope base may differ, as stages of one run do; the journal says so.
-        """
-        meta = read_import(self.path)
-        differences = drift.differences({"model": old["model"]}, {"model": new["model"]})
-        for key in ("eos_id", "tokenizer_sha256"):
-            if meta[key] != manifest[key]:
-                differences[f"manifest.{key}"] = meta[key], manifest[key]
-        self._refuse(differences, allowed, "holds weights imported from another model")
-        _check_same_arrays(old, new)
-        bases = old["stages"][0]["rope_base"], new["stages"][0]["rope_base"]
-        if bases[0] != bases[1]:
-            differences["stages.0.rope_base"] = bases
-        changes = {key: list(pair) for key, pair in differences.items()}
-        entry = {"by": "k2jax.train", "why": "not as imported", "kind": "import", "at_step": 0, "changes": changes}
-        journal = read_journal(self.path / "journal.jsonl")
-        # A kill after the entry and before the files that end this state: it is there already.
-        if not changes or (journal and entry.items() <= journal[-1].items()):
-            return None
-        return {"time": _now(), **entry}
-
-    def _refuse(self, differences: dict[str, tuple], allowed: tuple[str, ...], what: str) -> None:
-        """ConfigError for keys that differ and may not."""
-        refused = drift.not_allowed(differences, allowed)
-        if refused:
-            shown = "; ".join(f"{key}: {differences[key][0]!r} -> {differences[key][1]!r}" for key in refused[:20])
-            raise ConfigError(
-                f"--workdir={self.path} {what}, {len(refused)} key(s) differ: {shown}. Use "
-                f"another workdir, undo the change, or allow it: --config.allow_drift='{tuple(refused)!r}'"
+    def _check_begins(self) -> None:
+        """Raises StorageError where there must have been a checkpoint: a run never starts from scratch in silence."""
+        first = read_epochs(self.path)[0] if has_epochs(self.path) else None
+        imported, records = first is not None and first.manifest is None, self.path / "ledger" / "records.jsonl"
+        if imported or read_fork(self.path) or (records.exists() and records.stat().st_size):
+            was = "an import" if imported else "a run that had checkpoints"
+            raise StorageError(
+                f"--workdir={self.path} holds {was}, and none is there: restore checkpoints/ from a copy, or use a new "
+                f"workdir"
             )
 
-    def _add_environment(self, mesh_shape: dict[str, int]) -> None:
-        """One entry a launch: a run may move between machines."""
-        path = self.path / "environment.json"
-        launches = files.read_json(path)["launches"] if path.exists() else []
-        files.write_json(path, {"launches": [*launches, environment(mesh_shape)]}, sort_keys=True, end="")
+    def _put_away(self, epoch: Epoch) -> None:
+        place = self.path / "abandoned" / f"epoch-{epoch.number:04d}-{epoch.digest[:12]}.json"
+        files.move(epoch_path(self.path, epoch.number), place)
+
+    def _next(
+        self, before: list[Epoch], config: ConfigDict, manifest: dict[str, Any], step: int
+    ) -> Epoch | None:
+        """The epoch that follows those before it from `step` on; None where nothing has changed that makes one."""
+        new, fork = configuration.to_dict(config), read_fork(self.path)
+        if not before:
+            return new_epoch([], run=new_name(), after_step=0, config=new, manifest=manifest)
+        last = before[-1]
+        what = f"--workdir={self.path} holds another run"
+        if last.manifest is None:
+            differences = _difference_from_import(last, new, manifest)
+            what = f"--workdir={self.path} holds weights imported from another model"
+        else:
+            differences = drift.differences(last.config, new)
+            differences |= drift.differences(_identity(last.manifest), _identity(manifest))
+        _refuse(differences, config.allow_drift, what)
+        _check_same_arrays(last.config, new)
+        begins = last.manifest is None or (fork is not None and last.run != fork["run"])
+        if not differences and not begins:
+            return None
+        origin = {"run": fork["run"], "origin": fork["origin"]} if fork and last.run != fork["run"] else {}
+        changes = {key: list(pair) for key, pair in differences.items()}
+        if last.manifest is None and last.config["stages"][0]["rope_base"] != new["stages"][0]["rope_base"]:
+            # It may differ, as stages of one run do; the epoch says so.
+            changes["stages.0.rope_base"] = [c["stages"][0]["rope_base"] for c in (last.config, new)]
+        return new_epoch(before, after_step=step, config=new, manifest=manifest, changes=changes, **origin)
+
+    def _note_launch(
+        self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int], step: int | None
+    ) -> None:
+        """One entry a launch: a run may move between machines, and restarts must not go on for ever without a step."""
+        launches = read_launches(self.path)
+        most, same = config.checkpoint.max_launches, 0
+        for launch in reversed(launches):
+            if launch.get("newest_step") != step or launch.get("done"):
+                break
+            same += 1
+        if most and same >= most:
+            raise ConfigError(
+                f"--workdir={self.path}: {same} launches since {launches[-same]['time']} have made no new checkpoint "
+                f"{'after step ' + str(step) if step is not None else 'at all'}: find out why from their logs; to go "
+                f"on trying: --config.checkpoint.max_launches={2 * most}, 0 for no limit"
+            )
+        stores = {store["root_digest"]: store["path"] for store in manifest["stores"].values()}
+        launch = {**environment(mesh_shape), "newest_step": step, "stores": stores}
+        write_launches(self.path, [*launches, launch])
+
+    def note_launch(self, values: dict[str, Any]) -> None:
+        """Adds what is known now to this launch's entry in environment.json; process 0 alone does that."""
+        *earlier, launch = read_launches(self.path)
+        write_launches(self.path, [*earlier, {**launch, **values}])
+
+    def end(self) -> None:
+        """Notes that this launch came to the end of the run."""
+        cluster.decide("ends the run", lambda: self.note_launch({"done": True}))
 
 
-def is_import(config: dict[str, Any]) -> bool:
-    """Whether a saved configuration is of imported weights, before a run on them: its one stage has no data."""
-    return not any(stage["mix"] for stage in config["stages"])
+def _difference_from_import(last: Epoch, new: dict[str, Any], manifest: dict[str, Any]) -> dict[str, tuple]:
+    """Only the model and its tokens must be those of imported weights: {key: (before, now)} of what is not."""
+    differences = drift.differences({"model": last.config["model"]}, {"model": new["model"]})
+    for key in ("eos_id", "tokenizer_sha256"):
+        if last.origin[key] != manifest[key]:
+            differences[f"manifest.{key}"] = last.origin[key], manifest[key]
+    return differences
 
 
-def read_import(path: Path) -> dict[str, Any]:
-    """The meta of the imported checkpoint; StorageError when it is missing or damaged."""
-    try:
-        return read_meta(path / "checkpoints" / "0" / "meta")
-    except (OSError, ValueError, KeyError) as error:
-        raise StorageError(
-            f"--workdir={path} holds an import, but its checkpoint 0 cannot be read ({error}): import again"
-        ) from error
+def _refuse(differences: dict[str, tuple], allowed: tuple[str, ...], what: str) -> None:
+    """ConfigError for keys that differ and may not."""
+    refused = drift.not_allowed(differences, allowed)
+    if refused:
+        shown = "; ".join(f"{key}: {differences[key][0]!r} -> {differences[key][1]!r}" for key in refused[:20])
+        raise ConfigError(
+            f"{what}, {len(refused)} key(s) differ: {shown}. Use another workdir, undo the change, or allow it: "
+            f"--config.allow_drift='{tuple(refused)!r}'"
+        )
 
 
-def _newest_step(path: Path) -> int:
-    """Of the checkpoints that are there; 0 without any."""
-    return max(saved_steps(path), default=0) if (path / "checkpoints").is_dir() else 0
+def _newest_step(path: Path) -> int | None:
+    """Of the checkpoints that are there; None without any."""
+    return max(saved_steps(path), default=None) if (path / "checkpoints").is_dir() else None
 
 
 def _is_same_file(a: str, b: Path) -> bool:
@@ -237,7 +258,7 @@ def environment(mesh_shape: dict[str, int]) -> dict[str, Any]:
     return {
         "time": _now(),
         "host": socket.gethostname(),
-        "command": sys.argv,
+        "command": [without_secrets(argument) for argument in sys.argv],
         "commit": git_commit(),
         "versions": versions(),
         "devices": {
@@ -278,14 +299,6 @@ def _cpu_name() -> str:
         else []
     )
     return names[0] if names else platform.processor()
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that this code runs from, "+" when it has uncommitted changes; None outside of one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else None
 
 
 def _check_same_arrays(old_config: dict, new_config: dict) -> None:

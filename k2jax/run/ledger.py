@@ -18,6 +18,7 @@ from k2jax import files
 from k2jax.data.manifest import canonical_json
 from k2jax.errors import StorageError
 
+MAX_BYTES = 1 << 30  # of a file; a chunk of K2's has 941 rows of 1.5 kB
 GENESIS = "0" * 64  # what the first record has in the place of a record before it
 
 
@@ -51,7 +52,7 @@ class StepLog:
     def rows(self, first_step: int = 1, last_step: int | None = None) -> Iterator[dict[str, Any]]:
         """Rows of steps in [first_step, last_step], in order."""
         for path in sorted(self.directory.glob("chunk-*.jsonl")):
-            for line in path.read_bytes().splitlines():
+            for line in files.read_bytes(path, MAX_BYTES).splitlines():
                 row = _parse(line, path)
                 if row["step"] >= first_step and (last_step is None or row["step"] <= last_step):
                     yield row
@@ -62,7 +63,7 @@ class StepLog:
         files.remove_leftovers(self.directory, alone=True)  # none but the holder of the run's lock writes here
         dropped = 0
         for path in sorted(self.directory.glob("chunk-*.jsonl")):
-            lines = path.read_bytes().splitlines(keepends=True)
+            lines = files.read_bytes(path, MAX_BYTES).splitlines(keepends=True)
             kept = [
                 line for line in lines if line.endswith(b"\n") and _parse(line, path)["step"] <= last_step
             ]
@@ -77,6 +78,14 @@ class StepLog:
         if self._file is not None:
             self._file.close()
         self._file, self._path = None, None
+
+
+BELONGING = ("checkpoint", "order", "config")
+
+
+def belonging(meta: dict[str, Any]) -> dict[str, str]:
+    """What a record says its steps belong to, of a checkpoint's meta: three digests."""
+    return dict(zip(BELONGING, (meta["digest"], meta["data"]["order"], meta["config_digest"]), strict=True))
 
 
 class Ledger:
@@ -99,19 +108,17 @@ class Ledger:
 
     def records(self) -> list[dict[str, Any]]:
         """In order; a half-written last line is none."""
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        return [_parse(line, self.path) for line in lines if line.endswith(b"\n")]
+        lines = files.read_bytes(self.path, MAX_BYTES).splitlines(keepends=True) if self.path.exists() else []
+        return [_parse(line, self.path, "last_step") for line in lines if line.endswith(b"\n")]
 
-    def append_record(self, step: int, checkpoint_digest: str, order_digest: str) -> None:
-        """Closes the steps since the last record with the checkpoint of `step`."""
+    def append_record(self, step: int, belongs: dict[str, str]) -> None:
+        """Closes the steps since the last record with the checkpoint of `step`; `belongs` as `belonging` gives it."""
         records = self.records()
-        record = self._record(records[-1] if records else None, step, checkpoint_digest, order_digest)
+        record = self._record(records[-1] if records else None, step, belongs)
         with _writing(self.path):
             files.append_line(self.path, canonical_json(record) + b"\n")
 
-    def _record(
-        self, previous: dict | None, step: int, checkpoint_digest: str, order_digest: str
-    ) -> dict[str, Any]:
+    def _record(self, previous: dict | None, step: int, belongs: dict[str, str]) -> dict[str, Any]:
         first = previous["last_step"] + 1 if previous else 1
         rows = list(self.steps.rows(first, step))
         if [row["step"] for row in rows] != list(range(first, step + 1)):
@@ -124,29 +131,29 @@ class Ledger:
         record = {
             "first_step": first,
             "last_step": step,
-            "checkpoint": checkpoint_digest,
-            "order": order_digest,
+            **belongs,
             "steps": hashlib.sha256(b"".join(canonical_json(row) + b"\n" for row in rows)).hexdigest(),
             "num_rows": len(rows),
             "previous": previous["record"] if previous else GENESIS,
         }
         return {**record, "record": hashlib.sha256(canonical_json(record)).hexdigest()}
 
-    def resume(self, step: int, checkpoint_digest: str | None, order_digest: str) -> int:
+    def resume(self, step: int, belongs: dict[str, str] | None) -> int:
         """Cuts the ledger back to a restored checkpoint, and writes its record if a kill came before that.
 
-        Returns how many steps were dropped. `checkpoint_digest` None: the run starts, there is no checkpoint.
+        Returns how many steps were dropped. `belongs` None: the run starts, there is no checkpoint.
         """
         dropped = self.steps.truncate(step)
         kept = [record for record in self.records() if record["last_step"] <= step]
-        if kept and kept[-1]["last_step"] == step and kept[-1]["checkpoint"] != checkpoint_digest:
-            raise StorageError(
-                f"{self.path}: the checkpoint of step {step} that it records is {kept[-1]['checkpoint'][:12]}, the one "
-                f"there is {str(checkpoint_digest)[:12]}: of another run, or replaced; put the run's own back"
-            )
+        for key, value in (belongs or {}).items():
+            if kept and kept[-1]["last_step"] == step and kept[-1].get(key) != value:
+                raise StorageError(
+                    f"{self.path}: the {key} of step {step} that it records is {str(kept[-1].get(key))[:12]}, the one "
+                    f"there is {str(value)[:12]}: of another run, or replaced; put the run's own back"
+                )
         files.write_bytes(self.path, b"".join(canonical_json(record) + b"\n" for record in kept))
-        if checkpoint_digest and (not kept or kept[-1]["last_step"] < step):
-            self.append_record(step, checkpoint_digest, order_digest)
+        if belongs and (not kept or kept[-1]["last_step"] < step):
+            self.append_record(step, belongs)
         self.verify()
         return dropped
 
@@ -154,7 +161,8 @@ class Ledger:
         """Recomputes the chain; raises StorageError naming the first record that does not hold."""
         previous = None
         for record in self.records():
-            expected = self._record(previous, record["last_step"], record["checkpoint"], record["order"])
+            belongs = {key: record.get(key) for key in BELONGING}
+            expected = self._record(previous, record["last_step"], belongs)
             if record != expected:
                 key = next(k for k in expected if record.get(k) != expected[k])
                 raise StorageError(
@@ -172,11 +180,14 @@ def _writing(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _parse(line: bytes, path: Path) -> dict[str, Any]:
+def _parse(line: bytes, path: Path, step: str = "step") -> dict[str, Any]:
     try:
-        return json.loads(line)
-    except ValueError as error:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: a line is damaged ({error}): restore the file from a copy") from error
+    if not isinstance(row, dict) or type(row.get(step)) is not int:
+        raise StorageError(f'{path}: a line is damaged (no object with "{step}"): restore the file from a copy')
+    return row
 
 
 def float_bits(value: float) -> str:

@@ -4,7 +4,6 @@ Generation, evaluation and conversion need a run directory and nothing else: not
 trained, not the optimizer's state. Arrays are read through TensorStore from where Orbax put them.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax.data.storage import kvstore
+from k2jax.data.epochs import Epoch
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
-from k2jax.model.decoder import LAYOUT_VERSION, Params, parameter_table
+from k2jax.model.decoder import Params, parameter_table
 from k2jax.parallel import sharding
-from k2jax.run import digest
-from k2jax.run.checkpoint import FORMAT, read_meta
+from k2jax.run import digest, storage
+from k2jax.run.identity import epochs_of
 from k2jax.run.reading import one_line
 
 
@@ -32,6 +31,7 @@ class SavedStep(NamedTuple):
     meta: dict[str, Any]  # as checkpoint.py wrote it: digests, lineage, versions, eos_id, ...
     config: ConfigDict  # the experiment as it was at this step
     stage: ConfigDict  # the row of config.stages that the step belongs to: rope base and sequence length
+    epochs: list[Epoch]  # of the run, up to that of this step
 
     @property
     def digest(self) -> str:
@@ -55,8 +55,8 @@ def saved_steps(workdir: str | Path) -> list[int]:
 def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
     """The checkpoint of a step, by default the newest. Nothing of its arrays is read yet.
 
-    Raises ConfigError, listing the steps that there are, when it is missing or of another format; StorageError when
-    its meta is damaged.
+    Raises ConfigError, listing the steps that there are, when it is missing or of another format, and when it is not a
+    checkpoint of this run; StorageError when its meta is damaged, or not that of the ledger.
     """
     steps = saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
@@ -64,19 +64,14 @@ def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
         raise ConfigError(f"--workdir={workdir} has no checkpoint{wanted}: {_listed(steps)}")
     step = steps[-1] if step is None else step
     try:
-        meta = read_meta(Path(workdir) / "checkpoints" / str(step) / "meta")
-    except (OSError, ValueError, KeyError) as error:
+        meta = storage.read_meta(Path(workdir) / "checkpoints" / str(step))
+    except (OSError, StorageError) as error:
         raise StorageError(f"checkpoint {step} of {workdir}: its meta is damaged: {error}") from error
     if meta["step"] != step:
         raise StorageError(f"checkpoint {step} of {workdir}: it is that of step {meta['step']}: name its folder so")
-    for key, known in (("format", FORMAT), ("layout", LAYOUT_VERSION)):
-        if meta[key] != known:
-            raise ConfigError(
-                f"checkpoint {step} of {workdir}: {key} {meta[key]!r}, this k2jax reads {key} {known}: use the "
-                f"version that wrote it ({meta['versions']['k2jax']})"
-            )
+    storage.check_format(meta, f"checkpoint {step} of {workdir}")
     config = configuration.from_dict(meta["config"])
-    return SavedStep(Path(workdir), step, meta, config, config.stages[meta["stage"]])
+    return SavedStep(Path(workdir), step, meta, config, config.stages[meta["stage"]], epochs_of(Path(workdir), meta))
 
 
 def check_tokenizer(saved: SavedStep) -> Tokenizer:
@@ -95,16 +90,16 @@ def open_array(saved: SavedStep, name: str) -> ts.TensorStore:
 
     Raises StorageError when it is missing or its shape is not the recorded one.
     """
-    state = saved.workdir.absolute() / "checkpoints" / str(saved.step) / "state"
-    place = {"driver": "ocdbt", "base": kvstore(str(state)), "path": f"{name}/"}
     try:
-        array = ts.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
+        return storage.open_array(_folder(saved), saved.meta, name)
+    except StorageError:
+        raise
     except Exception as error:  # TensorStore raises ValueError, KeyError, ... for what it finds on disk
         raise StorageError(f"checkpoint {saved.step}: cannot open array {name}: {one_line(error)}") from error
-    found, expected = [list(array.shape), array.dtype.name], saved.meta["arrays"].get(name)
-    if found != expected:
-        raise StorageError(f"checkpoint {saved.step}: array {name} is {found}, its meta records {expected}")
-    return array
+
+
+def _folder(saved: SavedStep) -> Path:
+    return saved.workdir.absolute() / "checkpoints" / str(saved.step)
 
 
 def restore_params(saved: SavedStep, mesh: Mesh) -> Params:
@@ -113,20 +108,14 @@ def restore_params(saved: SavedStep, mesh: Mesh) -> Params:
     Raises StorageError naming an array that is damaged.
     """
     table = parameter_table(saved.config.model)
-
-    def load(name: str) -> jax.Array:
-        store = open_array(saved, f"params/{name}")
-        return jax.make_array_from_callback(
-            store.shape, sharding.named(mesh, table[name].axes), lambda index: store[index].read().result()
-        )
-
+    places = {f"params/{name}": sharding.named(mesh, p.axes) for name, p in table.items()}
     try:
-        with ThreadPoolExecutor(4) as pool:  # TensorStore reads and decodes outside of Python's lock
-            params = dict(zip(table, pool.map(load, table), strict=True))
+        read = storage.read_arrays(_folder(saved), saved.meta, places)
     except StorageError:
         raise
     except Exception as error:
         raise StorageError(f"checkpoint {saved.step}: cannot be read: {one_line(error)}") from error
+    params = {name: read[f"params/{name}"] for name in table}
     check_digests(saved, {name: int(d) for name, d in jax.jit(digest.tree_digests)(params).items()})
     return params
 

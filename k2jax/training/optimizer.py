@@ -19,15 +19,15 @@ def init_state(m: ConfigDict, seed: int) -> TrainState:
     return TrainState(count, count, count, params, zeros(), zeros())
 
 
-def learning_rate(stage: ConfigDict, step_in_stage: jax.Array) -> jax.Array:
+def learning_rate(stage: ConfigDict, step_in_stage: jax.Array, num_steps: int) -> jax.Array:
     """Linear from `lr_start` to `lr_peak` over the warm-up, then a cosine to `lr_final` at the stage's last step.
 
+    `num_steps` are those that the stage has: where the journal skips some, fewer than its chunks would give.
     `step_in_stage` counts from 1, so the first of 2000 warm-up steps already has 1/2000 of the peak (Megatron's rule).
     """
     step = step_in_stage.astype(jnp.float32)
-    total = stage.steps_per_chunk * stage.chunks
     warm = stage.lr_start + (stage.lr_peak - stage.lr_start) * step / max(stage.warmup_steps, 1)
-    progress = jnp.clip((step - stage.warmup_steps) / max(total - stage.warmup_steps, 1), 0.0, 1.0)
+    progress = jnp.clip((step - stage.warmup_steps) / max(num_steps - stage.warmup_steps, 1), 0.0, 1.0)
     cosine = stage.lr_final + (stage.lr_peak - stage.lr_final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     return jnp.where(step < stage.warmup_steps, warm, cosine)
 

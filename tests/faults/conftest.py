@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from faults import runs
 from faults.runs import Command, Trainer, trainers
 
 LIMIT_S = 240  # of one test, in process or not; a hung collective can be ended only from outside Python
@@ -39,3 +40,9 @@ def straight(tiny_data: Path, made_once: Callable) -> Path:
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Command:
     return Command(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def stopped(straight, tmp_path_factory):
+    """A run that ended after its first chunk."""
+    return runs.copy_run(straight, tmp_path_factory.mktemp("stopped") / "run", last_step=10)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from conftest import REPOSITORY
 
+from k2jax.data import epochs
 from k2jax.data.chunks import chunk_of_step
 from k2jax.data.journal import read_journal
-from k2jax.data.manifest import load_manifest
 from k2jax.data.order import Order
 from k2jax.errors import run_main
 from k2jax.parallel import cluster
@@ -219,7 +219,7 @@ def ledger(workdir: Path) -> Ledger:
 
 
 def order_of(workdir: Path) -> Order:
-    return Order(load_manifest(workdir / "manifest.json"), read_journal(workdir / "journal.jsonl"))
+    return epochs.order_of(epochs.read_epochs(workdir), read_journal(workdir / "journal.jsonl"))
 
 
 def ledger_rows(workdir: Path) -> list[dict[str, Any]]:

@@ -136,7 +136,7 @@ def test_stores(data, command, tmp_path):
 
     (data / "tokenizer.json").write_text((data / "tokenizer.json").read_text() + "\n")
     assert "SHA-256" in command.refuse(78, *argv)
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run" / "epochs").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -176,7 +176,7 @@ def test_unwritable_workdir(tiny_data, command, tmp_path):
 
 def test_damaged_run_directory(tiny_data, straight, command, tmp_path):
     """Each of its files, cut or with a line broken: named."""
-    codes = {"config.json": 78, "manifest.json": 78, "environment.json": 78, "ledger/chunk-00001.jsonl": 74,
+    codes = {"epochs/0001.json": 78, "environment.json": 78, "ledger/chunk-00001.jsonl": 74,
              "ledger/records.jsonl": 74, "metrics/chunk-00002.jsonl": 74}  # fmt: skip
     for i, (name, code) in enumerate(codes.items()):
         workdir = runs.copy_run(straight, tmp_path / f"run{i}")

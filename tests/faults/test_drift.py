@@ -10,8 +10,10 @@ import pytest
 from conftest import SUBSETS, VOCAB_SIZE
 
 from faults import runs
-from k2jax.data.journal import append_entry, decide, read_journal
-from k2jax.data.manifest import load_manifest, sha256_json
+from k2jax.data.epochs import decide, read_epochs
+from k2jax.data.journal import append_entry, read_journal
+from k2jax.data.loader import batch_digest, make_loader
+from k2jax.data.manifest import sha256_json
 from k2jax.data.store import Store, StoreWriter
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import StorageError
@@ -36,12 +38,6 @@ OTHER_MESHES = [
         8,
     ),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def stopped(straight, tmp_path_factory):
-    """A run that ended after its first chunk."""
-    return runs.copy_run(straight, tmp_path_factory.mktemp("stopped") / "run", last_step=10)
 
 
 @pytest.fixture(scope="module")
@@ -190,44 +186,64 @@ def test_another_tokenizer_or_store_is_refused(tiny_data, late, command, tmp_pat
     assert command.train(same, workdir).code == 0
 
 
-def test_drift_allowed_by_name_is_recorded(tiny_data, straight, stopped, command, tmp_path):
-    """Allowed: it runs, the journal says what was allowed, the chain of orders holds, a restart needs no more leave."""
+def test_drift_allowed_by_name_is_an_epoch(tiny_data, straight, stopped, command, tmp_path):
+    """Allowed: it runs, an epoch says what was allowed, the past stays what it was, a restart needs no more leave."""
     workdir = runs.copy_run(stopped, tmp_path / "run")
-    drift = {"seed": 5, "optimizer.max_skips_in_a_row": 4}
-    error = command.refuse(78, *runs.arguments(tiny_data, workdir, {**drift, "allow_drift": "('seed',)"}))
-    assert "optimizer.max_skips" in error and "seed:" not in error
+    before, [first] = runs.order_of(workdir), read_epochs(workdir)
+    drift = {"stages.0.mix.web": 3.0, "stages.0.rows_per_step": 16, "optimizer.max_skips_in_a_row": 4}
+    error = command.refuse(78, *runs.arguments(tiny_data, workdir, {**drift, "allow_drift": "('stages',)"}))
+    assert "optimizer.max_skips" in error and "stages.0" not in error
 
-    allowed = {**drift, "allow_drift": "('seed','optimizer')"}
+    allowed = {**drift, "allow_drift": "('stages','optimizer')"}
     ended = command.train(tiny_data, workdir, allowed)
     assert ended.code == 0 and "resuming after step 10 of 25" in ended.lines, ended
-    [entry] = read_journal(workdir / "journal.jsonl")
-    assert entry["kind"] == "allow_drift" and entry["at_step"] == 10
-    assert entry["changes"] == {"seed": [22238, 5], "optimizer.max_skips_in_a_row": [3, 4]}
-    assert entry["order_before"] != entry["order_after"] == runs.order_of(workdir).digest()
+    assert read_epochs(workdir)[0] == first and read_journal(workdir / "journal.jsonl") == []
+    _, epoch = read_epochs(workdir)
+    assert epoch.after_step == 10 and epoch.previous == first.digest and epoch.run == first.run
+    changes = {"stages.0.mix.web": [1.0, 3.0], "stages.0.rows_per_step": [8, 16]}
+    assert epoch.changes == {**changes, "optimizer.max_skips_in_a_row": [3, 4]}
     rows, expected = runs.ledger_rows(workdir), runs.ledger_rows(straight)
     assert rows[:10] == expected[:10]
-    assert not {row["batch"] for row in rows[10:]} & {row["batch"] for row in expected}
+    assert not {row["batch"] for row in rows[10:20]} & {row["batch"] for row in expected}
     runs.ledger(workdir).verify()
+    # All that the ledger says was read is what the order says, before the change and after it, each window once.
+    order, stores = runs.order_of(workdir), {name: Store.open(tiny_data / name) for name in SUBSETS}
+    for steps in ((1, 10), (11, 20), (21, 25)):
+        for step, batch in make_loader(order, stores, label_shift="next", first_step=steps[0], last_step=steps[1]):
+            assert batch_digest(batch["digest"]) == rows[step - 1]["batch"], step
+    read = [tuple(order.row(int(p))) for step in range(1, 21) for p in order.positions(step)]
+    assert len(set(read)) == len(read) == 10 * 8 + 10 * 16
+    assert [tuple(before.row(int(p))) for step in range(1, 11) for p in before.positions(step)] == read[:80]
 
     shutil.rmtree(workdir / "checkpoints" / "25")
     ended = command.train(tiny_data, workdir, drift)
     assert ended.code == 0 and "resuming after step 20 of 25" in ended.lines, ended
-    assert len(read_journal(workdir / "journal.jsonl")) == 1
+    assert len(read_epochs(workdir)) == 2
     assert runs.ledger_rows(workdir) == rows
-    assert "seed: 5 -> 22238" in command.refuse(78, *runs.arguments(tiny_data, workdir, {}))
+    assert "stages.0.mix.web: 3.0 -> 1.0" in command.refuse(78, *runs.arguments(tiny_data, workdir, {}))
 
 
-def test_kill_while_drift_is_recorded(tiny_data, late, command, tmp_path, monkeypatch):
-    """The journal is written and the rest is not: the same command goes on, with one entry."""
+def test_a_change_under_which_nothing_was_saved_leaves_no_trace(tiny_data, late, command, tmp_path):
+    """Allowed, and failed before its first checkpoint: the old command goes on as if it had not been."""
     workdir = runs.copy_run(late, tmp_path / "run")
-    drift = runs.arguments(tiny_data, workdir, {"seed": 5, "allow_drift": "('seed',)"})
-    with monkeypatch.context() as patch:
-        patch.setattr("k2jax.run.directory.save_manifest", lambda *_: 1 / 0)
-        assert command(*drift).code == 70
-    assert len(read_journal(workdir / "journal.jsonl")) == 1
-    ended = command(*drift)
-    assert ended.code == 0, ended
-    assert len(read_journal(workdir / "journal.jsonl")) == 1
+    changed = {"seed": 5, "allow_drift": "('seed',)", "stages.1.lr_peak": 1e30, "stages.1.lr_final": 1e30}
+    ended = command(*runs.arguments(tiny_data, workdir, {**changed, "allow_drift": "('seed','stages')"}))
+    assert ended.code == 65, ended
+    assert [epoch.config["seed"] for epoch in read_epochs(workdir)] == [22238, 5]
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0 and "resuming after step 20 of 25" in ended.lines, ended
+    assert [epoch.config["seed"] for epoch in read_epochs(workdir)] == [22238]
+    assert [path.name[:10] for path in (workdir / "abandoned").iterdir()] == ["epoch-0002"]
+
+
+def test_launches_without_a_checkpoint_come_to_an_end(tiny_data, late, command, tmp_path):
+    """A restart script's loop ends with 78; a run that came to its end may be started again and again."""
+    workdir = runs.copy_run(late, tmp_path / "run")
+    wrong = {"checkpoint.max_launches": 2, "stages.1.lr_peak": 1e30, "allow_drift": "('stages',)"}
+    assert [command(*runs.arguments(tiny_data, workdir, wrong)).code for _ in range(3)] == [65, 65, 78]
+    error = command.refuse(78, *runs.arguments(tiny_data, workdir, {"checkpoint.max_launches": 2}))
+    assert "2 launches since" in error and "no new checkpoint after step 20" in error
+    assert [command.train(tiny_data, workdir, {"checkpoint.max_launches": 3}).code for _ in range(4)] == [0] * 4
 
 
 def test_drift_that_does_not_fit_changes_nothing(tiny_data, late, command, tmp_path):
@@ -258,7 +274,7 @@ def test_another_layout_is_refused(tiny_data, stopped, command, tmp_path, name):
     CHANGED_METAS[name](meta)
     path.write_text(json.dumps({**meta, "meta_sha256": sha256_json(meta)}))
     error = command.refuse(78, *runs.arguments(tiny_data, workdir, {}))
-    assert "checkpoint 10: " in error and any(word in error for word in ("mu/head_DV", "extra", f"{name} "))
+    assert "checkpoint 10" in error and any(word in error for word in ("mu/head_DV", "extra", f"{name} "))
     assert runs.checkpoint_steps(workdir) == [10]
 
 
@@ -268,7 +284,7 @@ def test_another_layout_is_refused(tiny_data, stopped, command, tmp_path, name):
 def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
     """Decided at a checkpoint: skipped rows are never read, deferred rows last in their stage, all else as it was."""
     workdir = runs.copy_run(stopped, tmp_path / "run")
-    manifest, path = load_manifest(workdir / "manifest.json"), workdir / "journal.jsonl"
+    epochs, path = read_epochs(workdir), workdir / "journal.jsonl"
     old = runs.order_of(workdir)
     for kind, step in (("defer", 12), ("skip", 16)):
         first, *_, last = old.positions(step).tolist()
@@ -279,7 +295,7 @@ def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
             "by": "test",
             "why": "a test",
         }
-        append_entry(path, decide(manifest, read_journal(path), **decision))
+        append_entry(path, decide(epochs, read_journal(path), **decision))
     ended = command.train(tiny_data, workdir)
     assert ended.code == 0 and "resuming after step 10 of 24" in ended.lines, ended
 
@@ -289,13 +305,29 @@ def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
     assert found == [expected[step - 1] for step in [*stage_one, *range(21, 26)]]
     assert runs.checkpoint_steps(workdir) == [10, 19, 24]
     runs.ledger(workdir).verify()
+    rates = [row["lr"] for row in runs.metric_rows(workdir)]
+    first, second = (stage["lr_final"] for stage in epochs[0].config["stages"])
+    assert rates[18] == pytest.approx(first) and rates[23] == pytest.approx(second), "the stages end where they should"
+
+
+def test_a_whole_stage_may_be_skipped(tiny_data, late, command, tmp_path):
+    """Nothing is compiled for it; the run ends with the stage before, on which it is evaluated."""
+    workdir = runs.copy_run(late, tmp_path / "run")
+    epochs, path = read_epochs(workdir), workdir / "journal.jsonl"
+    stage = runs.order_of(workdir).stages[1]
+    positions = stage.first_position, stage.stop_position
+    append_entry(path, decide(epochs, [], kind="skip", positions=positions, at_step=20, by="test", why="a test"))
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0 and "resuming after step 20 of 20" in ended.lines, ended
+    assert not any("compiling the step" in line for line in ended.lines)
+    assert json.loads((workdir / "validation.json").read_text())["step"] == 20
 
 
 def test_a_decision_on_rows_already_read_is_refused(tiny_data, straight, command, tmp_path):
     """It holds from step 10 on, the newest checkpoint is of step 20: that one must go first."""
     workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
-    manifest, path = load_manifest(workdir / "manifest.json"), workdir / "journal.jsonl"
-    entry = decide(manifest, [], kind="defer", positions=(96, 104), at_step=10, by="test", why="a test")
+    epochs, path = read_epochs(workdir), workdir / "journal.jsonl"
+    entry = decide(epochs, [], kind="defer", positions=(96, 104), at_step=10, by="test", why="a test")
     append_entry(path, entry)
     error = command.refuse(78, *runs.arguments(tiny_data, workdir, {}))
     assert "checkpoint 20" in error and "at step 10 changes rows that it has read" in error
@@ -320,4 +352,4 @@ def test_a_checkpoint_of_another_step_or_run_is_refused(straight, start, tmp_pat
     copied = tmp_path / "copied"
     shutil.copytree(straight / "checkpoints", copied / "checkpoints")
     error = start(copied, {"optimizer.weight_decay": 0.3}).wait_for_error(78)
-    assert "checkpoint 25 of another run" in error and "optimizer.weight_decay: 0.1 -> 0.3" in error
+    assert "checkpoint 25 in" in error and "is of another run" in error and "--fork" in error

@@ -69,13 +69,13 @@ def test_kills_at_random_moments(straight, start, tmp_path):
 
 DIES_SAVING = """
 import os, signal
-from k2jax.run import checkpoint
-real = checkpoint._LateJson._save_fn
+from k2jax.run import storage
+real = storage._LateJson._save_fn
 async def save(self, item, directory):
     if "/12." in str(directory):
         os.kill(os.getpid(), signal.SIGKILL)
     await real(self, item, directory)
-checkpoint._LateJson._save_fn = save
+storage._LateJson._save_fn = save
 """
 
 

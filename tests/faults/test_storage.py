@@ -12,6 +12,7 @@ import pytest
 from faults import runs
 from k2jax.errors import StorageError
 from k2jax.parallel import sharding
+from k2jax.run import reading
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.state import flat
 from k2jax.training.optimizer import init_state
@@ -19,6 +20,12 @@ from k2jax.training.placement import place_state
 
 # Futures of failed reads that Orbax leaves unread.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    """Between the tries of what runs in this process."""
+    monkeypatch.setattr(reading, "RETRY_WAITS_S", (0.01, 0.01))
 
 
 class Reader:
@@ -49,7 +56,7 @@ def reader(tiny_config):
 
 def array_files(step: Path) -> list[Path]:
     """The files that hold the arrays' bytes."""
-    return [path for path in sorted(step.glob("state/**/d/*")) if path.stat().st_size > 10_000]
+    return [path for path in sorted(step.glob("*/**/d/*")) if path.stat().st_size > 10_000]
 
 
 def flip(path: Path, byte: int, bit: int) -> None:
@@ -94,16 +101,17 @@ def damages(step: Path) -> dict[str, callable]:
     """{name: what to do to the newest checkpoint}"""
     largest = max(array_files(step), key=lambda path: path.stat().st_size)
     meta, data = step / "meta" / "meta.json", step / "data" / "metadata"
-    index = step / "state" / "manifest.ocdbt"
+    index = step / "params" / "manifest.ocdbt"
     return {
         "truncated array file": lambda: largest.write_bytes(
             largest.read_bytes()[: largest.stat().st_size // 2]
         ),
         "empty array file": lambda: largest.write_bytes(b""),
         "deleted array file": largest.unlink,
-        "deleted state": lambda: shutil.rmtree(step / "state"),
+        "deleted weights": lambda: shutil.rmtree(step / "params"),
+        "deleted moments": lambda: shutil.rmtree(step / "moments"),
         "deleted meta": lambda: shutil.rmtree(step / "meta"),
-        "half-deleted step": lambda: [shutil.rmtree(step / part) for part in ("state", "data")],
+        "half-deleted step": lambda: [shutil.rmtree(step / part) for part in ("params", "data")],
         "nothing left": lambda: [shutil.rmtree(step), step.mkdir()],
         "damaged index": lambda: flip(index, index.stat().st_size // 2, 3),
         "cut meta": lambda: meta.write_text(meta.read_text()[:-30]),
@@ -138,8 +146,10 @@ def test_damage_is_named_and_gone_around(straight, reader, tmp_path):
         damages(workdir / "checkpoints" / "25")[name]()
         step, said = reader.restore_newest(workdir)
         assert step == 20, (name, said)
-        assert said[0].startswith("refused: checkpoint 25: ") and "\n" not in said[0], (name, said)
-        assert "moved checkpoint 25" in said[1], (name, said)
+        again, refused, moved = said
+        assert again.startswith("checkpoint 25: ") and "trying again" in again, (name, said)
+        assert refused.startswith("refused: checkpoint 25: ") and "\n" not in refused, (name, said)
+        assert "moved checkpoint 25" in moved, (name, said)
         assert runs.checkpoint_steps(workdir) == [10, 20], name
         [kept] = (workdir / "abandoned").iterdir()
         assert kept.name.startswith("25-"), name
@@ -150,7 +160,7 @@ def test_training_goes_on_before_the_damage(straight, tiny_data, command, tmp_pa
     workdir = runs.copy_run(straight, tmp_path / "run")
     path = array_files(workdir / "checkpoints" / "25")[0]
     flip(path, path.stat().st_size // 2, 5)
-    shutil.rmtree(workdir / "checkpoints" / "20" / "state")
+    shutil.rmtree(workdir / "checkpoints" / "20" / "moments")
     ended = command.train(tiny_data, workdir)
     assert ended.code == 0, ended
     assert [line.split(":")[1] for line in ended.lines if line.startswith("refused")] == [
@@ -206,7 +216,10 @@ def test_kill_while_an_old_step_is_deleted(straight, start, reader, tmp_path):
 
 # Less than the tokenizer; less than a chunk's metrics; less than the arrays, more than all else.
 LIMITS = (4_000, 30_000, 60_000)
-LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+LIMITED = """
+import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
+from k2jax.run import reading; reading.WRITE_WAITS_S = (0.1, 0.1)
+"""
 
 
 def test_full_disk(straight, start, tmp_path):

@@ -1,0 +1,285 @@
+"""Checkpoints as a run keeps them: what stays, what is thinned, and how arrays are cut for the disk."""
+
+import json
+import math
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorstore as ts
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from k2jax.errors import ConfigError, DamagedError, StorageError
+from k2jax.parallel import sharding
+from k2jax.run import disk_layout, reading, storage
+from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.saved import SavedStep, open_array, restore_params
+from k2jax.run.state import TrainState, flat
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import make_state, place_state
+
+
+class Saver:
+    """Saves states that differ by step, and restores them."""
+
+    def __init__(self, config):
+        self.config, self.mesh = config, sharding.make_mesh(config.mesh)
+        self.shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+        self.shardings = place_state(config, self.shapes, self.mesh)
+        with jax.set_mesh(self.mesh):
+            self._first = make_state(config, self.shardings)
+
+    def state(self, step: int) -> TrainState:
+        return jax.tree.map(lambda x: x + np.asarray(step, x.dtype), self._first)
+
+    def save(self, workdir: Path, steps: list[int], keep: list[int], **policy) -> list[str]:
+        said = []
+        with jax.set_mesh(self.mesh), Checkpoints(workdir, keep, log=said.append, **policy) as checkpoints:
+            for step in steps:
+                checkpoints.save(self.state(step), step, data={"next_step": step + 1}, meta={})
+                checkpoints.wait()
+            checkpoints.close()
+        return said
+
+    def saved(self, workdir: Path, step: int) -> SavedStep:
+        meta = storage.read_meta(workdir / "checkpoints" / str(step))
+        return SavedStep(workdir, step, meta, self.config, self.config.stages[0], [])
+
+    def open(self, workdir: Path, **options) -> Checkpoints:
+        return Checkpoints(workdir, [1, 2, 3, 4, 5, 6], **options)
+
+    def restore(self, workdir: Path, step: int) -> TrainState:
+        with jax.set_mesh(self.mesh):
+            return self.open(workdir).restore(step, self.shardings, self.shapes)
+
+    def newest(self, workdir: Path, log=lambda _: None) -> int:
+        with jax.set_mesh(self.mesh):
+            return int(self.open(workdir, log=log).restore_newest(self.shardings, self.shapes).step)
+
+
+@pytest.fixture(scope="module")
+def saver(tiny_config) -> Saver:
+    return Saver(tiny_config(**{"mesh.replica": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reading, "RETRY_WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(reading, "WRITE_WAITS_S", (0.01, 0.01))
+
+
+def steps_of(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def equal(a: TrainState, b: TrainState) -> bool:
+    same = jax.tree.map(lambda x, y: np.array_equal(x, y) and x.sharding == y.sharding, a, b)
+    return all(jax.tree.leaves(same))
+
+
+# ---- what stays ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thinned(saver: Saver, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of six chunks the moments of every third."""
+    workdir = tmp_path_factory.mktemp("thinned")
+    saver.save(workdir, [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], moments_every=3)
+    return workdir
+
+
+def test_moments_stay_of_every_nth_chunk_and_of_the_newest_two(saver, thinned):
+    assert steps_of(thinned) == [1, 2, 3, 4, 5, 6]
+    full = [step for step in steps_of(thinned) if (thinned / "checkpoints" / str(step) / "moments").exists()]
+    assert full == [3, 5, 6]
+    for step in full:
+        assert equal(saver.restore(thinned, step), saver.state(step))
+    assert list((thinned / "checkpoints" / "trash").iterdir()) == []
+
+
+def test_a_thinned_checkpoint_is_whole_to_its_readers(saver, thinned):
+    """Its weights verify and its digest is the one that the ledger recorded; what is gone is said."""
+    saved = saver.saved(thinned, 4)
+    assert len(saved.meta["digests"]) == len(flat(saver.state(4))) and saved.digest
+    params = restore_params(saved, saver.mesh)
+    for name, value in saver.state(4).params.items():
+        np.testing.assert_array_equal(params[name], value)
+    with pytest.raises(StorageError, match="mu/head_DV.*its moments were taken away"):
+        open_array(saved, "mu/head_DV")
+
+
+def test_no_training_goes_on_from_a_thinned_one(saver, thinned, tmp_path):
+    """Neither with zero moments nor in silence: it goes on from one that is whole, or not at all."""
+    with pytest.raises(ConfigError, match="checkpoint 4: its moments were taken away"):
+        saver.restore(thinned, 4)
+    workdir = shutil.copytree(thinned, tmp_path / "run")
+    for step in (5, 6):
+        (workdir / "checkpoints" / str(step) / "meta" / "meta.json").write_text("{}")
+    said = []
+    assert saver.newest(workdir, said.append) == 3
+    assert any(line.startswith("refused: checkpoint 4: its moments were taken away") for line in said)
+    assert steps_of(workdir) == [1, 2, 3]
+    assert sorted(path.name.split("-")[0] for path in (workdir / "abandoned").iterdir()) == ["4", "5", "6"]
+
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    with pytest.raises(ConfigError, match="none of 2 checkpoint"):
+        saver.newest(workdir)
+    assert steps_of(workdir) == [1, 2]
+
+
+def test_lost_moments_are_damage_unless_they_were_taken_away(saver, thinned, tmp_path):
+    workdir = shutil.copytree(thinned, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "6" / "moments")
+    with pytest.raises(DamagedError, match="checkpoint 6"):
+        saver.restore(workdir, 6)
+
+
+def test_kept_is_kept_whatever_the_order_says_later(saver, tmp_path):
+    """`allow_drift` of steps_per_chunk makes other steps the ends of chunks."""
+    saver.save(tmp_path, [2, 3, 4], [2, 4], keep_between=0)
+    assert steps_of(tmp_path) == [2, 4]
+    saver.save(tmp_path, [5, 6, 7, 8], [3, 6, 9], keep_between=1)
+    assert steps_of(tmp_path) == [2, 4, 6, 7, 8]
+    assert [saver.saved(tmp_path, step).meta["kept"] for step in (4, 6, 7)] == [True, True, False]
+    saver.save(tmp_path, [9], [3, 6, 7, 9], keep_between=0)  # what has become an end stays, too
+    assert steps_of(tmp_path) == [2, 4, 6, 7, 9]
+
+
+def test_an_old_format_is_read(saver, tmp_path):
+    """Format 1 had weights and moments in one part, and said nothing of being kept."""
+    import orbax.checkpoint as ocp
+
+    saver.save(tmp_path, [1, 2], [1, 2])
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / str(step)
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(
+            folder / "state", args=ocp.args.PyTreeSave(flat(saver.state(step)))
+        )
+        shutil.rmtree(folder / "params")
+        shutil.rmtree(folder / "moments")
+        meta = storage.read_meta(folder)
+        del meta["kept"], meta["chunk"]
+        meta["format"] = 1
+        text = json.dumps({**meta, "meta_sha256": storage.sha256_json(meta)})
+        (folder / "meta" / "meta.json").write_text(text)
+    assert equal(saver.restore(tmp_path, 2), saver.state(2))
+    np.testing.assert_array_equal(
+        restore_params(saver.saved(tmp_path, 1), saver.mesh)["head_DV"], saver.state(1).params["head_DV"]
+    )
+    saver.save(tmp_path, [3, 4, 5], [1, 2, 3, 4, 5], moments_every=5)
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5] and equal(saver.restore(tmp_path, 2), saver.state(2))
+
+
+# ---- a storage that fails, and bugs ----------------------------------------------------------------------------------
+
+
+def test_a_storage_that_fails_for_a_while_moves_nothing(saver, thinned, tmp_path):
+    """No file can be opened (EMFILE) until the first try has failed."""
+    workdir = shutil.copytree(thinned, tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with jax.set_mesh(saver.mesh):
+        said = []
+
+        def log(line: str) -> None:
+            said.append(line)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+        checkpoints = saver.open(workdir, log=log)
+        checkpoints.lineage.close()
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # those that are open stay so
+            state = checkpoints.restore(6, saver.shardings, saver.shapes)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert equal(state, saver.state(6))
+    assert len(said) == 1 and "Too many open files" in said[0] and "trying again" in said[0]
+    assert not (workdir / "abandoned").exists()
+
+
+def test_a_bug_moves_no_checkpoint(saver, thinned, tmp_path, monkeypatch):
+    workdir = shutil.copytree(thinned, tmp_path / "run")
+    monkeypatch.setattr(storage, "read_arrays", lambda *_: None + 1)
+    with pytest.raises(TypeError):
+        saver.newest(workdir)
+    assert steps_of(workdir) == [1, 2, 3, 4, 5, 6] and not (workdir / "abandoned").exists()
+
+
+def test_an_error_nobody_knows_moves_no_checkpoint(saver, thinned, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("of some library")
+
+    workdir = shutil.copytree(thinned, tmp_path / "run")
+    monkeypatch.setattr(storage, "read_arrays", fail)
+    with pytest.raises(StorageError, match="of some library; tried 3 times; nothing was moved") as error:
+        saver.newest(workdir)
+    assert not isinstance(error.value, DamagedError)
+    assert steps_of(workdir) == [1, 2, 3, 4, 5, 6] and not (workdir / "abandoned").exists()
+
+
+# ---- how arrays are cut ----------------------------------------------------------------------------------------------
+
+
+MESHES = {
+    "fsdp": ((1, 8, 1), P(None, "f", None)),
+    "replicas": ((2, 4, 1), P(None, "f")),
+    "tensor": ((2, 2, 2), P(None, "f", "t")),
+    "stages": ((2, 2, 2), P("r", "f")),
+    "nothing cut": ((2, 4, 1), P()),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("shape", [(4, 32, 8), (6, 12, 14), (7, 16, 4)])
+def test_each_byte_is_written_by_one_device(name, shape):
+    """As far as anything divides; and it comes back as it was."""
+    sizes, spec = MESHES[name]
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), ("r", "f", "t"))
+    value = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    if any(
+        size % math.prod(mesh.shape[a] for a in [axis])
+        for size, axis in zip(shape, spec, strict=False)
+        if axis
+    ):
+        pytest.skip("the mesh does not divide it")
+    held = jax.device_put(value, NamedSharding(mesh, spec))
+    layout = disk_layout.disk_layout(shape, 4, held.sharding, by_layer=True)
+    stored = disk_layout.to_disk(held, layout)
+    assert stored.sharding.is_equivalent_to(layout.sharding, len(shape))
+    for shard in stored.addressable_shards:
+        np.testing.assert_array_equal(shard.data, value[shard.index])
+    parts = {str(shard.index) for shard in stored.addressable_shards}
+    assert len(parts) == 8 or math.prod(shape) % 8, layout
+    back = disk_layout.from_disk(stored, layout, held.sharding)
+    assert back.sharding == held.sharding
+    for shard in back.addressable_shards:
+        np.testing.assert_array_equal(shard.data, value[shard.index])
+
+
+def test_large_layers_stay_where_they_are(monkeypatch):
+    mesh = Mesh(np.array(jax.devices()), ("f",))
+    place = NamedSharding(mesh, P(None, "f"))
+    assert disk_layout.disk_layout((4, 16, 8), 4, place, by_layer=True).moved == ("f'", 1)
+    assert disk_layout.disk_layout((4, 16, 8), 4, place, by_layer=False).moved is None
+    monkeypatch.setattr(disk_layout, "LAYER_BYTES", 4 * 2 * 8)
+    assert disk_layout.disk_layout((4, 16, 8), 4, place, by_layer=True).moved is None
+
+
+def test_chunks_are_large_and_layers_can_be_read(saver, tmp_path):
+    """Every part of a weight is written once; a layer of the weights is whole chunks."""
+    saver.save(tmp_path, [1], [1])
+    folder, meta = tmp_path / "checkpoints" / "1", saver.saved(tmp_path, 1).meta
+    for name, x in flat(saver.state(1)).items():
+        if not x.shape:
+            continue
+        array = storage.open_array(folder, meta, name)
+        chunk = array.chunk_layout.read_chunk.shape
+        if name.startswith("params/layers."):
+            assert chunk[0] == 1, name
+        chunks = math.prod(math.ceil(size / part) for size, part in zip(x.shape, chunk, strict=True))
+        keys = ts.KvStore.open(array.kvstore.spec()).result().list().result()
+        assert len([key for key in keys if not key.endswith(b".zarray")]) == chunks
+        assert chunks <= 8, name
