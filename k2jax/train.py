@@ -264,7 +264,7 @@ def main() -> None:
         prog="python -m k2jax.train",
         description="Trains a model, or resumes a run.",
         epilog="Any key of k2jax/config.py can be set: --config.optimizer.clip_norm=0.5. "
-        "Exit codes: 0 done, 75 preempted and saved (restart), 74 storage, 65 numerics, "
+        "Exit codes: 0 done, 75 stopped by a signal and saved (restart), 74 storage, 65 numerics, "
         "78 configuration or data, 70 a bug.",
     )
     paths.add(parser, "--config", required=True, metavar="FILE", help="experiment, as experiments/smoke.py")

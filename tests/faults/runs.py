@@ -156,6 +156,7 @@ def pair(
     *,
     each: tuple[dict[str, Any], ...] = ({}, {}),
     workdirs: tuple[Path, ...] | None = None,
+    environment: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> list[Trainer]:
     """Two processes of one run over loopback; `each` has what one of them is told alone."""
@@ -167,7 +168,7 @@ def pair(
         start(
             workdirs[index] if workdirs else workdir,
             {**(overrides or {}), **each[index]},
-            environment={**common, "JAX_PROCESS_ID": str(index)},
+            environment={**(environment or {}), **common, "JAX_PROCESS_ID": str(index)},
             **kwargs,
         )
         for index in (0, 1)

@@ -135,6 +135,67 @@ def test_whoever_fails_ends_both_soon_and_says_why(start, tmp_path, fault, index
     assert f"process {index}" in other.errors.read_text() and said in other.errors.read_text()
 
 
+# The same where a run is resumed: what is done there, and by whom ("lock": by process 0 alone).
+RESUMED = {
+    "store": ("from k2jax.training import setup as of; name = 'open_data'", "opens its data", (0, 1)),
+    "lock": ("from k2jax.run.directory import RunDirectory as of; name = '_take_lock'", "takes the workdir", (0,)),
+    "shared": ("from k2jax.run.directory import RunDirectory as of; name = '_check_shared'", "looks into", (0, 1)),
+    "restore": ("from k2jax.run.checkpoint import Checkpoints as of; name = '_read'", "reads checkpoint 20", (0, 1)),
+}
+DOES = """
+import os, signal, time
+def broken(*_, **__):
+    {does}
+setattr(of, name, broken)"""
+
+
+def resumed_pair(straight, start, tmp_path, place, index, does):
+    patch = on_one(index, RESUMED[place][0] + DOES.format(does=does))
+    patch = f"from k2jax.parallel import cluster; cluster.LIMIT_S = 25\n{patch}"
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
+    pair = runs.pair(start, workdir, devices=1, patch=patch, environment=runs.READ_ONLY_CACHE)
+    return workdir, pair[index], pair[1 - index]
+
+
+def of_resumed():
+    cases = [(place, index) for place, (_, _, who) in RESUMED.items() for index in who]
+    return pytest.mark.parametrize(("place", "index"), cases)
+
+
+@pytest.mark.processes
+@of_resumed()
+def test_whoever_hangs_ends_both(straight, start, tmp_path, place, index):
+    """Its signs of life go on, from a thread: the limit of what is done together ends it, with who and what."""
+    workdir, hung, other = resumed_pair(straight, start, tmp_path, place, index, "time.sleep(1000)")
+    other.wait(70)
+    told = other.errors.read_text()
+    assert f"process {index}, which {RESUMED[place][1]}" in told and "did not answer in" in told
+    hung.wait(70)
+    assert f"process {1 - index} on " in hung.errors.read_text()
+    assert runs.checkpoint_steps(workdir) == [10, 20]
+
+
+@pytest.mark.processes
+@of_resumed()
+def test_whoever_raises_at_a_resume_ends_both(straight, start, tmp_path, place, index):
+    raises = "raise cluster.errors.StorageError('planted: no')"
+    workdir, *pair = resumed_pair(straight, start, tmp_path, place, index, raises)
+    for trainer in pair:
+        trainer.wait(74)
+        assert "planted: no" in trainer.errors.read_text()
+    assert runs.checkpoint_steps(workdir) == [10, 20]
+
+
+@pytest.mark.processes
+@of_resumed()
+def test_whoever_dies_at_a_resume_ends_the_other(straight, start, tmp_path, place, index):
+    kills = "os.kill(os.getpid(), signal.SIGKILL)"
+    workdir, dead, other = resumed_pair(straight, start, tmp_path, place, index, kills)
+    dead.wait(-signal.SIGKILL)
+    other.wait(70, 70)
+    assert runs.checkpoint_steps(workdir) == [10, 20]
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_dead_process_ends_the_other(start, tmp_path, index):
