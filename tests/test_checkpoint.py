@@ -22,6 +22,9 @@ from k2jax.run.state import TrainState, flat
 from k2jax.training.optimizer import init_state
 from k2jax.training.placement import make_state, place_state
 
+# Futures of failed reads and writes that Orbax leaves unread.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 class Saver:
     """Saves states that differ by step, and restores them."""
@@ -198,6 +201,31 @@ def test_a_storage_that_fails_for_a_while_moves_nothing(saver, thinned, tmp_path
     assert equal(state, saver.state(6))
     assert len(said) == 1 and "Too many open files" in said[0] and "trying again" in said[0]
     assert not (workdir / "abandoned").exists()
+
+
+def test_what_was_being_saved_is_there_when_the_disk_has_room_again(saver, tmp_path, monkeypatch):
+    """Though the step that followed has given the state's memory away. A limit on file sizes stands for the disk."""
+    said, limits = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def log(line: str) -> None:
+        said.append(line)
+        if sum("trying again" in line for line in said) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(reading, "WRITE_WAITS_S", (0.05,) * 100)
+    with jax.set_mesh(saver.mesh), saver.open(tmp_path, log=log) as checkpoints:
+        state = saver.state(1)
+        next_step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            checkpoints.save(state, 1, data={"next_step": 2}, meta={})
+            next_step(state)
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        checkpoints.close()
+    assert all("File too large" in line for line in said[:3]) and said[-1] == "saved 1"
+    assert equal(saver.restore(tmp_path, 1), saver.state(1))
 
 
 def test_a_bug_moves_no_checkpoint(saver, thinned, tmp_path, monkeypatch):
