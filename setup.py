@@ -24,6 +24,7 @@ BASE = [
     "safetensors>=0.5,<0.9",
     "tqdm>=4.66,<5",
     "tensorboardX>=2.6.4,<3",
+    "pyyaml>=6,<7",
 ]
 FASTTEXT = "fasttext-numpy2-wheel>=0.9.2,<0.10"  # no wheels for Python 3.13 and macOS: there it needs a compiler
 TRANSFORMERS = "transformers>=5.5,<6"
@@ -57,6 +58,10 @@ EXTRAS = {
         "ruff>=0.17,<0.18",
         "scipy>=1.15,<2",
         "pandas>=2.2,<4",
+        "nbclient>=0.10,<0.12",  # experiments/colab.ipynb, which these run and which draws with matplotlib
+        "nbformat>=5.10,<6",
+        "ipykernel>=7,<8",
+        "matplotlib>=3.10,<4",
         f"{FASTTEXT} ; python_version < '3.13' and sys_platform == 'linux'",
     ],
     # What our numbers are compared with, in tests and benchmarks.
@@ -73,7 +78,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["k2jax", "k2jax.*"]), "k2jax.kernels"],
     package_dir={"k2jax.kernels": "kernels"},
-    package_data={"k2jax.plan": ["*.txtpb"]},
+    package_data={"k2jax.plan": ["*.txtpb"], "k2jax.launch": ["templates/*.sh"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

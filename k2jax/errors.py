@@ -6,10 +6,18 @@ Anything else that is raised is a bug: it keeps its traceback and ends with 70.
 
 import errno
 import logging
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn, Protocol
+
+from k2jax import output
+from k2jax.text import shown
 
 # What the machine's storage does to any write, wherever it happens.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -50,7 +58,7 @@ class PeerError(RunError):
 
 
 class Preempted(RunError):
-    """Stopped by SIGTERM with the state saved: restart to go on."""
+    """Stopped by a signal with the state saved: restart to go on."""
 
     exit_code = 75
 
@@ -77,29 +85,104 @@ def leave_with(peers: Peers) -> None:
     _peers = peers
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Runs a command's `main` and exits: 0, or a RunError's one line on stderr and its exit code."""
+class Ended(BaseException):
+    """A command that has nothing to save got SIGTERM or SIGHUP: what it was writing is taken away, and it ends."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def run_main(main: Callable[[], None], *, prints: bool = False, raw: bool = False) -> None:
+    """Runs a command's `main` and exits: 0, or a RunError's one line on stderr and its exit code.
+
+    A command that makes nothing but what it `prints` is over when nobody reads that; any other goes on. `raw` is text
+    that is somebody's data: a file or pipe gets it as it is.
+    """
     # A failed save is one line of ours; without this there are hundreds: Orbax logs, with tracebacks, what it then
     # raises, leaves tasks that nobody waits for, and closes an event loop that TensorStore calls back into.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _hide_closed_loops
+    keep_files_ours()
+    with output.guarded(ends=prints, raw=raw), _ended_by_signals():
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
+        _check_arguments()
         main()
+        sys.stdout.flush()
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(error)
         _exit(error.exit_code, str(error))
-    except KeyboardInterrupt:
-        _exit(130, "interrupted from its keyboard")
+    except (KeyboardInterrupt, Ended) as error:
+        name = str(error) if isinstance(error, Ended) else "SIGINT"
+        print_error(f"ended by {name}")
+        _exit(getattr(error, "exit_code", 130), f"ended by {name}")
+    except output.OutputClosed:
+        _exit(output.CLOSED_PIPE, "its output was closed")
     except Exception as error:
         if _peers:
             _peers.blame(error)
         as_ours = of_system(error)
         if isinstance(as_ours, StorageError):
-            print(f"error: {as_ours}", file=sys.stderr, flush=True)
+            print_error(as_ours)
         else:
-            traceback.print_exc()
+            print_trace(error)
         _exit(as_ours.exit_code, str(as_ours))
+
+
+def _check_arguments() -> None:
+    """Neither a tokenizer nor the libraries that store arrays take text that is no Unicode."""
+    for argument in sys.argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{argument}: is no text in UTF-8: write or name it so; if it is, this locale hides it "
+                f"({sys.getfilesystemencoding()}): set PYTHONUTF8=1"
+            ) from None
+
+
+def print_error(error: object) -> None:
+    """The one line on stderr."""
+    print(f"error: {shown(error)}", file=sys.stderr, flush=True)
+
+
+def print_trace(error: BaseException) -> None:
+    """Of a bug, on stderr."""
+    print(shown("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
+
+
+def keep_files_ours() -> None:
+    """No file that this process or one that it starts makes is for all to write; for its group where the umask says so.
+
+    A umask that keeps nobody from writing was set by nobody: it is what containers and schedulers start with.
+    """
+    mask = os.umask(0o022)
+    os.umask(mask if mask & 0o002 else mask | 0o022)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, unless it was started to ignore them, or has its own way."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # Python gives signals to that one alone
+    for number in numbers:
+        signal.signal(number, _raise_ended)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is _raise_ended:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _raise_ended(number: int, frame: FrameType | None) -> NoReturn:
+    raise Ended(number)
 
 
 def of_system(error: Exception) -> RunError:
@@ -109,6 +192,14 @@ def of_system(error: Exception) -> RunError:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return StorageError(f"{error}: make room or access, then run the same command")
     return RunError(f"{type(error).__name__}: {error}")
+
+
+def leave_now(code: int, reason: str) -> NoReturn:
+    """For a thread that finds out that this process must not go on."""
+    print_error(reason)
+    if _peers:
+        _peers.leave(code, reason)
+    os._exit(code)
 
 
 def _exit(code: int, reason: str) -> NoReturn:

@@ -75,6 +75,7 @@ def main() -> None:
         os.environ["TQDM_DISABLE"] = "1"  # the harness's and its libraries' bars; read when tqdm is imported
 
     from k2jax.evals.session import Session, Wanted  # here, as JAX takes its time, and --help should not
+    from k2jax.parallel import compile_cache
 
     wanted = Wanted(
         workdir=args.workdir,
@@ -96,6 +97,7 @@ def main() -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     session = Session(wanted, say)
+    compile_cache.use(say)
     if args.watch:
         # What is measured is stored: a scheduler that ends the job loses at most the task under way.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -32,6 +32,7 @@ def main() -> None:
     prompts = read_prompts(args)
 
     from k2jax.model.sampling import Sampling, check_sampling  # after the arguments: --help needs none of it
+    from k2jax.parallel import compile_cache
     from k2jax.run.saved import check_tokenizer, open_step
     from k2jax.training.placement import mesh_for
 
@@ -47,6 +48,7 @@ def main() -> None:
             f"{saved.stage.sequence_length:,}: what lies beyond is new to it",
             file=sys.stderr,
         )
+    compile_cache.use(lambda line: print(line, file=sys.stderr))
     generator = open_generator(saved, make_mesh(args.mesh) if args.mesh else mesh_for(saved.config))
     streams = len(prompts) == 1 and not args.json and sys.stdout.isatty()
     for first in range(0, len(ids), args.batch_size):
@@ -232,4 +234,4 @@ def describe(saved: Any, prompt: Prompt, text: str, tokens: list[int], args: arg
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, prints=True, raw=True)

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from k2jax.errors import ConfigError
+from k2jax.text import has_secrets, without_secrets
 
 OBJECT_STORES = ("gs", "s3")  # whose URLs TensorStore and pyarrow both take
 # Schemes that a path with one slash too few was meant for; other names may end in a colon.
@@ -56,6 +57,11 @@ def _url(scheme: str, rest: str, where: str, urls: bool) -> Path | str:
     if not urls:
         raise ConfigError(
             f"{where}: a {scheme}:// URL, expected a path on this machine: copy what is there to a disk, or mount it"
+        )
+    if has_secrets(f"{scheme}://{rest}"):
+        raise ConfigError(
+            f"{without_secrets(where)}: holds credentials, which would end in files that others read: leave them to "
+            f"the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, an instance's role)"
         )
     if scheme not in OBJECT_STORES or rest.startswith("/") or not rest:
         raise ConfigError(f"{where}: expected a local path, or a URL as gs://BUCKET/PATH or s3://BUCKET/PATH")

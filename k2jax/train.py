@@ -6,11 +6,13 @@ The order within a step is fixed: preempted? -> batch -> step -> the previous st
 The metrics of a step are read before its state is saved, and never before the next step is under way otherwise.
 """
 
+from k2jax import stopping
 from k2jax.parallel.host_memory import keep_freed_memory, use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()
     keep_freed_memory()  # before the imports below, some of which start threads
+    stopping.watch()  # they take seconds, in which a signal may come
 
 import argparse
 import sys
@@ -36,32 +38,45 @@ from k2jax.generate import text_after
 from k2jax.model.decoder import compute_dtype
 from k2jax.model.generation import Generator
 from k2jax.model.sampling import Sampling
-from k2jax.parallel import cluster, sharding
+from k2jax.parallel import cluster, compile_cache
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import RunDirectory
 from k2jax.run.fork import parse_fork
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
+from k2jax.text import shown
+from k2jax.training import guard
+from k2jax.training.launch import Launch, process_age_s
+from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import init_state
-from k2jax.training.placement import check_mesh, make_state, mesh_for, move_params, place_state
+from k2jax.training.placement import make_state, mesh_for, mesh_of, move_params, place_state
 from k2jax.training.program import feed_steps
 from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
 from k2jax.training.validation import validate
 
 
-def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int] | None = None) -> None:
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    forked_from: tuple[Path, int] | None = None,
+    launch: Launch | None = None,
+) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
+    launch = launch or Launch()
     check_processes_agree(config)
-    mesh = sharding.make_mesh(config.mesh)
-    check_mesh(config, mesh)
+    mesh = mesh_of(config)
     with RunDirectory(workdir) as run, jax.set_mesh(mesh):
+        compile_cache.use(say)
+        launch.did("coming together")
+
         # ---- the run is what it was, or what is allowed to change ---------------------------------------------------
         if forked_from:
             run.fork(*forked_from)
         stores, manifest = open_same_data(config)
         say(describe(manifest))
         run.check(config, manifest, dict(mesh.shape))
+        launch.did("data")
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
         shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
@@ -71,6 +86,7 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
         checkpoints = Checkpoints(run.path, [0], between, say, moments_every=every)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
+        stopping.at_once(f"step {step} is saved" if step else "before the first step")
 
         # ---- the data is a function of epochs, journal and step ----------------------------------------------------
         epochs, journal = run.begin(config, manifest, checkpoints.last_meta)
@@ -83,12 +99,13 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
         save_steps = set(checkpoint_steps(order))
         checkpoints.keep(save_steps)
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
+        launch.did("restore" if checkpoints.last_meta else "new state")
 
         # ---- training ----------------------------------------------------------------------------------------------
         meta = checkpoint_meta(config, manifest, mesh, epochs[-1])
         save = partial(save_checkpoint, checkpoints, recorder, order, len(journal), meta)
         work = feed_steps(
-            config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say
+            config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say, launch=launch
         )
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
@@ -97,14 +114,18 @@ def train(config: ConfigDict, workdir: str | Path, forked_from: tuple[Path, int]
                 state, metrics = run_step(state, batch)
                 # Reads the metrics of the step before this one, so that the device is not waited for.
                 recorder.push(step, plan, metrics, data_wait_s)
+                guard.check_steps(recorder, config.optimizer.max_skips_in_a_row)
+                note_first_step(launch, recorder, run)
                 if step in save_steps or is_multiple(step, config.checkpoint.every_steps):
                     save(state, step)
                     saved = step
                 recorder.saved(checkpoints.poll())
                 bar.update()
         recorder.saved(checkpoints.wait())
+        note_first_step(launch, recorder, run)  # of a run that had one step left
         recorder.close()
         checkpoints.close()
+        stopping.at_once(f"step {order.num_steps} is saved, what ends a run is not made")
         report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run.path)
         run.end()
 
@@ -126,6 +147,16 @@ def open_records(
     return Recorder(config, workdir, order, subsets, metrics, ledger, say, seen, first_step=step + 1)
 
 
+def note_first_step(launch: Launch, recorder: Recorder, run: RunDirectory) -> None:
+    """Once the first step of this launch is done: what a restart of this run takes."""
+    if launch.done or recorder.first_done is None:
+        return
+    record = launch.finish(recorder.first_step, recorder.first_done)
+    say(describe_launch(record))
+    if cluster.is_main():
+        run.note_launch({"first_step": record})
+
+
 def save_checkpoint(
     checkpoints: Checkpoints,
     recorder: Recorder,
@@ -137,7 +168,8 @@ def save_checkpoint(
 ) -> None:
     """Starts an asynchronous save, once the metrics of `step` are read and found good."""
     recorder.flush()
-    recorder.require_finite_parameters()
+    guard.check_steps(recorder, recorder.config.optimizer.max_skips_in_a_row)
+    guard.check_parameters(recorder)
     recorder.sync()
     recorder.saved(checkpoints.wait())
     say(f"saving {step}")
@@ -156,13 +188,13 @@ def stop(
     state: TrainState,
     step: int,
 ) -> NoReturn:
-    """After a SIGTERM to any process: makes `step` a checkpoint if it is none, and ends the run."""
+    """After a signal to any process: makes `step` a checkpoint if it is none, and ends the run."""
     if save is not None:
         save(state, step)
     recorder.saved(checkpoints.wait())
     recorder.close()
     done = f"; step {step} is saved" if step else " before the first step"
-    raise Preempted(f"stopped by SIGTERM{done}: run the same command to go on")
+    raise Preempted(f"stopped by {stopping.name()}{done}: run the same command to go on")
 
 
 def report(
@@ -213,11 +245,12 @@ def is_multiple(step: int, every: int) -> bool:
 
 def say(line: str) -> None:
     if cluster.is_main():
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(shown(line), file=sys.stdout)
         sys.stdout.flush()
 
 
 def main() -> None:
+    launch = Launch(process_age_s())
     parser = argparse.ArgumentParser(
         prog="python -m k2jax.train",
         description="Trains a model, or resumes a run.",
@@ -236,8 +269,9 @@ def main() -> None:
             f"unknown argument {unknown[0]}; keys of the configuration are set as --config.KEY=VALUE"
         )
     config = configuration.load(args.config, overrides)
+    launch.did("start and imports")
     cluster.initialize()
-    train(config, args.workdir, args.fork)
+    train(config, args.workdir, args.fork, launch)
 
 
 if __name__ == "__main__":

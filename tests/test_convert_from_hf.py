@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from k2jax import config as configuration
+from k2jax.data.epochs import read_epochs
 from k2jax.data.journal import read_journal
 from k2jax.errors import ConfigError, StorageError
 from k2jax.hf import newrun
@@ -200,11 +201,11 @@ def test_the_run_explains_itself(imported: Path):
     assert saved.meta["tokenizer_sha256"] == of_files["tokenizer.json"]
     assert (imported / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert not [name for name in saved.meta["arrays"] if name.startswith(("mu", "nu"))], "weights only"
-    config = json.loads((imported / "config.json").read_text())
-    assert config == {"digest": saved.meta["config_digest"], "config": saved.meta["config"]}
+    [epoch] = saved.epochs
+    assert epoch.config == saved.meta["config"] and epoch.manifest is None and epoch.origin["kind"] == "import"
     assert len(json.loads((imported / "environment.json").read_text())["launches"]) == 1
     assert {p.name for p in imported.iterdir()} == {
-        "checkpoints", "config.json", "environment.json", "experiment.py", "tokenizer.json"
+        "checkpoints", "epochs", "environment.json", "experiment.py", "tokenizer.json"
     }  # fmt: skip
 
 
@@ -430,10 +431,10 @@ def test_only_the_model_must_be_the_imported_one(imported, tiny_data, tmp_path):
     wrong.model.ffn_dim = 56
     with pytest.raises(ConfigError, match="w_down_LFD"):
         train(wrong, run)
-    assert not (run / "journal.jsonl").exists() and not (run / "manifest.json").exists()
+    assert len(read_epochs(run)) == 1
     train(config, run)
-    [entry] = read_journal(run / "journal.jsonl")
-    assert entry["changes"] == {"stages.0.rope_base": [20000.0, 500000.0]}
+    _, epoch = read_epochs(run)
+    assert epoch.changes == {"stages.0.rope_base": [20000.0, 500000.0]} and epoch.after_step == 0
 
 
 def test_other_tokens_than_the_imported_are_refused(tokenizer, tiny_data, tmp_path):
@@ -451,10 +452,10 @@ def test_imported_weights_that_are_gone_or_damaged_stop_the_run(imported, tiny_d
     run = copied(imported, tmp_path)
     config = experiment_of(run, tiny_data)
     (run / "checkpoints" / "0" / "meta" / "meta.json").write_text("{}")
-    with pytest.raises(StorageError, match="checkpoint 0 cannot be read"):
+    with pytest.raises(StorageError, match=r"none of 1 checkpoint\(s\) .* checkpoint 0"):
         train(config, run)
     shutil.rmtree(run / "checkpoints" / "0")
-    with pytest.raises(StorageError, match="checkpoint 0 cannot be read"):
+    with pytest.raises(StorageError, match="holds an import, and none is there"):
         train(config, run)
 
 

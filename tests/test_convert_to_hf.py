@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from k2jax import config as configuration
+from k2jax.data.epochs import new_epoch, write_epoch
 from k2jax.data.manifest import sha256_json
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, NumericsError, RunError, StorageError
@@ -35,6 +36,7 @@ from k2jax.hf.verify import read_certificate, verify
 from k2jax.model.decoder import Decoder, parameter_table
 from k2jax.parallel import sharding
 from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.drift import config_digest
 from k2jax.run.saved import SavedStep, open_array, open_step
 from k2jax.run.state import TrainState
 from k2jax.train import train
@@ -75,7 +77,11 @@ def write_run(
     state = TrainState(zero, zero, zero, params, {}, {})
     state = jax.device_put(state, shardings._replace(mu={}, nu={}))
     identity = tokenizer_sha256(workdir / "tokenizer.json")
-    meta = {"config": configuration.to_dict(config), "stage": 0, "eos_id": 2, "tokenizer_sha256": identity}
+    values = configuration.to_dict(config)
+    epoch = new_epoch([], run="0" * 32, after_step=0, config=values, manifest=None)
+    write_epoch(workdir, epoch)
+    meta = {"config": values, "stage": 0, "eos_id": 2, "tokenizer_sha256": identity}
+    meta |= {"epoch": epoch.name, "config_digest": config_digest(config)}
     with Checkpoints(workdir, [7], log=lambda line: None) as checkpoints:
         checkpoints.save(state, 7, data={"next_step": 8, "order": None}, meta={**meta, "versions": {"k2jax": "0"}})
         checkpoints.wait()
@@ -293,7 +299,7 @@ def test_a_tokenizer_that_is_not_the_runs_is_refused(square: SavedStep, tmp_path
 
 def test_a_damaged_checkpoint_is_refused(square: SavedStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = shutil.copytree(square.workdir, tmp_path / "run")
-    for path in (run / "checkpoints" / "7" / "state").rglob("*"):
+    for path in (run / "checkpoints" / "7").rglob("*"):
         if path.is_file() and path.stat().st_size > 20_000:
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1

@@ -20,6 +20,8 @@ from faults.runs import Trainer, trainers
 from ml_collections import ConfigDict
 
 from k2jax import evaluate, files
+from k2jax.data.epochs import read_epochs
+from k2jax.data.launches import read_launches, write_launches
 from k2jax.data.loader import BatchSource, row_length, validation_starts
 from k2jax.data.manifest import sha256_json
 from k2jax.data.provenance import open_run
@@ -292,17 +294,18 @@ def test_without_lm_eval_only_harness_tasks_are_refused(copy: Path, monkeypatch:
 
 
 def test_a_run_without_data_is_told_what_can_be_evaluated(copy: Path):
-    (copy / "manifest.json").unlink()
-    with pytest.raises(ConfigError, match="has no manifest.json, .* name harness tasks"):
-        session(copy).run()
+    saved = open_step(copy)
+    del saved.meta["manifest_digest"]
+    with pytest.raises(ConfigError, match="an imported model that has not trained: .* name harness tasks"):
+        _ = Subject(saved, None, batch_tokens=64, seed=0).run
 
 
 def test_stores_that_have_moved_are_named(copy: Path, tiny_data: Path, tmp_path: Path):
-    manifest = json.loads((copy / "manifest.json").read_text())
-    for name, store in manifest["stores"].items():
+    launches = read_launches(copy)
+    for name, store in read_epochs(copy)[0].manifest["stores"].items():
         shutil.copytree(tiny_data / name, tmp_path / "moved" / name)
-        store["path"] = str(tmp_path / "gone" / name)
-    write_json(copy / "manifest.json", manifest)
+        launches[-1]["stores"][store["root_digest"]] = str(tmp_path / "gone" / name)
+    write_launches(copy, launches)
     with pytest.raises((ConfigError, StorageError), match="gone"):
         session(copy, windows=2).run()
     moved = session(copy, windows=2, stores=str(tmp_path / "moved"))

@@ -49,13 +49,17 @@ OTHERS_THAT_DO = {
 
 
 # The rooms, each importing only from itself and from those named here, of which every one stands further up.
-COMMON = {"errors", "files", "paths", "config", "k2", "kernels", "__init__"}
+COMMON = {"text", "output", "errors", "stopping", "locks", "files", "paths", "config", "k2", "kernels", "__init__"}
 RUN = {"data", "parallel", "model", "run", "training"}
 MAY_IMPORT = {
     "__init__": set(),
-    "errors": set(),
+    "text": set(),
+    "output": {"text"},
+    "errors": {"output", "text"},
+    "stopping": set(),
+    "locks": {"errors"},
     "kernels": set(),
-    "paths": {"errors"},
+    "paths": {"errors", "text"},
     "files": {"errors"},
     "config": {"errors", "paths"},
     "k2": {"config"},
@@ -68,6 +72,8 @@ MAY_IMPORT = {
     "evals": COMMON | RUN,
     "hf": COMMON | RUN,
     "plan": COMMON | RUN,
+    "launch": COMMON | RUN | {"plan"},
+    "preflight": COMMON | RUN | {"launch"},
     "generate": COMMON | RUN,
     "train": COMMON | RUN | {"generate"},
     "evaluate": COMMON | RUN | {"evals"},

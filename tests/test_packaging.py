@@ -167,7 +167,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     )
     (wheel,) = (tmp_path / "out").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {p.relative_to(REPO).as_posix() for kind in ("py", "txtpb") for p in (REPO / "k2jax").rglob(f"*.{kind}")}
+    kinds = ("py", "txtpb", "sh")
+    modules = {p.relative_to(REPO).as_posix() for kind in kinds for p in (REPO / "k2jax").rglob(f"*.{kind}")}
     modules |= {f"k2jax/kernels/{path.name}" for path in (REPO / "kernels").glob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert any(name.endswith("licenses/LICENSE") for name in names)

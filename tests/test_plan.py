@@ -18,7 +18,7 @@ from k2jax.errors import ConfigError
 from k2jax.plan.chips import CHIPS, chip_of
 from k2jax.plan.estimate import memory_refused
 from k2jax.plan.hlo import Program, array_bytes, replica_groups
-from k2jax.plan.links import HOP_S, Links
+from k2jax.plan.links import HOP_S, NETWORK_S, Links
 from k2jax.plan.show import ranking, table
 from k2jax.plan.timeline import Timeline
 from k2jax.train import train
@@ -179,6 +179,55 @@ def test_a_transfer_that_is_waited_for_holds_up_those_under_way():
     assert timeline.waited_for.most_common(1)[0][0].startswith("all-reduce f32[45000000]")
 
 
+# As the TPU compiler writes what goes between slices: 50 MB by a network of 6.25 GB/s are 8 ms.
+OF_SLICES = (
+    'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_host_transfer_rendezvous="NAME",_xla_megascale_target=GROUPS,_xla_megascale_transfer_type="KIND"}'
+)
+SENT = """%big = f32[12500000] parameter(1)
+  %rv = (f32[12500000], u32[], token[]) recv(%token), channel_id=2, OF_SLICES
+  %s = (f32[12500000], u32[], token[]) send(%big, %token), channel_id=1, OF_SLICES"""
+RECEIVED = """%sd = token[] send-done(%s), channel_id=1
+  %rd = (f32[12500000], token[]) recv-done(%rv), channel_id=2"""
+PAIRS = "{{100000->200000},{200000->100000}}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "megabytes"),
+    [
+        ("ALL_REDUCE", '"{1,2}x{0:3}"', 50),
+        ("REDUCE_SCATTER", '"{1,2,3,4}x{0:3}"', 37.5),
+        ("REDUCE_SCATTER", '"{1:8}x{0:3}"', 43.75),
+        ("ALL_GATHER", "{{100000,200000,300000},{100001,200001,300001}}", 100),
+        ("ALL_TO_ALL", "{{100000,200000},{100001,200001}}", 25),
+        ("ONE_TO_ONE", PAIRS, 50),
+    ],
+)
+def test_between_slices_a_device_sends_over_its_share_of_the_network(kind: str, groups: str, megabytes: float):
+    """Beside a product of 1 ms; the rest of it is waited for where it is received."""
+    attributes = OF_SLICES.replace("NAME", kind.lower() + "_0").replace("GROUPS", groups).replace("KIND", kind)
+    parts = play(6, SENT.replace("OF_SLICES", attributes), RECEIVED).step()
+    took = megabytes * 1e6 / CHIPS["v5p"].network_bytes_per_s + NETWORK_S
+    assert parts.slices.size == megabytes * 1e6
+    assert parts.slices.hidden == pytest.approx(1e-3, rel=1e-2)
+    assert parts.slices.exposed == pytest.approx(took - 1e-3, rel=1e-2)
+    assert parts.collectives.size == parts.host.size == 0
+    assert parts.total == pytest.approx(2e-3 + took, rel=1e-2)
+
+
+def test_between_slices_and_within_one_nothing_is_shared():
+    """But two transfers between slices run one after the other."""
+    one = OF_SLICES.replace("GROUPS", PAIRS).replace("KIND", "ONE_TO_ONE")
+    sent = SENT.replace("OF_SLICES", one.replace("NAME", "a"))
+    ring = f"%w = (f32[9], f32[9]) collective-permute-start(%big), channel_id=9, source_target_pairs={PERMUTE}"
+    mixed = play(6, f"{sent}\n  {ring}", f"%d = f32[9] collective-permute-done(%w)\n  {RECEIVED}").step()
+    assert mixed.collectives.exposed == 0 and mixed.slices.exposed == pytest.approx(7e-3 + NETWORK_S, rel=1e-2)
+    again = SENT.replace("OF_SLICES", one.replace("NAME", "b")).partition("\n")[2]
+    again = again.replace("%rv =", "%rv2 =").replace("%s =", "%s2 =")
+    both = RECEIVED + "\n  %rd2 = (f32[12500000], token[]) recv-done(%rv2), channel_id=2"
+    assert play(6, f"{sent}\n{again}", both).step().slices.exposed == pytest.approx(15e-3 + 2 * NETWORK_S, rel=1e-2)
+
+
 def test_replica_groups_in_all_their_forms():
     assert replica_groups("replica_groups={{0,2},{1,3}}, x") == [[0, 2], [1, 3]]
     assert replica_groups("replica_groups=[2,2]<=[4]") == [[0, 1], [2, 3]]
@@ -323,6 +372,9 @@ def test_a_step_that_fits(plan: Callable, tmp_path: Path):
     assert found["tokens_per_second_per_chip"] == pytest.approx(tokens / found["step_seconds"] / 4)
     assert found["days"] == pytest.approx(20 * found["step_seconds"] / 86400)
     assert found["chip_hours"] == pytest.approx(found["days"] * 24 * 4)
+    assert found["saving"]["state_bytes"] == pytest.approx(12 * PARAMS, rel=0.01)
+    rows = r"\ncheckpoints\n  state .*\n  on disk .*\n  storage .*\n  training waits .*\n  stage1 "
+    assert re.search(rows, table(found))
     kept = json.loads((tmp_path / "plan.json").read_text())
     assert kept["step_seconds"] == pytest.approx(found["step_seconds"], rel=0.01)
 
@@ -360,6 +412,22 @@ def test_the_search_ranks_what_fits(plan: Callable):
 
 
 @on_tpu_compiler
+def test_a_step_on_two_slices(plan: Callable):
+    """Half of each device's gradients go to the other slice, and half of its parameters come back, as float32."""
+    code, out, errors = plan("--topology=v5e:2x2*2", "--config.mesh.replica=2", "--json")
+    assert code == 0, errors
+    found = json.loads(out)
+    assert found["chips"] == found["devices"] == 8 and found["mesh"]["replica"] == 2 and found["mesh"]["fsdp"] == 4
+    assert found["network_bytes_per_chip"] == pytest.approx(PARAMS / 4 * 4, rel=0.05)
+    waited = found["exposed_network_seconds"] + found["hidden_network_seconds"]
+    assert waited > found["network_bytes_per_chip"] / found["network_bytes_per_s"]
+    assert found["network_bytes_per_s"] == CHIPS["v5e"].network_bytes_per_s
+    printed = table(found)
+    assert re.search(r"between slices +0\.00\d+ GB a step from each chip, by a network of 3\.12 GB/s a chip", printed)
+    assert re.search(r"\d+% of the time waited for transfers", printed)
+
+
+@on_tpu_compiler
 def test_arrays_kept_by_the_host_take_its_memory_and_copies(plan: Callable):
     code, out, errors = plan("--topology=v5e:2x2", "--config.model.remat=q+up@host", "--json")
     assert code == 0, errors
@@ -386,6 +454,8 @@ def test_arrays_kept_by_the_host_take_its_memory_and_copies(plan: Callable):
             ["--topology=v5e:2x2", "--config.model.attention.implementation=cudnn"],
             ["implementation='cudnn'", "runs on NVIDIA GPUs, this is tpu"],
         ),
+        (["--topology=v5e:2x2*0"], ["'v5e:2x2*0'", "the number of slices, 1 to 64"]),
+        (["--topology=v5e:2x2*2", "--config.mesh.replica=1"], ["mesh.replica=1 on 2 slices", "a multiple of 2"]),
         (["--topology=v5e:2x2", "--stage=stage7"], ["stage7", "stage1, stage2"]),
     ],
 )
@@ -492,6 +562,7 @@ ROWS_SHARED = "--stage=stage2 --config.mesh.fsdp=256 --config.mesh.context=2 --c
         ("k2_7b", "v5p:4x4x4", 0.65, "--stage=stage1"),
         ("k2_7b", "v6e:8x8", 0.38, "--config.model.remat=full"),
         ("k2_65b_v5p", "v5p:8x8x8", 0.5, ROWS_SHARED),
+        ("k2_65b_v5p", "v5p:8x8x8*2", 0.55, "--stage=stage1 --config.mesh.replica=2"),
     ],
 )
 def test_it_fits_and_is_as_fast_as_its_experiment_says(experiment, topology, least_mfu, other):

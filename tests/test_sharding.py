@@ -11,7 +11,7 @@ from k2jax.errors import ConfigError
 from k2jax.model.decoder import parameter_table
 from k2jax.parallel import sharding
 from k2jax.training.optimizer import init_state
-from k2jax.training.placement import check_mesh, make_state, place_batches, place_state
+from k2jax.training.placement import check_mesh, make_state, mesh_of, place_batches, place_state
 from k2jax.training.program import step_function
 
 ROWS, LENGTH, STEPS = 16, 16, 10
@@ -31,7 +31,7 @@ MESHES = {
 ACCUMULATED = [mesh for mesh, shape in MESHES.items() if sum(size > 1 for size in shape) > 2]  # all axes, three each
 
 
-def small(microbatches: int = 1) -> tuple:
+def small(microbatches: int = 1, rows: int = ROWS) -> tuple:
     c = configuration.base().copy_and_resolve_references()
     with c.unlocked():
         c.model.update(
@@ -40,7 +40,7 @@ def small(microbatches: int = 1) -> tuple:
         c.stages = (
             configuration.stage(
                 sequence_length=LENGTH,
-                rows_per_step=ROWS,
+                rows_per_step=rows,
                 microbatches=microbatches,
                 steps_per_chunk=STEPS,
                 chunks=1,
@@ -52,16 +52,18 @@ def small(microbatches: int = 1) -> tuple:
         )
         c.model.mask_documents = True  # uneven numbers of targets, so that microbatches weigh unequally
         c.loss.block = 3  # the last of a row, or of a device's part of one, is filled up
-    return c.lock(), StagePlan("stage1", 0, LENGTH, ROWS, STEPS, 1, 0, ROWS * STEPS, 1, STEPS)
+    return c.lock(), StagePlan("stage1", 0, LENGTH, rows, STEPS, 1, 0, rows * STEPS, 1, STEPS)
 
 
-def losses(shape: tuple[int, ...], microbatches: int = 1, rings: tuple[int, ...] = ()) -> list[float]:
+def losses(
+    shape: tuple[int, ...], microbatches: int = 1, rings: tuple[int, ...] = (), rows: int = ROWS
+) -> list[float]:
     """Of the first ten steps, through the trainer's own placement and jit, on the first devices."""
-    c, plan = small(microbatches)
+    c, plan = small(microbatches, rows)
     with c.unlocked():
         c.model.rings = rings
-    devices = jax.devices()[: int(np.prod(shape))]
-    mesh = sharding.make_mesh(dict(zip(AXES, shape, strict=True)), devices)
+        c.mesh.update(dict(zip(AXES, shape, strict=True)))
+    mesh = mesh_of(c, jax.devices()[: int(np.prod(shape))])
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
         shardings = place_state(c, shapes, mesh)
@@ -70,13 +72,13 @@ def losses(shape: tuple[int, ...], microbatches: int = 1, rings: tuple[int, ...]
         placement = place_batches(c.stages[0], mesh)
         draw, found = np.random.default_rng(0), []
         for _ in range(STEPS):
-            tokens = draw.integers(0, 64, (ROWS, LENGTH + 1), np.int32) ** 2 // 63
-            rows = {"tokens": tokens, "subset": np.arange(ROWS, dtype=np.int32) % 2}
-            rows["digest"] = draw.integers(0, 2**32, (ROWS, 8), np.uint32)
-            state, metrics = step(state, placement.globalize(rows))
+            tokens = draw.integers(0, 64, (rows, LENGTH + 1), np.int32) ** 2 // 63
+            batch = {"tokens": tokens, "subset": np.arange(rows, dtype=np.int32) % 2}
+            batch["digest"] = draw.integers(0, 2**32, (rows, 8), np.uint32)
+            state, metrics = step(state, placement.globalize(batch))
             found.append(float(metrics["loss"]))
         assert step._cache_size() == 1, "the second step compiled again"
-        expected_digest = rows["digest"].sum(axis=0, dtype=np.uint32)
+        expected_digest = batch["digest"].sum(axis=0, dtype=np.uint32)
         np.testing.assert_array_equal(metrics["batch_digest"], expected_digest)
     return found
 

@@ -42,6 +42,10 @@ def main() -> None:
     parser.add_argument("--stage", help="name of the one stage to plan (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
     paths.add(parser, "--workdir", metavar="DIR", help="run directory to keep the plan in, as plan.json")
+    parser.add_argument("--storage", type=_rate, default=25.0, metavar="GB/S", help="that checkpoints are written and "
+                        "read with, all hosts together (default: 25, what Cloud Storage gives unasked)")  # fmt: skip
+    parser.add_argument("--host-storage", type=_rate, default=1.0, metavar="GB/S", help="the same, by one host "
+                        "(default: 1)")  # fmt: skip
     parser.add_argument("--search", action="store_true", help="try meshes, microbatches and remat; rank what fits")
     parser.add_argument("--fsdp", type=int, nargs="+", metavar="N", help="of --search: sizes of fsdp to try")
     parser.add_argument("--tensor", type=int, nargs="+", default=[1], metavar="N", help="of --search (default: 1)")
@@ -65,7 +69,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> bool:
     from k2jax import config as configuration
-    from k2jax.plan import estimate, show
+    from k2jax.plan import estimate, saving, show
 
     config = configuration.load(args.config, overrides)
 
@@ -80,12 +84,20 @@ def run(args: argparse.Namespace, overrides: list[str]) -> bool:
         tried = search(config, args.topology, args.stage, bounds, say)
         print(json.dumps(tried) if args.json else show.ranking(tried))
         return any(case["fits"] for case in tried)
-    found: dict[str, Any] = estimate.plan(config, args.topology, args.stage, say)
+    storage = saving.Storage(args.storage * 1e9, args.host_storage * 1e9)
+    found: dict[str, Any] = estimate.plan(config, args.topology, args.stage, say, storage)
     if args.workdir is not None:
         files.write_json(args.workdir / "plan.json", found, sort_keys=True, end="")
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(found) if args.json else show.table(found))
     return found["fits"]
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from k2jax.data import storage
 from k2jax.data.storage import storage_errors
 from k2jax.data.store import REMEDY, ROW_GROUP, Store
 from k2jax.errors import ConfigError
@@ -47,14 +46,11 @@ class DocumentTable:
         Raises StorageError if documents.parquet cannot be read or the files not written, ConfigError if its documents
         are not those of the store's tokens.
         """
-        fs, root = storage.file_system(store.path)
         num_documents = num_tokens = 0
         with (
             storage_errors(f"store {store.path}: cannot copy documents.parquet to {Path(path).parent}"),
-            fs.open_input_file(f"{root}/documents.parquet") as file,
-            open(
-                f"{path}.starts", "wb"
-            ) as starts,  # written, not mapped: a full disk is an error, not a signal
+            store.open_documents() as file,
+            open(f"{path}.starts", "wb") as starts,  # written, not mapped: a full disk is an error, not a signal
             pa.ipc.new_file(f"{path}.arrow", NAMES) as names,
         ):
             parquet = pq.ParquetFile(file)

@@ -8,12 +8,11 @@ in all columns 0.91 bytes a token for a vocabulary of 4,096, 1.11 for one of 32,
 """
 
 import concurrent.futures
-import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +23,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from k2jax import files
+from k2jax import errors, files, locks
 from k2jax.data.chunks import checkpoint_steps
 from k2jax.data.document_table import DocumentTable
 from k2jax.data.export_readme import readme
@@ -68,6 +67,7 @@ def export_chunks(
     Raises ConfigError if the run or the folder is not what it should be, or a step is not what the ledger says that
     the run read; StorageError if something cannot be read or written.
     """
+    errors.keep_files_ours()
     run, out = open_run(workdir, stores), Path(out)
     steps = chunk_steps(run)
     first, stop = _range(chunks, len(steps))
@@ -266,22 +266,17 @@ def _write_summary(run: Run, out: Path, steps: list[tuple[int, int]]) -> dict[st
     return summary
 
 
-@contextlib.contextmanager
-def _locked(out: Path, chunk: int) -> Iterator[None]:
+def _locked(out: Path, chunk: int) -> locks.Lock:
     """This process alone writes this chunk."""
-    with open(out / WORK / "lock", "ab") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, chunk)
-        except (BlockingIOError, PermissionError) as error:
-            raise ConfigError(
-                f"--out={out}: another process is writing chunk {chunk}: wait for it"
-            ) from error
-        yield
+    try:
+        return locks.hold(out / WORK / f"{chunk:05d}.lock", f"host {socket.gethostname()}, pid {os.getpid()}")
+    except locks.Held as holder:
+        raise ConfigError(f"--out={out}: another process ({holder}) is writing chunk {chunk}: wait for it") from None
 
 
 def _read_entry(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:

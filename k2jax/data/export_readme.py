@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from k2jax.text import as_code
+
 
 def readme(summary: dict[str, Any]) -> str:
     """The text; `summary` is what chunks.json holds."""
@@ -10,13 +12,14 @@ def readme(summary: dict[str, Any]) -> str:
     for stage in summary["stages"]:
         length = stage["sequence_length"] + (summary["label_shift"] == "next")
         stages.append(
-            f"- stage `{stage['name']}`: {stage['rows_per_step']:,} rows a step, {length:,} token ids a row{extra}"
+            f"- stage {as_code(stage['name'])}: {stage['rows_per_step']:,} rows a step, {length:,} token ids a row"
+            f"{extra}"
         )
     return TEXT.format(
         finished=len(summary["chunks"]),
         stages="\n".join(stages),
         subsets="\n".join(
-            f"- `{name}`, root digest `{digest}`" for name, digest in summary["subsets"].items()
+            f"- {as_code(name)}, root digest {as_code(digest)}" for name, digest in summary["subsets"].items()
         ),
         **{
             key: summary[key]

@@ -175,6 +175,7 @@ def _start_worker(index: int, count: int) -> None:
     # needs batches for the step it is in, and ends the workers itself.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

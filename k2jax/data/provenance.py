@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2jax import files
 from k2jax.data.epochs import check_journal, order_of, read_epochs
 from k2jax.data.journal import read_journal
+from k2jax.data.launches import read_launches
 from k2jax.data.loader import row_length
 from k2jax.data.order import Order
 from k2jax.data.store import Store, open_stores
@@ -118,9 +118,7 @@ def open_run(workdir: str | os.PathLike, stores_folder: str | os.PathLike | None
 
 def _places(workdir: Path) -> dict[str, str]:
     """{root digest: path} as the launches so far found them, the newest last."""
-    path = workdir / "environment.json"
-    launches = files.read_json(path).get("launches", []) if path.exists() else []
-    return {digest: place for launch in launches for digest, place in launch.get("stores", {}).items()}
+    return {digest: place for launch in read_launches(workdir) for digest, place in launch.get("stores", {}).items()}
 
 
 def which_docs(run: Run, step: int, row: int | None = None, *, text: bool = False) -> list[RowOrigin]:

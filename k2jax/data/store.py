@@ -5,6 +5,7 @@ A store is a Zarr v3 group at a local path or a gs:// or s3:// URL:
     tokens/            one 1-D array, uint16 or uint32: each document, then EOS; crc32c over every chunk
     document_start/    int64: where each document starts in tokens, and last the number of tokens
     documents.parquet  per document: id, source, num_tokens (EOS included), metadata (JSON)
+    documents.blocks   the SHA-256 of each MiB of that, a line of hex each
     store.json         counts, tokenizer, size and SHA-256 of every other file, a root digest; written last
 
 Tokens from `num_train_tokens` on, whole documents, are held out for validation. A store without a valid
@@ -27,13 +28,15 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import tensorstore as ts
 
-from k2jax.data import storage
+from k2jax.data import storage, verified
 from k2jax.data.manifest import StoreSummary, canonical_json, sha256_json
 from k2jax.data.storage import storage_errors
 from k2jax.errors import ConfigError
+from k2jax.text import without_secrets
 
 FORMAT = 1
-FILES = ("store.json", "zarr.json", "tokens", "document_start", "documents.parquet")  # deleted in this order
+DOCUMENTS_FILE, BLOCKS_FILE = "documents.parquet", "documents.blocks"
+FILES = ("store.json", "zarr.json", "tokens", "document_start", DOCUMENTS_FILE, BLOCKS_FILE)  # deleted in this order
 DOCUMENTS = pa.schema(
     [("id", pa.string()), ("source", pa.string()), ("num_tokens", pa.int64()), ("metadata", pa.string())]
 )
@@ -103,7 +106,7 @@ class StoreWriter:
             layout = (self._info["dtype"], shard_tokens, chunk_tokens)
             self._tokens = storage.ArrayWriter(f"{self.path}/tokens", *layout)
             self._starts = storage.ArrayWriter(f"{self.path}/document_start", "int64", *STARTS_LAYOUT)
-            self._file = self._fs.open_output_stream(f"{self._root}/documents.parquet", compression=None)
+            self._file = self._fs.open_output_stream(f"{self._root}/{DOCUMENTS_FILE}", compression=None)
             # Ids are random: a dictionary of them would only take space.
             options = {"compression": "zstd", "use_dictionary": ["source", "metadata"]}
             self._parquet = pq.ParquetWriter(self._file, DOCUMENTS, **options)
@@ -173,7 +176,8 @@ class StoreWriter:
         with storage_errors(f"cannot write the store {self.path}"):
             self._starts.append(self._tokens.size + np.cumsum(lengths) - lengths)
             self._tokens.append(tokens)
-            self._rows += rows
+            # A document's source and URL may be links with a token in them.
+            self._rows += [(id, without_secrets(source), n, without_secrets(more)) for id, source, n, more in rows]
             while len(self._rows) >= ROW_GROUP:
                 self._write_rows()
 
@@ -201,6 +205,8 @@ class StoreWriter:
                 self._write_rows()
             self._parquet.close()
             self._file.close()
+            with self._fs.open_output_stream(f"{self._root}/{BLOCKS_FILE}", compression=None) as file:
+                file.write(verified.digest_blocks(self._fs, f"{self._root}/{DOCUMENTS_FILE}"))
             # Fraction(str(x)) is the decimal number that was written (0.1), not the float nearest to it.
             train = math.ceil((1 - Fraction(str(validation_fraction))) * num_tokens)
             train = train if num_train_tokens is None else num_train_tokens
@@ -279,10 +285,14 @@ class Store:
         spec = storage.array_spec(f"{self.path}/document_start", *layout)
         return storage.open_array(spec, STARTS_CACHE_BYTES)
 
+    def open_documents(self) -> verified.VerifiedFile:
+        """documents.parquet, which raises DamagedError where what is read of it is not what was written."""
+        fs, root = storage.file_system(self.path)
+        return verified.open_verified(fs, root, DOCUMENTS_FILE, BLOCKS_FILE, self.info["files"])
+
     @cached_property
     def _parquet(self) -> pq.ParquetFile:
-        fs, root = storage.file_system(self.path)
-        return pq.ParquetFile(fs.open_input_file(f"{root}/documents.parquet"))
+        return pq.ParquetFile(self.open_documents())
 
     @cached_property
     def _row_group(self) -> Callable[[int], pa.Table]:

@@ -7,17 +7,18 @@ A result is named by its identity: task, version, settings, seed and the checkpo
 never replaced: what is there is complete, and an evaluation with the same identity need not be done again.
 """
 
-import fcntl
 import hashlib
 import json
 import math
+import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2jax import files
+from k2jax import files, locks
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import StorageError
 
@@ -104,8 +105,7 @@ class Results:
         """One writer at a time: two evaluations of one run, such as --watch and another, may meet."""
         folder = self.directory / str(step)
         folder.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locks.wait(self.directory / "lock", f"host {socket.gethostname()}, pid {os.getpid()}"):
             files.remove_leftovers(folder, alone=True)
             yield
 

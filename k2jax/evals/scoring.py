@@ -67,7 +67,7 @@ class Scorer:
 
     def __call__(self, rows: list[Row], progress: Callable[[int], None]) -> list[Scores]:
         """The scores of each row, in the order given; `progress` is told how many rows are done."""
-        data_parallel = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
+        data_parallel = sharding.row_parts(self._mesh)
         found: list[Scores | None] = [None] * len(rows)
         running = None
         for batch in make_batches(rows, self._batch_tokens, data_parallel):
@@ -81,7 +81,7 @@ class Scorer:
         return found
 
     def _placed(self, x: np.ndarray) -> jax.Array:
-        return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(sharding.DATA_AXES)))
+        return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(sharding.data_axes(self._mesh))))
 
     def _collect(self, rows: list[Row], running: tuple, found: list, progress: Callable[[int], None]) -> None:
         indices, (logprobs_BC, greedy_BC) = running[0], jax.device_get(running[1])

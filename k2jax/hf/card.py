@@ -8,6 +8,7 @@ from k2jax.data.epochs import read_epochs
 from k2jax.data.tokenizer import UNK, Tokenizer
 from k2jax.model.decoder import num_params
 from k2jax.run.saved import SavedStep
+from k2jax.text import as_code, for_markdown
 
 
 def special_tokens(tokenizer: Tokenizer, eos_id: int) -> dict[str, str]:
@@ -39,7 +40,7 @@ def generation_config(tokenizer: Tokenizer, tokens: dict[str, str], eos_id: int)
 def model_card(saved: SavedStep, dtype: str, parity: dict[str, Any]) -> str:
     """README.md of the export."""
     m, stage, logits = saved.config.model, saved.stage, parity["logits"]
-    name = " ".join(saved.config.name.split())
+    name = for_markdown(saved.config.name)
     facts = {
         "Parameters": f"{num_params(m):,}",
         "Architecture": f"LLaMA: {m.num_layers} layers, width {m.dim}, {m.num_heads} query and {m.num_kv_heads} "
@@ -79,7 +80,10 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
 
 
 def _table(facts: dict[str, Any]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items() if value is not None)]
+    """Values that begin with a backtick were made by `as_code`."""
+    shown = {key: str(value) for key, value in facts.items() if value is not None}
+    cells = {key: value if value.startswith("`") else for_markdown(value) for key, value in shown.items()}
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells.items())]
 
 
 def _data(saved: SavedStep) -> list[str]:
@@ -93,7 +97,7 @@ def _data(saved: SavedStep) -> list[str]:
         for subset in sorted(stage["subsets"], key=lambda s: (-s["rows"], s["name"])):
             epochs = subset["rows"] / subset["windows"]
             share = f"{100 * subset['rows'] / rows:.2f}%"
-            lines.append(f"| {stage['name']} | {subset['name']} | {share} | {epochs:.3g} |")
+            lines.append(f"| {for_markdown(stage['name'])} | {for_markdown(subset['name'])} | {share} | {epochs:.3g} |")
     return [*lines, ""]
 
 
@@ -104,8 +108,8 @@ def _stages(saved: SavedStep) -> list[str]:
     lines = ["## Training", "", columns, "|" + "---|" * 6]
     for row in saved.config.stages[: saved.meta["stage"] + 1]:
         lines.append(
-            f"| {row.name} | {row.sequence_length:,} | {row.rows_per_step:,} | {row.steps_per_chunk * row.chunks:,} "
-            f"| {row.rope_base:g} | {row.lr_peak:g} to {row.lr_final:g} |"
+            f"| {for_markdown(row.name)} | {row.sequence_length:,} | {row.rows_per_step:,} "
+            f"| {row.steps_per_chunk * row.chunks:,} | {row.rope_base:g} | {row.lr_peak:g} to {row.lr_final:g} |"
         )
     masked = "masked at the ends of documents" if saved.config.model.mask_documents else "not masked at documents' ends"
     return [*lines, "", f"Steps are the stage's as planned. Rows are packed, attention is {masked}.", ""]
@@ -118,11 +122,11 @@ def _origin(saved: SavedStep) -> dict[str, Any]:
     hardware = f"{devices['count']} x {devices['kind']}, mesh {json.dumps(devices['mesh'])}" if devices else None
     return {
         "Imported from": meta["imported"]["source"] if "imported" in meta else None,
-        "Checkpoint digest": f"`{saved.digest}`",
-        "Checkpoint before it": f"step {parent['step']}, `{parent['digest']}`" if parent else None,
-        "Configuration digest": f"`{meta['config_digest']}`" if "config_digest" in meta else None,
-        "Data digest": f"`{meta['manifest_digest']}`" if meta.get("manifest_digest") else None,
-        "Tokenizer SHA-256": f"`{meta['tokenizer_sha256']}`",
+        "Checkpoint digest": as_code(saved.digest),
+        "Checkpoint before it": as_code(f"step {parent['step']}, {parent['digest']}") if parent else None,
+        "Configuration digest": as_code(meta["config_digest"]) if "config_digest" in meta else None,
+        "Data digest": as_code(meta["manifest_digest"]) if meta.get("manifest_digest") else None,
+        "Tokenizer SHA-256": as_code(meta["tokenizer_sha256"]),
         "Commit": meta.get("commit"),
         "Trained with": versions,
         "Trained on": hardware,

@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax.data.epochs import new_epoch, write_epoch
+from k2jax.data.launches import write_launches
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
-from k2jax.files import write_json, write_text
+from k2jax.files import write_text
 from k2jax.hf.layout import HfModel
 from k2jax.hf.untrusted import StoredTensor
 from k2jax.run import drift
@@ -68,7 +69,7 @@ def write_run(
         "imported": imported,
     }
     write_epoch(run, epoch)
-    write_json(run / "environment.json", {"launches": [{**here, "newest_step": None}]}, sort_keys=True, end="")
+    write_launches(run, [{**here, "newest_step": None}])
     write_text(run / "experiment.py", experiment(source, name))
     zero = jax.device_put(np.int32(0), params["embed_VD"].sharding)
     with Checkpoints(run, [0], log=lambda _: None) as checkpoints:

@@ -31,9 +31,9 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config: dict[str, Any] = json.loads((path / "config.json").read_text())
+        self.config: dict[str, Any] = json.loads((path / "config.json").read_bytes())
         index = path / "model.safetensors.index.json"
-        self._files = json.loads(index.read_text())["weight_map"] if index.exists() else None
+        self._files = json.loads(index.read_bytes())["weight_map"] if index.exists() else None
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows as float32) of a tensor. The file is mapped anew for each block, so that the pages of a

@@ -27,7 +27,7 @@ def read_certificate(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--out={folder}: no export of k2jax, it has no {CERTIFICATE}")
     try:
-        parity = json.loads(path.read_text())
+        parity = json.loads(path.read_bytes())
         recorded = parity.pop("certificate_sha256")
     except (ValueError, KeyError, AttributeError) as error:
         raise StorageError(f"{path} is damaged: {error!r}: export again") from error
@@ -68,7 +68,7 @@ def check_files(folder: Path, parity: dict[str, Any]) -> None:
         if sha256_of(folder / name) != recorded:
             raise StorageError(f"{folder}: {name} is not the file that {CERTIFICATE} records (its SHA-256 differs)")
     if len(weights) > 1:
-        files = json.loads((folder / INDEX).read_text())["weight_map"]
+        files = json.loads((folder / INDEX).read_bytes())["weight_map"]
         if files != {name: record["file"] for name, record in parity["tensors"].items()}:
             raise StorageError(f"{folder}: {INDEX} does not list the tensors that {CERTIFICATE} does")
 
@@ -99,7 +99,7 @@ def check_tensors(folder: Path, parity: dict[str, Any], progress: Callable[[int]
 
 def check_run(saved: SavedStep, folder: Path, parity: dict[str, Any]) -> None:
     """The small files are those that the run gives now."""
-    values = json.loads((folder / "config.json").read_text())
+    values = json.loads((folder / "config.json").read_bytes())
     check_config(values, saved.config.model, saved.stage)
     for name, data in small_files(saved, parity["dtype"]).items():
         if hashlib.sha256(data).hexdigest() != parity["files"].get(name):

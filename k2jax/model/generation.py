@@ -10,7 +10,6 @@ longest prompt. Attention does not mind the gap, which `visible_BS` hides; posit
 Axes as in decoder.py; S counts the slots of the cache.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -120,7 +119,7 @@ class Generator:
 
     def _begin(self, rows: list[list[int]], max_new_tokens: int, first_row: int) -> tuple[State, jax.Array]:
         """The prompts in the cache, and the rows' numbers."""
-        data_parallel = math.prod(self.mesh.shape[axis] for axis in sharding.DATA_AXES)
+        data_parallel = sharding.row_parts(self.mesh)
         B = data_parallel * (1 << (-(-len(rows) // data_parallel) - 1).bit_length())
         longest = max(map(len, rows)) - 1
         calls = -(-longest // PREFILL)

@@ -27,8 +27,8 @@ import jax
 from jax._src import distributed as service  # the key-value store has no public name
 from jax.experimental import multihost_utils
 
-from k2jax import errors
-from k2jax.errors import ConfigError, PeerError, RunError
+from k2jax import errors, stopping
+from k2jax.errors import ConfigError, PeerError, Preempted, RunError
 from k2jax.parallel.place import alone, bypass_proxies, find_place
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ ERRORS = {error.__name__: error for error in (RunError, *errors.BY_NEED)}  # the
 _calls, _syncs = itertools.count(1), itertools.count(1)
 _kept: list[Any] = []  # what C code holds on to
 _ending = threading.Event()  # in order
+_jax_on_sigterm: list[Callable[[int], None]] = []  # what tells its preemption service
 _abort_line: list[str] = []  # the last is what an abort means by now
 
 
@@ -55,6 +56,7 @@ def initialize() -> None:
     Also with one process, because JAX's preemption service (SIGTERM: save, then exit) exists only then. The program
     ends with 70 and one line when several processes are claimed and do not come together in START_S.
     """
+    stopping.watch()
     # A step on CPU takes its temporaries when it is dispatched, not when it starts: those of steps in flight add up.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     bypass_proxies("metadata.google.internal", "169.254.169.254")
@@ -82,9 +84,11 @@ def initialize() -> None:
         shutdown_timeout_seconds=int(LEAVE_S) * 4,
         **bind,
     )
+    _take_sigterm_back()
     if place.count > 1:
         _abort_line.append("another process is gone, or the runtime gave up: see above")
         errors.leave_with(_Peers())
+        stopping.leave_by(_Peers().leave)
         atexit.register(_ending.set)  # before JAX, which registered earlier, takes leave of the store
         threading.Thread(target=_watch, name="k2jax-watch", daemon=True).start()
 
@@ -105,18 +109,21 @@ def is_main() -> bool:
 
 
 def preempted() -> bool:
-    """True on every process before the same step, after a SIGTERM to any of them. Call it once a step.
+    """True on every process before the same step, after a SIGTERM, SIGINT or SIGHUP to any. Call it once a step.
 
     JAX stops at one number, the highest that a process had given it when the signal came, plus one; before the first
     call that is 1. So calls are counted here: with the steps of a resumed run, an early signal would be lost.
     """
-    return multihost_utils.reached_preemption_sync_point(next(_syncs))
+    call = next(_syncs)
+    if call == 1 and _jax_on_sigterm:
+        stopping.at_a_step(lambda: _jax_on_sigterm[0](signal.SIGTERM))
+    return multihost_utils.reached_preemption_sync_point(call)
 
 
 # ---- deciding --------------------------------------------------------------------------------------------------------
 
 
-def decide(what: str, f: Callable[[], T], limit_s: float = LIMIT_S) -> T:
+def decide(what: str, f: Callable[[], T], limit_s: float | None = None) -> T:
     """What `f` gives on process 0, in JSON's types, on every process; or the error that it raises there, on all."""
     key = _key(what)
     if count() == 1:
@@ -125,11 +132,11 @@ def decide(what: str, f: Callable[[], T], limit_s: float = LIMIT_S) -> T:
         outcome = _outcome(f)
         _set(key, outcome)
     else:
-        outcome = _get(key, f"process 0, which {what},", limit_s)
+        outcome = _get(key, f"process 0, which {what},", limit_s or LIMIT_S)
     return _result(outcome)
 
 
-def together(what: str, f: Callable[[], T], limit_s: float = LIMIT_S) -> T:
+def together(what: str, f: Callable[[], T], limit_s: float | None = None) -> T:
     """Every process does `f` and gets its own result, or all raise when any has: the worst error, with every reason."""
     key = _key(what)
     if count() == 1:
@@ -137,13 +144,28 @@ def together(what: str, f: Callable[[], T], limit_s: float = LIMIT_S) -> T:
     mine: list[T] = []
     _set(f"{key}/{index()}", _outcome(lambda: mine.append(f())))
     if is_main():
-        found = [_get(f"{key}/{i}", f"process {i}, which {what},", limit_s) for i in range(count())]
+        found = [_get(f"{key}/{i}", f"process {i}, which {what},", limit_s or LIMIT_S) for i in range(count())]
         verdict = _worst(found)
         _set(f"{key}/verdict", verdict)
     else:
-        verdict = _get(f"{key}/verdict", f"process 0, which {what},", limit_s + GRACE_S)
+        verdict = _get(f"{key}/verdict", f"process 0, which {what},", (limit_s or LIMIT_S) + GRACE_S)
     _result(verdict)
     return mine[0]
+
+
+def gather(what: str, f: Callable[[], T], limit_s: float = LIMIT_S) -> list[T]:
+    """What `f` gives on each process, in JSON's types, on every process; or the worst error of any, on all."""
+    key = _key(what)
+    if count() == 1:
+        return [json.loads(json.dumps(f()))]
+    _set(f"{key}/{index()}", _outcome(f))
+    if is_main():
+        found = [_get(f"{key}/{i}", f"process {i}, which {what},", limit_s) for i in range(count())]
+        verdict = _worst(found) if any("error" in one for one in found) else {"value": [one["value"] for one in found]}
+        _set(f"{key}/all", verdict)
+    else:
+        verdict = _get(f"{key}/all", f"process 0, which {what},", limit_s + GRACE_S)
+    return _result(verdict)
 
 
 def agree(what: str, values: dict[str, Any]) -> None:
@@ -169,7 +191,7 @@ def _outcome(f: Callable[[], Any]) -> dict[str, Any]:
     except Exception as error:
         ours = errors.of_system(error)
         if type(ours) is RunError:
-            sys.excepthook(type(error), error, error.__traceback__)  # a bug: its trace stays with who met it
+            errors.print_trace(error)  # a bug: its trace stays with who met it
         return {"error": type(ours).__name__, "reason": str(ours), "by": index()}
 
 
@@ -232,11 +254,12 @@ def _watch() -> None:
         if failed:
             time.sleep(GRACE_S)
             for i, failure in failed.items():
-                print(f"error: process {i} on {failure['host']} failed: {failure['reason']}", file=sys.stderr)
+                errors.print_error(f"process {i} on {failure['host']} failed: {failure['reason']}")
             try:
                 _set(f"{ROOT}left/{index()}", {})
             finally:
-                _exit(PeerError.exit_code)
+                stopped = all(failure["code"] == Preempted.exit_code for failure in failed.values())
+                _exit(Preempted.exit_code if stopped else PeerError.exit_code)
         time.sleep(BEAT_S / 2)
 
 
@@ -255,6 +278,15 @@ def _lost_process_0() -> None:
     time.sleep(GRACE_S)
     print("error: process 0 cannot be reached: it was killed, or its host is gone", file=sys.stderr)
     _exit(PeerError.exit_code)
+
+
+def _take_sigterm_back() -> None:
+    """JAX's service listens to SIGTERM by a handler in C, in the place of ours: `stopping` calls it, for any signal."""
+    libc = ctypes.CDLL(None)
+    libc.signal.restype = ctypes.c_void_p
+    if address := libc.signal(signal.SIGTERM, None):
+        _jax_on_sigterm[:] = [ctypes.CFUNCTYPE(None, ctypes.c_int)(address)]
+    stopping.watch()
 
 
 def _exit_in_order_on_abort() -> None:

@@ -6,7 +6,8 @@ is here runs on each device's own rows and positions, so that a gradient can be 
 scatters go over one ring of devices after the other (an axis of a TPU's torus each), which compilers run
 beside the products where they are asked to (`compiler.tpu` in the experiment files).
 
-Mesh axes: "replica", "fsdp" and "context" split what a step reads, "fsdp" and "context" the parameters as well.
+Mesh axes: "replica", "fsdp" and "context" split what a step reads, "fsdp" and "context" the parameters as well. What
+replicas have in common is no matter of this file where a step trains (replicas.py); its readers know no replicas.
 "stage" splits rows outside the layers. "tensor" splits heads, ffn and vocabulary; it is written out, too, because a
 partitioner gathers what it splits around collectives that are.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from k2jax.parallel.sharding import platform
 
@@ -27,10 +28,10 @@ Rings = tuple[int, ...]  # sizes that multiply to that of fsdp, major first; ():
 
 
 def reading() -> tuple[str, ...]:
-    """The mesh axes that split rows and positions here: within a pipeline's stage, its axis does not."""
+    """The mesh axes that split rows and positions here: within a replica, or a pipeline's stage, its axis does not."""
     mesh = jax.sharding.get_abstract_mesh()
-    free = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual]
-    return tuple(axis for axis in ("replica", "fsdp", "stage", "context") if axis in free)
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    return tuple(axis for axis in ("copy", "replica", "fsdp", "stage", "context") if axis in free)
 
 
 def tokens_spec() -> PartitionSpec:

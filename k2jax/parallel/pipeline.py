@@ -10,7 +10,6 @@ With R = 1 this is GPipe (arXiv:1811.06965), with more the circular or interleav
 Axes as in model/decoder.py; M microbatches, B rows of one, S stages (no keys here), R repeats, G layers of a group.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -65,7 +64,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         raise ConfigError(f"model.pipeline.repeats={p.repeats} must divide mesh.stage={stages} or be a multiple of it")
     if p.microbatches % stages:
         raise ConfigError(f"model.pipeline.microbatches={p.microbatches} must be a multiple of mesh.stage={stages}")
-    parts = p.microbatches * _row_parts(mesh)
+    parts = p.microbatches * sharding.row_parts(mesh)
     for i, row in enumerate(config.stages):
         rows = row.rows_per_step // row.microbatches
         if rows % parts:
@@ -73,10 +72,6 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
                 f"stages.{i}: rows_per_step={row.rows_per_step} in {row.microbatches} microbatch(es) gives {rows}, "
                 f"no multiple of model.pipeline.microbatches x mesh.replica x mesh.fsdp = {parts}"
             )
-
-
-def _row_parts(mesh: Any) -> int:
-    return math.prod(mesh.shape[axis] for axis in sharding.DATA_AXES)
 
 
 def run_layers(
@@ -95,7 +90,7 @@ def run_layers(
     """
     mesh, p = jax.sharding.get_abstract_mesh(), m.pipeline
     stages = mesh.shape["stage"]
-    cut = partial(_cut, microbatches=p.microbatches, parts=_row_parts(mesh))
+    cut = partial(_cut, microbatches=p.microbatches, parts=sharding.row_parts(mesh))
 
     def deal(w: jax.Array) -> jax.Array:
         """Layers in the order of stages, then rounds. Parameters keep theirs, which is that of all checkpoints: here
@@ -112,7 +107,7 @@ def run_layers(
     )
     documents_MBT = None if document_BT is None else cut(document_BT)
     x_MBTD = on_stage(cut(x_BTD), jax.tree.map(deal, layers), rope, documents_MBT)
-    return _join(x_MBTD, _row_parts(mesh))
+    return _join(x_MBTD, sharding.row_parts(mesh))
 
 
 def _on_stage(

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from k2jax.errors import ConfigError
 
-DATA_AXES = ("replica", "fsdp")  # a global batch is split over both; gradients are summed over both
 MESH_AXES = ("replica", "stage", "fsdp", "context", "tensor")
+COPY = "copy"  # an axis more of meshes whose replicas cannot all split the moments: see split_replicas
+DATA_AXES = (COPY, "replica", "fsdp")  # a global batch is split over them; gradients are summed over them
 
 # Logical axis -> mesh axes. A parameter's width is split over fsdp, an activation's ("width") is not: its batch is.
 # Devices that share a row (context) hold other parts of the parameters, too: to parameters they are more of fsdp.
@@ -67,7 +68,40 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         )
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
-    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:  # GPUs have such an index of their host, or of what NVLink reaches: they lie in order
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
+    across = _across_slices(dict(zip(MESH_AXES, shape, strict=True)), slices)
+    within = [size // parts for size, parts in zip(shape, across, strict=True)]
+    return Mesh(
+        mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True), MESH_AXES
+    )
+
+
+def split_replicas(mesh: Mesh, parts: int) -> Mesh:
+    """The same mesh, of whose replicas only so many split what they have in common; all such groups have copies of it.
+
+    An axis splits a dimension or does not: 15 replicas do nothing to 80 layers, 3 copies of 5 split them by 5.
+    """
+    replicas, *others = mesh.devices.shape
+    if parts == replicas:
+        return mesh
+    return Mesh(mesh.devices.reshape(replicas // parts, parts, *others), (COPY, *MESH_AXES))
+
+
+def _across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
+    """Of every mesh axis, how many parts of it lie in slices of their own: `replica` crosses them, then `stage`.
+
+    Raises ConfigError where those two cannot be cut into as many parts as there are slices.
+    """
+    replicas = math.gcd(sizes["replica"], slices)
+    stages = slices // replicas
+    if sizes["stage"] % stages:
+        raise ConfigError(
+            f"mesh.replica={sizes['replica']} on {slices} slices: replicas lie across slices, and no axis but stage "
+            f"else: set mesh.replica to a multiple of {slices}, or mesh.stage={sizes['stage']} to one of {stages}"
+        )
+    return [{"replica": replicas, "stage": stages}.get(axis, 1) for axis in MESH_AXES]
 
 
 def _needs(sizes: Mapping[str, int]) -> str:
@@ -76,21 +110,32 @@ def _needs(sizes: Mapping[str, int]) -> str:
 
 
 def spec(axes: tuple[str, ...]) -> PartitionSpec:
-    """The partition of an array whose dimensions are these logical axes."""
-    parts = [RULES[axis] for axis in axes]
+    """The partition of an array whose dimensions are these logical axes, over the mesh axes that are not manual here:
+    within a replica, or a pipeline's stage, arrays are that one's alone."""
+    left_out = _left_out(jax.sharding.get_abstract_mesh())
+    parts = [tuple(axis for axis in RULES[name] if axis not in left_out) for name in axes]
     used = [axis for part in parts for axis in part]
     assert len(used) == len(set(used)), f"a mesh axis is used twice by {axes}"
     return PartitionSpec(*[part if len(part) > 1 else part[0] if part else None for part in parts])
 
 
+def _left_out(mesh: Mesh | AbstractMesh) -> set[str]:
+    return set(mesh.manual_axes) | ({COPY} - set(mesh.axis_names))
+
+
+def data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Those that split the rows of a batch there."""
+    return tuple(axis for axis in DATA_AXES if axis not in _left_out(mesh))
+
+
 def optimizer_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> PartitionSpec:
-    """The partition of an optimizer moment: its parameter's, and split over every data axis besides.
+    """The partition of an optimizer moment: its parameter's, and split over every data axis but copies besides.
 
     The data axes that the parameter does not use go to the first dimension that they divide; an array too small to
     be cut (a norm's weights on a large mesh) stays as its parameter is.
     """
     parts = [list(RULES[axis]) for axis in axes]
-    for free in [axis for axis in (*DATA_AXES, "context") if axis not in sum(parts, [])]:
+    for free in [axis for axis in ("replica", "fsdp", "context") if axis not in sum(parts, [])]:
         for size, part in zip(shape, parts, strict=True):
             if size % (math.prod(mesh.shape[a] for a in part) * mesh.shape[free]) == 0:
                 part.append(free)
@@ -129,6 +174,11 @@ def shard(x: jax.Array, name: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS[name]))
+
+
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Among how many devices, or groups of them, the rows of a microbatch are split there."""
+    return math.prod(mesh.shape[axis] for axis in data_axes(mesh))
 
 
 def num_stages() -> int:

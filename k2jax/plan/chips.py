@@ -4,10 +4,12 @@ a TPU7x or a v4. (On a v4 itself, JAX makes the two one device; its compiler wit
 Sources: peaks as in flops.py; memory as the TPU compiler states its limit ("exceeds available HBM (95.74G)"), or the
 data sheet's; HBM and link rates from the vendors' data sheets and, for TPU links, the scaling book's usable rates
 (jax-ml.github.io/scaling-book, "TPU networking"). To the host's memory: the scaling book's 16 GB/s a chip, 32 on v6e
-("TPU specs"), as much assumed of a TPU7x; GPUs' PCIe 5 and 4 with 16 lanes, by their data sheets.
+("TPU specs"), as much assumed of a TPU7x; GPUs' PCIe 5 and 4 with 16 lanes, by their data sheets. Between slices: the
+data center network bandwidth of Google Cloud's pages of each TPU (docs.cloud.google.com/tpu/docs/v5p: 50 Gbit/s a chip;
+v5e and v6e: 6.4 and 25.6 Tbit/s a pod of 256); a v4's is assumed to be a v5p's, a TPU7x's a v6e's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from k2jax.errors import ConfigError
 from k2jax.model.flops import PEAK_FLOPS
@@ -20,7 +22,8 @@ class Chip:
     """One device, and its links to the others.
 
     TPU links: one to each side along each axis of a torus. GPU links: all of a device's NVLinks together, which reach
-    the `domain` devices of its host, and its share of the network between hosts (`network_bytes_per_s`).
+    the `domain` devices of its host. `network_bytes_per_s`: a device's share of the network, each way; between hosts of
+    GPUs, and between slices of TPUs.
     """
 
     name: str
@@ -34,7 +37,7 @@ class Chip:
     peak_share: float = 1.0  # of flops.py's peak, which is of a device as JAX has it on the hardware
     wraps_from: int = 4  # an axis of a slice of this size closes to a ring; shorter ones are lines
     domain: int = 0  # GPU: devices of a host
-    network_bytes_per_s: float = 0.0
+    network_bytes_per_s: float = field(kw_only=True)
 
     @property
     def peak_flops(self) -> float:
@@ -48,11 +51,12 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", int(15.25 * GIB), 0.61e12, 45e9, 8e9, devices_per_chip=2, peak_share=0.5),
-        Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 0.82e12, 45e9, 16e9, wraps_from=16),
-        Chip("v5p", "TPU v5", int(95.74 * GIB), 2.77e12, 90e9, 16e9, cores=2),
-        Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 1.64e12, 90e9, 32e9, wraps_from=16),
-        Chip("tpu7x", "TPU7x", int(94.75 * GIB), 3.69e12, 90e9, 16e9, devices_per_chip=2),
+        Chip("v4", "TPU v4", int(15.25 * GIB), 0.61e12, 45e9, 8e9, devices_per_chip=2, peak_share=0.5,
+             network_bytes_per_s=3.125e9),
+        Chip("v5e", "TPU v5 lite", int(15.75 * GIB), 0.82e12, 45e9, 16e9, wraps_from=16, network_bytes_per_s=3.125e9),
+        Chip("v5p", "TPU v5", int(95.74 * GIB), 2.77e12, 90e9, 16e9, cores=2, network_bytes_per_s=6.25e9),
+        Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 1.64e12, 90e9, 32e9, wraps_from=16, network_bytes_per_s=12.5e9),
+        Chip("tpu7x", "TPU7x", int(94.75 * GIB), 3.69e12, 90e9, 16e9, devices_per_chip=2, network_bytes_per_s=6.25e9),
         Chip("h100", "NVIDIA H100", 80 * 10**9, 3.35e12, 450e9, 64e9, domain=8, network_bytes_per_s=50e9),
         Chip("a100", "NVIDIA A100", 80 * 10**9, 2.04e12, 300e9, 32e9, domain=8, network_bytes_per_s=25e9),
     )
@@ -65,6 +69,6 @@ def chip_of(topology: str) -> Chip:
     if name not in CHIPS:
         raise ConfigError(
             f"topology {topology!r}: unknown accelerator {name!r}; known: {', '.join(CHIPS)}, as in v5p:8x8x8, "
-            f"v6e:16x16 or h100:16"
+            f"v5p:8x8x8*2, v6e:16x16 or h100:16"
         )
     return CHIPS[name]

@@ -14,31 +14,36 @@ from k2jax.data.order import StagePlan
 from k2jax.errors import ConfigError
 from k2jax.model.flops import flops_per_token
 from k2jax.parallel import pipeline, sharding
-from k2jax.plan import topologies
+from k2jax.plan import saving, topologies
 from k2jax.plan.chips import GIB, Chip, chip_of
 from k2jax.plan.hlo import Program
 from k2jax.plan.links import Links
 from k2jax.plan.timeline import Timeline
 from k2jax.training.optimizer import init_state
-from k2jax.training.placement import check_mesh, place_state, state_bytes
+from k2jax.training.placement import mesh_of, place_state, state_bytes
 from k2jax.training.program import batch_shapes, compile_lowered, step_function
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
 def plan(
-    config: ConfigDict, topology: str, only: str | None = None, say: Callable[[str], None] = print
+    config: ConfigDict,
+    topology: str,
+    only: str | None = None,
+    say: Callable[[str], None] = print,
+    storage: saving.Storage = saving.DEFAULT,
 ) -> dict[str, Any]:
     """Compiles the training step of every stage (or of the one named `only`) for `topology`.
 
-    Returns the numbers of the longest stage, `days` and `chip_hours` of all stages together, and under "stages" those
-    of each. Raises ConfigError for an unknown topology, and for a mesh or batch that does not divide.
+    Returns the numbers of the longest stage, `days` and `chip_hours` of all stages together, under "stages" those of
+    each, and under "saving" what checkpoints cost.
+
+    Raises ConfigError for an unknown topology, and for a mesh or batch that does not divide.
     """
     chip = chip_of(topology)
     devices = topologies.devices(topology)
     config = with_stage(config, only) if only else config
-    mesh = sharding.make_mesh(config.mesh, devices)
-    check_mesh(config, mesh)
+    mesh = mesh_of(config, devices)
     stages = {}
     for i, stage in enumerate(config.stages):
         say(f"compiling the step of {stage.name} for {len(devices)} devices of {topology}")
@@ -59,6 +64,7 @@ def plan(
         "chip_hours": days and days * 24 * longest["chips"],
         "compile_seconds": sum(stage["compile_seconds"] for stage in stages.values()),
         "stages": stages,
+        "saving": saving.cost(config, mesh, chip, stages, storage),
     }
 
 
@@ -127,6 +133,10 @@ def _times(
         "exposed_collective_seconds": parts.collectives.exposed,
         "hidden_collective_seconds": parts.collectives.hidden,
         "collective_bytes": parts.collectives.size,
+        "exposed_network_seconds": parts.slices.exposed,
+        "hidden_network_seconds": parts.slices.hidden,
+        "network_bytes_per_chip": parts.slices.size * timeline.chip.devices_per_chip,
+        "network_bytes_per_s": timeline.chip.network_bytes_per_s * timeline.chip.devices_per_chip,
         "exposed_host_copy_seconds": parts.host.exposed,
         "hidden_host_copy_seconds": parts.host.hidden,
         "host_copy_bytes": parts.host.size,
@@ -174,7 +184,7 @@ def remedies(config: ConfigDict, stage: ConfigDict, mesh: jax.sharding.Mesh, chi
         return [
             f"parameters and moments alone take {state / GIB:.1f} GiB a device: shard them over {more} times as many"
         ]
-    rows = stage.rows_per_step // stage.microbatches // (mesh.shape["replica"] * mesh.shape["fsdp"])
+    rows = stage.rows_per_step // stage.microbatches // sharding.row_parts(mesh)
     cut = math.ceil((needed - state) / (chip.hbm_bytes - state))
     found = []
     if config.model.remat != "full":

@@ -46,6 +46,12 @@ class Instruction(NamedTuple):
         return found.group(1) if found else None
 
     @property
+    def rendezvous(self) -> str | None:
+        """Of a collective between slices of TPUs: a send of what goes in and a receive of what comes out share it."""
+        found = re.search(r'_megascale_runtime".*?_rendezvous="([^"]*)"', self.rest)
+        return found.group(1) if found else None
+
+    @property
     def op_name(self) -> str:
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else ""
@@ -152,6 +158,17 @@ class Program:
         name = instruction.called() or instruction.called("to_apply")
         body = self.computations[name] if name else []
         return [inner for i in body for inner in ([i] if i.opcode != "fusion" else [i, *self.within(i)])]
+
+
+def across_slices(i: Instruction) -> tuple[str, int]:
+    """(kind, slices of a group) of an instruction that has a `rendezvous`.
+
+    Groups are written as slices and devices of each, `"{1,2}x{0:3}"`, or device by device, `{{100000,200000},...}`.
+    """
+    kind = re.search(r'_megascale_transfer_type="(\w+)"', i.rest).group(1)
+    group = re.search(r"_megascale_target=\"?\{+([\d,:]+)", i.rest).group(1)
+    ranges = [[int(n) for n in part.split(":")] for part in group.split(",")]
+    return kind, sum(ends[-1] - ends[0] + 1 for ends in ranges)
 
 
 def _read_bytes(shape: str, users: list[Instruction], name: str) -> int:

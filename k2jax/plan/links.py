@@ -4,7 +4,7 @@ TPU: a slice is a torus (or, along axes too short to close, a grid). A collectiv
 its group spans, in both directions of those that close. The compiler's text says which algorithm it took: one ring,
 or one along every axis at once. GPU: NVLink within a host, and each device's share of the network between hosts, both
 at once. Bytes over rates, plus a microsecond for each device passed. Every device has a link of its own to its host's
-memory, both ways at once.
+memory, both ways at once, and of the network between slices of TPUs its share.
 """
 
 import re
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from k2jax.plan.chips import Chip
-from k2jax.plan.hlo import Instruction, Program, array_bytes, replica_groups
+from k2jax.plan.hlo import Instruction, Program, across_slices, array_bytes, replica_groups
 
 HOP_S = 1e-6
-HOST = -1  # in the place of an axis: the link to the host's memory
+NETWORK_S = 1e-4  # from one slice to another through both hosts: assumed
+HOST, NETWORK = -1, -2  # in the place of an axis: the link to the host's memory, and the one to other slices
 
 
 class Links:
@@ -60,6 +61,13 @@ class Links:
     def host_copy(self, size: int, direction: int) -> tuple[float, frozenset[tuple[int, int]]]:
         """As `transfer`, of bytes to the host's memory (1) or from it (-1)."""
         return size / self.chip.host_bytes_per_s + HOP_S, frozenset({(HOST, direction)})
+
+    def between_slices(self, i: Instruction, size: int) -> tuple[float, frozenset[tuple[int, int]], float]:
+        """As `transfer`, of a send of `size` bytes to other slices; and the bytes that leave the device."""
+        kind, slices = across_slices(i)
+        share = (slices - 1) / slices  # of a reduce-scatter and an all-to-all
+        sent = size * {"ALL_GATHER": slices - 1, "ALL_REDUCE": 2 * share, "ONE_TO_ONE": 1}.get(kind, share)
+        return sent / self.chip.network_bytes_per_s + NETWORK_S, frozenset({(NETWORK, 1), (NETWORK, -1)}), sent
 
     def _axis_rate(self, axis: int) -> float:
         length = int(self.places[:, axis].max()) + 1

@@ -9,11 +9,10 @@ from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax.errors import ConfigError
-from k2jax.parallel import sharding
 from k2jax.plan import topologies
 from k2jax.plan.chips import chip_of
 from k2jax.plan.estimate import plan_stage, with_stage
-from k2jax.training.placement import check_mesh
+from k2jax.training.placement import mesh_of
 
 
 def search(
@@ -53,8 +52,7 @@ def search(
             case.model.rings = ()
         try:
             configuration.validate(case)
-            mesh = sharding.make_mesh(case.mesh, devices)
-            check_mesh(case, mesh)
+            mesh = mesh_of(case, devices)
         except ConfigError as error:
             refused = str(error)
             continue

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from k2jax.plan import saving
 from k2jax.plan.chips import GIB
 
 
@@ -17,6 +18,7 @@ def table(found: dict[str, Any]) -> str:
             f"{stage['stage']}: {stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens",
             *_stage(stage),
         ]
+    lines += ["", "checkpoints", *(_row(label, value) for label, value in saving.rows(found["saving"]))]
     if found["days"] is not None:
         lines += ["", _row("whole run", f"{found['days']:.1f} days, {found['chip_hours']:,.0f} chip-hours")]
     return "\n".join(lines)
@@ -45,6 +47,7 @@ def _stage(stage: dict[str, Any]) -> list[str]:
             ),
             _row("step", f"{total:.3f} s (estimated)"),
             *_parts(stage),
+            *_network(stage),
             _row("MFU", f"{stage['mfu_causal']:.1%} causal, {stage['mfu_noncausal']:.1%} non-causal"),
             _row("tokens", f"{stage['tokens_per_second_per_chip']:,.0f} a second and chip"),
             _row("", f"{stage['tokens_per_day'] / 1e9:,.1f}B a day"),
@@ -68,6 +71,9 @@ def _parts(stage: dict[str, Any]) -> list[str]:
         "collectives": "exposed_collective_seconds",
     }
     beside = {"collectives": "hidden_collective_seconds"}
+    if stage["network_bytes_per_chip"]:
+        within["between slices"] = "exposed_network_seconds"
+        beside["collectives between slices"] = "hidden_network_seconds"
     if stage["host_copy_bytes"]:
         within["host copies"] = "exposed_host_copy_seconds"
         beside["copies to and from the host"] = "hidden_host_copy_seconds"
@@ -76,6 +82,17 @@ def _parts(stage: dict[str, Any]) -> list[str]:
         *(_row(f"  {label}", f"{stage[key]:.3f} s ({stage[key] / total:.0%})") for label, key in within.items()),
         *(_row("  behind them", f"{stage[key]:.3f} s more of {label}") for label, key in beside.items()),
     ]
+
+
+def _network(stage: dict[str, Any]) -> list[str]:
+    """What goes from a chip to other slices, and its share of all that is waited for."""
+    if not stage["network_bytes_per_chip"]:
+        return []
+    waits = sum(value for key, value in stage.items() if key.startswith("exposed_") and key.endswith("_seconds"))
+    share = stage["exposed_network_seconds"] / max(waits, 1e-12)
+    size, rate = stage["network_bytes_per_chip"] / 1e9, stage["network_bytes_per_s"] / 1e9
+    sent = f"{size:.3g} GB a step from each chip, by a network of {rate:.2f} GB/s a chip"
+    return [_row("between slices", sent), _row("", f"{share:.0%} of the time waited for transfers")]
 
 
 def _row(label: str, value: str) -> str:

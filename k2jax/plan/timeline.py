@@ -16,7 +16,7 @@ from typing import NamedTuple
 from k2jax.plan.chips import Chip
 from k2jax.plan.hlo import Instruction, Program, array_bytes, array_shapes
 from k2jax.plan.kernels import blocks_of_table, flash_costs
-from k2jax.plan.links import HOST, Links
+from k2jax.plan.links import HOST, NETWORK, Links
 from k2jax.plan.topologies import GENERATIONS
 
 GPU_MATRIX_SHARE, GPU_HBM_SHARE = 0.7, 0.85  # of the peaks that long products and copies reach: assumed
@@ -24,16 +24,17 @@ KERNEL_SHARE = 0.5  # of the peak, where a kernel's bundles cannot be read: assu
 PRODUCTS = {"forward": 2, "backward": 5}  # of attention, each of queries times keys times head_dim
 KERNEL = re.compile(r"flash_attention_(forward|backward)(_full)?")
 FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
-        "copy-start", "copy-done", "dynamic-update-slice", "broadcast", "iota", "opt-barrier")  # fmt: skip
+        "copy-start", "copy-done", "send", "send-done", "recv", "recv-done",
+        "dynamic-update-slice", "broadcast", "iota", "opt-barrier")  # fmt: skip
 
 
 class Transfer(NamedTuple):
-    """A collective, or a copy to or from the host's memory."""
+    """A collective, a part of one between slices, or a copy to or from the host's memory."""
 
     name: str
     seconds: float
     links: frozenset[tuple[int, int]]  # that it takes: see links.py
-    size: int  # bytes: of a gather's result, of a reduction's operands
+    size: float  # bytes: of a gather's result, of a reduction's operands; between slices, those that leave the device
 
 
 @dataclass
@@ -53,21 +54,27 @@ class Parts:
     elementwise: float = 0.0  # and copies, reductions, gathers, updates
     attention: float = 0.0
     collectives: Transfers = field(default_factory=Transfers)
+    slices: Transfers = field(default_factory=Transfers)  # collectives between slices of TPUs, over the network
     host: Transfers = field(default_factory=Transfers)  # copies to and from the host's memory
 
+    @property
+    def transfers(self) -> tuple[Transfers, ...]:
+        return self.collectives, self.slices, self.host
+
     def add(self, other: "Parts", times: float = 1.0) -> None:
-        for mine, more in ((self, other), (self.collectives, other.collectives), (self.host, other.host)):
+        for mine, more in zip((self, *self.transfers), (other, *other.transfers), strict=True):
             for name, value in vars(more).items():
                 if not isinstance(value, Transfers):
                     setattr(mine, name, getattr(mine, name) + times * value)
 
     def over(self, links: frozenset[tuple[int, int]]) -> Transfers:
         """Of these links, those that a transfer over them counts to."""
-        return self.host if any(axis == HOST for axis, _ in links) else self.collectives
+        axes = {axis for axis, _ in links}
+        return self.host if HOST in axes else self.slices if NETWORK in axes else self.collectives
 
     @property
     def total(self) -> float:
-        return self.matrix + self.elementwise + self.attention + self.collectives.exposed + self.host.exposed
+        return self.matrix + self.elementwise + self.attention + sum(part.exposed for part in self.transfers)
 
 
 class Timeline:
@@ -127,6 +134,8 @@ class Timeline:
             size = max(collective.result_bytes, self._operand_bytes(collective))
             name = f"{collective.collective} {collective.result} {collective.op_name}"
             return Transfer(name, *self.links.transfer(self.program, collective), size)
+        if i.opcode == "send" and i.rendezvous:
+            return Transfer(i.rendezvous, *self.links.between_slices(i, self._operand_bytes(i)))
         size, direction = self.program.host_copy(i)
         return Transfer(f"{i.opcode} {i.result}", *self.links.host_copy(size, direction), size) if size else None
 
@@ -142,9 +151,12 @@ class Timeline:
         return next((inner for inner in within if inner.collective), None)
 
     def _key(self, i: Instruction) -> str:
-        """What a start and its end share: the channel of a collective that the compiler split, or the start's name."""
+        """What a start and its end share: the channel of a collective that the compiler split, the rendezvous of one
+        between slices, which begins as its data is sent, or the start's name."""
         if i.opcode == "fusion":
             return next((inner.channel for inner in self.program.within(i) if inner.channel), i.name)
+        if i.opcode in ("send", "recv-done"):
+            return (i if i.opcode == "send" else self.program.instructions[i.operands[0]]).rendezvous or i.name
         return i.operands[0] if i.opcode.endswith("-done") else i.name
 
     def _compute(self, i: Instruction, parts: Parts) -> None:
@@ -229,8 +241,9 @@ class Timeline:
 
 
 def _is_start(i: Instruction) -> bool:
-    return i.opcode.endswith("-start") or i.name.startswith("async-collective-start")
+    return i.opcode == "send" or i.opcode.endswith("-start") or i.name.startswith("async-collective-start")
 
 
 def _is_done(i: Instruction) -> bool:
-    return (i.opcode.endswith("-done") and i.opcode != "copy-done") or i.name.startswith("async-collective-done")
+    done = i.opcode.endswith("-done") and i.opcode not in ("copy-done", "send-done")
+    return done or i.name.startswith("async-collective-done")

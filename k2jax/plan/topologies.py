@@ -31,6 +31,7 @@ GENERATIONS = {
 # are of NVIDIA's data sheet (memory, bandwidth, clock) and of the CUDA programming guide's compute capabilities.
 GPUS = ("h100", "a100")
 GPUS_PER_HOST = 8
+MOST_SLICES = 64  # of a topology: the compiler numbers devices by slice and knows no bound of its own
 
 
 def use_tpu_compiler(dump: str | None = None) -> None:
@@ -74,14 +75,19 @@ def gpu_devices(topology: str) -> list[Any]:
 
 
 def tpu_devices(topology: str) -> list[Any]:
-    """Devices of a slice such as "v5p:8x8x8", to compile for. ConfigError where there is no such slice."""
+    """Devices of a slice such as "v5p:8x8x8", or of two as "v5p:8x8x8*2", to compile for. ConfigError where there is no
+    such slice."""
     from jax.experimental import topologies
 
+    name, several, slices = topology.partition("*")
+    if several and not (slices.isdecimal() and 0 < int(slices) <= MOST_SLICES):
+        raise ConfigError(f"topology {topology!r}: after * stands the number of slices, 1 to {MOST_SLICES}")
+    options = {"num_slices": int(slices)} if several else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except Exception as error:  # whatever libtpu and the plugin raise: RuntimeError, JaxRuntimeError, ...
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(
-            f"topology {topology!r}: {reason}; it is GENERATION:SHAPE, as v5p:8x8x8 or v6e:16x16, with a generation "
-            f"of {', '.join(GENERATIONS)}"
+            f"topology {topology!r}: {reason}; it is GENERATION:SHAPE, as v5p:8x8x8 or v6e:16x16, and *NUMBER where "
+            f"there are several such slices, as v5p:8x8x8*2, with a generation of {', '.join(GENERATIONS)}"
         ) from error

@@ -6,11 +6,11 @@ Each stage can be stopped and goes on where it was. data.json, written last, say
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import k2jax
+from k2jax import errors, locks
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
@@ -29,6 +30,7 @@ from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
 from k2jax.prepare.tokenise import Bucket
+from k2jax.text import redacted
 
 FORMAT = 2
 
@@ -43,6 +45,7 @@ def build(
     documents and stores, several times the documents' size. Raises ConfigError if `out` holds anything else, was begun
     with another recipe or other documents, or is being worked in; StorageError if it cannot be written.
     """
+    errors.keep_files_ours()
     out = Path(out).absolute()
     workers = workers or os.cpu_count() or 1
     was_there = (out / "data.json").exists()
@@ -101,7 +104,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     join = partial(_join, config=plain, out=out, names=names, options=options)
     engine.run(Stage("stores", len(names), join))
 
-    data = {"format": FORMAT, "config": json.loads(json.dumps(plain)), **options, "inputs": inputs}
+    data = {"format": FORMAT, "config": redacted(plain), **options, "inputs": inputs}
     data |= _summary(config, out, names)
     card.write_card(out, data)
     write_json(out / "data.json", data)
@@ -110,7 +113,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
 
 def _check_inputs(inputs: dict[str, Any], stages: Path) -> None:
     """The files of the subsets must be those that were dealt when this preparation began."""
-    began = json.loads((stages / "clean" / "files" / "summary.json").read_text())
+    began = json.loads((stages / "clean" / "files" / "summary.json").read_bytes())
     if changed := [name for name in inputs if inputs[name] != began.get(name)]:
         raise ConfigError(
             f"--out={stages.parent}: the files of subset {changed[0]} have changed since this preparation began "
@@ -123,7 +126,7 @@ def _buckets(config: ConfigDict, stages: Path) -> list[Bucket]:
     ranks: dict[str, list[int]] = {}
     num_bytes: dict[str, int] = {}
     for rank, task in enumerate(recipe.tasks(config)):
-        counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_text())
+        counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_bytes())
         ranks.setdefault(task.subset, []).append(rank)
         num_bytes[task.subset] = num_bytes.get(task.subset, 0) + counts["kept"]["bytes"]
     return [
@@ -137,7 +140,7 @@ def _tallies(config: ConfigDict, folder: Path) -> dict[str, dict[str, Any]]:
     """What the tasks of a stage counted, by subset."""
     parts: dict[str, list] = {}
     for rank, task in enumerate(recipe.tasks(config)):
-        parts.setdefault(task.subset, []).append(json.loads((folder / f"{rank:05d}.json").read_text()))
+        parts.setdefault(task.subset, []).append(json.loads((folder / f"{rank:05d}.json").read_bytes()))
     return {name: tally.combine(found) for name, found in parts.items()}
 
 
@@ -201,7 +204,7 @@ def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
         mix |= token_sources.mix_of_rates(rates, examples, {name: opened[name].num_train_tokens for name in rates})
     stores = {}
     for name, store in opened.items():
-        sizes = [json.loads(path.read_text())["bytes"] for path in (stages / "tokens" / name).glob("*.json")]
+        sizes = [json.loads(path.read_bytes())["bytes"] for path in (stages / "tokens" / name).glob("*.json")]
         stores[name] = {
             "subset": subset_of[name],
             "documents": store.num_documents,
@@ -222,24 +225,27 @@ def _claimed(config: ConfigDict, out: Path) -> Iterator[None]:
     begun = out / "stages" / "recipe.json"
     if not begun.exists() and any(path.name != "stages" for path in out.iterdir()):
         raise ConfigError(f"--out={out}: holds files that are no preparation of ours; choose an empty folder")
-    begun.parent.mkdir(exist_ok=True)
-    with open(begun.parent / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"--out={out}: another process is preparing data there; wait for it") from error
-        wanted = {"config": config.to_dict(), "version": k2jax.__version__}
+    begun.parent.mkdir(exist_ok=True, mode=0o700)  # tasks are told what to read with the credentials of its URLs
+    with _locked(begun.parent / "lock", out):
+        wanted = {"config": redacted(config.to_dict()), "version": k2jax.__version__}
         if not begun.exists():
             write_json(begun, wanted)
-        _check_recipe(json.loads(begun.read_text())["config"], config, out, "was begun with")
+        _check_recipe(json.loads(begun.read_bytes())["config"], config, out, "was begun with")
         shutil.rmtree(out / "card", ignore_errors=True)
         remove_leftovers(out, alone=True)
         yield
 
 
+def _locked(path: Path, out: Path) -> locks.Lock:
+    try:
+        return locks.hold(path, f"host {socket.gethostname()}, pid {os.getpid()}")
+    except locks.Held as holder:
+        raise ConfigError(f"--out={out}: another process ({holder}) is preparing data there; wait for it") from None
+
+
 def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str) -> None:
     """Raises ConfigError if another recipe made what lies in `out`."""
-    wanted = json.loads(json.dumps(config.to_dict()))
+    wanted = redacted(config.to_dict())
     made = {"eos": "", **made}  # before there was the key
     if made != wanted:
         changes = "; ".join(

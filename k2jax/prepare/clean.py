@@ -129,7 +129,7 @@ def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Pat
         steps.append(Rule("contamination", check_of.apply))
     raw = documents(
         chosen,
-        [File(*row) for row in json.loads(_files_of(Path(out), rank).read_text())],
+        [File(*row) for row in json.loads(_files_of(Path(out), rank).read_bytes())],
         name=name,
         shard=shard,
         num_shards=num_shards,

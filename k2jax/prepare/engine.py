@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -28,6 +29,7 @@ import k2jax
 from k2jax import errors
 from k2jax.errors import ConfigError, RunError
 from k2jax.files import write_json, write_text
+from k2jax.text import without_secrets
 
 EXECUTORS = ("local", "ray", "slurm")
 SLURM_POLL_SECONDS = 10
@@ -104,6 +106,7 @@ class _Ranks:
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
         logger.disable("datatrove")
+        errors.keep_files_ours()  # on a machine of Ray's or Slurm's
         stats = PipelineStats()
         if self.is_rank_completed(rank):
             return stats
@@ -113,7 +116,7 @@ class _Ranks:
             function(rank)
         except Exception as error:
             kind = "StorageError" if isinstance(error, OSError) else type(error).__name__
-            failure = {"type": kind, "message": str(error)}
+            failure = {"type": kind, "message": without_secrets(str(error))}
             with contextlib.suppress(OSError):  # a full disk: the error itself goes on
                 write_json(self.logging_dir.resolve_paths(f"errors/{rank:05d}.json"), failure)
             raise
@@ -153,6 +156,7 @@ class _Local(_Ranks, LocalPipelineExecutor):
 
 def _end_with(command: int) -> None:
     """A worker ends when the command (its process id) does, however that ended, lest it writes beside the next one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all of them: the command speaks
 
     def watch() -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -188,7 +192,7 @@ def _raise_failures(stage: Stage, folder: Path) -> None:
     for path in sorted((folder / "errors").glob("*.json")):
         if (folder / "completions" / path.stem).exists():
             continue  # it failed, and passed when the executor tried again
-        failure = json.loads(path.read_text())
+        failure = json.loads(path.read_bytes())
         kind = getattr(errors, failure["type"], None)
         if isinstance(kind, type) and issubclass(kind, RunError):
             raise kind(failure["message"])
@@ -246,7 +250,7 @@ def usage(folder: Path) -> dict[str, dict[str, float]]:
     """What each stage whose marks are in `folder` took: CPU-seconds of all its tasks, peak memory of the largest."""
     found = {}
     for stage in sorted(folder.iterdir()):
-        tasks = [json.loads(path.read_text()) for path in (stage / "usage").glob("*.json")]
+        tasks = [json.loads(path.read_bytes()) for path in (stage / "usage").glob("*.json")]
         if tasks:
             cpu_seconds = sum(task["cpu_seconds"] for task in tasks)
             found[stage.name] = {"cpu_seconds": cpu_seconds, "peak_bytes": max(task["peak_bytes"] for task in tasks)}

@@ -19,6 +19,7 @@ from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import python_corpus
 from k2jax.prepare.recipe import kind_of
 from k2jax.prepare.tally import clean_name
+from k2jax.text import without_secrets
 
 BLOCK = 1 << 20  # bytes read at a time
 # Compressed bytes decoded at once. A zstd block of 4 can stand for 128 KiB, a byte of gzip for about 1,032, so at most
@@ -64,8 +65,8 @@ def list_files(source: str) -> list[File]:
 
 
 def shown_name(name: str) -> str:
-    """A name or URL from outside, in characters that print, up to NAME_CHARACTERS of them."""
-    name = name[:NAME_CHARACTERS]
+    """A name or URL from outside, in characters that print, up to NAME_CHARACTERS of them, without credentials."""
+    name = without_secrets(name)[:NAME_CHARACTERS]
     if name.isprintable():
         return name
     return "".join(clean_name(name[i : i + 300]) for i in range(0, len(name), 300))

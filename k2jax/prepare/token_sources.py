@@ -208,7 +208,7 @@ def summary(config: ConfigDict, out: Path) -> tuple[dict[str, dict], dict[str, d
     stores: dict[str, dict[str, int]] = {}
     lengths: dict[str, int] = {}
     for rank, task in enumerate(token_tasks(config)):
-        found = json.loads((out / "token-sources" / f"{rank:05d}.json").read_text())
+        found = json.loads((out / "token-sources" / f"{rank:05d}.json").read_bytes())
         parts.setdefault(task.subset, []).append(found["tally"])
         length = lengths.setdefault(task.subset, found["row_length"]) or found["row_length"]
         if found["row_length"] not in (0, length):

@@ -3,12 +3,10 @@
 epochs/  environment.json  journal.jsonl  tokenizer.json  metrics/  ledger/  checkpoints/  tensorboard/  abandoned/
 """
 
-import fcntl
 import importlib.metadata
 import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -21,16 +19,19 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import config as configuration
-from k2jax import files
+from k2jax import errors, files, locks
 from k2jax.data.epochs import Epoch, epoch_path, has_epochs, new_epoch, read_epochs, write_epoch
 from k2jax.data.journal import read_journal
+from k2jax.data.launches import read_launches, write_launches
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import parameter_table
 from k2jax.parallel import cluster
 from k2jax.run import drift
+from k2jax.run.commit import git_commit
 from k2jax.run.fork import fork, new_name, read_fork
 from k2jax.run.identity import epochs_of
 from k2jax.run.saved import open_step, saved_steps
+from k2jax.text import without_secrets
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 ENVIRONMENT = (
@@ -53,33 +54,26 @@ class RunDirectory:
         self._lock = None
 
     def __enter__(self) -> "RunDirectory":
+        errors.keep_files_ours()
         holder = cluster.decide("takes the workdir", self._take_lock)
         cluster.together("looks into the workdir", lambda: self._check_shared(holder))
         return self
 
     def _take_lock(self) -> str:
-        """Who holds it now. The kernel drops the lock with the process, so a killed run leaves none behind."""
+        """Who holds it now: this process, and no other."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
-            self._lock = (self.path / "lock").open("a+")
+            holder = f"host {socket.gethostname()}, pid {os.getpid()}, since {_now()}"
+            self._lock = locks.hold(self.path / "lock", holder)
         except OSError as error:
             raise StorageError(
                 f"--workdir={self.path}: cannot be made or written: {error.strerror}; "
                 f"name a folder that you may write"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip()
+        except locks.Held as holds:
             raise ConfigError(
-                f"--workdir={self.path} is in use by another run ({holder}): wait for it, or use "
-                f"another workdir"
+                f"--workdir={self.path} is in use by another run ({holds}): wait for it, or use another workdir"
             ) from None
-        self._lock.truncate(0)
-        holder = f"host {socket.gethostname()}, pid {os.getpid()}, since {_now()}"
-        self._lock.write(holder)
-        self._lock.flush()
         return holder
 
     def _check_shared(self, holder: str) -> None:
@@ -98,7 +92,7 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
     def fork(self, source: Path, step: int) -> None:
         """Makes this a fork of another run at a step, unless it is that already."""
@@ -141,6 +135,8 @@ class RunDirectory:
     def _begin(
         self, config: ConfigDict, manifest: dict[str, Any], restored: dict[str, Any] | None
     ) -> tuple[list[Epoch], list[dict[str, Any]]]:
+        if restored is None:
+            self._check_begins()
         kept = epochs_of(self.path, restored) if restored else []
         epoch = self._next(kept, config, manifest, restored["step"] if restored else 0)
         there = read_epochs(self.path) if has_epochs(self.path) else []
@@ -154,6 +150,17 @@ class RunDirectory:
         if epoch and epoch not in there:
             write_epoch(self.path, epoch)
         return [*kept, epoch] if epoch else kept, read_journal(self.path / "journal.jsonl")
+
+    def _check_begins(self) -> None:
+        """Raises StorageError where there must have been a checkpoint: a run never starts from scratch in silence."""
+        first = read_epochs(self.path)[0] if has_epochs(self.path) else None
+        imported, records = first is not None and first.manifest is None, self.path / "ledger" / "records.jsonl"
+        if imported or read_fork(self.path) or (records.exists() and records.stat().st_size):
+            was = "an import" if imported else "a run that had checkpoints"
+            raise StorageError(
+                f"--workdir={self.path} holds {was}, and none is there: restore checkpoints/ from a copy, or use a new "
+                f"workdir"
+            )
 
     def _put_away(self, epoch: Epoch) -> None:
         place = self.path / "abandoned" / f"epoch-{epoch.number:04d}-{epoch.digest[:12]}.json"
@@ -190,11 +197,10 @@ class RunDirectory:
         self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int], step: int | None
     ) -> None:
         """One entry a launch: a run may move between machines, and restarts must not go on for ever without a step."""
-        path = self.path / "environment.json"
-        launches = files.read_json(path)["launches"] if path.exists() else []
+        launches = read_launches(self.path)
         most, same = config.checkpoint.max_launches, 0
         for launch in reversed(launches):
-            if launch["newest_step"] != step or launch.get("done"):
+            if launch.get("newest_step") != step or launch.get("done"):
                 break
             same += 1
         if most and same >= most:
@@ -205,18 +211,16 @@ class RunDirectory:
             )
         stores = {store["root_digest"]: store["path"] for store in manifest["stores"].values()}
         launch = {**environment(mesh_shape), "newest_step": step, "stores": stores}
-        files.write_json(path, {"launches": [*launches, launch]}, sort_keys=True, end="")
+        write_launches(self.path, [*launches, launch])
+
+    def note_launch(self, values: dict[str, Any]) -> None:
+        """Adds what is known now to this launch's entry in environment.json; process 0 alone does that."""
+        *earlier, launch = read_launches(self.path)
+        write_launches(self.path, [*earlier, {**launch, **values}])
 
     def end(self) -> None:
         """Notes that this launch came to the end of the run."""
-
-        def note() -> None:
-            path = self.path / "environment.json"
-            launches = files.read_json(path)["launches"]
-            launches[-1]["done"] = True
-            files.write_json(path, {"launches": launches}, sort_keys=True, end="")
-
-        cluster.decide("ends the run", note)
+        cluster.decide("ends the run", lambda: self.note_launch({"done": True}))
 
 
 def _difference_from_import(last: Epoch, new: dict[str, Any], manifest: dict[str, Any]) -> dict[str, tuple]:
@@ -254,7 +258,7 @@ def environment(mesh_shape: dict[str, int]) -> dict[str, Any]:
     return {
         "time": _now(),
         "host": socket.gethostname(),
-        "command": sys.argv,
+        "command": [without_secrets(argument) for argument in sys.argv],
         "commit": git_commit(),
         "versions": versions(),
         "devices": {
@@ -295,14 +299,6 @@ def _cpu_name() -> str:
         else []
     )
     return names[0] if names else platform.processor()
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that this code runs from, "+" when it has uncommitted changes; None outside of one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else None
 
 
 def _check_same_arrays(old_config: dict, new_config: dict) -> None:

@@ -38,23 +38,26 @@ def epochs_of(workdir: Path, meta: dict[str, Any]) -> list[Epoch]:
                 f"checkpoint {step} in {workdir}: its {key} is {str(meta.get(key))[:12]}, that of its epoch "
                 f"{value[:12]}: restore the checkpoint or epochs/ from a copy"
             )
-    _check_ledger(workdir, step, meta["digest"])
+    _check_ledger(workdir, meta)
     return epochs[: found.number]
 
 
-def _check_ledger(workdir: Path, step: int, digest: str) -> None:
-    """That the ledger's record of the step, where it has one yet, is of this checkpoint."""
-    path = workdir / "ledger" / "records.jsonl"
+def _check_ledger(workdir: Path, meta: dict[str, Any]) -> None:
+    """That the ledger records this checkpoint, unless a kill came before that, and the one that it goes on from."""
+    path, parent = workdir / "ledger" / "records.jsonl", meta["parent"] or {"step": 0}
     lines = files.read_bytes(path, MAX_RECORDS_BYTES).splitlines(keepends=True) if path.exists() else []
+    recorded: dict[int, str] = {}
     for line in lines:
-        if not line.endswith(b"\n"):
-            continue
-        record = files.parse_json(line, str(path))
-        own = {key: value for key, value in record.items() if key != "record"} if isinstance(record, dict) else {}
-        if own.get("last_step") == step and sha256_json(own) != record.get("record"):
-            raise StorageError(f"{path}: the record of step {step} is damaged: restore the file from a copy")
-        if own.get("last_step") == step and own["checkpoint"] != digest:
+        record = files.parse_json(line, str(path)) if line.endswith(b"\n") else None
+        if isinstance(record, dict) and record.get("last_step") in (meta["step"], parent["step"]):
+            if sha256_json({k: v for k, v in record.items() if k != "record"}) != record.get("record"):
+                raise StorageError(
+                    f"{path}: the record of step {record['last_step']} is damaged: restore the file from a copy"
+                )
+            recorded[record["last_step"]] = record["checkpoint"]
+    for step, digest, needed in ((meta["step"], meta["digest"], False), (parent["step"], parent.get("digest"), True)):
+        if step and recorded.get(step, None if needed else digest) != digest:
             raise StorageError(
-                f"{path}: the checkpoint of step {step} that it records is {own['checkpoint'][:12]}, the one there is "
-                f"{digest[:12]}: of another run, or replaced; put the run's own back"
+                f"{path}: of step {step} it records checkpoint {str(recorded.get(step))[:12]}, the one there, or that "
+                f"the next names, is {digest[:12]}: of another run, or replaced; put the run's own files back"
             )

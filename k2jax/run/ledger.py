@@ -18,6 +18,7 @@ from k2jax import files
 from k2jax.data.manifest import canonical_json
 from k2jax.errors import StorageError
 
+MAX_BYTES = 1 << 30  # of a file; a chunk of K2's has 941 rows of 1.5 kB
 GENESIS = "0" * 64  # what the first record has in the place of a record before it
 
 
@@ -51,7 +52,7 @@ class StepLog:
     def rows(self, first_step: int = 1, last_step: int | None = None) -> Iterator[dict[str, Any]]:
         """Rows of steps in [first_step, last_step], in order."""
         for path in sorted(self.directory.glob("chunk-*.jsonl")):
-            for line in path.read_bytes().splitlines():
+            for line in files.read_bytes(path, MAX_BYTES).splitlines():
                 row = _parse(line, path)
                 if row["step"] >= first_step and (last_step is None or row["step"] <= last_step):
                     yield row
@@ -62,7 +63,7 @@ class StepLog:
         files.remove_leftovers(self.directory, alone=True)  # none but the holder of the run's lock writes here
         dropped = 0
         for path in sorted(self.directory.glob("chunk-*.jsonl")):
-            lines = path.read_bytes().splitlines(keepends=True)
+            lines = files.read_bytes(path, MAX_BYTES).splitlines(keepends=True)
             kept = [
                 line for line in lines if line.endswith(b"\n") and _parse(line, path)["step"] <= last_step
             ]
@@ -107,8 +108,8 @@ class Ledger:
 
     def records(self) -> list[dict[str, Any]]:
         """In order; a half-written last line is none."""
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        return [_parse(line, self.path) for line in lines if line.endswith(b"\n")]
+        lines = files.read_bytes(self.path, MAX_BYTES).splitlines(keepends=True) if self.path.exists() else []
+        return [_parse(line, self.path, "last_step") for line in lines if line.endswith(b"\n")]
 
     def append_record(self, step: int, belongs: dict[str, str]) -> None:
         """Closes the steps since the last record with the checkpoint of `step`; `belongs` as `belonging` gives it."""
@@ -179,11 +180,14 @@ def _writing(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _parse(line: bytes, path: Path) -> dict[str, Any]:
+def _parse(line: bytes, path: Path, step: str = "step") -> dict[str, Any]:
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: a line is damaged ({error}): restore the file from a copy") from error
+    if not isinstance(row, dict) or type(row.get(step)) is not int:
+        raise StorageError(f'{path}: a line is damaged (no object with "{step}"): restore the file from a copy')
+    return row
 
 
 def float_bits(value: float) -> str:

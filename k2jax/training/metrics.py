@@ -16,13 +16,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from k2jax import files
-from k2jax.data.epochs import read_epochs
 from k2jax.data.loader import batch_digest
 from k2jax.data.order import Order, StagePlan
-from k2jax.errors import NumericsError
 from k2jax.model.flops import flops_per_token, peak_flops
 from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog, belonging
+from k2jax.training.sinks import open_sinks
 
 
 class Recorder:
@@ -41,22 +40,24 @@ class Recorder:
         first_step: int,
     ):
         self.config, self.order, self.subsets, self.steps, self.ledger = config, order, subsets, steps, ledger
-        self.print_line, self.tokens_seen = print_line, tokens_seen
+        self.print_line, self.tokens_seen, self.first_step = print_line, tokens_seen, first_step
         self.is_main = cluster.is_main()
-        self.sinks = _sinks(config, workdir, first_step) if self.is_main else []
+        self.sinks = open_sinks(config, workdir, first_step, print_line) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
+        self.skips_in_a_row = 0  # up to the last row
+        self.first_done: float | None = None  # when this launch's first step was, by time.perf_counter()
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
         self._last: tuple[StagePlan, float] | None = None  # stage and time of the last row
 
     def push(self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float) -> None:
-        """Keeps this step's metrics and records those of the step before. Raises NumericsError as `flush` does."""
+        """Keeps this step's metrics and records those of the step before."""
         previous, self._pending = self._pending, (step, plan, metrics, data_wait_s, time.perf_counter())
         if previous is not None:
             self._record(*previous)
 
     def flush(self) -> None:
-        """Records what is pending, waiting for the device. Raises NumericsError when the guard stops the run."""
+        """Records what is pending, waiting for the device."""
         if self._pending is not None:
             previous, self._pending = self._pending, None
             self._record(*previous)
@@ -71,20 +72,13 @@ class Recorder:
         if meta is not None and self.is_main:
             self.ledger.append_record(meta["step"], belonging(meta))
 
-    def require_finite_parameters(self) -> None:
-        """Raises NumericsError when the last recorded step left a parameter that is not finite: it is not saved."""
-        if not math.isfinite(self.last_row["param_norm"]):
-            raise NumericsError(
-                f"step {self.last_row['step']}: parameters are not finite: nothing is saved; "
-                f"go back to an earlier checkpoint"
-            )
-
     def _record(
         self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float, pushed: float
     ) -> None:
         values = jax.device_get(metrics)
         # On CPU a step is done when its call returns (cluster.initialize).
         now = pushed if jax.default_backend() == "cpu" else time.perf_counter()
+        self.first_done = self.first_done or now
         step_s = now - self._last[1] if self._last and self._last[0] is plan else None  # no compiling in it
         self._last = plan, now
         self.tokens_seen += plan.rows_per_step * plan.sequence_length
@@ -101,7 +95,7 @@ class Recorder:
             "data_wait_s": data_wait_s,
             **_memory(),
         }
-        self.last_row = row
+        self.last_row, self.skips_in_a_row = row, int(values["skips_in_a_row"])
         if self.is_main:
             self.ledger.append_step(
                 step,
@@ -112,13 +106,8 @@ class Recorder:
             )
             self.steps.append(_jsonable(row))
         for sink in self.sinks:
-            sink(step, row)
+            sink.put(step, row)
         self._tell(step, row)
-        if int(values["skips_in_a_row"]) >= self.config.optimizer.max_skips_in_a_row:
-            raise NumericsError(
-                f"loss or gradient not finite in {int(values['skips_in_a_row'])} steps in a row, up to "
-                f"step {step}; no update was made in them; the data: tools/which_docs.py --step {step}"
-            )
 
     def _losses(self, values: dict[str, np.ndarray]) -> dict[str, Any]:
         row = {"loss": float(values["loss"])}
@@ -166,7 +155,7 @@ class Recorder:
         self.steps.close()
         self.ledger.steps.close()
         for sink in self.sinks:
-            sink(None, {})
+            sink.close()
 
 
 def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str, float]:
@@ -203,31 +192,3 @@ def _memory() -> dict[str, int | None]:
 def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN; the ledger keeps the exact bits."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-def _sinks(config: ConfigDict, workdir: Path, first_step: int) -> list[Callable[[int | None, dict], None]]:
-    """Where rows go besides `metrics/`; each is called with (step, row), and with (None, {}) at the end.
-
-    TensorBoard drops what it has from `first_step` on: those steps are run again.
-    """
-    sinks = []
-    if config.log.tensorboard:
-        from tensorboardX import SummaryWriter
-
-        writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
-
-        def to_tensorboard(step: int | None, row: dict[str, Any]) -> None:
-            if step is None:
-                writer.close()
-            for key, value in row.items():
-                if isinstance(value, (int, float)):
-                    writer.add_scalar(key, value, step)
-
-        sinks.append(to_tensorboard)
-    if config.log.wandb_project:
-        import wandb
-
-        name = read_epochs(workdir)[-1].run[:16]
-        run = wandb.init(project=config.log.wandb_project, name=workdir.name, dir=workdir, resume="allow", id=name)
-        sinks.append(lambda step, row: run.finish() if step is None else run.log(row, step=step))
-    return sinks

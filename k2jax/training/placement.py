@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError
-from k2jax.model.decoder import Params, num_params, parameter_table
+from k2jax.model.decoder import Params, parameter_table
 from k2jax.parallel import pipeline, sharding
 from k2jax.run.state import TrainState
 from k2jax.training.optimizer import init_state
@@ -21,7 +22,7 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
     """Raises ConfigError, before anything is compiled, for a dimension or batch that the mesh does not divide."""
     for name, p in parameter_table(config.model).items():
         sharding.check_divisible(name, p.shape, p.axes, mesh)
-    data_parallel = math.prod(mesh.shape[axis] for axis in sharding.DATA_AXES)
+    data_parallel = sharding.row_parts(mesh)
     for i, stage in enumerate(config.stages):
         rows = stage.rows_per_step // stage.microbatches
         if rows % data_parallel:
@@ -38,6 +39,18 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
     if rings and math.prod(rings) != mesh.shape["fsdp"]:
         raise ConfigError(f"model.rings={rings} must multiply to mesh.fsdp={mesh.shape['fsdp']}, or be ()")
     pipeline.check(config, mesh)
+
+
+def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh to train on: the experiment's, of whose replicas as many split the moments as can (sharding.py).
+
+    Raises ConfigError where it does not fit the devices, or the experiment does not fit it.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    check_mesh(config, mesh)
+    replicas = mesh.shape["replica"]
+    parts = [number for number in range(replicas, 0, -1) if replicas % number == 0]
+    return min((sharding.split_replicas(mesh, number) for number in parts), key=partial(state_bytes, config))
 
 
 def mesh_for(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -90,10 +103,13 @@ def move_params(config: ConfigDict, params: Params, mesh: Mesh) -> Params:
     return jax.device_put(params, places)
 
 
-def state_bytes(config: ConfigDict, mesh: Mesh) -> float:
-    """Of float32 parameters and moments on a device."""
-    shards = math.prod(mesh.shape[axis] for axis in ("stage", "fsdp", "context", "tensor"))
-    return 4 * num_params(config.model) * (1 / shards + 2 / (shards * mesh.shape["replica"]))
+def state_bytes(config: ConfigDict, mesh: Mesh) -> int:
+    """Of float32 parameters and moments on a device, as they are cut there."""
+    shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+    return sum(
+        array.dtype.itemsize * math.prod(place.shard_shape(array.shape))
+        for array, place in zip(*map(jax.tree.leaves, (shapes, place_state(config, shapes, mesh))), strict=True)
+    )
 
 
 class Placement(NamedTuple):
@@ -124,7 +140,7 @@ class Placement(NamedTuple):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(None, sharding.DATA_AXES))
+    return NamedSharding(mesh, PartitionSpec(None, sharding.data_axes(mesh)))
 
 
 def place_batches(stage: ConfigDict, mesh: Mesh) -> Placement:

@@ -17,8 +17,9 @@ from k2jax.data.order import Order, StagePlan
 from k2jax.data.store import Store
 from k2jax.errors import ConfigError
 from k2jax.model.decoder import compute_dtype
-from k2jax.parallel import sharding
+from k2jax.parallel import compile_cache, sharding
 from k2jax.run.state import TrainState
+from k2jax.training.launch import Launch
 from k2jax.training.placement import batch_sharding, place_batches
 from k2jax.training.step import Batch, Metrics, train_step
 
@@ -84,14 +85,19 @@ def compile_step(
     shardings: TrainState,
     manifest: dict[str, Any],
     say: Callable[[str], None],
+    launch: Launch,
 ) -> StepFunction:
     """Compiled once for the stage: an executable takes these shapes only, so nothing can recompile later."""
     started = time.perf_counter()
     say(f"compiling the step of {plan.name}")
     batch = batch_shapes(config, config.stages[plan.index])
     jitted = step_function(config, plan, shardings, mesh, manifest["eos_id"], len(manifest["stores"]))
-    compiled = compile_lowered(jitted.lower(shapes, batch), config)
-    say(f"compiled in {time.perf_counter() - started:.1f} s")
+    lowered = jitted.lower(shapes, batch)
+    before = compile_cache.counts()
+    compiled = compile_lowered(lowered, config)
+    warm = compile_cache.counts().since(before).found > 0
+    launch.compiled(warm)
+    say(f"{'out of the cache' if warm else 'compiled'} in {time.perf_counter() - started:.1f} s")
     return compiled
 
 
@@ -116,13 +122,14 @@ def feed_steps(
     *,
     first_step: int,
     say: Callable[[str], None],
+    launch: Launch,
 ) -> Iterator[Work]:
     """The steps from `first_step` to the end of the run; compiles where a stage begins. Close it to end the loader."""
     for plan in order.stages:
         if max(first_step, plan.first_step) > plan.last_step:
             continue  # behind, or skipped as a whole
         placement = place_batches(config.stages[plan.index], mesh)
-        run_step = compile_step(config, plan, mesh, shapes, shardings, manifest, say)
+        run_step = compile_step(config, plan, mesh, shapes, shardings, manifest, say, launch)
         batches = make_loader(
             order,
             stores,

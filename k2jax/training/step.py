@@ -3,6 +3,7 @@
 Axes: A microbatches, R rows of a microbatch, the rest as in decoder.py.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from k2jax.model.decoder import Decoder, Params, document_ids, parameter_table
 from k2jax.model.loss import LossOptions, head_loss, targets_and_weights
-from k2jax.parallel import context
+from k2jax.parallel import context, replicas, sharding
 from k2jax.parallel.sharding import shard
 from k2jax.run.state import TrainState
 from k2jax.training.optimizer import adamw, learning_rate
@@ -88,26 +89,41 @@ def row_losses(
     return loss, (nats_BT * weights_BT).sum(axis=1), weights_BT.sum(axis=1)
 
 
-def mean_gradients(params: Params, batch: Batch, **loss_arguments) -> tuple[Params, Sums]:
+def mean_gradients(
+    params: Params, batch: Batch, *, config: ConfigDict, moment_specs: replicas.Specs | None = None, **loss_arguments
+) -> tuple[Params, Sums]:
     """Gradient of the mean loss over all targets of all microbatches, accumulated in float32.
 
     Sums are divided once, at the end, by the targets of the whole batch: microbatches with unequal numbers of targets
-    then weigh as they do in one big batch.
+    then weigh as they do in one big batch. Replicas are summed once, after their microbatches (replicas.py), and each
+    has the part of the gradients that it has of the moments. `moment_specs`: the moments' partitions; None: as those of
+    the parameters.
     """
+    add_up = partial(summed_gradients, config=config, **loss_arguments)
+    if not replicas.axes_in_use():
+        grads, sums = add_up(params, batch.tokens, batch.subset)
+    else:
+        specs = {name: sharding.spec(p.axes) for name, p in parameter_table(config.model).items()}
+        grads, sums = replicas.summed(add_up, params, (batch.tokens, batch.subset), specs, moment_specs or specs)
+    return jax.tree.map(lambda g: g / jnp.maximum(sums.targets, 1.0), grads), sums
+
+
+def summed_gradients(
+    params: Params, tokens: jax.Array, subset: jax.Array, **loss_arguments
+) -> tuple[Params, Sums]:
+    """Gradient of the loss summed over all targets of (A, R, T+1) tokens and (A, R) subsets, and the sums."""
     gradient = jax.grad(
         lambda p, tokens, subset: loss_sums(p, tokens, subset, **loss_arguments), has_aux=True
     )
-    if batch.tokens.shape[0] == 1:
-        grads, sums = gradient(params, batch.tokens[0], batch.subset[0])
-    else:
+    if tokens.shape[0] == 1:
+        return gradient(params, tokens[0], subset[0])
 
-        def add(total: tuple, rows: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *rows)), None
+    def add(total: tuple, rows: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *rows)), None
 
-        shapes = jax.eval_shape(gradient, params, batch.tokens[0], batch.subset[0])
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (grads, sums), _ = jax.lax.scan(add, zeros, (batch.tokens, batch.subset))
-    return jax.tree.map(lambda g: g / jnp.maximum(sums.targets, 1.0), grads), sums
+    shapes = jax.eval_shape(gradient, params, tokens[0], subset[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (tokens, subset))[0]
 
 
 def train_step(
@@ -125,7 +141,10 @@ def train_step(
 
     `moment_shardings` pins the gradients to where the moments live, so that data-parallel devices each update a part.
     """
-    grads, sums = mean_gradients(state.params, batch, config=config, stage=stage, **loss_arguments)
+    moment_specs = moment_shardings and {name: place.spec for name, place in moment_shardings.items()}
+    grads, sums = mean_gradients(
+        state.params, batch, config=config, stage=stage, moment_specs=moment_specs, **loss_arguments
+    )
     if moment_shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, moment_shardings)
     loss = sums.loss / jnp.maximum(sums.targets, 1.0)

@@ -96,7 +96,7 @@ def _run(
     """Losses and targets of each row, float64; a short batch is filled up so that one shape is compiled."""
     count, full = len(rows), _rows_per_batch(stage, mesh)
     rows = np.concatenate([rows, np.repeat(rows[:1], full - count, axis=0)])
-    placed = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXES))
+    placed = NamedSharding(mesh, PartitionSpec(sharding.data_axes(mesh)))
     tokens = jax.make_array_from_callback(rows.shape, placed, lambda index: rows[index])
     _, losses, targets = losses_of(params, tokens)
     return np.asarray(losses, np.float64)[:count], np.asarray(targets, np.float64)[:count]
@@ -104,7 +104,7 @@ def _run(
 
 def _rows_per_batch(stage: ConfigDict, mesh: Mesh) -> int:
     """Those of a microbatch, which the run has memory for; on another mesh a multiple of what it needs."""
-    data_parallel = mesh.shape["replica"] * mesh.shape["fsdp"]
+    data_parallel = sharding.row_parts(mesh)
     rows = stage.rows_per_step // stage.microbatches
     return max(rows // data_parallel, 1) * data_parallel
 

@@ -305,6 +305,22 @@ def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
     assert found == [expected[step - 1] for step in [*stage_one, *range(21, 26)]]
     assert runs.checkpoint_steps(workdir) == [10, 19, 24]
     runs.ledger(workdir).verify()
+    rates = [row["lr"] for row in runs.metric_rows(workdir)]
+    first, second = (stage["lr_final"] for stage in epochs[0].config["stages"])
+    assert rates[18] == pytest.approx(first) and rates[23] == pytest.approx(second), "the stages end where they should"
+
+
+def test_a_whole_stage_may_be_skipped(tiny_data, late, command, tmp_path):
+    """Nothing is compiled for it; the run ends with the stage before, on which it is evaluated."""
+    workdir = runs.copy_run(late, tmp_path / "run")
+    epochs, path = read_epochs(workdir), workdir / "journal.jsonl"
+    stage = runs.order_of(workdir).stages[1]
+    positions = stage.first_position, stage.stop_position
+    append_entry(path, decide(epochs, [], kind="skip", positions=positions, at_step=20, by="test", why="a test"))
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0 and "resuming after step 20 of 20" in ended.lines, ended
+    assert not any("compiling the step" in line for line in ended.lines)
+    assert json.loads((workdir / "validation.json").read_text())["step"] == 20
 
 
 def test_a_decision_on_rows_already_read_is_refused(tiny_data, straight, command, tmp_path):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from faults import runs
-from k2jax.run import checkpoint
+from k2jax.run import storage
 from k2jax.training import program, step
 
 ROW = 3  # of eight, on eight devices: one device meets the fault
@@ -78,14 +78,14 @@ STOPPED = {8: "nan", 9: "inf", 11: "nan", 12: "inf", 13: "nan"}  # two in a row 
 
 def test_three_in_a_row_stop_the_run_behind_the_save_under_way(tiny_data, command, poison, monkeypatch, tmp_path):
     """65, naming the steps. On a slow disk the save of step 10 is under way then: it is kept, and the run goes on."""
-    workdir, real = tmp_path / "run", checkpoint._LateJson._save_fn
+    workdir, real = tmp_path / "run", storage._LateJson._save_fn
 
     async def save_slowly(self, item, directory):
         time.sleep(1)
         await real(self, item, directory)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint._LateJson, "_save_fn", save_slowly)
+        patch.setattr(storage._LateJson, "_save_fn", save_slowly)
         poison(STOPPED, patch)
         error = command.refuse(65, *runs.arguments(tiny_data, workdir, {}))
     assert "3 steps in a row, up to step 13" in error

@@ -1,14 +1,12 @@
 """Numbers, names and untrusted text as the data card shows them, in HTML and in Markdown."""
 
 import html
-import re
 from typing import Any
 
 from k2jax.prepare.tally import clean_name
+from k2jax.text import MARKUP
 
 SHOWN_CHARACTERS = 300  # of a line: where tally.clean_name cuts
-# What can mean something within a line of GitHub's Markdown, and what would make an address a link.
-MARKUP = re.compile(r"([\\`*_\[\]<>#|~&@$:]|(?<=www)\.)", re.IGNORECASE)
 
 
 def shown(text: object) -> str:

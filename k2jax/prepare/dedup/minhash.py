@@ -101,7 +101,7 @@ def open_signatures(folder: Path, band: int, rank: int, config: MinHash) -> np.n
     path = signature_path(folder, band, rank)
     remedy = "remove the signatures and prepare again"
     try:
-        made = json.loads((folder / f"{rank:05d}.json").read_text())
+        made = json.loads((folder / f"{rank:05d}.json").read_bytes())
     except (OSError, ValueError) as error:
         raise StorageError(f"{folder}/{rank:05d}.json cannot be read ({error}): {remedy}") from error
     if made["parameters"] != config._asdict():

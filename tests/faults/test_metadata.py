@@ -1,0 +1,130 @@
+"""What a run says of itself, as other programs, disks and people leave it: one line, or the same answer as before."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from faults import runs
+from k2jax.data.provenance import open_run, which_docs
+from k2jax.errors import RunError
+from k2jax.run.saved import open_step
+
+FILES = {
+    "epochs/0001.json": 40, "journal.jsonl": 0, "environment.json": 10, "ledger/records.jsonl": 20,
+    "ledger/chunk-00002.jsonl": 10, "checkpoints/20/meta/meta.json": 20,
+}  # fmt: skip
+DEEP = b"[" * 200_000
+WRONG = {
+    "empty": b"", "a NUL": b"\0", "no UTF-8": b"\xff\xfe{}", "deep": DEEP, "deep objects": b'{"a":' * 100_000,
+    "a list": b"[]\n", "null": b"null\n", "a number": b"1e999\n", "an object": b"{}\n", "a text": b'"x"\n',
+    "long number": b"9" * 100_000 + b"\n", "nested": b'{"sha256": {"a": []}, "format": 1, "kind": "skip"}\n',
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(straight, tmp_path):
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
+    (workdir / "journal.jsonl").touch()
+    return workdir
+
+
+def ask(workdir):
+    """What readers of a run are asked, each in its way: the documents of a step, a checkpoint's identity, the chain."""
+
+    def documents():
+        return which_docs(open_run(workdir), 13)
+
+    def checkpoint():
+        saved = open_step(workdir, 20)
+        return saved.digest, saved.meta["config_digest"], saved.epochs
+
+    def chain():
+        ledger = runs.ledger(workdir)
+        ledger.verify()
+        open_step(workdir, 20)  # which names the record before its own
+        return [record["record"] for record in ledger.records()]
+
+    return [answer(question) for question in (documents, checkpoint, chain)]
+
+
+def answer(question):
+    try:
+        return question()
+    except RunError as error:
+        assert len(str(error)) < 1000 and "\n" not in str(error) and str(error).isprintable(), error
+        return error
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_wrong_content_is_one_line(run, name):
+    before, path = ask(run), run / name
+    assert not any(isinstance(found, RunError) for found in before)
+    text = path.read_bytes()
+    wrong = {**WRONG, "half": text[: len(text) // 2], "twice": text + text, "missing": None}
+    for content in wrong.values():
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        for found, expected in zip(ask(run), before, strict=True):
+            # Records may lack their end, as after a kill between a checkpoint and its record.
+            cut = name == "ledger/records.jsonl" and isinstance(found, list) and found == expected[: len(found)] != []
+            assert isinstance(found, RunError) or found == expected or cut
+    path.write_bytes(text)
+    assert ask(run) == before
+
+
+@pytest.mark.parametrize("name", [name for name, count in FILES.items() if count])
+def test_a_digit_or_letter_changed_is_seen_or_means_nothing(run, name):
+    """A digit of the manifest would otherwise name other documents, with exit code 0."""
+    before, path = ask(run), run / name
+    text, draw, refused = path.read_bytes(), random.Random(name), 0
+    for _ in range(FILES[name]):
+        at = draw.choice([i for i, byte in enumerate(text) if chr(byte).isalnum()])
+        other = draw.choice([c for c in b"0123456789abcdef" if c != text[at]])
+        path.write_bytes(text[:at] + bytes([other]) + text[at + 1 :])
+        for found, expected in zip(ask(run), before, strict=True):
+            assert isinstance(found, RunError) or found == expected
+            refused += isinstance(found, RunError)
+    assert refused or name == "environment.json"
+
+
+def test_another_runs_files_are_not_taken_for_ones_own(run, straight, tmp_path):
+    """A whole epoch, digest and all, of a run with another seed: the checkpoint does not name it."""
+    other = runs.copy_run(straight, tmp_path / "other", last_step=20)
+    path = run / "epochs" / "0001.json"
+    values = json.loads(path.read_text())
+    values["run"] = "f" * 32
+    from k2jax.data.epochs import Epoch
+
+    content = {key: value for key, value in values.items() if key not in ("sha256", "format")}
+    path.write_text(json.dumps({**values, "sha256": Epoch(**content).digest}))
+    with pytest.raises(RunError, match="is of another run: it names epoch 1 of run"):
+        open_step(run, 20)
+    shutil.rmtree(other / "epochs")
+    with pytest.raises(RunError, match="there is no such epoch"):
+        open_step(other, 20)
+
+
+def test_absurd_sizes_are_refused_at_once(run):
+    """Sound in itself, digest and all: a manifest of more chunks than could be laid out in memory."""
+    from k2jax.data.epochs import Epoch
+
+    path = run / "epochs" / "0001.json"
+    values = json.loads(path.read_text())
+    stage = values["manifest"]["stages"][0]
+    rows = stage["rows_per_step"] * stage["steps_per_chunk"] * (1 << 40)
+    stage["chunks"] = 1 << 40
+    for subset in stage["subsets"]:
+        subset["rows"] = 0
+    stage["subsets"][0]["rows"] = rows
+    content = {key: value for key, value in values.items() if key not in ("sha256", "format")}
+    path.write_text(json.dumps({**values, "sha256": Epoch(**content).digest}))
+    with pytest.raises(RunError, match="more than 10,000,000 chunks"):
+        open_run(run)
+    with open(path, "r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(RunError, match="more than 67,108,864 bytes"):
+        open_run(run)
