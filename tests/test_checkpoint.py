@@ -236,6 +236,21 @@ def test_a_bug_moves_no_checkpoint(saver, thinned, tmp_path, monkeypatch):
     assert steps_of(workdir) == [1, 2, 3, 4, 5, 6] and not (workdir / "abandoned").exists()
 
 
+def test_a_storage_that_is_gone_as_a_whole_is_no_damage(saver, thinned, tmp_path, monkeypatch):
+    """As where a mount went away between the listing and the reading."""
+    workdir, opened = shutil.copytree(thinned, tmp_path / "run"), storage.open_array
+
+    def unmount(*args):
+        (workdir / "checkpoints").rename(tmp_path / "away")
+        monkeypatch.setattr(storage, "open_array", opened)
+        return opened(*args)
+
+    monkeypatch.setattr(storage, "open_array", unmount)
+    with pytest.raises(StorageError, match="nothing was moved") as error:
+        saver.newest(workdir)
+    assert not isinstance(error.value, DamagedError) and not (workdir / "abandoned").exists()
+
+
 def test_an_error_nobody_knows_moves_no_checkpoint(saver, thinned, tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("of some library")
