@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -326,3 +329,35 @@ def test_chunks_are_large_and_layers_can_be_read(saver, tmp_path):
         keys = ts.KvStore.open(array.kvstore.spec()).result().list().result()
         assert len([key for key in keys if not key.endswith(b".zarray")]) == chunks
         assert chunks <= 8, name
+
+
+OF_K2 = """
+import jax
+from k2jax import config as configuration
+from k2jax.parallel import sharding
+from k2jax.run import storage
+from k2jax.run.state import flat
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import place_state
+
+config = configuration.base()
+mesh = sharding.make_mesh({"fsdp": 512})
+shapes = jax.eval_shape(lambda: init_state(config.model, 0))
+layouts = storage.layouts(flat(shapes), flat(place_state(config, shapes, mesh)))
+for name in ("params/layers.w_up_LDF", "params/layers.w_down_LFD", "params/layers.wo_LNHD", "mu/layers.w_up_LDF"):
+    place, shape = layouts[name].sharding, flat(shapes)[name].shape
+    print(name, place.shard_shape(shape), len({str(i) for i in place.devices_indices_map(shape).values()}))
+"""
+
+
+@pytest.mark.processes  # a Python of its own
+def test_k2_on_512_devices_is_cut_by_whole_layers():
+    """65B: what had been chunks of (1, 16, 22016), 1.4 MB, is 22 MB; the moments' are the device's 113 MB."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=512"}
+    ran = subprocess.run([sys.executable, "-c", OF_K2], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == [
+        "params/layers.w_up_LDF (5, 256, 22016) 512",
+        "params/layers.w_down_LFD (5, 22016, 256) 512",
+        "params/layers.wo_LNHD (5, 64, 128, 256) 512",
+        "mu/layers.w_up_LDF (80, 16, 22016) 512",
+    ]
