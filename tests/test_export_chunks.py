@@ -17,7 +17,7 @@ from conftest import begin_run
 
 from k2jax.data import document_table, export_rows
 from k2jax.data.document_table import DocumentTable
-from k2jax.data.epochs import decide, read_epochs
+from k2jax.data.epochs import decide, new_epoch, read_epochs
 from k2jax.data.export_chunks import export_chunks
 from k2jax.data.journal import append_entry
 from k2jax.data.loader import BatchSource, batch_digest, row_digests
@@ -39,10 +39,10 @@ def run(tiny_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config = tiny_config(**STAGES)
     _, manifest = open_data(config)
-    journal = []
+    journal, epochs = [], [new_epoch([], run="0" * 32, after_step=0, config={}, manifest=manifest)]
     for kind, positions in (("skip", (8, 16)), ("defer", (24, 32))):
         options = {"kind": kind, "positions": positions, "at_step": 0, "by": "test", "why": "a spike"}
-        journal.append(decide(manifest, journal, **options))
+        journal.append(decide(epochs, journal, **options))
         append_entry(workdir / "journal.jsonl", journal[-1])
     train(config, workdir)
     return workdir
@@ -248,7 +248,7 @@ def test_finished_chunks_are_checked_and_left(run, tmp_path):
 
 
 def test_a_step_that_the_ledger_has_otherwise_is_refused_and_nothing_is_left(run, tmp_path):
-    workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl")
+    workdir = copy_of(run, tmp_path / "run", "epochs/0001.json", "journal.jsonl")
     export_chunks(workdir, tmp_path / "out", chunks=(0, 1))
     copy_of(run, workdir, "ledger/chunk-00002.jsonl")
     path = workdir / "ledger" / "chunk-00002.jsonl"
@@ -263,7 +263,7 @@ def test_a_step_that_the_ledger_has_otherwise_is_refused_and_nothing_is_left(run
 
 def test_a_run_at_work(run, exported, tmp_path):
     """Steps to come are what they will read; once they are in the ledger, the chunk is compared, its bytes the same."""
-    workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl")
+    workdir = copy_of(run, tmp_path / "run", "epochs/0001.json", "journal.jsonl")
     summary = export_chunks(workdir, tmp_path / "out")
     assert [chunk["steps_in_ledger"] for chunk in summary["chunks"]] == [0, 0, 0]
     copy_of(run, workdir, "ledger/chunk-00001.jsonl")
@@ -286,7 +286,7 @@ def test_a_run_at_work(run, exported, tmp_path):
 
 def test_a_decision_of_the_journal_after_an_export_changes_what_it_must(run, tmp_path):
     """A step that is deferred within its chunk; then a skip of the whole last chunk."""
-    workdir = copy_of(run, tmp_path / "run", "manifest.json", "journal.jsonl")
+    workdir = copy_of(run, tmp_path / "run", "epochs/0001.json", "journal.jsonl")
     journal = [json.loads(line) for line in (workdir / "journal.jsonl").read_text().splitlines()]
     contents, summaries = [], []
 
@@ -439,4 +439,4 @@ def test_the_tool(run, exported, tiny_data, tmp_path, monkeypatch, capsys):
         call("1")
     command = [sys.executable, ROOT / "tools" / "export_chunks.py", "--workdir", "nowhere", "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 74 and done.stderr.count("\n") == 1
+    assert done.returncode == 78 and done.stderr.count("\n") == 1

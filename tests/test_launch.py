@@ -518,3 +518,66 @@ def test_templates_are_shell_without_values():
     for path in scripts.TEMPLATES.glob("*.sh"):
         assert not re.search(r"@[A-Z_]+@|\{\{|%\(", path.read_text()), path
     assert shutil.which("bash")
+
+
+# ---- TPU VMs, with a stand-in for gcloud and for the training --------------------------------------------------------
+
+
+@pytest.fixture
+def pod(tmp_path) -> tuple[Path, Any]:
+    """Two slices of two workers; a training ends with the next of the codes in its worker's file."""
+    slices = [tmp_path / "tpus" / f"k2-test-{i}" for i in (0, 1)]
+    for worker in [folder / str(i) for folder in slices for i in (0, 1)]:
+        worker.mkdir(parents=True)
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\necho "$2" >> ran; [ "$2" = k2jax.train ] || exit 0\n'
+        'echo trains; code=$(head -1 ~/codes); sed -i 1d ~/codes; exit "$code"\n'
+    )
+    python.chmod(0o755)
+    for name, text in scripts.tpu_vm(make("v5p:2x2x2*2", code="k2jax", python=str(python), delay_s=0)).items():
+        (tmp_path / name).write_text(text)
+
+    def run(command: str, codes: dict[str, str] | None = None) -> tuple[int, str]:
+        for folder in slices:
+            for worker in folder.iterdir():
+                (worker / "k2jax").mkdir(exist_ok=True)
+                found = (codes or {}).get(f"{folder.name[-1]}{worker.name}", (codes or {}).get("all", ""))
+                (worker / "codes").write_text(found.replace(" ", "\n") + "\n")
+        there = {"STAND_IN_STATE": str(tmp_path / "tpus"), "ZONE": "z", "PROJECT": "p", "POLL_S": "0.2"}
+        path = f"{Path(__file__).parent / 'faults' / 'bin'}:{os.environ['PATH']}"
+        ended = subprocess.run(
+            ["bash", tmp_path / "launch.sh", command], env={**os.environ, **there, "PATH": path},
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        return ended.returncode, ended.stdout + ended.stderr
+
+    for worker in [folder / str(i) for folder in slices for i in (0, 1)]:
+        (worker / ".k2jax-launch" / "k2-test").mkdir(parents=True)
+        shutil.copy(tmp_path / "host.sh", worker / ".k2jax-launch" / "k2-test")
+    return tmp_path / "tpus", run
+
+
+@pytest.mark.processes
+def test_a_pod_is_restarted_as_the_codes_of_all_workers_say(pod):
+    state, run = pod
+    code, told = run("run", {"all": "75 70 0", "10": "75 74 0"})
+    assert code == 0, told
+    assert re.findall("exit codes (.*)", told) == ["75 75 75 75: again", "70 70 74 70: later", "0 0 0 0: done"]
+    ran = (state / "k2-test-1" / "1" / "k2jax" / "ran").read_text().split()
+    assert ran == ["k2jax.preflight", "k2jax.train"] * 3
+    assert "trains" in run("logs")[1]
+
+    code, told = run("run", {"all": "70", "01": "78"})
+    assert code == 78 and "exit codes 70 78 70 70: stop" in told
+
+
+def test_what_a_pod_is_told(pod):
+    state, run = pod
+    assert run("create")[0] == 0 and run("teardown")[0] == 0 and run("nonsense")[0] == 64
+    create, *_, delete = [line for line in (state / "calls").read_text().splitlines() if "describe" not in line]
+    assert create == (
+        "compute tpus queued-resources create k2-test --zone=z --project=p --accelerator-type=v5p-16 "
+        "--runtime-version=v2-alpha-tpuv5 --node-count=2 --node-prefix=k2-test"
+    )
+    assert delete == "compute tpus queued-resources delete k2-test --zone=z --project=p --force --quiet"

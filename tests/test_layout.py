@@ -77,6 +77,7 @@ MAY_IMPORT = {
     "generate": COMMON | RUN,
     "train": COMMON | RUN | {"generate"},
     "evaluate": COMMON | RUN | {"evals"},
+    "replay": COMMON | RUN,
     "experiments": {"config", "k2", "prepare"},
 }
 

@@ -14,9 +14,8 @@ from conftest import REPOSITORY
 
 from k2jax import config as configuration
 from k2jax.data.chunks import checkpoint_steps
+from k2jax.data.epochs import order_of, read_epochs
 from k2jax.data.journal import read_journal
-from k2jax.data.manifest import load_manifest
-from k2jax.data.order import Order
 from k2jax.parallel import sharding
 from k2jax.plan import saving
 from k2jax.plan.chips import CHIPS
@@ -33,8 +32,10 @@ def cost(config, **options) -> dict:
 
 
 def test_as_many_bytes_and_chunks_as_a_real_checkpoint(tiny_run: Path, tiny_config):
-    base = {"driver": "file", "path": f"{tiny_run / 'checkpoints' / '25' / 'state'}/"}
-    keys = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+    keys = []
+    for part in ("params", "moments"):
+        base = {"driver": "file", "path": f"{tiny_run / 'checkpoints' / '25' / part}/"}
+        keys += ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
     chunks = [key for key in keys if not key.endswith(b"/.zarray")]
     meta = json.loads((tiny_run / "checkpoints" / "25" / "meta" / "meta.json").read_text())
     found = cost(tiny_config())
@@ -76,7 +77,7 @@ def test_training_waits_for_the_copy_and_for_a_save_that_is_still_being_written(
 
 @pytest.mark.parametrize("every", [0, 1, 4, 10, 7])
 def test_the_trainer_saves_at_these_steps(tiny_run: Path, tiny_config, every: int):
-    order = Order(load_manifest(tiny_run / "manifest.json"), read_journal(tiny_run / "journal.jsonl"))
+    order = order_of(read_epochs(tiny_run), read_journal(tiny_run / "journal.jsonl"))
     expected = {*checkpoint_steps(order), *(step for step in range(1, 26) if every and step % every == 0)}
     found = saving.save_steps(1, 10, 2, every) + saving.save_steps(21, 5, 1, every)
     assert found == sorted(expected)

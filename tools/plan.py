@@ -5,7 +5,8 @@
     python tools/plan.py --config=experiments/k2_7b.py --topology=v6e:8x8 --search --pipeline 1 2
         --microbatches 2 4 --remat full q+k+v q+k+v@host+up@host
 
-Topologies: TPU slices as v5p:8x8x8, v6e:16x16, v5e:4x8, tpu7x:4x4x4 (extra `tpu`); h100:8, a100:64 (extra `gpu`).
+Topologies: TPU slices as v5p:8x8x8, v6e:16x16, v5e:4x8, tpu7x:4x4x4, two of them as v5p:8x8x8*2 (extra `tpu`); h100:8,
+a100:64 (extra `gpu`).
 The memory is the compiler's. The time is an estimate: on TPU from the compiler's cycles, on GPU from peaks, with
 collectives by a model of the links (k2jax/plan/). --workdir keeps the plan in a run directory, where the trainer prints
 it beside what it measures. Remat policies are values of model.remat: a name with @host is kept in the host's memory.
@@ -38,7 +39,7 @@ def main() -> None:
         epilog="Exit codes: 0 fits, 2 does not fit, 64 wrong arguments, 78 configuration, 70 a bug.",
     )  # fmt: skip
     paths.add(parser, "--config", required=True, metavar="FILE", help="experiment file")
-    parser.add_argument("--topology", required=True, help="such as v5p:8x8x8, v6e:16x16, h100:8")
+    parser.add_argument("--topology", required=True, help="such as v5p:8x8x8, v6e:16x16*2, h100:8")
     parser.add_argument("--stage", help="name of the one stage to plan (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
     paths.add(parser, "--workdir", metavar="DIR", help="run directory to keep the plan in, as plan.json")

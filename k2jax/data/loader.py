@@ -14,6 +14,7 @@ What a batch holds, for the rows that this host reads (T = sequence length):
 import hashlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -151,6 +152,7 @@ def make_loader(
         # Grain 0.2.18 reads its flags, and raises where nothing has parsed absl's (grain #1355).
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
+        _start_tracker()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _start_worker)
     return _iterate(dataset, first_step, last_step)
 
@@ -168,6 +170,14 @@ def _iterate(dataset: Iterable[Batch], first_step: int, last_step: int) -> Itera
             yield step, {name: np.asarray(array) for name, array in batch.items()}
     finally:
         iterator.close()
+
+
+def _start_tracker() -> None:
+    # Python's own process that keeps count of shared memory: it ignores the other signals, and dies of this one.
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        multiprocessing.resource_tracker.ensure_running()
+        signal.signal(signal.SIGHUP, before)
 
 
 def _start_worker(index: int, count: int) -> None:

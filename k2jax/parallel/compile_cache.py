@@ -106,7 +106,7 @@ def use(say: Callable[[str], None]) -> None:
     """Turns the cache on, for all processes alike; call it when they have come together, before anything is compiled.
 
     With several, only process 0 writes, and all read or none: a compiler that tunes with the other processes' help
-    would wait for one that has its program already.
+    would wait for one that has its program already. (On CPUs JAX's key is each process's own: only the first is warm.)
     """
     _count_events()
     backend = jax.default_backend()  # here, as the processes make its client together

@@ -5,6 +5,7 @@ Parameters and activations name logical axes only; this file alone knows the mes
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import jax
@@ -68,10 +69,15 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         )
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    if slices == 1:  # GPUs have such an index of their host, or of what NVLink reaches: they lie in order
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) == 1 or devices[0].platform != "tpu":  # a GPU's index is its host's: in order they lie well
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
-    across = _across_slices(dict(zip(MESH_AXES, shape, strict=True)), slices)
+    if len(set(slices.values())) > 1:
+        raise ConfigError(
+            f"{len(devices)} devices on {len(slices)} slices, {min(slices.values())} on one and "
+            f"{max(slices.values())} on another: a mesh takes as many of each"
+        )
+    across = _across_slices(dict(zip(MESH_AXES, shape, strict=True)), len(slices))
     within = [size // parts for size, parts in zip(shape, across, strict=True)]
     return Mesh(
         mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True), MESH_AXES

@@ -1,8 +1,8 @@
 """What checkpoints cost on devices that are not here: bytes and pieces of a save, its time, what training waits for.
 
 Each device's part of each array goes to its host's memory, which training waits for, and from there to the storage
-beside the next steps. Devices that have copies of a part share its writing where a dimension divides, else the first
-writes it; at a restore each host reads every part that its devices hold, once. (So Orbax does it.)
+beside the next steps, cut as run/disk_layout.py says: each part is written once. At a restore each host reads what its
+devices wrote and no more; what others need is sent between devices.
 
 Sources: the link to the host's memory, chips.py. Storage: out of Google Cloud Storage a project's machines of a region
 get 200 Gbit/s in all, 25 GB/s, unless more is asked for (cloud.google.com/storage/quotas, "Bandwidth"), which is taken
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint._src.arrays.subchunking import choose_chunk_shape
 
 from k2jax.plan.chips import Chip
-from k2jax.run.checkpoint import CHUNK_BYTES
+from k2jax.run import storage as on_disk
 from k2jax.run.state import flat
 from k2jax.training.optimizer import init_state
 from k2jax.training.placement import place_state
@@ -88,10 +88,11 @@ def cost(
 
 
 def pieces(name: str, x: jax.ShapeDtypeStruct, place: NamedSharding) -> Pieces:
-    """How an array of this shape is cut, and who writes and reads how much of it."""
-    local, itemsize = place.shard_shape(x.shape), x.dtype.itemsize
+    """How an array of this shape is cut for the storage, and who writes and reads how much of it."""
+    stored = on_disk.layouts({name: x}, {name: place})[name].sharding
+    local, itemsize = stored.shard_shape(x.shape), x.dtype.itemsize
     owners = defaultdict(list)
-    for device, index in place.devices_indices_map(x.shape).items():
+    for device, index in stored.devices_indices_map(x.shape).items():
         owners[str(index)].append(device)
     copies = len(next(iter(owners.values())))
     shared = next((dim for dim, size in enumerate(local) if size % copies == 0), None)
@@ -100,11 +101,13 @@ def pieces(name: str, x: jax.ShapeDtypeStruct, place: NamedSharding) -> Pieces:
     for devices in owners.values():
         for device in devices if shared is not None else devices[:1]:
             written[device] += part // copies if shared is not None else part
-        read.update({host: part for host in {device.process_index for device in devices}})
+        for host in {device.process_index for device in devices}:
+            read[host] += part
     one = tuple(size // copies if dim == shared else size for dim, size in enumerate(local))
-    # As run/checkpoint.py asks for: a layer at most.
-    layers = (0,) if "/layers." in name else ()
-    chunk = choose_chunk_shape(x.shape, one, np.dtype(x.dtype), CHUNK_BYTES, shard_axes=layers)
+    asked = on_disk.chunk_args(name, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stored))
+    chunk = choose_chunk_shape(
+        x.shape, one, np.dtype(x.dtype), asked.chunk_byte_size, shard_axes=asked.shard_axes
+    )
     chunks = math.prod(size // of for size, of in zip(x.shape, chunk, strict=True))
     return Pieces(chunks, dict(written), dict(read))
 

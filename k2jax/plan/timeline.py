@@ -103,7 +103,7 @@ class Timeline:
                 end, links = under_way.pop(self._key(i), (0.0, frozenset()))
                 wait, transfers = max(0.0, end - parts.total), parts.over(links)
                 transfers.exposed, transfers.hidden = transfers.exposed + wait, transfers.hidden - wait
-                self.waited_for[f"{i.result} {i.op_name}"] += times * wait
+                self.waited_for[f"{i.result} {i.op_name or self._key(i)}"] += times * wait
             elif (transfer := self._transfer(i)) is not None:
                 self._send(i, transfer, parts, under_way, times)
             else:

@@ -153,7 +153,7 @@ def _is_stacked(name: str) -> bool:
     return name.startswith("params/layers.")
 
 
-def _chunks(name: str, x: jax.Array) -> ocp.SaveArgs:
+def chunk_args(name: str, x: jax.Array) -> ocp.SaveArgs:
     """A chunk on disk: a device's part, or a layer of it where that is large, or so much of it as a chunk may have."""
     large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > SMALL_BYTES
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if large and _is_stacked(name) else ())
@@ -244,7 +244,7 @@ def save_args(
     for name, x in on_host.items():
         groups["moments" if _is_moment(name) else "params"][name] = x
     arrays = {
-        part: _PartsArgs(group, {name: _chunks(name, x) for name, x in group.items()})
+        part: _PartsArgs(group, {name: chunk_args(name, x) for name, x in group.items()})
         for part, group in groups.items()
         if group
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from faults import runs
+from k2jax.data.epochs import read_epochs
 from k2jax.run.checkpoint import Checkpoints
 
 # Before the program: as the shells, containers and file systems that it meets would have it.
@@ -89,7 +90,7 @@ def test_a_closed_log_pipe_ends_no_run(straight, start, tmp_path):
 
 
 def tiny_data_of(workdir: Path) -> Path:
-    return Path(json.loads((workdir / "config.json").read_text())["config"]["data"]["root"])
+    return Path(read_epochs(workdir)[0].config["data"]["root"])
 
 
 def test_what_nfs_leaves_in_the_trash_is_said_once(straight, tmp_path, monkeypatch):
@@ -165,8 +166,9 @@ def test_no_command_leaves_files_for_all_to_write(tiny_data, straight, tmp_path)
     )
     out = tmp_path / "made"
     commands = [
-        ["tools/prepare_data.py", f"--config={tmp_path / 'recipe.py'}", f"--out={out / 'data'}", "--workers=2", "--keep_stages"],
-        ["tools/export_chunks.py", f"--workdir={straight}", f"--out={out / 'chunks'}", "--workers=2", "--keep_stages"],
+        ["tools/prepare_data.py", f"--config={tmp_path / 'recipe.py'}", f"--out={out / 'data'}", "--workers=2",
+         "--keep_stages"],
+        ["tools/export_chunks.py", f"--workdir={straight}", f"--out={out / 'chunks'}", "--workers=2"],
         ["tools/convert_to_hf.py", f"--workdir={straight}", f"--out={out / 'hf'}"],
         ["tools/convert_from_hf.py", f"--hf={out / 'hf'}", f"--out={out / 'imported'}"],
         ["-m", "k2jax.evaluate", f"--workdir={out / 'run'}", "--windows=2"],

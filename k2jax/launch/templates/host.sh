@@ -3,7 +3,7 @@
 #   bash host.sh begin | status | stop of a training that outlives the connection; its log is train.log beside this file
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[ -z "$CODE" ] || cd "$CODE" || exit 78
+[ -z "$CODE" ] || { cd && cd "$CODE"; } || exit 78 # from the home folder
 
 case $1 in
   install)
@@ -33,7 +33,11 @@ case $1 in
   begin)
     rm -f "$here/code" "$here/pid-0"
     setsid nohup bash "$here/host.sh" to-the-end < /dev/null >> "$here/train.log" 2>&1 &
-    until [ -s "$here/pid-0" ]; do sleep 0.1; done
+    for ((i = 0; i < 300; i++)); do
+      [ ! -s "$here/pid-0" ] || exit 0
+      sleep 0.1
+    done
+    exit 70
     ;;
   to-the-end)
     bash "$here/host.sh" train &
