@@ -173,9 +173,11 @@ SOON_SEEN = "from k2jax.run import directory; directory.SEEN_S = 1"
 
 
 @pytest.mark.processes
-def test_process_0_lists_the_checkpoints(straight, start, tmp_path):
-    """A listing that is out of date on another process changes nothing."""
+def test_process_0_lists_the_checkpoints_and_the_stores(straight, start, tmp_path):
+    """A listing that is out of date on another process changes nothing, and the stores' files it does not list."""
     stale = """
+from k2jax.data import storage
+storage.file_sizes = None
 from orbax.checkpoint import CheckpointManager
 CheckpointManager.all_steps = lambda self, read=False: [10]"""
     workdir = runs.copy_run(straight, tmp_path / "run")
@@ -227,8 +229,9 @@ Checkpoints._read = broken"""
     workdir = runs.copy_run(straight, tmp_path / "run")
     pair = runs.pair(start, workdir, devices=1, patch=on_one(1, fails.replace("TIMES", "99")))
     for trainer in pair:
-        error = trainer.wait_for_error(74)
-        assert "checkpoint 25: cannot be read" in error and "tried 3 times" in error
+        trainer.wait(74)
+        error = trainer.error_lines()[-1]
+        assert error.startswith("error: process 1: checkpoint 25: cannot be read") and "tried 3 times" in error
     assert not (workdir / "abandoned").exists()
     pair = runs.pair(start, workdir, devices=1, patch=on_one(1, fails.replace("TIMES", "2")))
     assert "resuming after step 25 of 25" in pair[0].wait(0)
