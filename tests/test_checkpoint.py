@@ -1,5 +1,6 @@
 """Checkpoints as a run keeps them: what stays, what is thinned, and how arrays are cut for the disk."""
 
+import errno
 import json
 import math
 import os
@@ -153,6 +154,23 @@ def test_kept_is_kept_whatever_the_order_says_later(saver, tmp_path):
     assert [saver.saved(tmp_path, step).meta["kept"] for step in (4, 6, 7)] == [True, True, False]
     saver.save(tmp_path, [9], [3, 6, 7, 9], keep_between=0)  # what has become an end stays, too
     assert steps_of(tmp_path) == [2, 4, 6, 7, 9]
+
+
+def test_what_cannot_be_deleted_stops_nothing(saver, tmp_path, monkeypatch):
+    """As a file that another host has open, on NFS: it is said, and all else is deleted."""
+    delete = shutil.rmtree
+
+    def busy(path, *args, **kwargs):
+        if "busy" in str(path):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        delete(path, *args, **kwargs)
+
+    for name in ("1-busy", "2-old", "3-busy", "4-old"):
+        (tmp_path / "checkpoints" / "trash" / name).mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    said = saver.save(tmp_path, [5], [5])
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / "trash").iterdir()) == ["1-busy", "3-busy"]
+    assert "saved 5" in said and any("Device or resource busy" in line for line in said)
 
 
 def test_an_old_format_is_read(saver, tmp_path):
