@@ -3,6 +3,7 @@
 What one is on the storage: storage.py; which ones stay: lineage.py.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -64,7 +65,8 @@ class Checkpoints:
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(timeout_secs=SAVE_LIMIT_S),
         )
-        handlers = storage.handlers(log)
+        self._warn = log if cluster.is_main() else _to_stderr
+        handlers = storage.handlers(self._warn)
         self.manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers
         )
@@ -192,7 +194,7 @@ class Checkpoints:
         # Damage in what one process reads is met by that one alone; the others would wait for it for ever.
         meta, arrays, data = cluster.together(
             f"reads checkpoint {step}",
-            lambda: patiently(f"checkpoint {step}", lambda: self._read(step, shardings, shapes), self.log),
+            lambda: patiently(f"checkpoint {step}", lambda: self._read(step, shardings, shapes), self._warn),
         )
         places = storage.layouts(arrays, flat(shardings))
         arrays = {name: from_disk(x, places[name], flat(shardings)[name]) for name, x in arrays.items()}
@@ -279,6 +281,11 @@ def _zero_moments(shardings: TrainState, shapes: TrainState) -> dict[str, jax.Ar
     return jax.jit(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), wanted), out_shardings=places
     )()
+
+
+def _to_stderr(line: str) -> None:
+    """What a process other than the first meets, which else says nothing."""
+    print(f"process {cluster.index()}: {line}", file=sys.stderr, flush=True)
 
 
 def _cannot_save(step: int, directory: epath.Path, error: Exception) -> StorageError:

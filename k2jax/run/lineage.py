@@ -100,17 +100,29 @@ class Lineage:
     def _tidy(self, steps: list[int], before: threading.Thread | None) -> None:
         if before:
             before.join()
-        try:
-            for step in self._unwanted(steps):
-                self._discard(self.folder(step), str(step))
-            for step in self._to_thin(steps):
-                self._thin(step)
-            for path in self.trash.iterdir() if self.trash.exists() else ():
+        for job in (self._take_away, self._empty_trash):
+            try:
+                job(steps)
+            except OSError as error:
+                self.log(f"old checkpoints stay for now: {one_line(error)}")
+            except Exception as error:
+                self._bugs.append(error)
+
+    def _take_away(self, steps: list[int]) -> None:
+        for step in self._unwanted(steps):
+            self._discard(self.folder(step), str(step))
+        for step in self._to_thin(steps):
+            self._thin(step)
+
+    def _empty_trash(self, _: list[int]) -> None:
+        failed = None
+        for path in self.trash.iterdir() if self.trash.exists() else ():
+            try:
                 path.rmtree()
-        except OSError as error:
-            self.log(f"old checkpoints stay for now: {one_line(error)}")
-        except Exception as error:
-            self._bugs.append(error)
+            except OSError as error:  # as of a file that another host has open; the others may go
+                failed = error
+        if failed:
+            raise failed
 
     def _unwanted(self, steps: list[int]) -> list[int]:
         """The newest stays whatever it is: the run goes on from it."""

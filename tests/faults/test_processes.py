@@ -1,6 +1,7 @@
 """Two processes over loopback are one run: they save, die, resume and stop together."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -233,9 +234,11 @@ SOON_SEEN = "from k2jax.run import directory; directory.SEEN_S = 1"
 
 
 @pytest.mark.processes
-def test_process_0_lists_the_checkpoints(straight, start, tmp_path):
-    """A listing that is out of date on another process changes nothing."""
+def test_process_0_lists_the_checkpoints_and_the_stores(straight, start, tmp_path):
+    """A listing that is out of date on another process changes nothing, and the stores' files it does not list."""
     stale = """
+from k2jax.data import storage
+storage.file_sizes = None
 from orbax.checkpoint import CheckpointManager
 CheckpointManager.all_steps = lambda self, read=False: [10]"""
     workdir = runs.copy_run(straight, tmp_path / "run")
@@ -287,12 +290,40 @@ Checkpoints._read = broken"""
     workdir = runs.copy_run(straight, tmp_path / "run")
     pair = runs.pair(start, workdir, devices=1, patch=on_one(1, fails.replace("TIMES", "99")))
     for trainer in pair:
-        error = trainer.wait_for_error(74)
-        assert "checkpoint 25: cannot be read" in error and "tried 3 times" in error
+        trainer.wait(74)
+        error = trainer.error_lines()[-1]
+        assert error.startswith("error: process 1: checkpoint 25: cannot be read") and "tried 3 times" in error
     assert not (workdir / "abandoned").exists()
     pair = runs.pair(start, workdir, devices=1, patch=on_one(1, fails.replace("TIMES", "2")))
     assert "resuming after step 25 of 25" in pair[0].wait(0)
     pair[1].wait(0)
+
+
+@pytest.mark.processes
+def test_a_disk_that_is_full_for_a_while_on_one_process_costs_nothing(straight, start, tmp_path):
+    """The other waits in the background, and training goes on in both."""
+    full = """
+import resource, threading
+from k2jax import train
+from k2jax.run import reading
+reading.WRITE_WAITS_S = (0.1,) * 1000
+say = train.say
+def told(line):
+    say(line)
+    if line == "saving 21":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        again = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        threading.Timer(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, again)).start()
+train.say = told"""
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
+    pair = runs.pair(start, workdir, {"checkpoint.every_steps": 21}, devices=1, patch=on_one(1, full))
+    told, _ = (trainer.wait(0) for trainer in pair)
+    assert "saved 21" in told
+    again = [line for line in pair[1].error_lines() if line.startswith("process 1: ")]
+    assert again and all("cannot be written: " in line and "File too large" in line for line in again)
+    shutil.rmtree(workdir / "checkpoints" / "25")
+    assert "resuming after step 21 of 25" in start(workdir).wait(0)
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
 
 
 @pytest.mark.processes
