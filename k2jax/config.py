@@ -104,6 +104,14 @@ def base() -> ConfigDict:
     c.checkpoint.max_launches = 20        # without a new checkpoint, one after the other; 0: no limit
     c.checkpoint.moments_every = 1        # Adam's moments: kept of every so many chunks, and of the newest two
 
+    c.watchdog = ConfigDict()             # seconds that a process may be at one thing, else it ends with 70; 0: any
+    c.watchdog.start = 1800               # processes, data and run are opened
+    c.watchdog.restore = 7200             # of a checkpoint
+    c.watchdog.data = 1800                # the next batch, and once a stage its compiled step
+    c.watchdog.step = 1800                # until the step before it is done
+    c.watchdog.save = 7200                # until a save has begun, and with it the one before ended
+    c.watchdog.evaluate = 14400           # what ends a run
+
     c.eval = ConfigDict()                 # on held-out windows, after the last step
     c.eval.windows = 64                   # windows per subset at most
     c.eval.prompts = ()                   # texts to go on from, printed at the end
@@ -153,7 +161,8 @@ RANGES = {
         stages.*.sequence_length stages.*.rows_per_step stages.*.microbatches stages.*.steps_per_chunk
         stages.*.chunks checkpoint.moments_every""",
     "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
-        checkpoint.max_launches stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
+        checkpoint.max_launches watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save
+        watchdog.evaluate stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.
     "(0, inf)": """optimizer.clip_norm optimizer.eps model.norm_eps model.init_std model.rope_scaling.low_freq_factor
         model.rope_scaling.high_freq_factor model.rope_scaling.original_context stages.*.mix.*""",

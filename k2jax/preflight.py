@@ -43,7 +43,7 @@ def main() -> None:
         "--disk-mb", type=int, default=64, metavar="MB", help="written and read by each (default: 64)"
     )
     parser.add_argument(
-        "--loader-seconds", type=float, default=5.0, metavar="SECONDS", help="of reading (default: 5)"
+        "--loader-seconds", type=float, default=3.0, metavar="SECONDS", help="of reading (default: 3)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of lines")
     args, rest = parser.parse_known_args()

@@ -40,6 +40,7 @@ from k2jax.model.decoder import compute_dtype
 from k2jax.model.generation import Generator
 from k2jax.model.sampling import Sampling
 from k2jax.parallel import cluster, compile_cache
+from k2jax.parallel.watchdog import Watchdog
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import RunDirectory
 from k2jax.run.fork import parse_fork
@@ -67,7 +68,7 @@ def train(
     launch = launch or Launch()
     check_processes_agree(config)
     mesh = mesh_of(config)
-    with RunDirectory(workdir, say) as run, jax.set_mesh(mesh):
+    with Watchdog(config.watchdog) as watchdog, RunDirectory(workdir, say) as run, jax.set_mesh(mesh):
         compile_cache.use(say)
         launch.did("coming together")
 
@@ -80,6 +81,7 @@ def train(
         launch.did("data")
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
+        watchdog.at("restore")
         shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
         shardings = place_state(config, shapes, mesh)
         between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
@@ -108,9 +110,12 @@ def train(
         work = feed_steps(
             config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say, launch=launch
         )
+        watchdog.at("data")
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
+                watchdog.at("step")
                 if cluster.preempted():
+                    watchdog.at("save")
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
                 state, metrics = run_step(state, batch)
                 # Reads the metrics of the step before this one, so that the device is not waited for.
@@ -118,15 +123,19 @@ def train(
                 guard.check_steps(recorder, config.optimizer.max_skips_in_a_row)
                 note_first_step(launch, recorder, run)
                 if step in save_steps or is_multiple(step, config.checkpoint.every_steps):
+                    watchdog.at("save")
                     save(state, step)
                     saved = step
                 recorder.saved(checkpoints.poll())
                 bar.update()
+                watchdog.at("data")
+        watchdog.at("save")
         recorder.saved(checkpoints.wait())
         note_first_step(launch, recorder, run)  # of a run that had one step left
         recorder.close()
         checkpoints.close()
         stopping.at_once(f"step {order.num_steps} is saved, what ends a run is not made")
+        watchdog.at("evaluate")
         report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run)
         run.end()
 
@@ -256,7 +265,7 @@ def main() -> None:
         prog="python -m k2jax.train",
         description="Trains a model, or resumes a run.",
         epilog="Any key of k2jax/config.py can be set: --config.optimizer.clip_norm=0.5. "
-        "Exit codes: 0 done, 75 preempted and saved (restart), 74 storage, 65 numerics, "
+        "Exit codes: 0 done, 75 stopped by a signal and saved (restart), 74 storage, 65 numerics, "
         "78 configuration or data, 70 a bug.",
     )
     paths.add(parser, "--config", required=True, metavar="FILE", help="experiment, as experiments/smoke.py")

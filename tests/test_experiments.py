@@ -106,7 +106,7 @@ def test_one_checkpoint_is_one_chunk_is_one_range_of_steps(tiny_config):
 
     c = configuration.load(str(ROOT / "experiments" / "k2_65b.py"))
     order, step = object.__new__(Order), 1
-    order.stages = []
+    order.stages, order.past, order.after_step = [], None, 0
     for i, s in enumerate(c.stages):
         last = step - 1 + s.chunks * s.steps_per_chunk
         fields = (
@@ -120,6 +120,7 @@ def test_one_checkpoint_is_one_chunk_is_one_range_of_steps(tiny_config):
             0,
             step,
             last,
+            0,
         )
         order.stages.append(StagePlan(*fields))
         step = last + 1

@@ -412,6 +412,7 @@ def test_a_slice_of_an_unusual_shape_is_named_by_it():
         ("slurm", "v5p:2x2x2", {}, "TPUs are given out by"),
         ("tpu-vm", "h100:16", {}, "no TPU VM has these"),
         ("tpu-vm", "tpu7x:2x2x2", {}, "use gke"),
+        ("tpu-vm", "v5p:2x2x2", {"commit": spec.NO_COMMIT}, "no checkout"),
         ("gke", "v5p:2x2x2", {}, "needs --image"),
         ("gke", "v5p:2x2x2", {"image": IMAGE}, "pods share no folder"),
         ("gke", "v5p:2x2x2", {"image": IMAGE, "claim": "a"}, "expected CLAIM:/PATH"),

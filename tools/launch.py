@@ -72,7 +72,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from k2jax import config as configuration
     from k2jax.launch import manifests, scripts, spec
     from k2jax.launch.hosts import parse
-    from k2jax.run.directory import git_commit
+    from k2jax.run.commit import git_commit
+    from k2jax.text import redacted
 
     config = configuration.load(args.config, [text.removeprefix("--config.") for text in overrides])
     hosts = parse(args.topology)
@@ -81,8 +82,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if not (workdir.startswith("/") or "://" in workdir):
         raise ConfigError(f"--workdir={workdir}: expected an absolute path on the hosts, which start in other folders")
     commit = git_commit()
-    if commit is None or commit.endswith("+"):
-        say(f"warning: code at commit {commit}: what is not committed is not launched by tpu-vm")
+    if commit and commit.endswith("+"):
+        say(f"warning: commit {commit}: of what is not committed tpu-vm launches nothing, and no digest tells")
     fits, verdict = plan(args, config, hosts)
     say(f"plan: {verdict}")
     if not fits:
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         spec.check_text("the command line", text)
     launch = spec.Launch(
         name=spec.dns_label(options["name"]), config=config, arguments=tuple(arguments), workdir=workdir, hosts=hosts,
-        verdict=verdict, commit=commit or "unknown", lock_digest=spec.lock_digest(ROOT / "requirements.lock"),
+        verdict=verdict, commit=commit or spec.NO_COMMIT, lock_digest=spec.lock_digest(ROOT / "requirements.lock"),
         image=spec.check_image(args.image), claim=args.claim,
         code=CODE[args.on] if args.code is None else args.code,
         python=PYTHON.get(args.on, ".venv/bin/python") if args.python is None else args.python,
@@ -104,8 +105,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
                "gke": manifests.gke, "sky": manifests.sky}  # fmt: skip
     if launch.image and args.on not in ("gke", "sky"):
         raise ConfigError(f"--image: {args.on} starts no containers: leave it out, there is an install from the lock")
-    written = {**writers[args.on](launch), "launch.json": json.dumps(launch.record(), indent=1, sort_keys=True) + "\n"}
-    for name, text in written.items():
+    record = json.dumps(redacted(launch.record()), indent=1, sort_keys=True) + "\n"
+    for name, text in {**writers[args.on](launch), "launch.json": record}.items():
         files.write_text(args.out / name, text)
         print(args.out / name)
     return 0

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from k2jax import config as configuration
 from k2jax import files
 from k2jax.bucket import BucketPath
-from k2jax.errors import ConfigError, PeerError, RunError, StorageError
+from k2jax.errors import ConfigError, PeerError, StorageError
 from k2jax.launch import measure
 from k2jax.launch.hosts import Hosts
 from k2jax.launch.spec import mesh_on
@@ -25,7 +25,7 @@ from k2jax.launch.survey import Check, ask, odd
 from k2jax.model.decoder import num_params
 from k2jax.parallel import cluster
 from k2jax.plan.chips import CHIPS, GIB
-from k2jax.training.placement import state_bytes
+from k2jax.training.placement import split_moments, state_bytes
 
 CLOCK_ROUNDS = 5
 BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 parameters and two moments
@@ -43,7 +43,7 @@ class Options:
     wait_s: float = 60.0  # until shared storage shows what another host wrote
     collective_limit_s: float = 300.0
     disk_bytes: int = 2**26
-    loader_s: float = 5.0
+    loader_s: float = 3.0
     step_s: float = 0.0  # what the loader must keep up with; 0: the plan's, if the workdir has one
 
 
@@ -147,46 +147,41 @@ def storage(check: Check, config: ConfigDict, options: Options) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(folder / f"preflight-{token}-{cluster.index()}", f"{token} {cluster.index()}")
 
-    def sees(of: int) -> float:
-        path, started = folder / f"preflight-{token}-{of}", time.monotonic()
-        while not (path.exists() and path.read_text() == f"{token} {of}"):
-            if time.monotonic() - started > options.wait_s:
-                raise ConfigError(
-                    f"does not see in {options.wait_s:g} s what process {of} wrote in --workdir={folder}: it is not "
-                    f"one folder; name one on storage that all processes share"
-                )
+    def sees(wanted: list[int]) -> dict[str, Any]:
+        """Of these processes' files, those that do not come in time; and how long the others took."""
+        started = time.monotonic()
+        while True:
+            missing = [i for i in wanted if not _holds(folder / f"preflight-{token}-{i}", f"{token} {i}")]
+            took = time.monotonic() - started
+            if not missing or took > options.wait_s:
+                return {"missing": missing, "seconds": took, "folder": str(folder)}
             if isinstance(folder, Path) and folder.is_dir():
                 list(folder.iterdir())  # some network file systems look again only then
             time.sleep(0.05)
-        return time.monotonic() - started
 
+    unseen = f"in {options.wait_s:g} s: it is not one folder; name one on storage that all processes share"
     try:
-        first = ask(check, lambda: write() if cluster.is_main() else None)
-        if check.ok:
-            seen = ask(check, lambda: sees(0))
-            wrote = ask(check, lambda: None if cluster.is_main() else write())
-            back = ask(check, lambda: _all_seen(sees) if cluster.is_main() else {})
-            lost = {int(i): reason for answer in back for i, reason in answer.value.items()}
-            everyone = {int(answer.who.split("process ")[1][:-1]): answer for answer in (*first, *wrote)}
-            for i, reason in lost.items():
-                if i in everyone:
-                    check.blame([everyone[i]], f"what it wrote is not seen by process 0: {reason}")
-            late = max((answer.value for answer in seen), default=0.0)
-            check.values = {"seen_after_s": late}
-            check.says = f"{folder} is one folder on all, seen after {late:.2f} s at most"
+        ask(check, lambda: write() if cluster.is_main() else None)
+        if not check.ok:
+            return
+        seen = ask(check, lambda: sees([0]))
+        for answer in seen:
+            if answer.value["missing"]:
+                place = answer.value["folder"]
+                check.blame([answer], f"does not see what process 0 wrote in --workdir={place} {unseen}")
+        wrote = ask(check, lambda: {"process": cluster.index(), "wrote": cluster.is_main() or write()})
+        others = [answer.value["process"] for answer in wrote if answer.who not in check.wrong]
+        back = cluster.decide("looks at what all wrote", lambda: sees(others))
+        lost = [answer for answer in wrote if answer.value["process"] in back["missing"]]
+        check.blame(lost, f"wrote in the workdir what process 0 does not see in {back['folder']} {unseen}")
+        check.values = {"seen_after_s": max((answer.value["seconds"] for answer in seen), default=0.0)}
+        check.says = f"{folder} is one folder on all, seen after {check.values['seen_after_s']:.2f} s at most"
     finally:
         (folder / f"preflight-{token}-{cluster.index()}").unlink(missing_ok=True)
 
 
-def _all_seen(sees: Callable[[int], float]) -> dict[str, str]:
-    """On process 0: {process: reason} of those whose file does not come."""
-    lost = {}
-    for i in range(1, cluster.count()):
-        try:
-            sees(i)
-        except RunError as error:
-            lost[str(i)] = str(error)
-    return lost
+def _holds(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
 
 
 def disk(check: Check, config: ConfigDict, options: Options) -> None:
@@ -252,7 +247,7 @@ def all_reduce(check: Check, config: ConfigDict, options: Options) -> None:
 def memory(check: Check, config: ConfigDict, options: Options) -> None:
     """The state on a device, and on the host the copy of it that an asynchronous save takes."""
     try:
-        state = state_bytes(config, mesh_on(config, jax.device_count(), "this run"))
+        state = state_bytes(config, split_moments(config, mesh_on(config, jax.device_count(), "this run")))
     except ConfigError as error:
         check.says = f"not looked at: {error}"
         return

@@ -19,7 +19,8 @@ from k2jax.data.manifest import manifest_digest
 from k2jax.data.order import Order
 from k2jax.errors import StorageError
 from k2jax.run import drift
-from k2jax.run.directory import git_commit, versions
+from k2jax.run.commit import git_commit
+from k2jax.run.directory import versions
 from k2jax.training.setup import open_data
 
 PACKAGE = Path(k2jax.__file__).parent
@@ -30,14 +31,10 @@ ENDLESS = 1 << 62  # bytes: what is free in a bucket
 
 def what_runs(config: ConfigDict, settings: str) -> dict[str, str]:
     """What must be the same everywhere; `settings` is the digest of all keys of the configuration."""
-    try:
-        commit = git_commit() or "no checkout"
-    except OSError:  # no git here
-        commit = "no git"
     lock = PACKAGE.parent / "requirements.lock"
     return {
         **versions(),
-        "commit": commit,
+        "commit": git_commit() or "no checkout",
         "code": code_digest(),
         "requirements.lock": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else "not there",
         "configuration": drift.config_digest(config),
@@ -97,7 +94,7 @@ def host_memory() -> int:
 
 def loader(config: ConfigDict, index: int, count: int, seconds: float) -> dict[str, Any]:
     """Tokens a second that this process's part of the first stage is read with, and which data that is."""
-    stores, manifest = open_data(config)
+    stores, manifest = open_data(config, "no" if index else "sizes")  # one lists files for all; bytes are the trainer's
     order, stage = Order(manifest, []), config.stages[0]
     rows = np.arange(index, stage.rows_per_step, count)
     batches = make_loader(

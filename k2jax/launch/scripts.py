@@ -5,7 +5,7 @@ from pathlib import Path
 
 from k2jax.errors import ConfigError
 from k2jax.launch.hosts import is_default_shape
-from k2jax.launch.spec import EXTRAS, Launch, assignments
+from k2jax.launch.spec import EXTRAS, NO_COMMIT, Launch, assignments
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHELL = "#!/usr/bin/env bash"
@@ -83,6 +83,8 @@ def tpu_vm(launch: Launch) -> dict[str, str]:
     if not hosts.is_tpu or not hosts.names.accelerator:
         others = "gke" if hosts.is_tpu else "gke, slurm, sky or ssh"
         raise ConfigError(f"--on=tpu-vm --topology={hosts.topology}: no TPU VM has these: use {others}")
+    if launch.commit == NO_COMMIT:
+        raise ConfigError("--on=tpu-vm: copies a commit of the repository, and this is no checkout of it: clone it")
     kind = [f"--accelerator-type={hosts.accelerator_type}"]
     if not is_default_shape(hosts):
         kind = [f"--type={hosts.kind}", f"--topology={hosts.shape}"]
@@ -92,7 +94,7 @@ def tpu_vm(launch: Launch) -> dict[str, str]:
     else:
         nodes, named = [launch.name], [f"--node-id={launch.name}"]
     more = {
-        "COMMIT": launch.commit.rstrip("+"),
+        "COMMIT": launch.commit.rstrip("+?"),
         "NODES": nodes,
         "ACCELERATOR": [*kind, f"--runtime-version={hosts.names.runtime}", *named],
     }

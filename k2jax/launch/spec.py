@@ -19,6 +19,7 @@ from k2jax.plan.chips import GIB
 from k2jax.run import drift
 from k2jax.training.placement import check_mesh
 
+NO_COMMIT = "unknown"
 EXTRAS = {True: "[tpu]", False: "[gpu]"}
 
 

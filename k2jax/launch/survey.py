@@ -77,6 +77,6 @@ def ask(check: Check, f: Callable[[], Any]) -> list[Answer]:
 def odd(answers: list[Answer], key: Callable[[Any], Any]) -> tuple[Any, list[Answer]]:
     """(what most have, those that have another): of equally many, what process 0 has."""
     keys = [json.dumps(key(answer.value), sort_keys=True) for answer in answers]
-    most = max(Counter(keys).values())
-    usual = next(k for k in keys if keys.count(k) == most)
+    counts = Counter(keys)
+    usual = max(keys, key=lambda key: counts[key])  # the first of equals
     return json.loads(usual), [answer for k, answer in zip(keys, answers, strict=True) if k != usual]

@@ -208,7 +208,7 @@ class BucketLineage(Lineage):
         else:
             path.delete_tree(last=INDEX)
 
-    def _empty_trash(self) -> None:
+    def _empty_trash(self, _: list[int]) -> None:
         self._steps.delete_unfinished()
 
 

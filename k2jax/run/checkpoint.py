@@ -3,6 +3,7 @@
 What one is on the storage: storage.py; which ones stay: lineage.py.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -60,12 +61,13 @@ class Checkpoints:
         self.directory, self.log = workdir / "checkpoints", log
         policy = Policy(None if read_only else frozenset(keep_steps), keep_between, moments_every)
         self.in_bucket = isinstance(workdir, BucketPath)
+        self._warn = log if cluster.is_main() else _to_stderr
         if self.in_bucket:
-            self.manager = BucketSteps(workdir, mirror, log)
+            self.manager = BucketSteps(workdir, mirror, self._warn)
             journal = mirror.local / "journal.jsonl" if mirror else workdir / "journal.jsonl"
             self.lineage = BucketLineage(self.manager, journal, policy, log)
         else:
-            self.manager = _orbax(self.directory, read_only, log)
+            self.manager = _orbax(self.directory, read_only, self._warn)
             self.lineage = Lineage(self.directory, workdir / "journal.jsonl", policy, log)
         self._steps = self.steps()
         self.lineage.tidy([])  # what a kill has left in the trash; nothing else before one is found good
@@ -194,7 +196,7 @@ class Checkpoints:
         # Damage in what one process reads is met by that one alone; the others would wait for it for ever.
         meta, arrays, data = cluster.together(
             f"reads checkpoint {step}",
-            lambda: patiently(f"checkpoint {step}", lambda: self._read(step, shardings, shapes), self.log),
+            lambda: patiently(f"checkpoint {step}", lambda: self._read(step, shardings, shapes), self._warn),
         )
         places = storage.layouts(arrays, flat(shardings))
         arrays = {name: from_disk(x, places[name], flat(shardings)[name]) for name, x in arrays.items()}
@@ -295,6 +297,11 @@ def _zero_moments(shardings: TrainState, shapes: TrainState) -> dict[str, jax.Ar
     return jax.jit(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), wanted), out_shardings=places
     )()
+
+
+def _to_stderr(line: str) -> None:
+    """What a process other than the first meets, which else says nothing."""
+    print(f"process {cluster.index()}: {line}", file=sys.stderr, flush=True)
 
 
 def _cannot_save(step: int, directory: epath.Path, error: Exception) -> StorageError:

@@ -17,6 +17,7 @@ from k2jax.config import flatten, to_dict
 FREE_KEYS = (
     "mesh",
     "log",
+    "watchdog",
     "checkpoint",
     "eval",
     "allow_drift",

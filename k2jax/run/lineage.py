@@ -101,16 +101,19 @@ class Lineage:
     def _tidy(self, steps: list[int], before: threading.Thread | None) -> None:
         if before:
             before.join()
-        try:
-            for step in self._unwanted(steps):
-                self._discard(self.folder(step), str(step))
-            for step in self._to_thin(steps):
-                self._thin(step)
-            self._empty_trash()
-        except (OSError, StorageError) as error:
-            self.log(f"old checkpoints stay for now: {one_line(error)}")
-        except Exception as error:
-            self._bugs.append(error)
+        for job in (self._take_away, self._empty_trash):
+            try:
+                job(steps)
+            except (OSError, StorageError) as error:
+                self.log(f"old checkpoints stay for now: {one_line(error)}")
+            except Exception as error:
+                self._bugs.append(error)
+
+    def _take_away(self, steps: list[int]) -> None:
+        for step in self._unwanted(steps):
+            self._discard(self.folder(step), str(step))
+        for step in self._to_thin(steps):
+            self._thin(step)
 
     def _unwanted(self, steps: list[int]) -> list[int]:
         """The newest stays whatever it is: the run goes on from it."""
@@ -160,9 +163,15 @@ class Lineage:
     def _discard(self, path: epath.Path, name: str) -> None:
         _move(path, self.trash / f"{name}-{time.time_ns()}")
 
-    def _empty_trash(self) -> None:
+    def _empty_trash(self, _: list[int]) -> None:
+        failed = None
         for path in self.trash.iterdir() if self.trash.exists() else ():
-            path.rmtree()
+            try:
+                path.rmtree()
+            except OSError as error:  # as of a file that another host has open; the others may go
+                failed = error
+        if failed:
+            raise failed
 
 
 def _move(path: epath.Path, target: epath.Path) -> None:

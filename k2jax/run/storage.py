@@ -299,7 +299,10 @@ def open_array(step_folder: epath.PathLike, meta: dict[str, Any], name: str) -> 
 def read_arrays(
     step_folder: epath.PathLike, meta: dict[str, Any], places: Mapping[str, Sharding]
 ) -> dict[str, jax.Array]:
-    """{name: array} as `places` says: a process reads the parts of its own devices, one that several have once."""
+    """{name: array} as `places` says: a process reads the parts of its own devices, one that several have once.
+
+    Raises what TensorStore raises; StorageError when the step is gone as a whole, which says nothing of it.
+    """
 
     def read(name: str) -> jax.Array:
         store, place = open_array(step_folder, meta, name), places[name]
@@ -309,5 +312,10 @@ def read_arrays(
         parts = [jax.device_put(reads[str(index)].result(), device) for device, index in index_of.items()]
         return jax.make_array_from_single_device_arrays(store.shape, place, parts)
 
-    with ThreadPoolExecutor(READERS) as pool:  # TensorStore reads and decodes outside of Python's lock
-        return dict(zip(places, pool.map(read, places), strict=True))
+    try:
+        with ThreadPoolExecutor(READERS) as pool:  # TensorStore reads and decodes outside of Python's lock
+            return dict(zip(places, pool.map(read, places), strict=True))
+    except Exception as error:
+        if not (epath.Path(step_folder) / "meta" / "meta.json").exists():
+            raise StorageError(f"checkpoint {meta['step']}: {step_folder} is no longer there") from error
+        raise

@@ -157,6 +157,7 @@ def pair(
     *,
     each: Sequence[dict[str, Any]] = ({}, {}),
     workdirs: tuple[Path, ...] | None = None,
+    environment: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> list[Trainer]:
     """Processes of one run over loopback, one for each of `each`, which has what that one is told alone."""
@@ -168,7 +169,7 @@ def pair(
         start(
             workdirs[index] if workdirs else workdir,
             {**(overrides or {}), **each[index]},
-            environment={**common, "JAX_PROCESS_ID": str(index)},
+            environment={**(environment or {}), **common, "JAX_PROCESS_ID": str(index)},
             **kwargs,
         )
         for index in range(len(each))

@@ -4,6 +4,7 @@ Neither a server of ssh nor Slurm is here: bin/ holds stand-ins for their comman
 machine as the real ones would on others. Slurm's sets SLURM_* of a step, by which JAX itself finds the others.
 """
 
+import faulthandler
 import json
 import os
 import re
@@ -23,8 +24,16 @@ from faults import runs
 
 pytestmark = pytest.mark.processes
 BIN = Path(__file__).parent / "bin"
-KEYS = {"stages.0.steps_per_chunk": 100, "log.every_steps": 10}  # long enough to be interrupted
+KEYS = {"stages.0.steps_per_chunk": 100, "log.every_steps": 10, "eval.windows": 1}  # long enough to be interrupted
 LAST = 205
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """Longer than that of one run: each test here starts two processes up to six times."""
+    faulthandler.dump_traceback_later(600, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 class Launched:

@@ -106,7 +106,8 @@ def test_another_configuration(pair):
 
 def test_a_workdir_that_is_not_shared(pair):
     error = wrong(pair(workdirs=("run", "other")), 78, "storage")
-    assert re.search(rf": {HOST} \(process 1\): does not see in 3 s what process 0 wrote in --workdir=\S+/other", error)
+    what = r"does not see what process 0 wrote in --workdir=\S+/other in 3 s: it is not one folder"
+    assert re.search(rf": {HOST} \(process 1\): {what}", error)
 
 
 def test_a_wrong_number_of_devices(pair):

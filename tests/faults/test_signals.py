@@ -1,4 +1,4 @@
-"""SIGINT, SIGHUP and SIGTERM whenever they come: a step is saved or nothing is lost, one line, 75; Ctrl-C twice ends."""
+"""SIGINT, SIGHUP, SIGTERM whenever they come: a step is saved or nothing is lost, one line, 75; twice Ctrl-C ends."""
 
 import os
 import pty

@@ -3,7 +3,7 @@ export JAX_COORDINATOR_ADDRESS="$NAME-hosts-0-0.$NAME:$PORT" JAX_NUM_PROCESSES="
 export JAX_PROCESS_ID=$((JOB_INDEX * HOSTS_PER_SLICE + JOB_COMPLETION_INDEX))
 [ -z "$CODE" ] || cd "$CODE" || exit 78
 
-child=
+child= stopping=
 trap 'interrupted=1; stopping=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' TERM # bash is process 1 here
 run() {
   "$@" &
@@ -11,7 +11,6 @@ run() {
   [ -z "$stopping" ] || kill -TERM "$child"
   wait_for "$child"
 }
-stopping=
 for ((i = 0; i < 150; i++)); do # the name of the first pod, which may start later
   getent hosts "${JAX_COORDINATOR_ADDRESS%:*}" > /dev/null && break
   sleep 2
