@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache, total_ordering
 from pathlib import Path
@@ -28,7 +28,6 @@ ANSWER_S = 600  # by when a request with its retries has an answer
 STALLED_S = 60  # a transfer of less than a byte a second for as long is begun again
 ABSENT = b"\x02"  # TensorStore's generation of what is not there
 PARALLEL = 16  # requests at a time
-LARGE_BYTES, PART_BYTES = 1 << 26, 1 << 24
 INDEX_CACHE_BYTES = 100 << 20  # of checkpoints' arrays
 
 
@@ -106,7 +105,7 @@ class BucketPath:
 
     def read(self) -> tuple[bytes, bytes]:
         """(content, generation); raises FileNotFoundError, or StorageError."""
-        with _errors("read", self):
+        with storage_errors("read", self):
             found = _kvstore(self.scheme, self.bucket).read(self.key).result(ANSWER_S)
         if found.state != "value":
             raise FileNotFoundError(2, "no such object", str(self))
@@ -123,7 +122,7 @@ class BucketPath:
         below = f"{self.key}/" if self.key else ""
         end = f"{self.key}0" if self.key else ""  # "0" is the character after "/"
         spans = [(below, f"{below}{but}/"), (f"{below}{but}0", end)] if but else [(below, end)]
-        with _errors("list", self):
+        with storage_errors("list", self):
             store, span = _kvstore(self.scheme, self.bucket), _tensorstore().KvStore.KeyRange
             found = [key for ends in spans for key in store.list(span(*ends)).result(ANSWER_S)]
         keys = (key.decode(errors="surrogateescape") for key in found)
@@ -145,13 +144,13 @@ class BucketPath:
     def is_file(self) -> bool:
         """Of the object the listing alone is asked for, however large it is."""
         span = _tensorstore().KvStore.KeyRange(self.key, f"{self.key}\0")
-        with _errors("list", self):
+        with storage_errors("list", self):
             found = _kvstore(self.scheme, self.bucket).list(span).result(ANSWER_S)
         return self.key.encode() in found
 
     def stat(self) -> Size:
         """Its size in bytes; raises FileNotFoundError, or StorageError."""
-        with _errors("read", self):
+        with storage_errors("read", self):
             files, place = arrow_files(self)
             found = files.get_file_info(place)
         if not found.is_file:
@@ -178,7 +177,7 @@ class BucketPath:
 
     def put(self, data: bytes) -> bytes:
         """Writes over what may be there; returns the new generation."""
-        with _errors("write", self):
+        with storage_errors("write", self):
             return _kvstore(self.scheme, self.bucket).write(self.key, data).result(ANSWER_S).generation
 
     write_bytes = put  # as JAX's compilation cache calls it
@@ -189,7 +188,7 @@ class BucketPath:
 
     def replace(self, data: bytes, generation: bytes) -> bytes | None:
         """Writes over that generation; the new one, or None: it is not there any more, and nothing is written."""
-        with _errors("write", self):
+        with storage_errors("write", self):
             store = _kvstore(self.scheme, self.bucket)
             written = store.write(self.key, data, if_equal=generation).result(ANSWER_S).generation
         if written:
@@ -213,12 +212,12 @@ class BucketPath:
 
     def remove(self, generation: bytes) -> bool:
         """Deletes that generation; False where it is not there any more."""
-        with _errors("delete", self):
+        with storage_errors("delete", self):
             store = _kvstore(self.scheme, self.bucket)
             return store.write(self.key, None, if_equal=generation).result(ANSWER_S).generation == ABSENT
 
     def unlink(self, missing_ok: bool = False) -> None:
-        with _errors("delete", self):
+        with storage_errors("delete", self):
             _kvstore(self.scheme, self.bucket).write(self.key, None).result(ANSWER_S)
 
     def delete_tree(self, last: str = "") -> None:
@@ -237,30 +236,6 @@ def at(path: str | os.PathLike | BucketPath) -> Path | BucketPath:
     if isinstance(path, BucketPath):
         return path
     return BucketPath(path) if isinstance(path, str) and "://" in path else Path(path)
-
-
-def upload(file: Path, target: BucketPath) -> None:
-    """Copies a file of this machine, whole or not at all, a large one in parts; raises StorageError."""
-    if file.stat().st_size <= LARGE_BYTES:
-        target.put(file.read_bytes())
-        return
-    with _errors("write", target):
-        files, place = arrow_files(target)
-        try:
-            with open(file, "rb") as source, files.open_output_stream(place) as there:
-                while data := source.read(PART_BYTES):
-                    there.write(data)
-        except BaseException:  # pyarrow ends an upload when it is left, however
-            with suppress(StorageError):
-                target.unlink()
-            raise
-
-
-def download(source: BucketPath, file: Path) -> None:
-    """The other way round, into a new file in a folder that is there; raises StorageError."""
-    with _errors("read", source), source.open() as there, open(file, "wb") as here:
-        while data := there.read(PART_BYTES):
-            here.write(data)
 
 
 # ---- TensorStore -----------------------------------------------------------------------------------------------------
@@ -344,7 +319,7 @@ def _tensorstore() -> Any:
 
 
 @contextmanager
-def _errors(verb: str, path: BucketPath) -> Iterator[None]:
+def storage_errors(verb: str, path: BucketPath) -> Iterator[None]:
     """Makes what TensorStore raises (ValueError for all that a server says) one line of StorageError."""
     try:
         yield

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from k2jax.bucket import BucketPath, upload
+from k2jax.bucket import BucketPath
 from k2jax.errors import ConfigError, StorageError
+from k2jax.transfer import upload
 
 AnyPath = str | os.PathLike | BucketPath
 # Which the system raises without a file's name, for writing alone.

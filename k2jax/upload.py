@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from k2jax.bucket import PARALLEL, BucketPath, download, upload
+from k2jax.bucket import PARALLEL, BucketPath
 from k2jax.errors import ConfigError, RunError
 from k2jax.lease import Lease
+from k2jax.transfer import download, upload
 
 LEASE = "k2jax.uploading"
 

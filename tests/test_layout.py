@@ -49,8 +49,8 @@ OTHERS_THAT_DO = {
 
 
 # The rooms, each importing only from itself and from those named here, of which every one stands further up.
-COMMON = {"text", "output", "errors", "stopping", "bucket", "locks", "files", "paths", "lease", "upload", "config"}
-COMMON |= {"k2", "kernels", "__init__"}
+COMMON = {"text", "output", "errors", "stopping", "bucket", "transfer", "locks", "files", "paths", "lease"}
+COMMON |= {"upload", "config", "k2", "kernels", "__init__"}
 RUN = {"data", "parallel", "model", "run", "training"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -62,9 +62,10 @@ MAY_IMPORT = {
     "kernels": set(),
     "bucket": {"errors"},
     "paths": {"errors", "text", "bucket"},
-    "files": {"errors", "bucket"},
+    "transfer": {"errors", "bucket"},
+    "files": {"errors", "bucket", "transfer"},
     "lease": {"errors", "files", "bucket"},
-    "upload": {"errors", "bucket", "lease"},
+    "upload": {"errors", "bucket", "transfer", "lease"},
     "config": {"errors", "paths"},
     "k2": {"config"},
     "data": COMMON,

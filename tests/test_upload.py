@@ -5,7 +5,7 @@ from functools import partial
 import buckets
 import pytest
 
-from k2jax import bucket, upload
+from k2jax import bucket, transfer, upload
 from k2jax.bucket import at
 from k2jax.errors import ConfigError, StorageError
 from k2jax.lease import Lease
@@ -36,7 +36,7 @@ def fill(out, **options) -> None:
 
 
 def test_there_and_back(out, monkeypatch):
-    monkeypatch.setattr(bucket, "LARGE_BYTES", 100)  # in parts
+    monkeypatch.setattr(transfer, "LARGE_BYTES", 100)  # in parts
     fill(out)
     assert out.keys() == ["README.md", "config.json", "parity.json", "weights/a"]
     with upload.local_copy(out) as folder:
