@@ -58,6 +58,11 @@ EXTRAS = {
         "ruff>=0.17,<0.18",
         "scipy>=1.15,<2",
         "pandas>=2.2,<4",
+        # Buckets on loopback; moto's own extra "server" brings the rest of AWS.
+        "moto>=5.2,<6",
+        "flask>=3,<4",
+        "flask-cors>=6,<7",
+        "gcp-storage-emulator>=2026.7,<2027",
         "nbclient>=0.10,<0.12",  # experiments/colab.ipynb, which these run and which draws with matplotlib
         "nbformat>=5.10,<6",
         "ipykernel>=7,<8",

@@ -7,7 +7,7 @@ Command: python tools/convert_from_hf.py --hf=K2_FOLDER --out=DIR, then
     --config.allow_drift="('model.mask_documents',)"
 Hardware: TPU v5p 8x8x8; 16 chips share a row, each with the 8,192 positions that it has in stage two.
 Tokens: 20 chunks x 50 steps x 32 rows x 131,072 = 4.2B.
-Expected time, by tools/plan.py (libtpu 0.0.42), not measured: 48 s a step, MFU 33.7% causal, 27.4 of 95.7 GiB, 14 hours
+Expected time, by tools/plan.py (libtpu 0.0.42), not measured: 48 s a step, MFU 33.7% causal, 30.2 of 95.7 GiB, 14 hours
   in all. Expected loss: not known.
 """
 

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = p.add_argument
-    paths.add(p, "--workdir", required=True, metavar="DIR", help="run directory")
+    paths.add(p, "--workdir", buckets=True, required=True, metavar="DIR", help="run directory")
     add("--steps", metavar="WHICH", help="newest (default), all (default with --watch), every:3 (every third "
         "checkpoint counted from the run's beginning, as K2's), or 10,20")  # fmt: skip
     add("--tasks", default="validation", metavar="A,B", help="see below (default: validation)")

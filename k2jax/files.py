@@ -3,6 +3,8 @@
 Each is written under a name of its own beside its place, NAME.new-HOST-PID: on a cluster an earlier attempt may still
 be writing the same. That is synced, renamed, and the folder synced, without which a power cut may take the new name
 back. No reader here takes such a name for a file: what they look for ends otherwise.
+
+An object of a bucket is put whole, from a file of this machine where it is large (bucket.py); folders are upload.py's.
 """
 
 import errno
@@ -10,20 +12,29 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from k2jax.bucket import BucketPath, upload
 from k2jax.errors import ConfigError, StorageError
 
+AnyPath = str | os.PathLike | BucketPath
 # Which the system raises without a file's name, for writing alone.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+def whole_file(path: AnyPath, mode: str = "wb") -> Iterator[IO]:
     """A new file, in place of the old one at the end; after an exception the old one, or none. Text is UTF-8."""
+    if isinstance(path, BucketPath):
+        with tempfile.TemporaryDirectory(prefix="k2jax-object-") as folder:
+            with whole_file(Path(folder) / "object", mode) as file:
+                yield file
+            upload(Path(folder) / "object", path)
+        return
     path = Path(path)
     if path.exists() and not path.is_file():  # root would rename over /dev/null
         raise StorageError(f"{path} is no plain file, and nothing else is written over: name another")
@@ -45,32 +56,38 @@ def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         new.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+def write_bytes(path: AnyPath, data: bytes) -> None:
     """A whole file of these bytes."""
+    if isinstance(path, BucketPath):
+        path.put(data)
+        return
     with whole_file(path) as file:
         file.write(data)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """A whole file of this text, in UTF-8."""
     write_bytes(path, text.encode())
 
 
-def write_json(path: str | os.PathLike, value: Any, *, sort_keys: bool = False, end: str = "\n") -> None:
+def write_json(path: AnyPath, value: Any, *, sort_keys: bool = False, end: str = "\n") -> None:
     """A whole file of JSON that a person can read."""
     write_text(path, json.dumps(value, indent=1, sort_keys=sort_keys) + end)
 
 
-def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
+def read_bytes(path: AnyPath, max_bytes: int) -> bytes:
     """What a file holds; ConfigError when it is larger than any that we write."""
-    with open(path, "rb") as file:
-        data = file.read(max_bytes + 1)
+    if isinstance(path, BucketPath):
+        data = path.read_bytes()
+    else:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise ConfigError(f"{path}: more than {max_bytes:,} bytes, which none of its kind has: restore it from a copy")
     return data
 
 
-def read_json(path: str | os.PathLike, max_bytes: int = 1 << 26) -> Any:
+def read_json(path: AnyPath, max_bytes: int = 1 << 26) -> Any:
     """What a file of JSON holds; ConfigError when it is damaged, or larger than any that we write."""
     return parse_json(read_bytes(path, max_bytes), str(path))
 
@@ -83,8 +100,11 @@ def parse_json(text: bytes | str, where: str) -> Any:
         raise ConfigError(f"{where} is damaged: {error}; restore it from a copy") from error
 
 
-def append_line(path: str | os.PathLike, line: bytes) -> None:
+def append_line(path: AnyPath, line: bytes) -> None:
     """Adds a line, with its line feed, to a file that only grows: all of it and on the disk, or nothing."""
+    if isinstance(path, BucketPath):
+        path.append(line)
+        return
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
         if file.write(line) != len(line):
@@ -122,9 +142,9 @@ def move(path: Path, to: Path) -> None:
     sync_folder(path.parent)
 
 
-def make_folder(path: Path) -> None:
-    """A folder and those above it, on the disk."""
-    if not path.is_dir():
+def make_folder(path: Path | BucketPath) -> None:
+    """A folder and those above it, on the disk; a bucket has none."""
+    if not isinstance(path, BucketPath) and not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
@@ -139,14 +159,16 @@ def sync_folder(path: Path) -> None:
             raise
 
 
-def remove_leftovers(folder: Path, name: str = "*", *, alone: bool = False) -> None:
+def remove_leftovers(folder: Path | BucketPath, name: str = "*", *, alone: bool = False) -> None:
     """Removes what killed writers of files or folders named `name`, a pattern, have left in `folder`.
 
     Those of this host whose process is gone; all of them where no other process can be writing there (`alone`).
     """
+    if isinstance(folder, BucketPath):  # where nothing is written under another name
+        return
     for path in folder.glob(f"{name}.new-*"):
         host, _, pid = path.name.rpartition(".new-")[2].rpartition("-")
-        if pid.isdigit() and (alone or (host == socket.gethostname() and not _is_running(int(pid)))):
+        if pid.isdigit() and (alone or (host == socket.gethostname() and not is_running(int(pid)))):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -162,7 +184,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)  # sends nothing
     except (ProcessLookupError, OverflowError):

@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
         prog="python -m k2jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    paths.add(parser, "--workdir", required=True, metavar="DIR", help="the run directory")
+    paths.add(parser, "--workdir", buckets=True, required=True, metavar="DIR", help="the run directory")
     add("--step", type=int, help="a checkpoint (default: the newest)")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     paths.add(parser, "--prompts", metavar="FILE", help="a prompt a line; in a .jsonl file a line is "

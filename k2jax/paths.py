@@ -1,8 +1,10 @@
 """Paths as users write them, parsed once, where they come in: on command lines and in configurations.
 
-    paths.add(parser, "--workdir", help="run directory")      a Path of this machine, or a ConfigError
+    paths.add(parser, "--prompts", help="a file")                         a Path of this machine, or a ConfigError
+    paths.add(parser, "--workdir", buckets=True, help="run directory")    a Path or a BucketPath
 
-What comes out is a Path, which is local, or a string, which is a URL; nothing further in looks for "://" or "~".
+What comes out is a Path, which is local, a BucketPath, or a string, which is a URL of a store; nothing further in looks
+for "://" or "~".
 """
 
 import os
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from k2jax.bucket import BucketPath, at
 from k2jax.errors import ConfigError
 from k2jax.text import has_secrets, without_secrets
 
@@ -20,9 +23,22 @@ OBJECT_STORES = ("gs", "s3")  # whose URLs TensorStore and pyarrow both take
 SCHEMES = ("file", "hf", "http", "https", "hdfs", "ftp", "az", "abfs", "abfss", "gcs", "s3a", "s3n", *OBJECT_STORES)
 
 
-def add(parser: Any, option: str, *, urls: bool = False, **options: Any) -> None:
-    """Adds an option whose value is a path to argparse's parser, which lets the ConfigError of a wrong one through."""
-    parser.add_argument(option, type=partial(parse, option=option, urls=urls), **options)
+def add(parser: Any, option: str, *, urls: bool = False, buckets: bool = False, **options: Any) -> None:
+    """Adds an option whose value is a path to argparse's parser, which lets the ConfigError of a wrong one through.
+
+    `urls` of stores are taken as they are; where `buckets` are taken, they become a BucketPath.
+    """
+    kind = partial(in_bucket, option=option) if buckets else partial(parse, option=option, urls=urls)
+    parser.add_argument(option, type=kind, **options)
+
+
+def in_bucket(text: str, option: str) -> Path | BucketPath:
+    """As `parse`, with a gs:// or s3:// URL as what it names."""
+    found = parse(text, option, urls=True)
+    try:
+        return at(found)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from error
 
 
 def parse(text: str, option: str, *, urls: bool = False) -> Path | str:

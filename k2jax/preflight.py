@@ -27,7 +27,7 @@ def main() -> None:
         epilog="Exit codes: 0 all is well, 78 something differs or is wrong, 74 storage, 70 device, network or bug.",
     )  # fmt: skip
     paths.add(parser, "--config", required=True, metavar="FILE", help="experiment, as experiments/smoke.py")
-    paths.add(parser, "--workdir", required=True, metavar="DIR", help="run directory, shared by all hosts")
+    paths.add(parser, "--workdir", buckets=True, required=True, metavar="DIR", help="run directory, of all hosts")
     parser.add_argument("--topology", help="what the hosts should be, as tools/launch.py takes it")
     parser.add_argument("--config-digest", default="", help="that was launched, see launch.json")
     parser.add_argument("--lock-digest", default="", help="of requirements.lock, likewise")

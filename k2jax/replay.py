@@ -195,7 +195,7 @@ def main() -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    paths.add(parser, "--workdir", required=True, metavar="DIR", help="run directory; it is only read")
+    paths.add(parser, "--workdir", buckets=True, required=True, metavar="DIR", help="run directory; it is only read")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="the first step to run again")
     parser.add_argument("--steps", type=int, default=1, metavar="K", help="how many (default: 1)")
     paths.add(parser, "--stores", urls=True, metavar="DIR", help="where the stores are, by name, if they have moved")

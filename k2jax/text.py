@@ -34,7 +34,12 @@ def without_secrets(text: str) -> str:
     """A URL, or text with URLs in it, less what they hold of passwords, tokens, keys and signatures."""
     if "://" not in text:
         return text
-    return PARAMETER.sub(_parameter, USERINFO.sub(_userinfo, text))
+    return without_secret_parameters(USERINFO.sub(_userinfo, text))
+
+
+def without_secret_parameters(text: str) -> str:
+    """The same of the end of a URL, from its path on."""
+    return PARAMETER.sub(_parameter, text)
 
 
 def shown(value: object) -> str:

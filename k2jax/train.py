@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from k2jax import config as configuration
 from k2jax import files, paths
+from k2jax.bucket import BucketPath
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.epochs import check_journal, check_resume, order_of
 from k2jax.data.manifest import describe
@@ -59,7 +60,7 @@ from k2jax.training.validation import validate
 
 def train(
     config: ConfigDict,
-    workdir: str | Path,
+    workdir: str | Path | BucketPath,
     forked_from: tuple[Path, int] | None = None,
     launch: Launch | None = None,
 ) -> None:
@@ -67,7 +68,7 @@ def train(
     launch = launch or Launch()
     check_processes_agree(config)
     mesh = mesh_of(config)
-    with Watchdog(config.watchdog) as watchdog, RunDirectory(workdir) as run, jax.set_mesh(mesh):
+    with Watchdog(config.watchdog) as watchdog, RunDirectory(workdir, say) as run, jax.set_mesh(mesh):
         compile_cache.use(say)
         launch.did("coming together")
 
@@ -85,7 +86,7 @@ def train(
         shardings = place_state(config, shapes, mesh)
         between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
         # 0: of imported weights
-        checkpoints = Checkpoints(run.path, [0], between, say, moments_every=every)
+        checkpoints = Checkpoints(run.place, [0], between, say, moments_every=every, mirror=run.mirror)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
         stopping.at_once(f"step {step} is saved" if step else "before the first step")
@@ -135,7 +136,7 @@ def train(
         checkpoints.close()
         stopping.at_once(f"step {order.num_steps} is saved, what ends a run is not made")
         watchdog.at("evaluate")
-        report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run.path)
+        report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run)
         run.end()
 
 
@@ -213,7 +214,7 @@ def report(
     mesh: jax.sharding.Mesh,
     stores: dict[str, Any],
     manifest: dict[str, Any],
-    workdir: Path,
+    run: RunDirectory,
 ) -> None:
     """The end of a run: validation loss by subset, sampled text, and where things are."""
     stage, dtype, eos_id = config.stages[stage_index], compute_dtype(config), manifest["eos_id"]
@@ -223,7 +224,7 @@ def report(
         say(
             f"validation {name:16} loss {v.loss:.4f}   unigram {v.unigram_loss:.4f}   ({v.tokens:,} held-out tokens)"
         )
-    encoder = load_tokenizer(workdir / "tokenizer.json")
+    encoder = load_tokenizer(run.path / "tokenizer.json")
     starts = [encoder.encode(prompt) for prompt in config.eval.prompts]
     if starts:
         reader = mesh_for(config, mesh.devices.flat)  # generation has no pipeline
@@ -234,12 +235,12 @@ def report(
             say(f"sample: {prompt}|{text_after(encoder.decode, start, tokens)}")
     if cluster.is_main():
         values = {"step": int(state.step), "subsets": {name: v._asdict() for name, v in found.items()}}
-        files.write_json(workdir / "validation.json", values, sort_keys=True, end="")
-    say(f"the run: {workdir}")
+        files.write_json(run.path / "validation.json", values, sort_keys=True, end="")
+    say(f"the run: {run.place}")
     say(
-        f"next: python tools/which_docs.py --workdir={workdir} --step={int(state.step)} shows what a step read;"
+        f"next: python tools/which_docs.py --workdir={run.place} --step={int(state.step)} shows what a step read;"
     )
-    say(f"      metrics/*.jsonl hold a row a step; tensorboard --logdir={workdir} draws them")
+    say(f"      metrics/*.jsonl hold a row a step; tensorboard --logdir={run.place} draws them")
 
 
 def progress_bar(total: int, done: int) -> tqdm:
@@ -264,11 +265,12 @@ def main() -> None:
         prog="python -m k2jax.train",
         description="Trains a model, or resumes a run.",
         epilog="Any key of k2jax/config.py can be set: --config.optimizer.clip_norm=0.5. "
-        "Exit codes: 0 done, 75 preempted and saved (restart), 74 storage, 65 numerics, "
+        "Exit codes: 0 done, 75 stopped by a signal and saved (restart), 74 storage, 65 numerics, "
         "78 configuration or data, 70 a bug.",
     )
     paths.add(parser, "--config", required=True, metavar="FILE", help="experiment, as experiments/smoke.py")
-    paths.add(parser, "--workdir", required=True, metavar="DIR", help="run directory; a run in it is resumed")
+    paths.add(parser, "--workdir", buckets=True, required=True, metavar="DIR", help="run directory, which may be a "
+        "gs:// or s3:// URL; a run in it is resumed")  # fmt: skip
     parser.add_argument("--fork", type=parse_fork, metavar="RUN@STEP", help="begin from a checkpoint of another run")
     args, rest = parser.parse_known_args()
     overrides = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]

@@ -1,8 +1,10 @@
 """Compiled programs kept between launches: the same bits sooner, nothing stale or damaged, never the end of a run."""
 
+import importlib
 import json
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,6 +209,14 @@ def test_later_parts_do_not_count():
     launch.did("data")
     assert not launch.warm and [*launch.parts] == ["data", "compile", "first step"]
     assert "compile (no cache)" in launches.describe(record) and "programs" not in launches.describe(record)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt=abc", "--max-new-tokens=2"], ["evaluate", "--windows=1"]])
+def test_readers_of_a_run_use_it_too(own_cache, tiny_run, tmp_path, monkeypatch, capsys, command):
+    workdir = runs.copy_run(tiny_run, tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", [*command, f"--workdir={workdir}"])
+    importlib.import_module(f"k2jax.{command[0]}").main()
+    assert programs(own_cache), capsys.readouterr()
 
 
 @pytest.mark.processes

@@ -157,6 +157,13 @@ def test_auto_is_cudnn_on_gpus_where_it_can(on_device, kind, dtype, head_dim, ma
     assert attend_causally(q, k, v, documents_of(16) if masked else None, "auto") == chosen
 
 
+def test_auto_is_jnp_on_gpus_before_ampere(on_device):
+    """Colab's T4, which has no kernel of ours and none of cuDNN's: JAX calls it by its name, without NVIDIA's."""
+    q, k, v, _ = draw(16, 2, 2, 64, jnp.float32)
+    on_device("Tesla T4")
+    assert isinstance(attend_causally(q, k, v, None, "auto"), jax.Array)
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "head_dim", "masked", "message"),
     [

@@ -49,7 +49,8 @@ OTHERS_THAT_DO = {
 
 
 # The rooms, each importing only from itself and from those named here, of which every one stands further up.
-COMMON = {"text", "output", "errors", "stopping", "locks", "files", "paths", "config", "k2", "kernels", "__init__"}
+COMMON = {"text", "output", "errors", "stopping", "bucket", "locks", "files", "paths", "lease", "upload", "config"}
+COMMON |= {"k2", "kernels", "__init__"}
 RUN = {"data", "parallel", "model", "run", "training"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -59,8 +60,11 @@ MAY_IMPORT = {
     "stopping": set(),
     "locks": {"errors"},
     "kernels": set(),
-    "paths": {"errors", "text"},
-    "files": {"errors"},
+    "bucket": {"errors"},
+    "paths": {"errors", "text", "bucket"},
+    "files": {"errors", "bucket"},
+    "lease": {"errors", "files", "bucket"},
+    "upload": {"errors", "bucket", "lease"},
     "config": {"errors", "paths"},
     "k2": {"config"},
     "data": COMMON,

@@ -101,6 +101,7 @@ COMMANDS = {
     "k2jax.train": "--config=. --workdir=.",
     "k2jax.evaluate": "--workdir=. --task-dir=.",
     "k2jax.generate": "--workdir=. --prompts=.",
+    "k2jax.replay": "--workdir=. --step=1",
     "k2jax.preflight": "--config=. --workdir=.",
     "tools/convert_from_hf.py": "--hf=. --out=.",
     "tools/convert_to_hf.py": "--workdir=. --out=.",
@@ -116,6 +117,11 @@ COMMANDS = {
     "tools/bench/gpu_suite.py": "--out=.",
 }
 CASES = [(program, option) for program, line in COMMANDS.items() for option in re.findall(r"(--\S+)=\.", line)]
+IN_BUCKETS = {
+    *[(name, "--workdir") for name in COMMANDS if "--workdir" in COMMANDS[name]],
+    ("tools/convert_to_hf.py", "--out"),
+    ("tools/export_chunks.py", "--out"),
+}
 WITH_STORES = ["k2jax.evaluate", "tools/export_chunks.py", "tools/which_docs.py", "tools/which_steps.py"]
 
 
@@ -146,8 +152,14 @@ def refused(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("program", "option"), CASES)
 def test_a_url_for_a_path_is_one_line_and_makes_nothing(refused, program, option):
-    line = COMMANDS[program].replace(f"{option}=.", f"{option}=gs://bucket/x")
-    assert f"{option}=gs://bucket/x: a gs:// URL, expected a path" in refused(program, *line.split())
+    if (program, option) in IN_BUCKETS:
+        line = COMMANDS[program].replace(f"{option}=.", f"{option}=hdfs://host/x")
+        assert f"{option}=hdfs://host/x: expected a local path, or a URL" in refused(program, *line.split())
+        line = COMMANDS[program].replace(f"{option}=.", f"{option}=gs://key:secret@bucket/x")
+        assert f"{option}=gs://***@bucket/x: holds credentials" in refused(program, *line.split())
+    else:
+        line = COMMANDS[program].replace(f"{option}=.", f"{option}=gs://bucket/x")
+        assert f"{option}=gs://bucket/x: a gs:// URL, expected a path" in refused(program, *line.split())
     line = COMMANDS[program].replace(f"{option}=.", f"{option}=gs:/bucket/x")
     assert f"{option}=gs:/bucket/x: did you mean" in refused(program, *line.split())
 

@@ -125,7 +125,7 @@ print(json.dumps(found))
 
 @on_tpu_compiler
 def test_k2_65b_on_a_pod():
-    """12 bytes a parameter, a host's 4 chips hold 1/128 of it; with 4 replicas each parameter is read four times."""
+    """12 bytes a parameter, a host's 4 chips hold 1/128 of it; with 4 replicas, too, each byte is read once."""
     found = json.loads(run_compiling(PLAN, REPOSITORY))
     pod, copies = found["k2_65b_v5p"], found["k2_65b_128k"]
     assert pod["hosts"] == 128 and pod["state_bytes"] == pytest.approx(12 * 65_286_184_960, rel=1e-6)
@@ -133,5 +133,6 @@ def test_k2_65b_on_a_pod():
         assert pod[part] == pytest.approx(pod["state_bytes"] / 128, rel=0.01)
     assert pod["write_seconds"] == pytest.approx(pod["state_bytes"] / 25e9)
     assert copies["host_write_bytes"] == pytest.approx(pod["host_write_bytes"], rel=0.01)
-    assert copies["read_bytes"] == pytest.approx((4 + 1 + 1) / 3 * pod["state_bytes"], rel=0.01)
+    assert copies["read_bytes"] == pytest.approx(pod["state_bytes"], rel=0.01)
+    assert pod["chunks"] < 50_000, "too small: a storage wants megabytes at a time"
     assert pod["stages"]["stage1"]["share"] < 0.001

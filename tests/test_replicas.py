@@ -108,6 +108,8 @@ def test_k2s_own_mesh_splits_moments_by_five_of_its_fifteen_replicas():
         mesh = AbstractMesh((15 // parts, parts, 1, 4, 1, 8), axes)
         found[parts] = round(placement.state_bytes(c, mesh) / 2**30, 1)
     assert found == {15: 22.8, 5: 10.7, 3: 22.8, 1: 22.8}
+    whole = AbstractMesh((15, 1, 4, 1, 8), sharding.MESH_AXES)
+    assert placement.split_moments(c, whole) == AbstractMesh((3, 5, 1, 4, 1, 8), axes)
 
 
 # ---- slices of TPUs --------------------------------------------------------------------------------------------------

@@ -25,8 +25,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2jax import paths
+from k2jax.bucket import BucketPath
 from k2jax.errors import run_main
 from k2jax.parallel.host_memory import keep_freed_memory
+from k2jax.upload import local_copy  # noqa: E402
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -42,9 +44,9 @@ def size(text: str) -> int:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    paths.add(parser, "--workdir", required=True, help="the run directory")
+    paths.add(parser, "--workdir", buckets=True, required=True, help="the run directory")
     parser.add_argument("--step", type=int, help="a checkpoint (default: the newest; with --verify the export's)")
-    paths.add(parser, "--out", required=True, metavar="DIR", help="the export; new, or empty")
+    paths.add(parser, "--out", buckets=True, required=True, metavar="DIR", help="the export; new, or empty")
     kinds = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=kinds, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--shard-size", type=size, default="5GB", help="of a file, at most (default: 5GB)")
@@ -52,7 +54,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
     keep_freed_memory()  # before the imports below, some of which start threads
+    started = time.perf_counter()
+    if args.verify and isinstance(args.out, BucketPath):
+        with local_copy(args.out) as copy:
+            return convert(args, copy, started)
+    convert(args, args.out, started)
 
+
+def convert(args: argparse.Namespace, out: Path | BucketPath, started: float) -> None:
+    """Exports to `out`, or verifies what is there, and prints what that gave."""
     from tqdm import tqdm
 
     from k2jax.hf.export import export
@@ -61,16 +71,15 @@ def main() -> None:
     from k2jax.model.decoder import num_params
     from k2jax.run.saved import open_step
 
-    started = time.perf_counter()
-    step = read_certificate(args.out)["checkpoint"]["step"] if args.verify and args.step is None else args.step
+    step = read_certificate(out)["checkpoint"]["step"] if args.verify and args.step is None else args.step
     saved = open_step(args.workdir, step)
     passes = 3 if args.verify else 1
     total = num_params(saved.config.model) * DTYPES[args.dtype].itemsize * passes
     with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         if args.verify:
-            result = verify(saved, args.out, bar.update)._asdict()
+            result = verify(saved, out, bar.update)._asdict()
         else:
-            done = export(saved, args.out, args.dtype, args.shard_size, bar.update)
+            done = export(saved, out, args.dtype, args.shard_size, bar.update)
             keys = ("largest_difference", "tolerance", "noise", "largest_logit")
             result = {**{key: done.parity["logits"][key] for key in keys}, "weights_s": round(done.weights_s, 3)}
     result = {"step": saved.step, "digest": saved.digest, "out": str(args.out), **result}

@@ -40,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    paths.add(parser, "--workdir", required=True, help="the run directory")
-    paths.add(parser, "--out", required=True, help="a new folder, or one to go on with")
+    paths.add(parser, "--workdir", buckets=True, required=True, help="the run directory")
+    paths.add(parser, "--out", buckets=True, required=True, help="a new folder, or one to go on with")
     parser.add_argument(
         "--chunks",
         type=chunk_range,

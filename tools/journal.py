@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    paths.add(parser, "--workdir", required=True, help="the run directory")
+    paths.add(parser, "--workdir", buckets=True, required=True, help="the run directory")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--list", action="store_true", help="print the entries")
     for kind, meaning in (("skip", "never read them"), ("defer", "read them at the end of their stage")):

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--topology", required=True, help="such as v5p:8x8x8, v6e:16x16*2, h100:8")
     parser.add_argument("--stage", help="name of the one stage to plan (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
-    paths.add(parser, "--workdir", metavar="DIR", help="run directory to keep the plan in, as plan.json")
+    paths.add(parser, "--workdir", buckets=True, metavar="DIR", help="run directory to keep the plan in, as plan.json")
     parser.add_argument("--storage", type=_rate, default=25.0, metavar="GB/S", help="that checkpoints are written and "
                         "read with, all hosts together (default: 25, what Cloud Storage gives unasked)")  # fmt: skip
     parser.add_argument("--host-storage", type=_rate, default=1.0, metavar="GB/S", help="the same, by one host "

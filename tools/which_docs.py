@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    paths.add(parser, "--workdir", required=True, help="the run directory")
+    paths.add(parser, "--workdir", buckets=True, required=True, help="the run directory")
     parser.add_argument("--step", required=True, type=int, help="from 1")
     parser.add_argument("--row", type=int, help="one row of the step, from 0 (default: all)")
     parser.add_argument("--text", action="store_true", help="print the text, too")

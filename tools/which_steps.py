@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    paths.add(parser, "--workdir", required=True, help="the run directory")
+    paths.add(parser, "--workdir", buckets=True, required=True, help="the run directory")
     parser.add_argument("--doc", required=True, metavar="ID", help="SHA-256 (hex) of the document's text")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each place it stands")
     paths.add(parser, "--stores", urls=True, metavar="DIR", help="where the stores are, by name, if they moved")

@@ -8,6 +8,7 @@ in all columns 0.91 bytes a token for a vocabulary of 4,096, 1.11 for one of 32,
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from k2jax import errors, files, locks
+from k2jax.bucket import BucketPath, at
 from k2jax.data.chunks import checkpoint_steps
 from k2jax.data.document_table import DocumentTable
 from k2jax.data.export_readme import readme
@@ -33,6 +35,7 @@ from k2jax.data.manifest import manifest_digest
 from k2jax.data.provenance import Run, open_run
 from k2jax.data.store import Store
 from k2jax.errors import ConfigError, RunError, StorageError
+from k2jax.lease import taken
 
 FORMAT = 1
 # Measured on 16 MB of Python's documents and code, ids in shuffled rows of 2,049: bytes a token with a vocabulary of
@@ -44,8 +47,8 @@ WORK = ".export"  # in the output folder: what is known of finished chunks, and 
 
 
 def export_chunks(
-    workdir: str | os.PathLike,
-    out: str | os.PathLike,
+    workdir: str | os.PathLike | BucketPath,
+    out: str | os.PathLike | BucketPath,
     *,
     chunks: tuple[int | None, int | None] = (None, None),
     stores: str | os.PathLike | None = None,
@@ -68,7 +71,7 @@ def export_chunks(
     the run read; StorageError if something cannot be read or written.
     """
     errors.keep_files_ours()
-    run, out = open_run(workdir, stores), Path(out)
+    run, out = open_run(workdir, stores), at(out)
     steps = chunk_steps(run)
     first, stop = _range(chunks, len(steps))
     if out.exists() and any(out.iterdir()) and not (out / WORK).is_dir():
@@ -114,7 +117,7 @@ def _range(chunks: tuple[int | None, int | None], available: int) -> tuple[int, 
     return first, stop
 
 
-def _check_identity(run: Run, out: Path, num_chunks: int) -> None:
+def _check_identity(run: Run, out: Path | BucketPath, num_chunks: int) -> None:
     """Refuses the chunks of another run; removes those past the end, which a skip in the journal moved forward."""
     expected = {manifest_digest(part.manifest) for part in run.epochs()}
     for path in sorted((out / WORK).glob("*.json")):
@@ -147,7 +150,7 @@ def _run_all(work: Callable[[int], dict], chunks: list[int], workers: int) -> It
 
 def export_chunk(workdir: str, out: str, stores: str | None, scratch: str, chunk: int) -> dict[str, Any]:
     """Writes one chunk; `scratch` is the folder of the stores' DocumentTables. Returns its entry in chunks.json."""
-    run, folder = open_run(workdir, stores), Path(out)
+    run, folder = open_run(workdir, stores), at(out)
     first, last = chunk_steps(run)[chunk]
     run, stage = run.of_step(first), run.order.stage_of_step(first)
     path = folder / f"chunk_{chunk:05d}.parquet"
@@ -177,7 +180,7 @@ def export_chunk(workdir: str, out: str, stores: str | None, scratch: str, chunk
 
 
 def finished_entry(
-    run: Run, out: Path, chunk: int, steps: tuple[int, int], *, sha256: bool
+    run: Run, out: Path | BucketPath, chunk: int, steps: tuple[int, int], *, sha256: bool
 ) -> dict[str, Any] | None:
     """The entry of a chunk that is there, reads what the run reads now, and was compared with all of the ledger."""
     entry, path = _read_entry(out / WORK / f"{chunk:05d}.json"), out / f"chunk_{chunk:05d}.parquet"
@@ -193,7 +196,7 @@ def finished_entry(
     return entry
 
 
-def ledger_digests(workdir: Path, chunk: int, first: int, last: int) -> dict[int, str]:
+def ledger_digests(workdir: Path | BucketPath, chunk: int, first: int, last: int) -> dict[int, str]:
     """What the ledger has of steps first to last, all in its file of this chunk: their batches' digests by step."""
     path, found = workdir / "ledger" / f"chunk-{chunk + 1:05d}.jsonl", {}
     try:
@@ -240,7 +243,7 @@ def _write_rows(
     return rows, parts
 
 
-def _write_summary(run: Run, out: Path, steps: list[tuple[int, int]]) -> dict[str, Any]:
+def _write_summary(run: Run, out: Path | BucketPath, steps: list[tuple[int, int]]) -> dict[str, Any]:
     entries = [finished_entry(run, out, chunk, steps[chunk], sha256=False) for chunk in range(len(steps))]
     manifest = run.manifest
     summary = {
@@ -266,15 +269,17 @@ def _write_summary(run: Run, out: Path, steps: list[tuple[int, int]]) -> dict[st
     return summary
 
 
-def _locked(out: Path, chunk: int) -> locks.Lock:
+def _locked(out: Path | BucketPath, chunk: int) -> contextlib.AbstractContextManager:
     """This process alone writes this chunk."""
+    if isinstance(out, BucketPath):
+        return taken(out / WORK / f"{chunk:05d}.lock", f"--out={out}: chunk {chunk}")
     try:
         return locks.hold(out / WORK / f"{chunk:05d}.lock", f"host {socket.gethostname()}, pid {os.getpid()}")
     except locks.Held as holder:
         raise ConfigError(f"--out={out}: another process ({holder}) is writing chunk {chunk}: wait for it") from None
 
 
-def _read_entry(path: Path) -> dict[str, Any] | None:
+def _read_entry(path: Path | BucketPath) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -285,6 +290,6 @@ def _read_entry(path: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+def _sha256(path: Path | BucketPath) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

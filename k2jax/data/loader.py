@@ -174,8 +174,9 @@ def _iterate(dataset: Iterable[Batch], first_step: int, last_step: int) -> Itera
 
 def _start_tracker() -> None:
     # Python's own process that keeps count of shared memory: it ignores the other signals, and dies of this one.
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.getsignal(signal.SIGHUP)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         multiprocessing.resource_tracker.ensure_running()
         signal.signal(signal.SIGHUP, before)
 

@@ -70,7 +70,7 @@ class StagePlan:
     stop_position: int
     first_step: int
     last_step: int  # read by this stage, too; first_step - 1 if the journal skips all of it
-    done: int  # steps of the stage before `first_step`, under other data
+    done: int = 0  # steps of the stage before `first_step`, under other data
 
     @property
     def num_steps(self) -> int:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from k2jax.bucket import BucketPath, at
 from k2jax.data.epochs import check_journal, order_of, read_epochs
 from k2jax.data.journal import read_journal
 from k2jax.data.launches import read_launches
@@ -102,13 +103,13 @@ class DocumentReads(NamedTuple):
     reads: list[Read]
 
 
-def open_run(workdir: str | os.PathLike, stores_folder: str | os.PathLike | None = None) -> Run:
+def open_run(workdir: str | os.PathLike | BucketPath, stores_folder: str | os.PathLike | None = None) -> Run:
     """Opens a run's data; with `stores_folder` the stores are looked for there, by name.
 
     Raises ConfigError if journal, manifest and stores are not those of one run, StorageError if one of them
     cannot be read.
     """
-    workdir = Path(workdir)
+    workdir = at(workdir)
     epochs, journal = read_epochs(workdir), read_journal(workdir / "journal.jsonl")
     check_journal(epochs, journal)
     run = Run(workdir, order_of(epochs, journal), _places(workdir), stores_folder)

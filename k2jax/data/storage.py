@@ -18,8 +18,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import tensorstore as ts
 
+from k2jax import bucket
 from k2jax.errors import ConfigError, StorageError
 
+BUCKETS = ("gs://", "s3://")
 LAST_SLICE = 1 << 12  # elements that a bisection reads at once at its end
 
 
@@ -33,6 +35,8 @@ def file_system(path: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a path or URL, and the path there; ConfigError for an unknown kind of URL."""
     if "://" not in path:  # from_uri would have its own idea of a name that holds % or #
         return pafs.LocalFileSystem(), path
+    if path.startswith(BUCKETS):
+        return bucket.arrow_files(bucket.BucketPath(path))
     try:
         return pafs.FileSystem.from_uri(path)
     except pa.ArrowInvalid as error:
@@ -42,6 +46,23 @@ def file_system(path: str) -> tuple[pafs.FileSystem, str]:
 def listing(fs: pafs.FileSystem, root: str, recursive: bool) -> list[pafs.FileInfo]:
     """What lies in a directory; [] if there is none."""
     return fs.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=recursive))
+
+
+def names_in(path: str) -> set[str]:
+    """Of files and folders at a path or URL; empty if there is none."""
+    if path.startswith(BUCKETS):  # pyarrow sees no folder of a bucket but those that it made
+        return {found.name for found in bucket.BucketPath(path).iterdir()}
+    return {info.base_name for info in listing(*file_system(path), recursive=False)}
+
+
+def delete(path: str) -> None:
+    """Deletes the file or folder at a path or URL."""
+    if path.startswith(BUCKETS):
+        bucket.BucketPath(path).unlink()
+        bucket.BucketPath(path).delete_tree()
+        return
+    fs, place = file_system(path)
+    (fs.delete_file if fs.get_file_info(place).is_file else fs.delete_dir)(place)
 
 
 def file_sizes(fs: pafs.FileSystem, root: str) -> dict[str, int]:
@@ -102,8 +123,10 @@ def storage_errors(what: str) -> Iterator[None]:
         raise StorageError(f"{what}: {reason}") from error
 
 
-def kvstore(path: str) -> str | dict[str, str]:
-    """TensorStore's name for a folder; as a URL a local path would lose what stands behind a #, ? or %."""
+def kvstore(path: str) -> str | dict[str, Any]:
+    """TensorStore's name for a folder; as a URL a path would lose what stands behind a #, ? or %."""
+    if path.startswith(BUCKETS):
+        return bucket.spec(bucket.BucketPath(path), folder=True)
     return f"{path}/" if "://" in path else {"driver": "file", "path": f"{path}/"}
 
 
@@ -135,8 +158,7 @@ def open_array(spec: dict[str, Any], cache_bytes: int = 0) -> ts.TensorStore:
     """Opens an array for reading, keeping up to `cache_bytes` of chunks in memory."""
     # By default a missing shard reads as zeros.
     spec = {**spec, "fill_missing_data_reads": False, "recheck_cached_data": "open"}
-    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
-    return ts.open(spec, context=context, read=True).result()
+    return ts.open(spec, context=bucket.context(cache_bytes), read=True).result()
 
 
 class ArrayWriter:
@@ -147,7 +169,7 @@ class ArrayWriter:
         self._buffer = np.empty(shard, dtype)
         # By default a chunk of nothing but zeros is not stored, and looks like one that was lost.
         spec = {**array_spec(path, dtype, 0, shard, chunk), "store_data_equal_to_fill_value": True}
-        self._array = ts.open(spec, create=True).result()
+        self._array = ts.open(spec, create=True, context=bucket.context(0)).result()
 
     def append(self, values: np.ndarray) -> None:
         """Appends integers (n,), which must fit the array's dtype."""

@@ -112,14 +112,13 @@ class StoreWriter:
             self._parquet = pq.ParquetWriter(self._file, DOCUMENTS, **options)
 
     def _clear(self, overwrite: bool) -> None:
-        found = {info.base_name: info for info in storage.listing(self._fs, self._root, recursive=False)}
+        found = storage.names_in(self.path)
         if "store.json" in found and not overwrite:
             raise ConfigError(f"{self.path} holds a finished store: name another path, or overwrite it")
-        if found and not found.keys() & {"store.json", "zarr.json"}:
+        if found and not found & {"store.json", "zarr.json"}:
             raise ConfigError(f"{self.path} is not empty and no store: name another path, or empty it")
-        for info in (found[name] for name in FILES if name in found):
-            delete = self._fs.delete_file if info.is_file else self._fs.delete_dir
-            delete(info.path)
+        for name in (name for name in FILES if name in found):
+            storage.delete(f"{self.path}/{name}")
 
     def __enter__(self) -> Self:
         return self

@@ -20,6 +20,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from k2jax import files
+from k2jax.bucket import BucketPath, at
 from k2jax.data import tokenizer_file
 from k2jax.errors import ConfigError
 
@@ -215,14 +216,14 @@ def encode_documents(
     return found
 
 
-def load_tokenizer(path: str | Path, eos: str = "") -> Tokenizer:
+def load_tokenizer(path: str | Path | BucketPath, eos: str = "") -> Tokenizer:
     """The tokenizer in a tokenizer.json.
 
     `eos` names the control token that ends documents; "" leaves it to the well-known names, and only who asks for
     `eos_id` needs one of them. Raises ConfigError if the file is missing or damaged, or has no such token.
     """
     try:
-        file = Path(path).read_bytes().decode()
+        file = at(path).read_bytes().decode()
     except FileNotFoundError as error:
         raise ConfigError(f"tokenizer {path}: no such file; tools/prepare_data.py makes one") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -230,13 +231,13 @@ def load_tokenizer(path: str | Path, eos: str = "") -> Tokenizer:
     return Tokenizer(file, str(path), eos)
 
 
-def tokenizer_sha256(path: str | Path) -> str:
+def tokenizer_sha256(path: str | Path | BucketPath) -> str:
     """SHA-256 (hex) of the file's bytes: what stores and manifests call the tokenizer's identity.
 
     Raises ConfigError if the file cannot be read.
     """
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return hashlib.sha256(at(path).read_bytes()).hexdigest()
     except OSError as error:
         raise ConfigError(f"tokenizer {path}: cannot be read ({error.strerror})") from error
 

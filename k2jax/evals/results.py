@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2jax import files, locks
+from k2jax.bucket import BucketPath
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import StorageError
+from k2jax.lease import alone
 
 FORMAT = 1
 
@@ -52,7 +54,7 @@ class Outcome(NamedTuple):
 class Results:
     """The results in a run directory."""
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path | BucketPath):
         self.directory = workdir / "evals"
 
     def find(self, step: int, identity: Identity) -> dict[str, Any] | None:
@@ -103,6 +105,10 @@ class Results:
     @contextmanager
     def _locked(self, step: int) -> Iterator[None]:
         """One writer at a time: two evaluations of one run, such as --watch and another, may meet."""
+        if isinstance(self.directory, BucketPath):
+            with alone(self.directory / "lock", f"{self.directory}"):
+                yield
+            return
         folder = self.directory / str(step)
         folder.mkdir(parents=True, exist_ok=True)
         with locks.wait(self.directory / "lock", f"host {socket.gethostname()}, pid {os.getpid()}"):
@@ -110,7 +116,7 @@ class Results:
             yield
 
 
-def read_result(path: Path) -> dict[str, Any]:
+def read_result(path: Path | BucketPath) -> dict[str, Any]:
     """One result, as data. Raises StorageError when it is damaged or is not the one that its name says."""
     try:
         result = json.loads(path.read_bytes())

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from k2jax.bucket import BucketPath
 from k2jax.data.chunks import checkpoint_steps
 from k2jax.data.epochs import has_epochs, order_of, read_epochs
 from k2jax.data.journal import read_journal
@@ -21,7 +22,7 @@ from k2jax.evals.held_out import Validation
 from k2jax.evals.memorization import Memorization
 from k2jax.evals.results import Identity, Outcome, Results
 from k2jax.evals.subject import Subject
-from k2jax.run.saved import SavedStep, check_tokenizer, open_step, saved_steps
+from k2jax.run.saved import SavedStep, check_tokenizer, open_step, saved_steps, steps_so_far
 from k2jax.training.placement import mesh_for
 
 
@@ -41,7 +42,7 @@ class Evaluation(Protocol):
 class Wanted(NamedTuple):
     """What the command line asks for."""
 
-    workdir: Path
+    workdir: Path | BucketPath
     steps: str  # newest, all, every:N, or steps with commas between them
     tasks: tuple[str, ...]
     task_dir: str | Path | None
@@ -129,11 +130,11 @@ class Session:
     def watch(self, poll_s: float) -> None:
         """Evaluates each step as it appears, to the last that the run will have."""
         workdir, done = self.wanted.workdir, set()
-        if not workdir.is_dir():
+        if isinstance(workdir, Path) and not workdir.is_dir():
             raise ConfigError(f"--workdir={workdir}: no such folder")
         while True:
             expected = expected_steps(workdir, self.wanted.steps) if has_epochs(workdir) else None
-            there = saved_steps(workdir) if (workdir / "checkpoints").is_dir() else []
+            there = steps_so_far(workdir)
             new = [
                 step
                 for step in there

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from k2jax import __version__, files
+from k2jax import __version__, files, upload
+from k2jax.bucket import BucketPath
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError, NumericsError, StorageError
 from k2jax.hf import card, certificate
@@ -41,7 +42,7 @@ class Exported(NamedTuple):
 
 
 def export(
-    saved: SavedStep, out: Path, dtype: str, shard_bytes: int, progress: Callable[[int], None]
+    saved: SavedStep, out: Path | BucketPath, dtype: str, shard_bytes: int, progress: Callable[[int], None]
 ) -> Exported:
     """Writes the folder `out`. `progress` is told of each piece's bytes.
 
@@ -167,8 +168,15 @@ def as_json(values: dict[str, Any]) -> bytes:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` at the end, or is removed when anything fails."""
+def new_folder(out: Path | BucketPath) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` at the end, or is removed when anything fails.
+
+    That of an `out` in a bucket is on this machine, and needs the room for all of it.
+    """
+    if isinstance(out, BucketPath):
+        with upload.whole_folder(out, last=["config.json", CERTIFICATE]) as folder:
+            yield folder
+        return
     check_free(out)
     try:
         files.remove_leftovers(out.parent, glob.escape(out.name))

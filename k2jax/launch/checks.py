@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax import files
+from k2jax.bucket import BucketPath
 from k2jax.errors import ConfigError, PeerError, StorageError
 from k2jax.launch import measure
 from k2jax.launch.hosts import Hosts
@@ -24,7 +25,7 @@ from k2jax.launch.survey import Check, ask, odd
 from k2jax.model.decoder import num_params
 from k2jax.parallel import cluster
 from k2jax.plan.chips import CHIPS, GIB
-from k2jax.training.placement import state_bytes
+from k2jax.training.placement import split_moments, state_bytes
 
 CLOCK_ROUNDS = 5
 BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 parameters and two moments
@@ -34,7 +35,7 @@ BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 parameters and two moments
 class Options:
     """Of preflight's command line."""
 
-    workdir: Path
+    workdir: Path | BucketPath
     hosts: Hosts | None = None
     config_digest: str = ""
     lock_digest: str = ""
@@ -156,7 +157,7 @@ def storage(check: Check, config: ConfigDict, options: Options) -> None:
             took = time.monotonic() - started
             if not missing or took > options.wait_s:
                 return {"missing": missing, "seconds": took, "folder": str(folder)}
-            if folder.is_dir():
+            if isinstance(folder, Path) and folder.is_dir():
                 list(folder.iterdir())  # some network file systems look again only then
             time.sleep(0.05)
 
@@ -204,7 +205,8 @@ def disk(check: Check, config: ConfigDict, options: Options) -> None:
     }
     each = "; ".join(f"{key} {min(found) / 1e6:,.0f} MB/s on the slowest" for key, found in speeds.items())
     write_s = size / check.values["write_bytes_per_s"]
-    free = _gb(check.values["free_bytes"])
+    endless = check.values["free_bytes"] >= measure.ENDLESS
+    free = "all" if endless else _gb(check.values["free_bytes"])
     check.says = f"{free} free; {each}; a checkpoint of {_gb(size)} takes {write_s:,.1f} s so"
 
 
@@ -247,7 +249,7 @@ def all_reduce(check: Check, config: ConfigDict, options: Options) -> None:
 def memory(check: Check, config: ConfigDict, options: Options) -> None:
     """The state on a device, and on the host the copy of it that an asynchronous save takes."""
     try:
-        state = state_bytes(config, mesh_on(config, jax.device_count(), "this run"))
+        state = state_bytes(config, split_moments(config, mesh_on(config, jax.device_count(), "this run")))
     except ConfigError as error:
         check.says = f"not looked at: {error}"
         return

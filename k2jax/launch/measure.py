@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import files
+from k2jax.bucket import BucketPath
 from k2jax.data.loader import make_loader
 from k2jax.data.manifest import manifest_digest
 from k2jax.data.order import Order
@@ -25,6 +26,7 @@ from k2jax.training.setup import open_data
 PACKAGE = Path(k2jax.__file__).parent
 REDUCED = 1024  # integers that each device contributes
 CHUNK = 2**22  # bytes, of a read
+ENDLESS = 1 << 62  # bytes: what is free in a bucket
 
 
 def what_runs(config: ConfigDict, settings: str) -> dict[str, str]:
@@ -51,16 +53,17 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def disk(workdir: Path, size: int, index: int) -> dict[str, float]:
+def disk(workdir: Path | BucketPath, size: int, index: int) -> dict[str, float]:
     """Free bytes, and bytes a second of writing to the disk and of reading from it, by a file of `size` bytes."""
     path = workdir / f"preflight-speed-{index}"
     data = np.random.default_rng(index).integers(0, 256, size, np.uint8).tobytes()
+    in_bucket = isinstance(workdir, BucketPath)
     try:
         started = time.perf_counter()
         files.write_bytes(path, data)
         write_s = time.perf_counter() - started
-        with path.open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
+        with path.open("rb", **{} if in_bucket else {"buffering": 0}) as file:
+            if hasattr(os, "posix_fadvise") and not in_bucket:
                 os.posix_fadvise(
                     file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
                 )  # else it is the memory that is read
@@ -73,9 +76,9 @@ def disk(workdir: Path, size: int, index: int) -> dict[str, float]:
         raise StorageError(
             f"{path}: what was read is not what was written: this storage loses data, use another"
         )
-    found = os.statvfs(workdir)
+    found = None if in_bucket else os.statvfs(workdir)
     return {
-        "free_bytes": found.f_bavail * found.f_frsize,
+        "free_bytes": found.f_bavail * found.f_frsize if found else ENDLESS,
         "write_bytes_per_s": size / write_s,
         "read_bytes_per_s": size / read_s,
     }

@@ -123,9 +123,12 @@ def preempted() -> bool:
 # ---- deciding --------------------------------------------------------------------------------------------------------
 
 
-def decide(what: str, f: Callable[[], T], limit_s: float | None = None) -> T:
-    """What `f` gives on process 0, in JSON's types, on every process; or the error that it raises there, on all."""
-    key = _key(what)
+def decide(what: str, f: Callable[[], T], limit_s: float | None = None, key: str = "") -> T:
+    """What `f` gives on process 0, in JSON's types, on every process; or the error that it raises there, on all.
+
+    Calls are matched by their number. One from a thread beside the main one has a `key` that no other has.
+    """
+    key = _key(what, key)
     if count() == 1:
         return json.loads(json.dumps(f()))
     if is_main():
@@ -136,9 +139,12 @@ def decide(what: str, f: Callable[[], T], limit_s: float | None = None) -> T:
     return _result(outcome)
 
 
-def together(what: str, f: Callable[[], T], limit_s: float | None = None) -> T:
-    """Every process does `f` and gets its own result, or all raise when any has: the worst error, with every reason."""
-    key = _key(what)
+def together(what: str, f: Callable[[], T], limit_s: float | None = None, key: str = "") -> T:
+    """Every process does `f` and gets its own result, or all raise when any has: the worst error, with every reason.
+
+    `key` as for `decide`.
+    """
+    key = _key(what, key)
     if count() == 1:
         return f()
     mine: list[T] = []
@@ -313,8 +319,8 @@ def _exit(code: int) -> NoReturn:
 # ---- the store -------------------------------------------------------------------------------------------------------
 
 
-def _key(what: str) -> str:
-    return f"{ROOT}call/{next(_calls):06d} {what}"
+def _key(what: str, key: str = "") -> str:
+    return f"{ROOT}call/{key or format(next(_calls), '06d')} {what}"
 
 
 def _set(key: str, value: Any) -> None:

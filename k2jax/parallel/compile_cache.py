@@ -33,7 +33,7 @@ from k2jax.parallel import cluster
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-LIMIT_BYTES = 8 << 30  # of all versions together; what was not used for longest goes
+LIMIT_BYTES = 4 << 30  # of all versions together; what was not used for longest goes
 WORTH_S = 0.2  # what compiles sooner is not kept
 SEEN_S = 5.0  # in which each process must see what process 0 wrote
 SUFFIX = ".program"

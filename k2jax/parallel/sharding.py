@@ -7,6 +7,7 @@ Parameters and activations name logical axes only; this file alone knows the mes
 import math
 from collections import Counter
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from k2jax.errors import ConfigError
 
+AnyMesh = TypeVar("AnyMesh", Mesh, AbstractMesh)
 MESH_AXES = ("replica", "stage", "fsdp", "context", "tensor")
 COPY = "copy"  # an axis more of meshes whose replicas cannot all split the moments: see split_replicas
 DATA_AXES = (COPY, "replica", "fsdp")  # a global batch is split over them; gradients are summed over them
@@ -84,15 +86,16 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     )
 
 
-def split_replicas(mesh: Mesh, parts: int) -> Mesh:
+def split_replicas(mesh: AnyMesh, parts: int) -> AnyMesh:
     """The same mesh, of whose replicas only so many split what they have in common; all such groups have copies of it.
 
     An axis splits a dimension or does not: 15 replicas do nothing to 80 layers, 3 copies of 5 split them by 5.
     """
-    replicas, *others = mesh.devices.shape
+    replicas, *others = mesh.axis_sizes
+    sizes, axes = (replicas // parts, parts, *others), (COPY, *MESH_AXES)
     if parts == replicas:
         return mesh
-    return Mesh(mesh.devices.reshape(replicas // parts, parts, *others), (COPY, *MESH_AXES))
+    return AbstractMesh(sizes, axes) if isinstance(mesh, AbstractMesh) else Mesh(mesh.devices.reshape(sizes), axes)
 
 
 def _across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:

@@ -19,7 +19,7 @@ from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import python_corpus
 from k2jax.prepare.recipe import kind_of
 from k2jax.prepare.tally import clean_name
-from k2jax.text import without_secrets
+from k2jax.text import without_secret_parameters, without_secrets
 
 BLOCK = 1 << 20  # bytes read at a time
 # Compressed bytes decoded at once. A zstd block of 4 can stand for 128 KiB, a byte of gzip for about 1,032, so at most
@@ -95,6 +95,7 @@ def _find(source: str, kind: str, where: str) -> list[File]:
     files = []
     for path, entry in entries.items():
         name = path[len(root) :].lstrip("/")
+        name = without_secret_parameters(name) if scheme else name  # a new signature must not deal files anew, either
         if not _is_file(path, entry, local=not scheme) or ("/." in f"/{name}" and not hidden):
             continue
         if kind == "arrow" and name.rpartition("/")[2].startswith("cache-"):
@@ -107,7 +108,8 @@ def _entries(kind: str, where: str, *, local: bool) -> tuple[Any, str, dict[str,
     """The file system, the fixed part of the pattern, what matches, by path, and whether hidden names are meant."""
     fs, pattern = fsspec.core.url_to_fs(where)
     if fs.isfile(pattern):  # whose name may hold a wildcard's character
-        return fs, pattern.rpartition("/")[0], {pattern: fs.info(pattern)}, True
+        path = pattern.partition("?")[0] if "://" in where else pattern  # a signature may hold a slash
+        return fs, path.rpartition("/")[0], {pattern: fs.info(pattern)}, True
     if fs.isdir(pattern):
         pattern = f"{pattern.rstrip('/')}/{PATTERNS[kind]}"
     # A local folder that cannot be read would else be left out without a word.

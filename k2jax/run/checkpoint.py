@@ -3,6 +3,7 @@
 What one is on the storage: storage.py; which ones stay: lineage.py.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -15,12 +16,15 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from k2jax.bucket import BucketPath
 from k2jax.errors import ConfigError, DamagedError, StorageError
 from k2jax.model.decoder import LAYOUT_VERSION
 from k2jax.parallel import cluster
 from k2jax.run import digest, storage
+from k2jax.run.bucket_steps import BucketLineage, BucketSteps
 from k2jax.run.disk_layout import from_disk
 from k2jax.run.lineage import Lineage, Policy
+from k2jax.run.mirror import Mirror
 from k2jax.run.reading import BUGS, one_line, patiently
 from k2jax.run.state import TrainState, flat, unflat
 
@@ -35,39 +39,36 @@ class Checkpoints:
     """The checkpoints of one run directory.
 
     Args:
-        workdir: the run's folder.
+        workdir: the run's folder, or the URL where it is in a bucket.
         keep_steps: ends of chunks, whose checkpoints are kept for ever; None: nothing is changed on disk.
         keep_between: of the others, how many are kept besides the newest.
         log: is told what happens, a line at a time, also from other threads.
         moments_every: the moments of every so many chunks' checkpoints are kept, and those of the newest two.
+        mirror: of the run's small files, where it is in a bucket and training.
     """
 
     def __init__(
         self,
-        workdir: epath.PathLike,
+        workdir: epath.PathLike | BucketPath,
         keep_steps: Iterable[int] | None = None,
         keep_between: int = 2,
         log: Callable[[str], None] = print,
         *,
         moments_every: int = 1,
+        mirror: Mirror | None = None,
     ):
         workdir, read_only = epath.Path(workdir).absolute(), keep_steps is None  # Orbax takes no other
         self.directory, self.log = workdir / "checkpoints", log
         policy = Policy(None if read_only else frozenset(keep_steps), keep_between, moments_every)
-        self.lineage = Lineage(self.directory, policy, log)
-        options = ocp.CheckpointManagerOptions(
-            save_interval_steps=1,
-            create=not read_only,
-            read_only=read_only,
-            preservation_policy=preservation_policy.PreserveAll(),  # lineage.py decides
-            cleanup_tmp_directories=not read_only,
-            enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(timeout_secs=SAVE_LIMIT_S),
-        )
-        handlers = storage.handlers(log)
-        self.manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers
-        )
+        self.in_bucket = isinstance(workdir, BucketPath)
+        self._warn = log if cluster.is_main() else _to_stderr
+        if self.in_bucket:
+            self.manager = BucketSteps(workdir, mirror, self._warn)
+            journal = mirror.local / "journal.jsonl" if mirror else workdir / "journal.jsonl"
+            self.lineage = BucketLineage(self.manager, journal, policy, log)
+        else:
+            self.manager = _orbax(self.directory, read_only, self._warn)
+            self.lineage = Lineage(self.directory, workdir / "journal.jsonl", policy, log)
         self._steps = self.steps()
         self.lineage.tidy([])  # what a kill has left in the trash; nothing else before one is found good
         self._saving: int | None = None
@@ -126,8 +127,11 @@ class Checkpoints:
 
         try:
             on_host = storage.copy_to_host(arrays)
-            self.manager.save(step, args=storage.save_args(on_host, data, finish_meta), force=True)
-        except BUGS:
+            if self.in_bucket:
+                self.manager.save(step, storage.parts(on_host), storage.texts(data, finish_meta))
+            else:
+                self.manager.save(step, args=storage.save_args(on_host, data, finish_meta), force=True)
+        except (*BUGS, ConfigError):
             raise
         except Exception as error:
             raise _cannot_save(step, self.directory, error) from error
@@ -153,7 +157,7 @@ class Checkpoints:
         try:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
-        except BUGS:
+        except (*BUGS, ConfigError):
             raise
         except Exception as error:
             raise _cannot_save(step, self.directory, error) from error
@@ -192,7 +196,7 @@ class Checkpoints:
         # Damage in what one process reads is met by that one alone; the others would wait for it for ever.
         meta, arrays, data = cluster.together(
             f"reads checkpoint {step}",
-            lambda: patiently(f"checkpoint {step}", lambda: self._read(step, shardings, shapes), self.log),
+            lambda: patiently(f"checkpoint {step}", lambda: self._read(step, shardings, shapes), self._warn),
         )
         places = storage.layouts(arrays, flat(shardings))
         arrays = {name: from_disk(x, places[name], flat(shardings)[name]) for name, x in arrays.items()}
@@ -259,6 +263,20 @@ class Checkpoints:
         self.lineage.close()
 
 
+def _orbax(directory: epath.Path, read_only: bool, log: Callable[[str], None]) -> ocp.CheckpointManager:
+    handlers = storage.handlers(log)
+    options = ocp.CheckpointManagerOptions(
+        save_interval_steps=1,
+        create=not read_only,
+        read_only=read_only,
+        preservation_policy=preservation_policy.PreserveAll(),  # lineage.py decides
+        cleanup_tmp_directories=not read_only,
+        enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(timeout_secs=SAVE_LIMIT_S),
+    )
+    return ocp.CheckpointManager(directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
+
+
 def _verify(step: int, meta: dict, found: dict[str, jax.Array]) -> None:
     """Every copy that this process's devices hold: where devices have copies of an array, one may be damaged alone."""
     read = {name: [int(shard.data) for shard in value.addressable_shards] for name, value in found.items()}
@@ -279,6 +297,11 @@ def _zero_moments(shardings: TrainState, shapes: TrainState) -> dict[str, jax.Ar
     return jax.jit(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), wanted), out_shardings=places
     )()
+
+
+def _to_stderr(line: str) -> None:
+    """What a process other than the first meets, which else says nothing."""
+    print(f"process {cluster.index()}: {line}", file=sys.stderr, flush=True)
 
 
 def _cannot_save(step: int, directory: epath.Path, error: Exception) -> StorageError:

@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 import sys
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import config as configuration
-from k2jax import errors, files, locks
+from k2jax import errors, files
+from k2jax.bucket import BucketPath, at
 from k2jax.data.epochs import Epoch, epoch_path, has_epochs, new_epoch, read_epochs, write_epoch
 from k2jax.data.journal import read_journal
 from k2jax.data.launches import read_launches, write_launches
@@ -29,8 +30,9 @@ from k2jax.parallel import cluster
 from k2jax.run import drift
 from k2jax.run.commit import git_commit
 from k2jax.run.fork import fork, new_name, read_fork
+from k2jax.run.holding import InBucket, OnDisk
 from k2jax.run.identity import epochs_of
-from k2jax.run.saved import open_step, saved_steps
+from k2jax.run.saved import open_step, steps_so_far
 from k2jax.text import without_secrets
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
@@ -41,61 +43,35 @@ ENVIRONMENT = (
     "JAX_ENABLE_X64",
     "JAX_DEFAULT_MATMUL_PRECISION",
 )
-SEEN_S = 60  # by when every process sees what process 0 wrote
 # That the trainer alone writes anew; a plan or an evaluation may be writing its own beside them.
 OWN_FILES = ("environment.json", "tokenizer.json", "validation.json")
 
 
 class RunDirectory:
-    """One trainer at a time may hold it: `with RunDirectory(path) as run`."""
+    """One trainer at a time may hold it: `with RunDirectory(path) as run`.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path).absolute()
-        self._lock = None
+    `place` is where it is, `path` the folder of this machine where its small files are written: another one only for a
+    run in a bucket, which has a `mirror`.
+    """
+
+    def __init__(self, path: str | Path | BucketPath, say: Callable[[str], None] = print):
+        place = at(path).absolute()
+        self._held = InBucket(place, say) if isinstance(place, BucketPath) else OnDisk(place)
+        self.place, self.path, self.mirror = place, self._held.path, self._held.mirror
 
     def __enter__(self) -> "RunDirectory":
         errors.keep_files_ours()
-        holder = cluster.decide("takes the workdir", self._take_lock)
-        cluster.together("looks into the workdir", lambda: self._check_shared(holder))
+        holder = cluster.decide("takes the workdir", self._held.take)
+        cluster.together("looks into the workdir", lambda: self._held.check(holder))
         return self
 
-    def _take_lock(self) -> str:
-        """Who holds it now: this process, and no other."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
-            holder = f"host {socket.gethostname()}, pid {os.getpid()}, since {_now()}"
-            self._lock = locks.hold(self.path / "lock", holder)
-        except OSError as error:
-            raise StorageError(
-                f"--workdir={self.path}: cannot be made or written: {error.strerror}; "
-                f"name a folder that you may write"
-            ) from error
-        except locks.Held as holds:
-            raise ConfigError(
-                f"--workdir={self.path} is in use by another run ({holds}): wait for it, or use another workdir"
-            ) from None
-        return holder
-
-    def _check_shared(self, holder: str) -> None:
-        """That this process sees what process 0 wrote; a network file system may take a while to show it."""
-        deadline = time.monotonic() + SEEN_S
-        while True:
-            found = (self.path / "lock").read_text() if (self.path / "lock").exists() else "nothing"
-            if found == holder:
-                return
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"--workdir={self.path}: on {socket.gethostname()} its lock holds {found!r}, process 0 wrote "
-                    f"{holder!r}: it is not one folder; name one on storage that all processes share"
-                )
-            time.sleep(0.5)
-
-    def __exit__(self, *_: object) -> None:
-        if self._lock:
-            self._lock.release()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._held.leave(error)
 
     def fork(self, source: Path, step: int) -> None:
         """Makes this a fork of another run at a step, unless it is that already."""
+        if self.mirror:
+            raise ConfigError(f"--workdir={self.place}: a fork is made on a disk: fork there, and copy what it makes")
         cluster.decide("forks a run", lambda: fork(source, step, self.path))
 
     def check(self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]) -> None:
@@ -109,10 +85,10 @@ class RunDirectory:
     def _check(self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]) -> None:
         for name in OWN_FILES:
             files.remove_leftovers(self.path, name, alone=True)
-        step = _newest_step(self.path)
+        step = max(steps_so_far(self.place), default=None)
         if step is not None:
             with suppress(StorageError):  # of a damaged meta, which is not the one that will be restored
-                saved = open_step(self.path, step)
+                saved = open_step(self.place, step)
                 self._next(saved.epochs, config, manifest, step)
         self._note_launch(config, manifest, mesh_shape, step)
 
@@ -130,6 +106,7 @@ class RunDirectory:
         Raises ConfigError as `check` does, and when the checkpoint is not one of this run.
         """
         epochs, journal = cluster.decide("begins the run", lambda: self._begin(config, manifest, restored))
+        self._held.put()
         return [Epoch(*epoch) for epoch in epochs], journal
 
     def _begin(
@@ -137,7 +114,7 @@ class RunDirectory:
     ) -> tuple[list[Epoch], list[dict[str, Any]]]:
         if restored is None:
             self._check_begins()
-        kept = epochs_of(self.path, restored) if restored else []
+        kept = epochs_of(self.place, restored) if restored else []
         epoch = self._next(kept, config, manifest, restored["step"] if restored else 0)
         there = read_epochs(self.path) if has_epochs(self.path) else []
         if epoch and len(there) == len(kept) + 1 and there[-1].is_as(epoch):
@@ -174,10 +151,10 @@ class RunDirectory:
         if not before:
             return new_epoch([], run=new_name(), after_step=0, config=new, manifest=manifest)
         last = before[-1]
-        what = f"--workdir={self.path} holds another run"
+        what = f"--workdir={self.place} holds another run"
         if last.manifest is None:
             differences = _difference_from_import(last, new, manifest)
-            what = f"--workdir={self.path} holds weights imported from another model"
+            what = f"--workdir={self.place} holds weights imported from another model"
         else:
             differences = drift.differences(last.config, new)
             differences |= drift.differences(_identity(last.manifest), _identity(manifest))
@@ -205,7 +182,7 @@ class RunDirectory:
             same += 1
         if most and same >= most:
             raise ConfigError(
-                f"--workdir={self.path}: {same} launches since {launches[-same]['time']} have made no new checkpoint "
+                f"--workdir={self.place}: {same} launches since {launches[-same]['time']} have made no new checkpoint "
                 f"{'after step ' + str(step) if step is not None else 'at all'}: find out why from their logs; to go "
                 f"on trying: --config.checkpoint.max_launches={2 * most}, 0 for no limit"
             )
@@ -241,11 +218,6 @@ def _refuse(differences: dict[str, tuple], allowed: tuple[str, ...], what: str) 
             f"{what}, {len(refused)} key(s) differ: {shown}. Use another workdir, undo the change, or allow it: "
             f"--config.allow_drift='{tuple(refused)!r}'"
         )
-
-
-def _newest_step(path: Path) -> int | None:
-    """Of the checkpoints that are there; None without any."""
-    return max(saved_steps(path), default=None) if (path / "checkpoints").is_dir() else None
 
 
 def _is_same_file(a: str, b: Path) -> bool:

@@ -62,13 +62,13 @@ def disk_layout(
         return minor
 
     if by_layer and math.prod(local[1:]) * itemsize < LAYER_BYTES:
-        minor = {
+        last = {
             dim: next((a for a in reversed(held[dim]) if sizes[a] > 1), None) for dim in range(1, len(shape))
         }
-        factors = {dim: math.gcd(local[0], sizes[axis]) for dim, axis in minor.items() if axis}
+        factors = {dim: math.gcd(local[0], sizes[axis]) for dim, axis in last.items() if axis}
         if factors and max(factors.values()) > 1:
             dim = max(factors, key=factors.get)
-            axis = cut(minor[dim], factors[dim])
+            axis = cut(last[dim], factors[dim])
             stored[dim].remove(axis)
             stored[0].append(axis)
             moved = axis, dim

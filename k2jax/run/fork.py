@@ -16,6 +16,7 @@ from k2jax import files, paths
 from k2jax.data.epochs import has_epochs
 from k2jax.errors import ConfigError
 from k2jax.run.saved import open_step
+from k2jax.run.storage import is_thinned
 
 COPIED = ("checkpoints", "ledger", "metrics", "journal.jsonl", "tokenizer.json")
 
@@ -45,6 +46,11 @@ def fork(source: Path, step: int, workdir: Path) -> None:
     After a kill in the middle the same call begins again. Raises ConfigError when the folder holds anything else.
     """
     saved = open_step(source, step)
+    if is_thinned(source / "checkpoints" / str(step)):
+        raise ConfigError(
+            f"--fork={source}@{step}: the moments of that checkpoint were taken away (checkpoint.moments_every), and "
+            f"training cannot go on without: fork from a step that has them"
+        )
     origin = {"kind": "fork", "run": saved.meta["epoch"]["run"], "step": step, "checkpoint": saved.digest}
     begun = read_fork(workdir)
     if begun and begun["origin"] != origin:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -52,8 +53,8 @@ class Known(NamedTuple):
 class Lineage:
     """The folder `checkpoints` of a run, as its trainer alone changes it: process 0 does, the others wait or do not."""
 
-    def __init__(self, directory: epath.Path, policy: Policy, log: Callable[[str], None]):
-        self.directory, self.policy, self.log = directory, policy, log
+    def __init__(self, directory: epath.Path, journal: Path, policy: Policy, log: Callable[[str], None]):
+        self.directory, self.journal, self.policy, self.log = directory, journal, policy, log
         self.abandoned, self.trash = directory.parent / "abandoned", directory / "trash"
         self._known: dict[int, Known] = {}
         self._thread: threading.Thread | None = None
@@ -69,8 +70,8 @@ class Lineage:
             target = self.abandoned / f"{step}-{time.strftime('%Y%m%dT%H%M%S')}"
             now = datetime.now(UTC).isoformat(timespec="seconds")
             entry = {"time": now, "by": "k2jax.train", "why": why, "kind": "abandon", "at_step": step}
-            append_entry(self.directory.parent / "journal.jsonl", entry)
-            _move(self.folder(step), target)
+            append_entry(self.journal, entry)
+            self._put_away(step, target, why)
             return str(target)
 
         self.log(f"moved checkpoint {step} to {cluster.decide(f'abandons checkpoint {step}', move)}")
@@ -100,17 +101,19 @@ class Lineage:
     def _tidy(self, steps: list[int], before: threading.Thread | None) -> None:
         if before:
             before.join()
-        try:
-            for step in self._unwanted(steps):
-                self._discard(self.folder(step), str(step))
-            for step in self._to_thin(steps):
-                self._thin(step)
-            for path in self.trash.iterdir() if self.trash.exists() else ():
-                path.rmtree()
-        except OSError as error:
-            self.log(f"old checkpoints stay for now: {one_line(error)}")
-        except Exception as error:
-            self._bugs.append(error)
+        for job in (self._take_away, self._empty_trash):
+            try:
+                job(steps)
+            except (OSError, StorageError) as error:
+                self.log(f"old checkpoints stay for now: {one_line(error)}")
+            except Exception as error:
+                self._bugs.append(error)
+
+    def _take_away(self, steps: list[int]) -> None:
+        for step in self._unwanted(steps):
+            self._discard(self.folder(step), str(step))
+        for step in self._to_thin(steps):
+            self._thin(step)
 
     def _unwanted(self, steps: list[int]) -> list[int]:
         """The newest stays whatever it is: the run goes on from it."""
@@ -123,9 +126,6 @@ class Lineage:
         every = self.policy.moments_every
         return [step for step in full[:-FULL] if chunks[step].thinned or chunks[step].chunk % every]
 
-    def _is_there(self, step: int) -> bool:
-        return self.folder(step).exists()
-
     def _look(self, step: int) -> Known:
         """What there is of a step; one that cannot be read is kept as it is."""
         if step not in self._known:
@@ -135,7 +135,7 @@ class Lineage:
             except StorageError:
                 return Known(True, None, False, False)
             kept = meta.get("kept", True) or step in self.policy.keep_steps  # format 1 did not say: it stays
-            moments = (folder / "moments").exists()
+            moments = self._has_moments(folder)
             self._known[step] = Known(kept, meta.get("chunk"), moments, storage.is_thinned(folder))
         return self._known[step]
 
@@ -149,8 +149,29 @@ class Lineage:
         self._discard(folder / "moments", f"{step}-moments")
         self.log(f"checkpoint {step}: its moments are no longer kept, its weights are")
 
+    # ---- what a bucket does otherwise (bucket_steps.py) --------------------------------------------------------------
+
+    def _is_there(self, step: int) -> bool:
+        return self.folder(step).exists()
+
+    def _has_moments(self, folder: epath.Path) -> bool:
+        return (folder / "moments").exists()
+
+    def _put_away(self, step: int, target: epath.Path, why: str) -> None:
+        _move(self.folder(step), target)
+
     def _discard(self, path: epath.Path, name: str) -> None:
         _move(path, self.trash / f"{name}-{time.time_ns()}")
+
+    def _empty_trash(self, _: list[int]) -> None:
+        failed = None
+        for path in self.trash.iterdir() if self.trash.exists() else ():
+            try:
+                path.rmtree()
+            except OSError as error:  # as of a file that another host has open; the others may go
+                failed = error
+        if failed:
+            raise failed
 
 
 def _move(path: epath.Path, target: epath.Path) -> None:

@@ -69,6 +69,8 @@ def keep_writing(what: str, write: Callable[[], T], log: Callable[[str], None]) 
         except BUGS:
             raise
         except Exception as error:
+            if isinstance(error, RunError) and not isinstance(error, StorageError):
+                raise
             log(f"{what}: cannot be written: {one_line(error)}: trying again in {wait_s} s")
             time.sleep(wait_s)
     return write()

@@ -13,12 +13,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax.data.epochs import Epoch
+from k2jax.bucket import BucketPath, at
+from k2jax.data.epochs import Epoch, has_epochs
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import Params, parameter_table
 from k2jax.parallel import sharding
 from k2jax.run import digest, storage
+from k2jax.run.bucket_steps import committed_steps
 from k2jax.run.identity import epochs_of
 from k2jax.run.reading import one_line
 
@@ -26,7 +28,7 @@ from k2jax.run.reading import one_line
 class SavedStep(NamedTuple):
     """One checkpoint of a run."""
 
-    workdir: Path
+    workdir: Path | BucketPath
     step: int
     meta: dict[str, Any]  # as checkpoint.py wrote it: digests, lineage, versions, eos_id, ...
     config: ConfigDict  # the experiment as it was at this step
@@ -39,39 +41,51 @@ class SavedStep(NamedTuple):
         return self.meta["digest"]
 
     @property
-    def tokenizer(self) -> Path:
+    def tokenizer(self) -> Path | BucketPath:
         return self.workdir / "tokenizer.json"
 
 
-def saved_steps(workdir: str | Path) -> list[int]:
+def saved_steps(workdir: str | Path | BucketPath) -> list[int]:
     """The steps with a complete checkpoint, oldest first. ConfigError when the folder is no run."""
-    folder = Path(workdir) / "checkpoints"
+    workdir = at(workdir)
+    if isinstance(workdir, BucketPath):
+        if not (steps := committed_steps(workdir)) and not has_epochs(workdir):
+            raise ConfigError(f"--workdir={workdir}: no run, there is no epochs/0001.json in it")
+        return steps
+    folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise ConfigError(f"--workdir={workdir}: no run, there is no checkpoints folder in it")
     # Orbax writes a step under another name and renames it when it is complete.
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta" / "meta.json").exists())
 
 
-def open_step(workdir: str | Path, step: int | None = None) -> SavedStep:
+def steps_so_far(workdir: Path | BucketPath) -> list[int]:
+    """As `saved_steps`; of a run that has saved nothing yet none."""
+    if isinstance(workdir, BucketPath):
+        return committed_steps(workdir)
+    return saved_steps(workdir) if (workdir / "checkpoints").is_dir() else []
+
+
+def open_step(workdir: str | Path | BucketPath, step: int | None = None) -> SavedStep:
     """The checkpoint of a step, by default the newest. Nothing of its arrays is read yet.
 
     Raises ConfigError, listing the steps that there are, when it is missing or of another format, and when it is not a
     checkpoint of this run; StorageError when its meta is damaged, or not that of the ledger.
     """
-    steps = saved_steps(workdir)
+    workdir, steps = at(workdir), saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
         wanted = "" if step is None else f" of step {step}"
         raise ConfigError(f"--workdir={workdir} has no checkpoint{wanted}: {_listed(steps)}")
     step = steps[-1] if step is None else step
     try:
-        meta = storage.read_meta(Path(workdir) / "checkpoints" / str(step))
+        meta = storage.read_meta(workdir / "checkpoints" / str(step))
     except (OSError, StorageError) as error:
         raise StorageError(f"checkpoint {step} of {workdir}: its meta is damaged: {error}") from error
     if meta["step"] != step:
         raise StorageError(f"checkpoint {step} of {workdir}: it is that of step {meta['step']}: name its folder so")
     storage.check_format(meta, f"checkpoint {step} of {workdir}")
     config = configuration.from_dict(meta["config"])
-    return SavedStep(Path(workdir), step, meta, config, config.stages[meta["stage"]], epochs_of(Path(workdir), meta))
+    return SavedStep(workdir, step, meta, config, config.stages[meta["stage"]], epochs_of(workdir, meta))
 
 
 def check_tokenizer(saved: SavedStep) -> Tokenizer:
@@ -98,7 +112,7 @@ def open_array(saved: SavedStep, name: str) -> ts.TensorStore:
         raise StorageError(f"checkpoint {saved.step}: cannot open array {name}: {one_line(error)}") from error
 
 
-def _folder(saved: SavedStep) -> Path:
+def _folder(saved: SavedStep) -> Path | BucketPath:
     return saved.workdir.absolute() / "checkpoints" / str(saved.step)
 
 

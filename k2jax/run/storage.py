@@ -25,7 +25,8 @@ from etils import epath
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from orbax.checkpoint import future
 
-from k2jax import files
+from k2jax import bucket, files
+from k2jax.bucket import BucketPath
 from k2jax.data.manifest import sha256_json
 from k2jax.data.storage import kvstore
 from k2jax.errors import ConfigError, DamagedError, StorageError
@@ -41,6 +42,8 @@ SMALL_BYTES = 1 << 23  # a device's part of a parameter up to this is one chunk,
 READERS = 8  # arrays that a process reads at a time
 THINNED = "thinned.json"  # beside the parts: the moments were taken away, on purpose
 Log = Callable[[str], None]
+# What epath.Path makes of a URL, and leaves as it is, without gcsfs, s3fs or TensorFlow: here, and for JAX's cache.
+epath.register_path_cls(("gs://", "s3://"))(BucketPath)
 
 
 # ---- what a step says of itself --------------------------------------------------------------------------------------
@@ -240,21 +243,36 @@ def save_args(
     on_host: dict[str, jax.Array], data: dict[str, Any], finish_meta: Callable[[], dict[str, Any]]
 ) -> ocp.args.Composite:
     """What CheckpointManager.save takes. `finish_meta` is called in the background."""
-    groups: dict[str, dict[str, jax.Array]] = {"params": {}, "moments": {}}
-    for name, x in on_host.items():
-        groups["moments" if _is_moment(name) else "params"][name] = x
     arrays = {
         part: _PartsArgs(group, {name: chunk_args(name, x) for name, x in group.items()})
-        for part, group in groups.items()
-        if group
+        for part, group in parts(on_host).items()
+    }
+    return ocp.args.Composite(
+        **arrays, data=_LateJsonArgs(lambda: data), meta=_LateJsonArgs(lambda: with_sha256(finish_meta()))
+    )
+
+
+def parts(arrays: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
+    """{part: its arrays}."""
+    groups: dict[str, dict[str, jax.Array]] = {}
+    for name, x in arrays.items():
+        groups.setdefault("moments" if _is_moment(name) else "params", {})[name] = x
+    return groups
+
+
+def texts(
+    data: dict[str, Any], finish_meta: Callable[[], dict[str, Any]]
+) -> dict[str, Callable[[], str]]:
+    """{file: function that gives its content} of the other parts, the meta last."""
+    return {
+        "data/metadata": lambda: json.dumps(data, indent=1),
+        "meta/meta.json": lambda: json.dumps(with_sha256(finish_meta()), indent=1),
     }
 
-    def meta() -> dict[str, Any]:
-        values = finish_meta()
-        # So that a damaged meta is never taken for another configuration, or for damaged arrays.
-        return {**values, "meta_sha256": sha256_json(values)}
 
-    return ocp.args.Composite(**arrays, data=_LateJsonArgs(lambda: data), meta=_LateJsonArgs(meta))
+def with_sha256(meta: dict[str, Any]) -> dict[str, Any]:
+    """So that a damaged meta is never taken for another configuration, or for damaged arrays."""
+    return {**meta, "meta_sha256": sha256_json(meta)}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -266,11 +284,12 @@ def open_array(step_folder: epath.PathLike, meta: dict[str, Any], name: str) -> 
         raise StorageError(
             f"checkpoint {meta['step']}: {name} is gone: its moments were taken away to save room"
         )
-    base = kvstore(str(epath.Path(step_folder) / _part(meta, name)))
+    folder = epath.Path(step_folder) / _part(meta, name)
+    base, context = kvstore(str(folder)), bucket.context() if isinstance(folder, BucketPath) else None
     place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     # By default a chunk that is missing reads as zeros.
     spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
-    array = ts.open(spec, open=True, read=True).result()
+    array = ts.open(spec, open=True, read=True, context=context).result()
     found, expected = [list(array.shape), array.dtype.name], meta["arrays"].get(name)
     if found != expected:
         raise DamagedError(f"checkpoint {meta['step']}: array {name} is {found}, its meta records {expected}")
@@ -280,7 +299,10 @@ def open_array(step_folder: epath.PathLike, meta: dict[str, Any], name: str) -> 
 def read_arrays(
     step_folder: epath.PathLike, meta: dict[str, Any], places: Mapping[str, Sharding]
 ) -> dict[str, jax.Array]:
-    """{name: array} as `places` says: a process reads the parts of its own devices, one that several have once."""
+    """{name: array} as `places` says: a process reads the parts of its own devices, one that several have once.
+
+    Raises what TensorStore raises; StorageError when the step is gone as a whole, which says nothing of it.
+    """
 
     def read(name: str) -> jax.Array:
         store, place = open_array(step_folder, meta, name), places[name]
@@ -290,5 +312,10 @@ def read_arrays(
         parts = [jax.device_put(reads[str(index)].result(), device) for device, index in index_of.items()]
         return jax.make_array_from_single_device_arrays(store.shape, place, parts)
 
-    with ThreadPoolExecutor(READERS) as pool:  # TensorStore reads and decodes outside of Python's lock
-        return dict(zip(places, pool.map(read, places), strict=True))
+    try:
+        with ThreadPoolExecutor(READERS) as pool:  # TensorStore reads and decodes outside of Python's lock
+            return dict(zip(places, pool.map(read, places), strict=True))
+    except Exception as error:
+        if not (epath.Path(step_folder) / "meta" / "meta.json").exists():
+            raise StorageError(f"checkpoint {meta['step']}: {step_folder} is no longer there") from error
+        raise

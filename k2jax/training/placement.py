@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from k2jax.errors import ConfigError
 from k2jax.model.decoder import Params, parameter_table
 from k2jax.parallel import pipeline, sharding
+from k2jax.parallel.sharding import AnyMesh
 from k2jax.run.state import TrainState
 from k2jax.training.optimizer import init_state
 from k2jax.training.step import Batch
@@ -42,12 +43,17 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh to train on: the experiment's, of whose replicas as many split the moments as can (sharding.py).
+    """The mesh to train on: the experiment's, with as little state on a device as its replicas allow.
 
     Raises ConfigError where it does not fit the devices, or the experiment does not fit it.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
     check_mesh(config, mesh)
+    return split_moments(config, mesh)
+
+
+def split_moments(config: ConfigDict, mesh: AnyMesh) -> AnyMesh:
+    """The mesh, of whose replicas as many split the moments as can (see sharding.split_replicas)."""
     replicas = mesh.shape["replica"]
     parts = [number for number in range(replicas, 0, -1) if replicas % number == 0]
     return min((sharding.split_replicas(mesh, number) for number in parts), key=partial(state_bytes, config))

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ PATCHED = (
 )
 
 
-def arguments(data: Path, workdir: Path, overrides: dict[str, Any]) -> list[str]:
+def arguments(data: Path, workdir: Path | str, overrides: dict[str, Any]) -> list[str]:
     keys = [f"--config.{key}={value}" for key, value in overrides.items()]
     return [f"--config={data / 'tiny.py'}", f"--workdir={workdir}", *keys]
 
@@ -56,6 +56,7 @@ class Trainer:
         devices: int = 2,
         environment: dict[str, str] | None = None,
         patch: str = "",
+        url: str | None = None,  # of the run, in place of `workdir`, beside which the outputs lie
     ):
         number = len(list(workdir.parent.glob(f"{workdir.name}.out*")))
         self.output = workdir.parent / f"{workdir.name}.out{number}"
@@ -67,7 +68,7 @@ class Trainer:
         }
         with self.output.open("wb") as out, self.errors.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, *start, *arguments(data, workdir, overrides or {})],
+                [sys.executable, *start, *arguments(data, url or workdir, overrides or {})],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -154,23 +155,24 @@ def pair(
     workdir: Path,
     overrides: dict[str, Any] | None = None,
     *,
-    each: tuple[dict[str, Any], ...] = ({}, {}),
+    each: Sequence[dict[str, Any]] = ({}, {}),
     workdirs: tuple[Path, ...] | None = None,
+    environment: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> list[Trainer]:
-    """Two processes of one run over loopback; `each` has what one of them is told alone."""
+    """Processes of one run over loopback, one for each of `each`, which has what that one is told alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(each))}
     return [
         start(
             workdirs[index] if workdirs else workdir,
             {**(overrides or {}), **each[index]},
-            environment={**common, "JAX_PROCESS_ID": str(index)},
+            environment={**(environment or {}), **common, "JAX_PROCESS_ID": str(index)},
             **kwargs,
         )
-        for index in (0, 1)
+        for index in range(len(each))
     ]
 
 

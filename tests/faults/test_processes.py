@@ -1,6 +1,7 @@
 """Two processes over loopback are one run: they save, die, resume and stop together."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -135,6 +136,67 @@ def test_whoever_fails_ends_both_soon_and_says_why(start, tmp_path, fault, index
     assert f"process {index}" in other.errors.read_text() and said in other.errors.read_text()
 
 
+# The same where a run is resumed: what is done there, and by whom ("lock": by process 0 alone).
+RESUMED = {
+    "store": ("from k2jax.training import setup as of; name = 'open_data'", "opens its data", (0, 1)),
+    "lock": ("from k2jax.run.directory import RunDirectory as of; name = '_take_lock'", "takes the workdir", (0,)),
+    "shared": ("from k2jax.run.directory import RunDirectory as of; name = '_check_shared'", "looks into", (0, 1)),
+    "restore": ("from k2jax.run.checkpoint import Checkpoints as of; name = '_read'", "reads checkpoint 20", (0, 1)),
+}
+DOES = """
+import os, signal, time
+def broken(*_, **__):
+    {does}
+setattr(of, name, broken)"""
+
+
+def resumed_pair(straight, start, tmp_path, place, index, does):
+    patch = on_one(index, RESUMED[place][0] + DOES.format(does=does))
+    patch = f"from k2jax.parallel import cluster; cluster.LIMIT_S = 25\n{patch}"
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
+    pair = runs.pair(start, workdir, devices=1, patch=patch, environment=runs.READ_ONLY_CACHE)
+    return workdir, pair[index], pair[1 - index]
+
+
+def of_resumed():
+    cases = [(place, index) for place, (_, _, who) in RESUMED.items() for index in who]
+    return pytest.mark.parametrize(("place", "index"), cases)
+
+
+@pytest.mark.processes
+@of_resumed()
+def test_whoever_hangs_ends_both(straight, start, tmp_path, place, index):
+    """Its signs of life go on, from a thread: the limit of what is done together ends it, with who and what."""
+    workdir, hung, other = resumed_pair(straight, start, tmp_path, place, index, "time.sleep(1000)")
+    other.wait(70)
+    told = other.errors.read_text()
+    assert f"process {index}, which {RESUMED[place][1]}" in told and "did not answer in" in told
+    hung.wait(70)
+    assert f"process {1 - index} on " in hung.errors.read_text()
+    assert runs.checkpoint_steps(workdir) == [10, 20]
+
+
+@pytest.mark.processes
+@of_resumed()
+def test_whoever_raises_at_a_resume_ends_both(straight, start, tmp_path, place, index):
+    raises = "raise cluster.errors.StorageError('planted: no')"
+    workdir, *pair = resumed_pair(straight, start, tmp_path, place, index, raises)
+    for trainer in pair:
+        trainer.wait(74)
+        assert "planted: no" in trainer.errors.read_text()
+    assert runs.checkpoint_steps(workdir) == [10, 20]
+
+
+@pytest.mark.processes
+@of_resumed()
+def test_whoever_dies_at_a_resume_ends_the_other(straight, start, tmp_path, place, index):
+    kills = "os.kill(os.getpid(), signal.SIGKILL)"
+    workdir, dead, other = resumed_pair(straight, start, tmp_path, place, index, kills)
+    dead.wait(-signal.SIGKILL)
+    other.wait(70, 70)
+    assert runs.checkpoint_steps(workdir) == [10, 20]
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_dead_process_ends_the_other(start, tmp_path, index):
@@ -168,13 +230,15 @@ def test_a_workdir_that_is_not_shared_is_found_at_start(start, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-SOON_SEEN = "from k2jax.run import directory; directory.SEEN_S = 1"
+SOON_SEEN = "from k2jax.run import holding; holding.SEEN_S = 1"
 
 
 @pytest.mark.processes
-def test_process_0_lists_the_checkpoints(straight, start, tmp_path):
-    """A listing that is out of date on another process changes nothing."""
+def test_process_0_lists_the_checkpoints_and_the_stores(straight, start, tmp_path):
+    """A listing that is out of date on another process changes nothing, and the stores' files it does not list."""
     stale = """
+from k2jax.data import storage
+storage.file_sizes = None
 from orbax.checkpoint import CheckpointManager
 CheckpointManager.all_steps = lambda self, read=False: [10]"""
     workdir = runs.copy_run(straight, tmp_path / "run")
@@ -226,12 +290,40 @@ Checkpoints._read = broken"""
     workdir = runs.copy_run(straight, tmp_path / "run")
     pair = runs.pair(start, workdir, devices=1, patch=on_one(1, fails.replace("TIMES", "99")))
     for trainer in pair:
-        error = trainer.wait_for_error(74)
-        assert "checkpoint 25: cannot be read" in error and "tried 3 times" in error
+        trainer.wait(74)
+        error = trainer.error_lines()[-1]
+        assert error.startswith("error: process 1: checkpoint 25: cannot be read") and "tried 3 times" in error
     assert not (workdir / "abandoned").exists()
     pair = runs.pair(start, workdir, devices=1, patch=on_one(1, fails.replace("TIMES", "2")))
     assert "resuming after step 25 of 25" in pair[0].wait(0)
     pair[1].wait(0)
+
+
+@pytest.mark.processes
+def test_a_disk_that_is_full_for_a_while_on_one_process_costs_nothing(straight, start, tmp_path):
+    """The other waits in the background, and training goes on in both."""
+    full = """
+import resource, threading
+from k2jax import train
+from k2jax.run import reading
+reading.WRITE_WAITS_S = (0.1,) * 1000
+say = train.say
+def told(line):
+    say(line)
+    if line == "saving 21":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        again = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        threading.Timer(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, again)).start()
+train.say = told"""
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
+    pair = runs.pair(start, workdir, {"checkpoint.every_steps": 21}, devices=1, patch=on_one(1, full))
+    told, _ = (trainer.wait(0) for trainer in pair)
+    assert "saved 21" in told
+    again = [line for line in pair[1].error_lines() if line.startswith("process 1: ")]
+    assert again and all("cannot be written: " in line and "File too large" in line for line in again)
+    shutil.rmtree(workdir / "checkpoints" / "25")
+    assert "resuming after step 21 of 25" in start(workdir).wait(0)
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
 
 
 @pytest.mark.processes

@@ -1,4 +1,4 @@
-"""SIGINT, SIGHUP and SIGTERM whenever they come: a step is saved or nothing is lost, one line, 75; Ctrl-C twice ends."""
+"""SIGINT, SIGHUP, SIGTERM whenever they come: a step is saved or nothing is lost, one line, 75; twice Ctrl-C ends."""
 
 import os
 import pty
@@ -28,7 +28,7 @@ def waits(module, name):
 """
 PLACES = {
     "data": "from k2jax.training import setup; waits(setup, 'open_data')",
-    "lock": "from k2jax.run.directory import RunDirectory; waits(RunDirectory, '_take_lock')",
+    "lock": "from k2jax.run.holding import OnDisk; waits(OnDisk, 'take')",
     "restore": "from k2jax.run.checkpoint import Checkpoints; waits(Checkpoints, '_read')",
     "compile": "from k2jax.training import program; waits(program, 'step_function')",
     "loader": "from k2jax.data import loader; waits(loader.BatchSource, '__getitem__')",

@@ -10,10 +10,11 @@ import jax
 import pytest
 
 from faults import runs
-from k2jax.errors import StorageError
+from k2jax.errors import ConfigError, StorageError
 from k2jax.parallel import sharding
 from k2jax.run import reading
 from k2jax.run.checkpoint import Checkpoints
+from k2jax.run.saved import open_step, restore_params
 from k2jax.run.state import flat
 from k2jax.training.optimizer import init_state
 from k2jax.training.placement import place_state
@@ -212,6 +213,77 @@ def test_kill_while_an_old_step_is_deleted(straight, start, reader, tmp_path):
     start(workdir, overrides).wait(0)
     assert not runs.leftovers(workdir)
     assert runs.checkpoint_steps(workdir) == [10, 20, 24, 25]
+
+
+# Dies between the mark of what is to be thinned and the thinning.
+DIES_THINNING = """
+import os, signal
+from k2jax.run import lineage
+move = lineage._move
+def dies(path, target):
+    if path.name == "moments":
+        os.kill(os.getpid(), signal.SIGKILL)
+    move(path, target)
+lineage._move = dies
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("patch", [DIES_THINNING, DIES_DELETING], ids=["before", "within"])
+def test_kill_while_moments_are_taken_away(straight, start, reader, tmp_path, patch):
+    """The weights are whole, the newest can be resumed from, and the next start ends what was begun."""
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
+    overrides = {"checkpoint.moments_every": 5}
+    start(workdir, overrides, patch=patch, environment=runs.READ_ONLY_CACHE).wait(-signal.SIGKILL)
+    assert runs.checkpoint_steps(workdir) == [10, 20, 25]
+    assert (workdir / "checkpoints" / "10" / "thinned.json").exists()
+    with pytest.raises(ConfigError, match="its moments were taken away"):
+        reader.restore(workdir, 10)
+    for step in (20, 25):
+        assert int(reader.restore(workdir, step).step) == step
+    assert "resuming after step 25 of 25" in start(workdir, overrides).wait(0)
+    assert not (workdir / "checkpoints" / "10" / "moments").exists() and not runs.leftovers(workdir)
+    saved = open_step(workdir, 10)
+    restored, expected = (restore_params(open_step(run, 10), reader.mesh) for run in (workdir, straight))
+    assert all((restored[name] == expected[name]).all() for name in expected)
+    assert saved.digest in [record["checkpoint"] for record in runs.ledger(workdir).records()]
+
+
+# Files are small until step 24 has been made, four tries and more after the save of 21 began.
+FULL_FOR_A_WHILE = """
+import resource, time
+from k2jax import train
+from k2jax.run import reading
+reading.WRITE_WAITS_S = (0.05,) * 1000
+limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+say, tries = train.say, []
+def told(line):
+    say(line)
+    tries.append(line) if "trying again" in line else None
+    if line == "saving 21":
+        limit(30_000)
+    if line.startswith("step 23") or line.startswith("step 24"):
+        while len(tries) < 2:
+            time.sleep(0.05)
+    if line.startswith("step 24"):
+        limit(resource.RLIM_INFINITY)
+train.say = told
+"""
+
+
+@pytest.mark.processes
+def test_a_save_is_tried_again_while_training_goes_on(straight, start, tmp_path):
+    """The state is with the host: three steps later it is what it was."""
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
+    told = start(workdir, {"checkpoint.every_steps": 21}, patch=FULL_FOR_A_WHILE).wait(0)
+    again = [i for i, line in enumerate(told) if "cannot be written: " in line and "trying again" in line]
+    step_24, saved = (next(i for i, line in enumerate(told) if line.startswith(s)) for s in ("step 24", "saved 21"))
+    assert len(again) >= 2 and again[0] < step_24 < saved
+    assert runs.checkpoint_steps(workdir) == [10, 20, 21, 25]
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+    shutil.rmtree(workdir / "checkpoints" / "25")
+    assert "resuming after step 21 of 25" in start(workdir).wait(0)  # verified by its digests
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
 
 
 # Less than the tokenizer; less than a chunk's metrics; less than the arrays, more than all else.
