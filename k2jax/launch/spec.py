@@ -69,14 +69,11 @@ class Launch:
     def mesh(self) -> AbstractMesh:
         return mesh_on(self.config, self.hosts.devices, self.hosts.topology)
 
-    @property
-    def cache_dir(self) -> str:
-        """Of compiled programs: one for each set of versions, which are the lock's."""
-        return f"{self.cache or self.workdir + '/compiled'}/lock-{self.lock_digest[:12]}"
-
     def environment(self) -> dict[str, str]:
         """Of preflight and training, on every host."""
-        found = {"JAX_COMPILATION_CACHE_DIR": self.cache_dir}
+        # Compiled programs are code: never in a run directory, which others may write or be given. The trainer's own
+        # folder on each host goes by versions; one that all share goes by the lock.
+        found = {"JAX_COMPILATION_CACHE_DIR": f"{self.cache}/lock-{self.lock_digest[:12]}"} if self.cache else {}
         if self.hosts.kind == "cpu":
             flag = f"--xla_force_host_platform_device_count={self.hosts.devices_per_host}"
             found |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}

@@ -22,7 +22,6 @@ MAX_RESTARTS=100
 DELAY_S=60
 ARGUMENTS=(--config=experiments/k2.py --workdir=/mnt/shared/run)
 EXPECTED=(--topology=h100:16 --config-digest=<config_digest> --lock-digest=1111111111111111111111111111111111111111111111111111111111111111 --code-digest=2222222222222222222222222222222222222222222222222222222222222222)
-export JAX_COMPILATION_CACHE_DIR=/mnt/shared/run/compiled/lock-111111111111
 
 <templates/common.sh>
 

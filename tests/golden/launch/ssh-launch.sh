@@ -21,7 +21,6 @@ MAX_RESTARTS=100
 DELAY_S=60
 ARGUMENTS=(--config=experiments/k2.py --workdir=/mnt/shared/run)
 EXPECTED=(--topology=cpu:2x8 --config-digest=<config_digest> --lock-digest=1111111111111111111111111111111111111111111111111111111111111111 --code-digest=2222222222222222222222222222222222222222222222222222222222222222)
-export JAX_COMPILATION_CACHE_DIR=/mnt/shared/run/compiled/lock-111111111111
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS=--xla_force_host_platform_device_count=8
 

@@ -22,7 +22,6 @@ MAX_RESTARTS=100
 DELAY_S=60
 ARGUMENTS=(--config=experiments/k2.py --workdir=/mnt/shared/run)
 EXPECTED=('--topology=v5p:2x2x2*2' --config-digest=<config_digest> --lock-digest=1111111111111111111111111111111111111111111111111111111111111111 --code-digest=2222222222222222222222222222222222222222222222222222222222222222)
-export JAX_COMPILATION_CACHE_DIR=/mnt/shared/run/compiled/lock-111111111111
 COMMIT=cccccccccccccccccccccccccccccccccccccccc
 NODES=(k2-test-0 k2-test-1)
 ACCELERATOR=(--accelerator-type=v5p-16 --runtime-version=v2-alpha-tpuv5 --node-count=2 --node-prefix=k2-test)
