@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--code", help="where the repository is on the hosts (default: k2jax in the home folder for "
                         "tpu-vm and ssh, this checkout for slurm, the folder of image or task for gke and sky)")
     parser.add_argument("--python", help="there (default: .venv/bin/python, which `install` makes; gke: python)")
-    paths.add(parser, "--cache", urls=True, metavar="DIR", help="of compiled programs, for all hosts (default: their own)")
+    paths.add(parser, "--cache", urls=True, metavar="DIR", help="compiled programs of all hosts (default: their own)")
     parser.add_argument("--port", type=int, default=8476, help="of the coordinator; preflight's is the next one (8476)")
     parser.add_argument("--max-restarts", type=int, default=100, metavar="N", help="in all (default: 100)")
     parser.add_argument("--delay", type=int, default=60, metavar="SECONDS", help="before a restart after 74 (60)")
