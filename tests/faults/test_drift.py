@@ -54,9 +54,12 @@ def test_arrays_are_the_same_on_any_mesh(straight, tiny_config, tmp_path):
     expected = runs.meta(straight, 25)["digests"]
     assert len(expected) == 3 * 12 + 3
     workdir = straight
-    for i, (sizes, num_devices) in enumerate([(SAVED_ON, 8), *OTHER_MESHES]):
+    copies = {"mesh.replica": 4, "mesh.fsdp": 2, "mesh.tensor": 1}
+    for i, (sizes, num_devices) in enumerate([(SAVED_ON, 8), (copies, 8), *OTHER_MESHES]):
         config = tiny_config(**sizes)
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:num_devices])
+        if sizes is copies:  # as of replicas that cannot all split the moments
+            mesh = sharding.split_replicas(mesh, 2)
         shapes = jax.eval_shape(partial(init_state, config.model, config.seed))
         with jax.set_mesh(mesh):
             shardings = place_state(config, shapes, mesh)
