@@ -111,7 +111,7 @@ def test_a_save_under_way_is_not_taken_for_one_that_was_killed(workdir, arrays):
         return "{}"
 
     (workdir / "saving" / "9").put(b"")
-    steps.save(10, {"state": arrays}, {"data/metadata": tidy, **TEXTS})
+    steps.save(10, {"state": arrays}, {**TEXTS, "data/metadata": tidy})
     steps.wait_until_finished()
     assert (workdir / "saving").keys() == []
     np.testing.assert_array_equal(read(workdir / "checkpoints" / "10" / "state", "step"), 3)

@@ -97,7 +97,7 @@ class BucketSteps:
         """Raises what made the save fail, the same on every process."""
         if self._thread is not None:
             self._thread.join()
-        self._thread = None
+        self._thread, self._in_progress = None, ""
         error, self._error = self._error, None
         if error is not None:
             raise error
