@@ -6,10 +6,10 @@ Command: python -m k2jax.train --config=experiments/k2_65b.py --workdir=DIR
 Hardware: 480 devices with 80 GB, as K2 had (A100; 15 x 4 data parallel, 8 tensor parallel). On TPUs, whose numbers do
   not divide K2's batch of 2040 rows: experiments/k2_65b_v5p.py, k2_65b_v6e.py.
 Tokens: stage one 360 chunks x 941 steps x 2040 rows x 2048 = 1.4153T; stage two 20 chunks, 69.4B.
-Memory, by tools/plan.py: 34.4 of 74.5 GiB on a100:480, 10.7 of them parameters and moments (of 15 replicas, which divide
-  no dimension, 3 copies of 5 split the moments).
-Expected time: not measured. By the plan 60 s a step there, MFU 18.5%, 28 s of it waiting for fsdp's gathers and scatters
-  between hosts. At 39% MFU on 512 H100 about 33 days (a target). Expected loss: not published.
+Memory, by tools/plan.py: 34.4 of 74.5 GiB on a100:480, 10.7 of them parameters and moments (of 15 replicas, which
+  divide no dimension, 3 copies of 5 split the moments).
+Expected time: not measured. By the plan 60 s a step there, MFU 18.5%, 28 s of it waiting for fsdp's gathers and
+  scatters between hosts. At 39% MFU on 512 H100 about 33 days (a target). Expected loss: not published.
 """
 
 from ml_collections import ConfigDict

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--topology", help="what the hosts should be, as tools/launch.py takes it")
     parser.add_argument("--config-digest", default="", help="that was launched, see launch.json")
     parser.add_argument("--lock-digest", default="", help="of requirements.lock, likewise")
+    parser.add_argument("--code-digest", default="", help="of the Python files, likewise")
     parser.add_argument(
         "--step-seconds", type=float, default=0.0, help="of a step (default: by plan.json in the workdir)"
     )
@@ -55,6 +56,7 @@ def main() -> None:
     config = configuration.load(args.config, [text.removeprefix("--config.") for text in rest])
     options = Options(
         args.workdir.absolute(), parse(args.topology) if args.topology else None, args.config_digest, args.lock_digest,
+        args.code_digest,
         clock_limit_s=args.clock_limit, wait_s=args.wait, disk_bytes=args.disk_mb * 10**6,
         loader_s=args.loader_seconds, step_s=args.step_seconds,
     )  # fmt: skip

@@ -61,6 +61,7 @@ def make(topology: str, **options: Any) -> spec.Launch:
         "verdict": "fits, 79.2 of 95.7 GiB a chip; stage1 10.500 s a step, MFU 67.9% causal; 43.0 days (estimated)",
         "commit": "c" * 40,
         "lock_digest": "1" * 64,
+        "code_digest": "2" * 64,
         "python": ".venv/bin/python",
     }
     return spec.Launch(**{**launch, **options})

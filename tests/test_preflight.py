@@ -67,6 +67,7 @@ def test_json_says_the_same(run):
         (["--config.mesh.fsdp=3"], 78, "devices: .*does not multiply to the 8 device"),
         (["--config-digest=" + "0" * 64], 78, "versions: .*has configuration .{12}, launched was 000000000000"),
         (["--lock-digest=" + "0" * 64], 78, "versions: .*has requirements.lock .{12}, launched was"),
+        (["--code-digest=" + "0" * 64], 78, "versions: .*has code .{12}, launched was"),
         (["--step-seconds=1e-9"], 78, "loader: .*tokens/s, a step of 1e-09 s needs"),
         (["--config.data.root=/nowhere"], 78, "loader: .*/nowhere"),
     ],

@@ -70,7 +70,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from k2jax import config as configuration
-    from k2jax.launch import manifests, scripts, spec
+    from k2jax.launch import manifests, measure, scripts, spec
     from k2jax.launch.hosts import parse
     from k2jax.run.commit import git_commit
     from k2jax.text import redacted
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"--workdir={workdir}: expected an absolute path on the hosts, which start in other folders")
     commit = git_commit()
     if commit and commit.endswith("+"):
-        say(f"warning: commit {commit}: of what is not committed tpu-vm launches nothing, and no digest tells")
+        say(f"warning: commit {commit}: tpu-vm copies what is committed, and preflight there will refuse other code")
     fits, verdict = plan(args, config, hosts)
     say(f"plan: {verdict}")
     if not fits:
@@ -95,6 +95,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     launch = spec.Launch(
         name=spec.dns_label(options["name"]), config=config, arguments=tuple(arguments), workdir=workdir, hosts=hosts,
         verdict=verdict, commit=commit or spec.NO_COMMIT, lock_digest=spec.lock_digest(ROOT / "requirements.lock"),
+        code_digest=measure.code_digest(),
         image=spec.check_image(args.image), claim=args.claim,
         code=CODE[args.on] if args.code is None else args.code,
         python=PYTHON.get(args.on, ".venv/bin/python") if args.python is None else args.python,

@@ -39,6 +39,7 @@ class Options:
     hosts: Hosts | None = None
     config_digest: str = ""
     lock_digest: str = ""
+    code_digest: str = ""
     clock_limit_s: float = 2.0
     wait_s: float = 60.0  # until shared storage shows what another host wrote
     collective_limit_s: float = 300.0
@@ -68,6 +69,7 @@ def versions(check: Check, config: ConfigDict, options: Options) -> None:
         for answer in others:
             check.blame([answer], f"has {key} {_short(answer.value.get(key))}, others have {_short(usual)}")
     expected = {"configuration": options.config_digest, "requirements.lock": options.lock_digest}
+    expected["code"] = options.code_digest
     for key, wanted in expected.items():
         for answer in answers:
             if wanted and answer.value[key] != wanted:

@@ -43,11 +43,13 @@ def what_runs(config: ConfigDict, settings: str) -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """SHA-256 over the names and contents of this package's files, and of the kernels'."""
-    digest = hashlib.sha256()
-    for folder in (PACKAGE, PACKAGE.parent / "kernels"):
+    """SHA-256 over the names and contents of this package's files, and of the kernels', in a checkout or installed."""
+    digest, inside = hashlib.sha256(), PACKAGE / "kernels"
+    kernels = inside if inside.is_dir() else PACKAGE.parent / "kernels"
+    for name, folder in (("k2jax", PACKAGE), ("kernels", kernels)):
         for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{path.relative_to(folder.parent)}\0".encode() + path.read_bytes())
+            if name == "kernels" or inside not in path.parents:
+                digest.update(f"{name}/{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

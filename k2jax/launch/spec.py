@@ -35,6 +35,7 @@ class Launch:
     verdict: str  # of the plan, or why there is none
     commit: str  # of the code
     lock_digest: str
+    code_digest: str  # k2jax/launch/measure.py
     image: str = ""
     code: str = ""  # where the repository is on the hosts
     python: str = ""
@@ -92,6 +93,7 @@ class Launch:
             f"--topology={self.hosts.topology}",
             f"--config-digest={self.config_digest}",
             f"--lock-digest={self.lock_digest}",
+            f"--code-digest={self.code_digest}",
         )
 
     def record(self) -> dict[str, Any]:
@@ -108,6 +110,7 @@ class Launch:
             "commit": self.commit,
             "config_digest": self.config_digest,
             "lock_digest": self.lock_digest,
+            "code_digest": self.code_digest,
             "image": self.image,
             "compiler_options": list(self.compiler_options()),
             "environment": self.environment(),
@@ -120,7 +123,7 @@ class Launch:
         lines = [
             f"{self.config.name} on {self.hosts.describe()}; mesh {mesh or 'of one device'}",
             f"plan: {self.verdict}",
-            f"code: commit {self.commit}; requirements.lock sha256 {self.lock_digest}",
+            f"code: commit {self.commit}; sha256 {self.code_digest}; requirements.lock sha256 {self.lock_digest}",
             f"configuration: sha256 {self.config_digest} of the keys that decide what is computed (k2jax/run/drift.py)",
             *([f"image: {self.image}"] if self.image else []),
             *(f"XLA, by the trainer: {option}" for option in self.compiler_options()),

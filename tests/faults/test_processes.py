@@ -136,6 +136,23 @@ def test_whoever_fails_ends_both_soon_and_says_why(start, tmp_path, fault, index
     assert f"process {index}" in other.errors.read_text() and said in other.errors.read_text()
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("fault", "index", "at"), [("loader", 1, "data"), ("ledger", 0, "step"), ("report", 1, "evaluate")]
+)
+def test_whoever_hangs_in_the_loop_ends_both(straight, start, tmp_path, fault, index, at):
+    """Nothing raises and signs of life go on: the watchdog says who was at what for too long, and where it stood."""
+    hangs = FAULTS[fault].replace("raise StorageError", "import time; time.sleep(1000); raise StorageError")
+    limits = {"watchdog.data": 400, "watchdog.step": 400, "watchdog.evaluate": 400, f"watchdog.{at}": 30}
+    workdir = runs.copy_run(straight, tmp_path / "run", last_step=20) if fault == "report" else tmp_path / "run"
+    pair = runs.pair(start, workdir, limits, devices=1, patch=on_one(index, hangs))
+    for trainer in pair:
+        trainer.wait(70)
+    told = [trainer.errors.read_text() for trainer in pair]
+    assert any(f"was at {at!r} for more than 30 s (watchdog.{at};" in text for text in told)
+    assert "in broken" in told[index] or f"process {1 - index} on " in told[index]
+
+
 # The same where a run is resumed: what is done there, and by whom ("lock": by process 0 alone).
 RESUMED = {
     "store": ("from k2jax.training import setup as of; name = 'open_data'", "opens its data", (0, 1)),

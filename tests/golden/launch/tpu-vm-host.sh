@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # K2_test on v5p:2x2x2*2: 2 slices of 2 host(s) with 4 device(s) each, 16 devices in all; mesh replica 2, fsdp 8
 # plan: fits, 79.2 of 95.7 GiB a chip; stage1 10.500 s a step, MFU 67.9% causal; 43.0 days (estimated)
-# code: commit cccccccccccccccccccccccccccccccccccccccc; requirements.lock sha256 1111111111111111111111111111111111111111111111111111111111111111
+# code: commit cccccccccccccccccccccccccccccccccccccccc; sha256 2222222222222222222222222222222222222222222222222222222222222222; requirements.lock sha256 1111111111111111111111111111111111111111111111111111111111111111
 # configuration: sha256 <config_digest> of the keys that decide what is computed (k2jax/run/drift.py)
 # XLA, by the trainer: xla_of_tpus=true
 # exit codes: 75 restarts at once, 74 and a lost host after 60 s, at most 100 times in all; 65, 70, 78 and others stop
@@ -21,7 +21,7 @@ PORT=8476
 MAX_RESTARTS=100
 DELAY_S=60
 ARGUMENTS=(--config=experiments/k2.py --workdir=/mnt/shared/run)
-EXPECTED=('--topology=v5p:2x2x2*2' --config-digest=<config_digest> --lock-digest=1111111111111111111111111111111111111111111111111111111111111111)
+EXPECTED=('--topology=v5p:2x2x2*2' --config-digest=<config_digest> --lock-digest=1111111111111111111111111111111111111111111111111111111111111111 --code-digest=2222222222222222222222222222222222222222222222222222222222222222)
 export JAX_COMPILATION_CACHE_DIR=/mnt/shared/run/compiled/lock-111111111111
 
 <templates/common.sh>
