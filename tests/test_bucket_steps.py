@@ -103,6 +103,20 @@ def test_what_killed_saves_and_deletes_left_is_deleted(workdir, arrays):
     assert workdir.keys() == []
 
 
+def test_a_save_under_way_is_not_taken_for_one_that_was_killed(workdir, arrays):
+    steps = BucketSteps(workdir)
+
+    def tidy() -> str:
+        steps.delete_unfinished()
+        return "{}"
+
+    (workdir / "saving" / "9").put(b"")
+    steps.save(10, {"state": arrays}, {**TEXTS, "data/metadata": tidy})
+    steps.wait_until_finished()
+    assert (workdir / "saving").keys() == []
+    np.testing.assert_array_equal(read(workdir / "checkpoints" / "10" / "state", "step"), 3)
+
+
 def test_an_abandoned_step_is_complete_nowhere(workdir, arrays):
     steps = BucketSteps(workdir)
     save(steps, 10, arrays)

@@ -51,7 +51,7 @@ class BucketSteps:
 
     def __init__(self, workdir: BucketPath, mirror: Mirror | None = None, log: Callable[[str], None] = print):
         self.workdir, self.directory, self._log = workdir, workdir / "checkpoints", log
-        self._mirror, self._saves = mirror, 0
+        self._mirror, self._saves, self._in_progress = mirror, 0, ""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -76,6 +76,7 @@ class BucketSteps:
             texts: {file: function that gives its content}; called in the background, written in this order.
         """
         assert self._thread is None, "one at a time"
+        self._in_progress = str(step)  # before its mark is there
         self._saves += 1
         self._thread = threading.Thread(target=self._try, args=(step, parts, texts), name="save", daemon=True)
         self._thread.start()
@@ -96,7 +97,7 @@ class BucketSteps:
         """Raises what made the save fail, the same on every process."""
         if self._thread is not None:
             self._thread.join()
-        self._thread = None
+        self._thread, self._in_progress = None, ""
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -176,8 +177,10 @@ class BucketSteps:
         meta.unlink()
 
     def delete_unfinished(self) -> None:
-        """Deletes what killed saves, and killed deletes, have left."""
+        """Deletes what killed saves, and killed deletes, have left; another thread may be saving meanwhile."""
         for mark in (self.workdir / "saving").iterdir():
+            if mark.name == self._in_progress:
+                continue
             if not (self.workdir / "committed" / mark.name).exists():
                 self._check()
                 (self.directory / mark.name / META).unlink()

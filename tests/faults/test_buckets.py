@@ -186,7 +186,8 @@ def test_four_processes_killed_twelve_times(server, straight, start, tmp_path):
     for kill in range(kills):
         four = runs.pair(start, tmp_path / "run", overrides, url=url, each=[{}] * 4, devices=2, patch=SHORT_LEASE)
         next_save = max(committed_steps(at(url)), default=0) + 2
-        moment = draw.choice(["compiling", *[f"saving {min(next_save, 24)}"] * 3])
+        step = min(next_save, 24)
+        moment = draw.choice(["compiling", f"saving {step}", f"saved {step}", f"saved {step}"])
         four[0].wait_for(moment)
         time.sleep(draw.uniform(0, 1))
         victim = draw.randrange(4)

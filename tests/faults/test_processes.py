@@ -156,8 +156,8 @@ def test_whoever_hangs_in_the_loop_ends_both(straight, start, tmp_path, fault, i
 # The same where a run is resumed: what is done there, and by whom ("lock": by process 0 alone).
 RESUMED = {
     "store": ("from k2jax.training import setup as of; name = 'open_data'", "opens its data", (0, 1)),
-    "lock": ("from k2jax.run.directory import RunDirectory as of; name = '_take_lock'", "takes the workdir", (0,)),
-    "shared": ("from k2jax.run.directory import RunDirectory as of; name = '_check_shared'", "looks into", (0, 1)),
+    "lock": ("from k2jax.run.holding import OnDisk as of; name = 'take'", "takes the workdir", (0,)),
+    "shared": ("from k2jax.run.holding import OnDisk as of; name = 'check'", "looks into", (0, 1)),
     "restore": ("from k2jax.run.checkpoint import Checkpoints as of; name = '_read'", "reads checkpoint 20", (0, 1)),
 }
 DOES = """
