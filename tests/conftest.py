@@ -125,7 +125,7 @@ def make_data(root: Path, seed: int = 0) -> Path:
     return root
 
 
-def begin_run(workdir: Path, manifest: dict[str, Any]) -> None:
+def begin_run(workdir: Path, manifest: dict[str, Any] | None) -> None:
     """What a run directory says of its data, without a run."""
     write_epoch(workdir, new_epoch([], run="0" * 32, after_step=0, config={}, manifest=manifest))
 

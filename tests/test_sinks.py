@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import begin_run
 
 from k2jax.training import sinks
 from k2jax.training.sinks import Sink, TensorBoard, open_sinks
@@ -101,7 +102,7 @@ class Run:
 def test_weights_and_biases(tmp_path: Path, tiny_config, monkeypatch, fails: str):
     """A package of that name stands for it: it is not among our dependencies."""
     (tmp_path / "wandb.py").write_text(WANDB.format(out=str(tmp_path / "told"), fails=fails))
-    (tmp_path / "environment.json").write_text('{"launches": [{"time": "t", "host": "h"}]}')
+    begin_run(tmp_path, None)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     said: list[str] = []

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from k2jax import config as configuration
-from k2jax import files
 from k2jax.data.epochs import Epoch, has_epochs, read_epochs
 from k2jax.data.manifest import manifest_digest, sha256_json
 from k2jax.errors import ConfigError, StorageError
 from k2jax.run import drift
-
-MAX_RECORDS_BYTES = 1 << 28  # of ledger/records.jsonl: one of 600 bytes a checkpoint
+from k2jax.run.ledger import read_records
 
 
 def epochs_of(workdir: Path, meta: dict[str, Any]) -> list[Epoch]:
@@ -45,11 +43,9 @@ def epochs_of(workdir: Path, meta: dict[str, Any]) -> list[Epoch]:
 def _check_ledger(workdir: Path, meta: dict[str, Any]) -> None:
     """That the ledger records this checkpoint, unless a kill came before that, and the one that it goes on from."""
     path, parent = workdir / "ledger" / "records.jsonl", meta["parent"] or {"step": 0}
-    lines = files.read_bytes(path, MAX_RECORDS_BYTES).splitlines(keepends=True) if path.exists() else []
     recorded: dict[int, str] = {}
-    for line in lines:
-        record = files.parse_json(line, str(path)) if line.endswith(b"\n") else None
-        if isinstance(record, dict) and record.get("last_step") in (meta["step"], parent["step"]):
+    for record in read_records(path):
+        if record["last_step"] in (meta["step"], parent["step"]):
             if sha256_json({k: v for k, v in record.items() if k != "record"}) != record.get("record"):
                 raise StorageError(
                     f"{path}: the record of step {record['last_step']} is damaged: restore the file from a copy"

@@ -88,6 +88,12 @@ def belonging(meta: dict[str, Any]) -> dict[str, str]:
     return dict(zip(BELONGING, (meta["digest"], meta["data"]["order"], meta["config_digest"]), strict=True))
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """In order; a half-written last line is none. Raises StorageError when a line is damaged."""
+    lines = files.read_bytes(path, MAX_BYTES).splitlines(keepends=True) if path.exists() else []
+    return [_parse(line, path, "last_step") for line in lines if line.endswith(b"\n")]
+
+
 class Ledger:
     """`ledger/`: the step rows, and `records.jsonl`, the chain with one record a checkpoint."""
 
@@ -107,9 +113,8 @@ class Ledger:
         )
 
     def records(self) -> list[dict[str, Any]]:
-        """In order; a half-written last line is none."""
-        lines = files.read_bytes(self.path, MAX_BYTES).splitlines(keepends=True) if self.path.exists() else []
-        return [_parse(line, self.path, "last_step") for line in lines if line.endswith(b"\n")]
+        """As `read_records` gives them."""
+        return read_records(self.path)
 
     def append_record(self, step: int, belongs: dict[str, str]) -> None:
         """Closes the steps since the last record with the checkpoint of `step`; `belongs` as `belonging` gives it."""

@@ -59,6 +59,7 @@ class Lineage:
         self._known: dict[int, Known] = {}
         self._thread: threading.Thread | None = None
         self._bugs: list[Exception] = []
+        self._told: set[str] = set()
 
     def folder(self, step: int) -> epath.Path:
         return self.directory / str(step)
@@ -105,7 +106,9 @@ class Lineage:
             try:
                 job(steps)
             except (OSError, StorageError) as error:
-                self.log(f"old checkpoints stay for now: {one_line(error)}")
+                if job.__name__ not in self._told:  # NFS keeps what somebody has open: once is enough
+                    self.log(f"old checkpoints stay for now: {one_line(error)}")
+                self._told.add(job.__name__)
             except Exception as error:
                 self._bugs.append(error)
 

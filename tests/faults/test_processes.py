@@ -9,6 +9,7 @@ import pytest
 from faults import runs
 
 
+@pytest.mark.processes
 def test_two_processes_are_one_run(straight, start, tmp_path):
     """Both are killed; resumed by two processes, or by one, the run is the undisturbed one of one process, bit for bit.
 
