@@ -125,6 +125,19 @@ def make_data(root: Path, seed: int = 0) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def server(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A server of buckets on loopback, as buckets.py has them."""
+    import buckets
+
+    from k2jax import bucket
+
+    with buckets.serving(request.param) as server:
+        bucket.forget()
+        yield server
+    bucket.forget()
+
+
 def begin_run(workdir: Path, manifest: dict[str, Any] | None) -> None:
     """What a run directory says of its data, without a run."""
     write_epoch(workdir, new_epoch([], run="0" * 32, after_step=0, config={}, manifest=manifest))

@@ -10,7 +10,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import buckets
 import pytest
 
 from k2jax import bucket
@@ -19,14 +18,6 @@ from k2jax.errors import ConfigError, StorageError
 from k2jax.lease import Lease
 
 ODD = "ü #?%2F x"
-
-
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def server(request):
-    with buckets.serving(request.param) as server:
-        bucket.forget()
-        yield server
-    bucket.forget()
 
 
 @pytest.fixture

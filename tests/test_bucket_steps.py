@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import buckets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,14 +22,6 @@ from k2jax.run.bucket_steps import BucketSteps, chunk_shape, committed_steps
 from k2jax.run.mirror import Mirror
 
 TEXTS = {"data/metadata": lambda: "{}", "meta/meta.json": lambda: json.dumps({"step": 10})}
-
-
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def server(request):
-    with buckets.serving(request.param) as server:
-        bucket.forget()
-        yield server
-    bucket.forget()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Stores in buckets, on real servers: written, read, verified, written over."""
 
-import buckets
 import numpy as np
 import pytest
 from test_store import documents, write  # noqa: F401
@@ -8,14 +7,6 @@ from test_store import documents, write  # noqa: F401
 from k2jax import bucket
 from k2jax.data.store import Store
 from k2jax.errors import ConfigError, StorageError
-
-
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def server(request):
-    with buckets.serving(request.param) as server:
-        bucket.forget()
-        yield server
-    bucket.forget()
 
 
 def test_a_store_in_a_bucket(server, tmp_path, documents):  # noqa: F811

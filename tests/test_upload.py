@@ -2,21 +2,12 @@
 
 from functools import partial
 
-import buckets
 import pytest
 
 from k2jax import bucket, transfer, upload
 from k2jax.bucket import at
 from k2jax.errors import ConfigError, StorageError
 from k2jax.lease import Lease
-
-
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def server(request):
-    with buckets.serving(request.param) as server:
-        bucket.forget()
-        yield server
-    bucket.forget()
 
 
 @pytest.fixture

@@ -10,26 +10,17 @@ import signal
 import sys
 import time
 
-import buckets
 import pytest
 from conftest import REPOSITORY
 
 from faults import runs
-from k2jax import bucket, evaluate, generate, replay
+from k2jax import evaluate, generate, replay
 from k2jax.bucket import at
 from k2jax.errors import run_main
 from k2jax.run.bucket_steps import committed_steps
 from k2jax.upload import local_copy
 
 SHORT_LEASE = "from k2jax import lease; lease.LEASE_S, lease.RENEW_S = 3.0, 0.3"
-
-
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def server(request):
-    with buckets.serving(request.param) as server:
-        bucket.forget()
-        yield server
-    bucket.forget()
 
 
 @pytest.fixture
