@@ -125,8 +125,7 @@ def make_data(root: Path, seed: int = 0) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def server(request: pytest.FixtureRequest) -> Iterator[Any]:
+def serve(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A server of buckets on loopback, as buckets.py has them."""
     import buckets
 
@@ -136,6 +135,9 @@ def server(request: pytest.FixtureRequest) -> Iterator[Any]:
         bucket.forget()
         yield server
     bucket.forget()
+
+
+server = pytest.fixture(scope="module", params=["s3", "gs"], name="server")(serve)
 
 
 def begin_run(workdir: Path, manifest: dict[str, Any] | None) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, serve
 
 from faults import runs
 from k2jax import evaluate, generate, replay
@@ -21,6 +21,10 @@ from k2jax.run.bucket_steps import committed_steps
 from k2jax.upload import local_copy
 
 SHORT_LEASE = "from k2jax import lease; lease.LEASE_S, lease.RENEW_S = 3.0, 0.3"
+
+
+by_kind = ["s3", pytest.param("gs", marks=pytest.mark.slow)]
+server = pytest.fixture(scope="module", params=by_kind, name="server")(serve)
 
 
 @pytest.fixture

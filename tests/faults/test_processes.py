@@ -176,13 +176,16 @@ def resumed_pair(straight, start, tmp_path, place, index, does):
     return workdir, pair[index], pair[1 - index]
 
 
-def of_resumed():
+def of_resumed(soon=None):
+    """All cases; those that are not among `soon` for `make test-slow`."""
     cases = [(place, index) for place, (_, _, who) in RESUMED.items() for index in who]
+    later = [case for case in cases if soon and case not in soon]
+    cases = [pytest.param(*case, marks=pytest.mark.slow if case in later else ()) for case in cases]
     return pytest.mark.parametrize(("place", "index"), cases)
 
 
 @pytest.mark.processes
-@of_resumed()
+@of_resumed(soon=[("store", 1), ("lock", 0), ("restore", 0)])
 def test_whoever_hangs_ends_both(straight, start, tmp_path, place, index):
     """Its signs of life go on, from a thread: the limit of what is done together ends it, with who and what."""
     workdir, hung, other = resumed_pair(straight, start, tmp_path, place, index, "time.sleep(1000)")
@@ -195,7 +198,7 @@ def test_whoever_hangs_ends_both(straight, start, tmp_path, place, index):
 
 
 @pytest.mark.processes
-@of_resumed()
+@of_resumed(soon=[("store", 0), ("restore", 1)])
 def test_whoever_raises_at_a_resume_ends_both(straight, start, tmp_path, place, index):
     raises = "raise cluster.errors.StorageError('planted: no')"
     workdir, *pair = resumed_pair(straight, start, tmp_path, place, index, raises)
@@ -206,7 +209,7 @@ def test_whoever_raises_at_a_resume_ends_both(straight, start, tmp_path, place, 
 
 
 @pytest.mark.processes
-@of_resumed()
+@of_resumed(soon=[("lock", 0), ("restore", 1)])
 def test_whoever_dies_at_a_resume_ends_the_other(straight, start, tmp_path, place, index):
     kills = "os.kill(os.getpid(), signal.SIGKILL)"
     workdir, dead, other = resumed_pair(straight, start, tmp_path, place, index, kills)

@@ -44,6 +44,12 @@ checkpoint._LateJson._save_fn = save
 """
 
 
+def slowly(value):
+    """A case like another one here: for `make test-slow`."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+
 def test_sigterm_while_validating_ends_it_soon(straight, start, tmp_path):
     """And the next start validates."""
     workdir = runs.copy_run(straight, tmp_path / "run")
@@ -59,7 +65,7 @@ def test_sigterm_while_validating_ends_it_soon(straight, start, tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slowly(signal.SIGINT), slowly(signal.SIGHUP)])
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "validate"])
 def test_a_signal_before_the_first_step_ends_it_soon(straight, start, tmp_path, place, number):
     workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
@@ -139,7 +145,7 @@ def test_nohup_is_respected(straight, start, tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, slowly(signal.SIGTERM)])
 def test_ctrl_c_ends_a_save_that_hangs(start, tmp_path, first):
     """The first signal waits for it. The main thread is in it, deaf."""
     trainer = start(tmp_path / "run", patch=HEARS_SIGINT + SAVING_HANGS, environment=runs.READ_ONLY_CACHE)
@@ -155,7 +161,7 @@ def test_ctrl_c_ends_a_save_that_hangs(start, tmp_path, first):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, slowly(signal.SIGHUP)])
 def test_a_signal_to_one_stops_both_at_one_step(start, tmp_path, number):
     workdir = tmp_path / "run"
     pair = runs.pair(start, workdir, devices=1, patch=HEARS_SIGINT + SLOW_STEPS)
@@ -169,7 +175,7 @@ def test_a_signal_to_one_stops_both_at_one_step(start, tmp_path, number):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [slowly(0), 1])
 @pytest.mark.parametrize("place", ["data", "compile", "validate"])
 def test_a_signal_to_one_where_nothing_is_lost_ends_both(straight, start, tmp_path, place, index):
     """With 75 both: nobody failed."""
