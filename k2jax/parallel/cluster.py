@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -89,8 +90,9 @@ def initialize() -> None:
         _abort_line.append("another process is gone, or the runtime gave up: see above")
         errors.leave_with(_Peers())
         stopping.leave_by(_Peers().leave)
-        atexit.register(_ending.set)  # before JAX, which registered earlier, takes leave of the store
-        threading.Thread(target=_watch, name="k2jax-watch", daemon=True).start()
+        watch = threading.Thread(target=_watch, name="k2jax-watch", daemon=True)
+        watch.start()
+        atexit.register(_stop_watching, watch)  # before JAX, which registered earlier, takes leave of the store
 
 
 def index() -> int:
@@ -266,7 +268,16 @@ def _watch() -> None:
             finally:
                 stopped = all(failure["code"] == Preempted.exit_code for failure in failed.values())
                 _exit(Preempted.exit_code if stopped else PeerError.exit_code)
-        time.sleep(BEAT_S / 2)
+        if _ending.wait(BEAT_S / 2):
+            return
+
+
+def _stop_watching(watch: threading.Thread) -> None:
+    """A thread that is inside C++ when Python ends brings the process down."""
+    with suppress(Exception):  # the store may be gone, whoever served it in order, too
+        _set(f"{ROOT}ended/{index()}", {})
+    _ending.set()
+    watch.join(BEAT_S)
 
 
 def _note_who_is_gone(seen: dict[int, tuple[Any, float]]) -> None:
@@ -274,7 +285,7 @@ def _note_who_is_gone(seen: dict[int, tuple[Any, float]]) -> None:
     for i, beat in _all("beat/").items():
         if i not in seen or seen[i][0] != beat:
             seen[i] = beat, now
-        elif now - seen[i][1] > GONE_S and i not in _all("failed/"):
+        elif now - seen[i][1] > GONE_S and i not in _all("failed/") | _all("ended/"):
             gone = f"gave no sign of life for {GONE_S:.0f} s: it was killed, or its host is gone or stopped"
             _set(f"{ROOT}failed/{i}", {"code": 70, "reason": gone, "host": "its host"})
             _set(f"{ROOT}left/{i}", {})

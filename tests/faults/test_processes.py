@@ -170,7 +170,8 @@ setattr(of, name, broken)"""
 
 def resumed_pair(straight, start, tmp_path, place, index, does):
     patch = on_one(index, RESUMED[place][0] + DOES.format(does=does))
-    patch = f"from k2jax.parallel import cluster; cluster.LIMIT_S = 25\n{patch}"
+    soon = "from k2jax.run import reading; reading.RETRY_WAITS_S = (0.1,)"
+    patch = f"from k2jax.parallel import cluster; cluster.LIMIT_S = 25\n{soon}\n{patch}"
     workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
     pair = runs.pair(start, workdir, devices=1, patch=patch, environment=runs.READ_ONLY_CACHE)
     return workdir, pair[index], pair[1 - index]

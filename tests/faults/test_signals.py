@@ -36,11 +36,11 @@ PLACES = {
 }
 SAVING_HANGS = """
 import time
-from k2jax.run import checkpoint
+from k2jax.run import storage
 async def save(self, item, directory):
     print("now", flush=True)
     time.sleep(100)
-checkpoint._LateJson._save_fn = save
+storage._LateJson._save_fn = save
 """
 
 
