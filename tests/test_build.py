@@ -161,6 +161,7 @@ def ranks_done(out: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.processes
 def test_kills_at_any_moment_change_no_byte(made, corpus, tmp_path, workers):
     out, kills, draw = tmp_path / "out", 0, random.Random(workers)
     while True:

@@ -512,6 +512,7 @@ def test_a_pair_of_a_document_that_is_not_there_is_an_error(task, index, tmp_pat
         run_stages(stages[2:3])
 
 
+@pytest.mark.processes
 def test_the_benchmark_finds_what_datatrove_finds():
     command = [sys.executable, "tools/bench/dedup.py", "--smoke"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -32,6 +32,7 @@ def ray() -> Iterator[Any]:
         ray.shutdown()
 
 
+@pytest.mark.processes
 def test_ray_changes_no_byte(tmp_path: Path):
     """Every stage, some of two ranks; exact and near copies over both."""
     for i, book in enumerate([*BOOKS, *(book.replace("Book", "Buch") for book in BOOKS[20 : 20 + NEAR]), BOOKS[1]]):

@@ -263,18 +263,17 @@ def _watch() -> None:
             time.sleep(GRACE_S)
             for i, failure in failed.items():
                 errors.print_error(f"process {i} on {failure['host']} failed: {failure['reason']}")
-            try:
+            with suppress(Exception):
                 _set(f"{ROOT}left/{index()}", {})
-            finally:
-                stopped = all(failure["code"] == Preempted.exit_code for failure in failed.values())
-                _exit(Preempted.exit_code if stopped else PeerError.exit_code)
+            stopped = all(failure["code"] == Preempted.exit_code for failure in failed.values())
+            _exit(Preempted.exit_code if stopped else PeerError.exit_code)
         if _ending.wait(BEAT_S / 2):
             return
 
 
 def _stop_watching(watch: threading.Thread) -> None:
     """A thread that is inside C++ when Python ends brings the process down."""
-    with suppress(Exception):  # the store may be gone, whoever served it in order, too
+    with suppress(Exception):  # who served the store may have ended, too
         _set(f"{ROOT}ended/{index()}", {})
     _ending.set()
     watch.join(BEAT_S)
@@ -293,7 +292,7 @@ def _note_who_is_gone(seen: dict[int, tuple[Any, float]]) -> None:
 
 def _lost_process_0() -> None:
     time.sleep(GRACE_S)
-    print("error: process 0 cannot be reached: it was killed, or its host is gone", file=sys.stderr)
+    errors.print_error("process 0 cannot be reached: it was killed, or its host is gone")
     _exit(PeerError.exit_code)
 
 
@@ -320,10 +319,8 @@ def _exit_in_order_on_abort() -> None:
 
 def _exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(OSError, ValueError):  # closed
             stream.flush()
-        except (OSError, ValueError):  # closed
-            pass
     os._exit(code)
 
 

@@ -40,6 +40,7 @@ def test_kill_and_resume_give_the_same_bits(tiny_data, straight, start, tmp_path
         time.sleep(0.05)
 
 
+@pytest.mark.processes
 def test_kills_at_random_moments(straight, start, tmp_path):
     """Every restart goes on from the newest complete checkpoint, and what the run computes never changes.
 

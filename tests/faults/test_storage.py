@@ -200,6 +200,7 @@ shutil.rmtree = rmtree
 """
 
 
+@pytest.mark.processes
 def test_kill_while_an_old_step_is_deleted(straight, start, reader, tmp_path):
     """No step that is listed is half deleted, and the next start cleans up."""
     workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
