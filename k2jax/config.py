@@ -173,6 +173,15 @@ RANGES = {
 _RANGE_OF = {key: interval for interval, keys in RANGES.items() for key in keys.split()}
 
 
+# Keys, or all keys below one, that a resumed run may change freely: they change where and how fast it runs, never what
+# it computes (beyond the order of floating-point sums). All else is drift. data.eos must be the stores' in any case.
+FREE_KEYS = tuple(
+    """mesh log watchdog checkpoint eval allow_drift data.root data.tokenizer data.eos data.verify data.threads
+    data.workers data.prefetch compiler model.remat model.rings model.unroll model.attention model.pipeline loss.block
+    stages.*.microbatches""".split()
+)
+
+
 def range_of(key: str) -> str | None:
     """That of RANGES, of "stages.0.chunks" as of "stages.*.chunks"; None for what is no number, and for mesh sizes."""
     return _RANGE_OF.get(re.sub(r"(?<=\.mix\.).*|(?<=^stages\.)\d+", "*", key))

@@ -131,10 +131,11 @@ def experiment(source: Source, name: str) -> str:
     """The text of experiment.py. It is code: of the folder's own, only numbers and flags enter."""
     hf = source.hf
     keys = configuration.flatten({"model": configuration.to_dict(hf.model)})
+    fixed = {key: value for key, value in keys.items() if key not in configuration.FREE_KEYS}
     return EXPERIMENT.format(
         name=name,
         eos_id=source.eos_id,
-        model="\n".join(f"    c.{key} = {value!r}" for key, value in keys.items() if key not in drift.FREE_KEYS),
+        model="\n".join(f"    c.{key} = {value!r}" for key, value in fixed.items()),
         sequence_length=min(hf.context, MAX_SEQUENCE_LENGTH),
         context=hf.context,
         rope_base=hf.rope_base,

@@ -10,33 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from k2jax.config import flatten, to_dict
-
-# Keys that a resumed run may change freely: they change where and how fast it runs, never what it computes
-# (beyond the order of floating-point sums). Everything else is drift: see `differences`.
-FREE_KEYS = (
-    "mesh",
-    "log",
-    "watchdog",
-    "checkpoint",
-    "eval",
-    "allow_drift",
-    "data.root",
-    "data.tokenizer",
-    "data.eos",  # it must be that of the stores, which is the manifest's
-    "data.verify",
-    "data.threads",
-    "data.workers",
-    "data.prefetch",
-    "compiler",
-    "model.remat",
-    "model.rings",
-    "model.unroll",
-    "model.attention",
-    "model.pipeline",
-    "loss.block",
-    "stages.*.microbatches",
-)
+from k2jax.config import FREE_KEYS, flatten, to_dict
 
 
 def config_digest(config: ConfigDict) -> str:
