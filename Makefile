@@ -36,7 +36,7 @@ test-compilers: $(VENV)/.installed-compilers
 
 # Each process of a run failing in turn: for who changes the control plane, checkpoints or the run directory.
 test-processes: $(TEST_DONE)
-	$(BIN)/python -m pytest -n 3 --dist load -m "processes and not slow"
+	$(BIN)/python -m pytest -n 2 --dist load -m "processes and not slow"
 
 test-slow: $(TEST_DONE)
 	$(BIN)/python -m pytest -m slow
