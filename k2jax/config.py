@@ -105,7 +105,7 @@ def base() -> ConfigDict:
     c.checkpoint.moments_every = 1        # Adam's moments: kept of every so many chunks, and of the newest two
 
     c.watchdog = ConfigDict()             # seconds that a process may be at one thing, else it ends with 70; 0: any
-    c.watchdog.start = 1800               # processes, data and run are opened
+    c.watchdog.start = 14400              # data and run are opened, and hashed where data.verify says so
     c.watchdog.restore = 7200             # of a checkpoint
     c.watchdog.data = 1800                # the next batch, and once a stage its compiled step
     c.watchdog.step = 1800                # until the step before it is done

@@ -58,7 +58,8 @@ def replay(workdir: Path, first: int, count: int, stores: str | None = None, say
     """Steps `first` to `first + count - 1` of a run, compared. ConfigError for steps that it has not made."""
     rows = _recorded(workdir, first, first + count - 1)
     epochs = [epoch for epoch in read_epochs(workdir) if epoch.after_step < first]
-    journal = [entry for entry in read_journal(workdir / "journal.jsonl") if entry["at_step"] < first]
+    journal = read_journal(workdir / "journal.jsonl")
+    journal = [entry for entry in journal if "positions" in entry and entry["at_step"] < first]
     order = order_of(epochs, journal)
     start = _start(workdir, first)
     config = _configuration(workdir, epochs[-1], first)

@@ -105,6 +105,9 @@ def _read(path: Path, previous: Epoch | None) -> Epoch:
     if set(values) != set(Epoch._fields) or Epoch(**values).digest != found:
         raise ConfigError(f"{path} is damaged: it does not have the SHA-256 that it records: restore it from a copy")
     epoch = Epoch(**values)
+    fine = type(epoch.after_step) is int and epoch.after_step >= 0 and isinstance(epoch.run, str)
+    if not fine or not isinstance(epoch.config, dict) or not isinstance(epoch.changes, dict):
+        raise ConfigError(f"{path}: its after_step, run, config or changes are none: restore it from a copy")
     if epoch.previous != (previous and previous.digest):
         before = f"that records {str(epoch.previous)[:12]} as the one before it"
         raise ConfigError(f"{path} is of another run, {before}: restore the folder from a copy")
@@ -186,7 +189,7 @@ def check_journal(epochs: Sequence[Epoch], journal: Sequence[Entry]) -> None:
     after it: the checkpoints.
     """
     for i, entry in enumerate(journal):
-        if "order_after" not in entry:
+        if entry["kind"] not in ("skip", "defer"):
             continue
         known = [epoch for epoch in epochs if epoch.number <= entry["epoch"]]
         found = [order_of(known, journal[:n]).digest() for n in (i, i + 1)] if len(known) == entry["epoch"] else []

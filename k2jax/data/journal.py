@@ -44,8 +44,11 @@ def _parse(line: bytes, where: str) -> Entry:
         positions = entry.get("positions")
         if not (isinstance(positions, list) and [type(p) for p in positions] == [int, int]):
             raise ConfigError(f'{where}: "positions" is {positions}: expected two whole numbers [a, b)')
-        if type(entry.get("epoch")) is not int or not isinstance(entry.get("order_before"), str):
-            raise ConfigError(f'{where}: expected "epoch" and "order_before", as tools/journal.py writes them')
+        numbers = all(type(entry.get(key)) is int for key in ("epoch", "at_step"))
+        if not numbers or not all(isinstance(entry.get(key), str) for key in ("order_before", "order_after")):
+            raise ConfigError(
+                f'{where}: expected "epoch", "at_step", "order_before" and "order_after": tools/journal.py writes them'
+            )
     return entry
 
 

@@ -17,7 +17,12 @@ def epochs_of(workdir: Path, meta: dict[str, Any]) -> list[Epoch]:
     Raises ConfigError when the checkpoint is not one of this run, as of a folder that was copied here; StorageError
     when it is not the one that the run's ledger records.
     """
-    step, named = meta["step"], meta["epoch"]
+    step, named = meta["step"], meta.get("epoch")
+    if named is None:
+        made_by = meta.get("versions", {}).get("k2jax", "unknown")
+        raise ConfigError(
+            f"checkpoint {step} in {workdir} names no epoch: it was written by an older k2jax ({made_by}), use that one"
+        )
     epochs = read_epochs(workdir) if has_epochs(workdir) else []
     found = epochs[named["number"] - 1] if 0 < named["number"] <= len(epochs) else None
     if found is None or found.name != named:

@@ -27,8 +27,6 @@ class StepLog:
 
     def __init__(self, directory: Path, chunk_of_step: Any):
         self.directory, self.chunk_of_step = directory, chunk_of_step
-        with _writing(directory):
-            directory.mkdir(exist_ok=True)
         self._file, self._path = None, None
 
     def path(self, chunk: int) -> Path:
@@ -39,6 +37,7 @@ class StepLog:
         with _writing(path):
             if path != self._path:
                 self.close()
+                self.directory.mkdir(exist_ok=True)
                 self._file, self._path = path.open("ab"), path
             self._file.write(json.dumps(row).encode() + b"\n")
             self._file.flush()
@@ -50,16 +49,23 @@ class StepLog:
                 os.fsync(self._file.fileno())
 
     def rows(self, first_step: int = 1, last_step: int | None = None) -> Iterator[dict[str, Any]]:
-        """Rows of steps in [first_step, last_step], in order."""
-        for path in sorted(self.directory.glob("chunk-*.jsonl")):
+        """Rows of steps in [first_step, last_step], in order; files that hold none of them are not read."""
+        paths = sorted(self.directory.glob("chunk-*.jsonl"))
+        for path, following in zip(paths, [*paths[1:], None], strict=False):
+            if first_step > 1 and following and (_first_step(following) or first_step) < first_step:
+                continue
             for line in files.read_bytes(path, MAX_BYTES).splitlines():
                 row = _parse(line, path)
-                if row["step"] >= first_step and (last_step is None or row["step"] <= last_step):
+                if last_step is not None and row["step"] > last_step:
+                    return
+                if row["step"] >= first_step:
                     yield row
 
     def truncate(self, last_step: int) -> int:
         """Drops rows after `last_step`, and a half-written last line; returns how many steps were dropped."""
         self.close()
+        with _writing(self.directory):
+            self.directory.mkdir(exist_ok=True)
         files.remove_leftovers(self.directory, alone=True)  # none but the holder of the run's lock writes here
         dropped = 0
         for path in sorted(self.directory.glob("chunk-*.jsonl")):
@@ -119,13 +125,14 @@ class Ledger:
     def append_record(self, step: int, belongs: dict[str, str]) -> None:
         """Closes the steps since the last record with the checkpoint of `step`; `belongs` as `belonging` gives it."""
         records = self.records()
-        record = self._record(records[-1] if records else None, step, belongs)
+        previous = records[-1] if records else None
+        rows = self.steps.rows(previous["last_step"] + 1 if previous else 1, step)
+        record = self._record(previous, step, belongs, list(rows))
         with _writing(self.path):
             files.append_line(self.path, canonical_json(record) + b"\n")
 
-    def _record(self, previous: dict | None, step: int, belongs: dict[str, str]) -> dict[str, Any]:
+    def _record(self, previous: dict | None, step: int, belongs: dict[str, str], rows: list[dict]) -> dict[str, Any]:
         first = previous["last_step"] + 1 if previous else 1
-        rows = list(self.steps.rows(first, step))
         if [row["step"] for row in rows] != list(range(first, step + 1)):
             missing = sorted(set(range(first, step + 1)) - {row["step"] for row in rows})
             raise StorageError(
@@ -164,10 +171,16 @@ class Ledger:
 
     def verify(self) -> None:
         """Recomputes the chain; raises StorageError naming the first record that does not hold."""
-        previous = None
+        previous, rows, ahead = None, self.steps.rows(), []
         for record in self.records():
             belongs = {key: record.get(key) for key in BELONGING}
-            expected = self._record(previous, record["last_step"], belongs)
+            own, ahead = ahead, []
+            for row in rows:  # all files once, however many records there are
+                if row["step"] > record["last_step"]:
+                    ahead = [row]
+                    break
+                own.append(row)
+            expected = self._record(previous, record["last_step"], belongs, own)
             if record != expected:
                 key = next(k for k in expected if record.get(k) != expected[k])
                 raise StorageError(
@@ -175,6 +188,13 @@ class Ledger:
                     f"{record.get(key)!r}, recomputed {expected[key]!r}"
                 )
             previous = record
+
+
+def _first_step(path: Path) -> int | None:
+    """Of the file's first row; None where it has no whole one."""
+    with path.open("rb") as file:
+        line = file.readline()
+    return _parse(line, path)["step"] if line.endswith(b"\n") else None
 
 
 @contextmanager
