@@ -1,7 +1,6 @@
 """Checkpoints as a run keeps them: what stays, what is thinned, and how arrays are cut for the disk."""
 
 import errno
-import json
 import math
 import os
 import resource
@@ -171,31 +170,6 @@ def test_what_cannot_be_deleted_stops_nothing(saver, tmp_path, monkeypatch):
     said = saver.save(tmp_path, [5], [5])
     assert sorted(p.name for p in (tmp_path / "checkpoints" / "trash").iterdir()) == ["1-busy", "3-busy"]
     assert "saved 5" in said and any("Device or resource busy" in line for line in said)
-
-
-def test_an_old_format_is_read(saver, tmp_path):
-    """Format 1 had weights and moments in one part, and said nothing of being kept."""
-    import orbax.checkpoint as ocp
-
-    saver.save(tmp_path, [1, 2], [1, 2])
-    for step in (1, 2):
-        folder = tmp_path / "checkpoints" / str(step)
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(
-            folder / "state", args=ocp.args.PyTreeSave(flat(saver.state(step)))
-        )
-        shutil.rmtree(folder / "params")
-        shutil.rmtree(folder / "moments")
-        meta = storage.read_meta(folder)
-        del meta["kept"], meta["chunk"]
-        meta["format"] = 1
-        text = json.dumps({**meta, "meta_sha256": storage.sha256_json(meta)})
-        (folder / "meta" / "meta.json").write_text(text)
-    assert equal(saver.restore(tmp_path, 2), saver.state(2))
-    np.testing.assert_array_equal(
-        restore_params(saver.saved(tmp_path, 1), saver.mesh)["head_DV"], saver.state(1).params["head_DV"]
-    )
-    saver.save(tmp_path, [3, 4, 5], [1, 2, 3, 4, 5], moments_every=5)
-    assert steps_of(tmp_path) == [1, 2, 3, 4, 5] and equal(saver.restore(tmp_path, 2), saver.state(2))
 
 
 # ---- a storage that fails, and bugs ----------------------------------------------------------------------------------

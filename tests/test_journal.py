@@ -41,7 +41,8 @@ def test_entries_are_read_as_they_were_written(tmp_path):
 
 @pytest.mark.parametrize(
     "line", ["", "\xff", "{", "[1]", "{}", '{"kind": 3}', '{"kind": "skip"}',
-             '{"kind": "skip", "positions": [1]}',
+             '{"kind": "skip", "positions": [1]}', '{"kind": "skip", "positions": [0, 5]}',
+             '{"kind": "skip", "positions": [0, 5], "epoch": 1, "at_step": 0, "order_before": ""}',
              '{"kind": "defer", "positions": [1, 2.5]}', '{"kind": "defer", "positions": [0, true]}']
 )  # fmt: skip
 def test_a_damaged_line_is_named(tmp_path, line):

@@ -137,7 +137,7 @@ class Lineage:
                 meta = storage.read_meta(folder)
             except StorageError:
                 return Known(True, None, False, False)
-            kept = meta.get("kept", True) or step in self.policy.keep_steps  # format 1 did not say: it stays
+            kept = meta["kept"] or step in self.policy.keep_steps
             moments = self._has_moments(folder)
             self._known[step] = Known(kept, meta.get("chunk"), moments, storage.is_thinned(folder))
         return self._known[step]

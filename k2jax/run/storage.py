@@ -7,7 +7,7 @@
 
 Orbax restores flipped bits in silence and lists half-deleted steps, so a step is good only when its digests say so.
 
-Format 1 had params and moments in one part, `state`. How the arrays are cut: disk_layout.py.
+How the arrays are cut: disk_layout.py.
 """
 
 import asyncio
@@ -36,7 +36,6 @@ from k2jax.run.disk_layout import DiskLayout, disk_layout, to_disk
 from k2jax.run.reading import keep_writing
 
 FORMAT = 2  # of the parts; LAYOUT_VERSION is of the arrays' names and shapes
-READABLE = (1, 2)
 CHUNK_BYTES = 1 << 27  # of an array on disk, at most: read, checked and decoded as a whole
 SMALL_BYTES = 1 << 23  # a device's part of a parameter up to this is one chunk, all layers in it
 READERS = 8  # arrays that a process reads at a time
@@ -86,10 +85,10 @@ def _read_json(folder: epath.Path, name: str) -> dict[str, Any]:
 
 def check_format(meta: dict[str, Any], what: str) -> None:
     """ConfigError for a checkpoint of a format or layout that this code does not read."""
-    for key, known in (("format", READABLE), ("layout", (LAYOUT_VERSION,))):
-        if meta.get(key) not in known:
+    for key, known in (("format", FORMAT), ("layout", LAYOUT_VERSION)):
+        if meta.get(key) != known:
             raise ConfigError(
-                f"{what}: {key} {meta.get(key)!r}, this k2jax reads {key} {' and '.join(map(str, known))}: "
+                f"{what}: {key} {meta.get(key)!r}, this k2jax reads {key} {known}: "
                 f"use the version that wrote it ({meta.get('versions', {}).get('k2jax', 'unknown')})"
             )
 
@@ -119,9 +118,9 @@ def _is_moment(name: str) -> bool:
     return name.startswith(("mu/", "nu/"))
 
 
-def _part(meta: dict[str, Any], name: str) -> str:
+def _part(name: str) -> str:
     """The folder, in a step's, of an array."""
-    return "state" if meta["format"] == 1 else "moments" if _is_moment(name) else "params"
+    return "moments" if _is_moment(name) else "params"
 
 
 # ---- where arrays lie for the disk -----------------------------------------------------------------------------------
@@ -284,7 +283,7 @@ def open_array(step_folder: epath.PathLike, meta: dict[str, Any], name: str) -> 
         raise StorageError(
             f"checkpoint {meta['step']}: {name} is gone: its moments were taken away to save room"
         )
-    folder = epath.Path(step_folder) / _part(meta, name)
+    folder = epath.Path(step_folder) / _part(name)
     base, context = kvstore(str(folder)), bucket.context() if isinstance(folder, BucketPath) else None
     place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     # By default a chunk that is missing reads as zeros.

@@ -7,8 +7,11 @@ import shutil
 import pytest
 
 from faults import runs
+from k2jax.data.epochs import Epoch
+from k2jax.data.manifest import sha256_json
 from k2jax.data.provenance import open_run, which_docs
-from k2jax.errors import RunError
+from k2jax.errors import ConfigError, RunError
+from k2jax.run import ledger as ledger_module
 from k2jax.run.saved import open_step
 
 FILES = {
@@ -97,8 +100,6 @@ def test_another_runs_files_are_not_taken_for_ones_own(run, straight, tmp_path):
     path = run / "epochs" / "0001.json"
     values = json.loads(path.read_text())
     values["run"] = "f" * 32
-    from k2jax.data.epochs import Epoch
-
     content = {key: value for key, value in values.items() if key not in ("sha256", "format")}
     path.write_text(json.dumps({**values, "sha256": Epoch(**content).digest}))
     with pytest.raises(RunError, match="is of another run: it names epoch 1 of run"):
@@ -110,8 +111,6 @@ def test_another_runs_files_are_not_taken_for_ones_own(run, straight, tmp_path):
 
 def test_absurd_sizes_are_refused_at_once(run):
     """Sound in itself, digest and all: a manifest of more chunks than could be laid out in memory."""
-    from k2jax.data.epochs import Epoch
-
     path = run / "epochs" / "0001.json"
     values = json.loads(path.read_text())
     stage = values["manifest"]["stages"][0]
@@ -128,3 +127,38 @@ def test_absurd_sizes_are_refused_at_once(run):
         file.truncate(1 << 40)
     with pytest.raises(RunError, match="more than 67,108,864 bytes"):
         open_run(run)
+
+
+def test_a_run_of_an_older_version_is_one_line(run):
+    """Its checkpoints name no epoch, and there are none; nor is it begun anew."""
+    path = run / "checkpoints" / "20" / "meta" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["epoch"], meta["meta_sha256"]
+    path.write_text(json.dumps({**meta, "meta_sha256": sha256_json(meta)}))
+    with pytest.raises(ConfigError, match="names no epoch: it was written by an older k2jax"):
+        open_step(run, 20)
+
+
+@pytest.mark.parametrize(
+    "change", [{"after_step": "0"}, {"after_step": -1}, {"run": 1}, {"config": []}, {"changes": None}]
+)
+def test_an_epoch_of_odd_types_is_one_line(run, change):
+    path = run / "epochs" / "0001.json"
+    values = {**json.loads(path.read_text()), **change}
+    content = {key: value for key, value in values.items() if key not in ("sha256", "format")}
+    path.write_text(json.dumps({**values, "sha256": Epoch(**content).digest}))
+    with pytest.raises(ConfigError, match="its after_step, run, config or changes are none"):
+        open_run(run)
+
+
+def test_a_ledger_is_read_once_however_many_records_it_has(run, monkeypatch):
+    """K2's has 4,000 records over 360 files; and rows of some steps are looked for where they are."""
+    ledger, read = runs.ledger(run), []
+    real = ledger_module.files.read_bytes
+    monkeypatch.setattr(ledger_module.files, "read_bytes", lambda path, *a: read.append(path.name) or real(path, *a))
+    names = sorted(path.name for path in (run / "ledger").glob("chunk-*"))
+    ledger.verify()
+    assert len(ledger.records()) == len(names) == 3 and [name for name in read if name in names] == names
+    read.clear()
+    assert [row["step"] for row in ledger.steps.rows(13, 14)] == [13, 14] and read == [names[1]]
+    assert [row["step"] for row in ledger.steps.rows(10, 11)] == [10, 11]
