@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from k2jax import files, paths
-from k2jax.data.epochs import has_epochs
+from k2jax.data.epochs import has_epochs, read_epochs
 from k2jax.errors import ConfigError
 from k2jax.run.saved import open_step
 from k2jax.run.storage import is_thinned
@@ -37,7 +37,13 @@ def parse_fork(text: str) -> tuple[Path, int]:
 def read_fork(workdir: Path) -> dict[str, Any] | None:
     """{"run": its own name, "origin": {...}} of a folder that was forked; None of one that was not."""
     path = workdir / "fork.json"
-    return files.read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    begun = files.read_json(path)
+    origin = begun.get("origin") if isinstance(begun, dict) else None
+    if not isinstance(origin, dict) or not isinstance(begun.get("run"), str) or not {"run", "step"} <= origin.keys():
+        raise ConfigError(f"{path} is damaged: it does not say of what the run is a fork: restore it from a copy")
+    return begun
 
 
 def fork(source: Path, step: int, workdir: Path) -> None:
@@ -45,6 +51,10 @@ def fork(source: Path, step: int, workdir: Path) -> None:
 
     After a kill in the middle the same call begins again. Raises ConfigError when the folder holds anything else.
     """
+    begun = read_fork(workdir)
+    if has_epochs(workdir):
+        _check_same(begun, source, step, workdir)
+        return  # the parent, or that checkpoint of it, may be gone by now
     saved = open_step(source, step)
     if is_thinned(source / "checkpoints" / str(step)):
         raise ConfigError(
@@ -52,17 +62,8 @@ def fork(source: Path, step: int, workdir: Path) -> None:
             f"training cannot go on without: fork from a step that has them"
         )
     origin = {"kind": "fork", "run": saved.meta["epoch"]["run"], "step": step, "checkpoint": saved.digest}
-    begun = read_fork(workdir)
-    if begun and begun["origin"] != origin:
-        was = begun["origin"]
-        raise ConfigError(
-            f"--workdir={workdir} is a fork of run {was['run'][:12]} at step {was['step']}, not of {source} at {step}: "
-            f"use another workdir, or leave out --fork to go on with it"
-        )
-    if has_epochs(workdir):
-        if not begun:
-            raise ConfigError(f"--workdir={workdir} holds a run of its own: fork into another workdir")
-        return
+    if begun:
+        _check_same(begun, source, step, workdir)
     if not begun and any((workdir / name).exists() for name in COPIED):
         raise ConfigError(f"--workdir={workdir} holds something else already: fork into a new folder")
     files.write_json(workdir / "fork.json", {"run": new_name(), "origin": origin})
@@ -75,6 +76,19 @@ def fork(source: Path, step: int, workdir: Path) -> None:
     with files.whole_folder(workdir / "epochs") as folder:  # the last: with it the fork is complete
         for epoch in saved.epochs:
             shutil.copyfile(source / "epochs" / f"{epoch.number:04d}.json", folder / f"{epoch.number:04d}.json")
+
+
+def _check_same(begun: dict[str, Any] | None, source: Path, step: int, workdir: Path) -> None:
+    """ConfigError unless the folder is a fork of that run at that step, as far as there still is that run."""
+    if not begun:
+        raise ConfigError(f"--workdir={workdir} holds a run of its own: fork into another workdir")
+    was = begun["origin"]
+    runs = {epoch.run for epoch in read_epochs(source)} if has_epochs(source) else {was["run"]}
+    if was["step"] != step or was["run"] not in runs:
+        raise ConfigError(
+            f"--workdir={workdir} is a fork of run {was['run'][:12]} at step {was['step']}, not of {source} at {step}: "
+            f"use another workdir, or leave out --fork to go on with it"
+        )
 
 
 def _copy_rows(source: Path, workdir: Path, meta: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def test_a_fork_has_its_parents_past_and_a_name_of_its_own(tiny_data, straight, 
     # Later launches need neither the parent nor its name; from its checkpoint on the same leave as before.
     shutil.rmtree(workdir / "checkpoints" / "25")
     shutil.rmtree(parent)
-    ended = command.train(tiny_data, workdir, allowed)
+    ended = command(*runs.arguments(tiny_data, workdir, allowed), f"--fork={parent}@20")  # as a restart script says it
     assert ended.code == 0 and "resuming after step 20 of 25" in ended.lines, ended
     assert runs.ledger_rows(workdir) == rows and len(read_epochs(workdir)) == 2
 
@@ -72,6 +72,14 @@ def test_a_kill_in_the_middle_of_a_fork_is_made_good(straight, tmp_path, monkeyp
     forks.fork(straight, 10, workdir)
     assert forks.read_fork(workdir)["run"] != name and len(runs.ledger_rows(workdir)) == 25
     with pytest.raises(ConfigError, match="is a fork of run .* at step 10, not of .* at 20"):
+        forks.fork(straight, 20, workdir)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"run": "a"}', '{"run": 1, "origin": {"run": "a", "step": 1}}'])
+def test_a_damaged_fork_json_is_one_line(straight, tmp_path, text):
+    workdir = runs.copy_run(straight, tmp_path / "run")
+    (workdir / "fork.json").write_text(text)
+    with pytest.raises(ConfigError, match="fork.json is damaged"):
         forks.fork(straight, 20, workdir)
 
 
