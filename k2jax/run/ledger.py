@@ -6,7 +6,9 @@ by removing whole files and cutting one.
 """
 
 import hashlib
+import itertools
 import json
+import operator
 import os
 import struct
 from collections.abc import Iterator
@@ -133,12 +135,14 @@ class Ledger:
 
     def _record(self, previous: dict | None, step: int, belongs: dict[str, str], rows: list[dict]) -> dict[str, Any]:
         first = previous["last_step"] + 1 if previous else 1
-        if [row["step"] for row in rows] != list(range(first, step + 1)):
-            missing = sorted(set(range(first, step + 1)) - {row["step"] for row in rows})
+        steps, wanted = [row["step"] for row in rows], range(first, step + 1)
+        if len(steps) != len(wanted) or any(map(operator.ne, steps, wanted)):
+            found = set(steps)
+            missing = list(itertools.islice((step for step in wanted if step not in found), 6))
             raise StorageError(
-                f"{self.path.parent}: of steps {first} to {step} there are {len(rows)} rows, "
-                f"missing {missing[:5]}{'...' if len(missing) > 5 else ''}: restore the folder from a copy, or move "
-                f"checkpoints from {step} on away"
+                f"{self.path.parent}: of steps {first} to {step} there are {sum(step in wanted for step in found)} "
+                f"rows, missing {missing[:5]}{'...' if len(missing) > 5 else ''}: restore the folder from a copy, or "
+                f"move checkpoints from {step} on away"
             )
         record = {
             "first_step": first,
@@ -171,15 +175,11 @@ class Ledger:
 
     def verify(self) -> None:
         """Recomputes the chain; raises StorageError naming the first record that does not hold."""
-        previous, rows, ahead = None, self.steps.rows(), []
+        previous, rows = None, self.steps.rows()  # all files are read once, however many records there are
         for record in self.records():
             belongs = {key: record.get(key) for key in BELONGING}
-            own, ahead = ahead, []
-            for row in rows:  # all files once, however many records there are
-                if row["step"] > record["last_step"]:
-                    ahead = [row]
-                    break
-                own.append(row)
+            num_rows = record["last_step"] - (previous["last_step"] if previous else 0)
+            own = list(itertools.islice(rows, max(0, num_rows)))
             expected = self._record(previous, record["last_step"], belongs, own)
             if record != expected:
                 key = next(k for k in expected if record.get(k) != expected[k])
