@@ -28,12 +28,11 @@ TOP_LEVEL = {
 TOP_LEVEL |= {"pyproject.toml", "requirements.lock"}
 FILE_LINES, FUNCTION_LINES, NESTING = 350, 60, 4
 LONG_FILES = {
-    "k2jax/config.py": 400,  # every key, its meaning and its range in one place
     "k2jax/data/store.py": 420,  # writer and reader of one format side by side
 }
 LONG_FUNCTIONS = {
     "k2jax/train.py:train": 120,  # the loop reads top to bottom in one place
-    "k2jax/config.py:base": 100,  # one line a key, of which there may be 120 with the stages'
+    "k2jax/keys.py:base": 120,  # one line a key, of which there may be 150 with the stages'
 }
 FORBIDDEN = r"\bpickle\b|\beval\(|\bexec\(|yaml\.load\(|shell=True|trust_remote_code|torch\.load|except:"
 
@@ -50,8 +49,8 @@ OTHERS_THAT_DO = {
 
 # The rooms, each importing only from itself and from those named here, of which every one stands further up.
 COMMON = {"text", "output", "errors", "stopping", "bucket", "transfer", "locks", "files", "paths", "lease"}
-COMMON |= {"upload", "config", "k2", "kernels", "__init__"}
-RUN = {"data", "parallel", "model", "run", "training"}
+COMMON |= {"upload", "keys", "config", "k2", "kernels", "__init__"}
+RUN = {"data", "parallel", "stability", "model", "run", "training"}
 MAY_IMPORT = {
     "__init__": set(),
     "text": set(),
@@ -66,13 +65,15 @@ MAY_IMPORT = {
     "files": {"errors", "bucket", "transfer"},
     "lease": {"errors", "files", "bucket"},
     "upload": {"errors", "bucket", "transfer", "lease"},
-    "config": {"errors", "paths"},
+    "keys": {"errors"},
+    "config": {"errors", "paths", "keys"},
     "k2": {"config"},
     "data": COMMON,
     "prepare": COMMON | {"data"},
     "parallel": COMMON,
+    "stability": COMMON,
     "model": COMMON | {"parallel"},
-    "run": COMMON | {"data", "parallel", "model"},
+    "run": COMMON | {"data", "parallel", "stability", "model"},
     "training": COMMON | RUN,
     "evals": COMMON | RUN,
     "hf": COMMON | RUN,
@@ -208,8 +209,8 @@ def test_public_signatures_are_typed(path: Path):
 def test_every_config_key_is_read_and_has_a_meaning():
     keys = configuration.flatten(configuration.to_dict(configuration.base()))
     stage_keys = configuration.flatten(configuration.to_dict(configuration.stage()))
-    assert 40 <= len(keys) + len(stage_keys) <= 120
-    code = "".join(source(path) for path in CODE if path.name != "config.py")
+    assert 40 <= len(keys) + len(stage_keys) <= 150
+    code = "".join(source(path) for path in CODE if path.name != "keys.py")
     for key in [*keys, *stage_keys]:
         last = key.split(".")[-1]
         assert re.search(rf"(\.|\[\")({last})\b", code), f"{key} is read nowhere"

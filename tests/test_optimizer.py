@@ -179,7 +179,7 @@ def test_accumulation_is_one_big_batch(masked):
         np.testing.assert_allclose(cut.mu[name], whole.mu[name], atol=1e-5 * scale, err_msg=name)
     if masked:
         parts = batch_of(microbatches=4)
-        means = [step(state, Batch(*(x[i][None] for x in parts)))[1] for i in range(4)]
+        means = [step(state, Batch(*(x[i][None] for x in parts[:3])))[1] for i in range(4)]
         assert len({int(m["targets"]) for m in means}) > 1
         assert abs(np.mean([m["loss"] for m in means]) - expected["loss"]) > 1e-3
 

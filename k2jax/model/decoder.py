@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as kept
 from ml_collections import ConfigDict
 
-from k2jax.config import ON_HOST, REMAT_NAMES
+from k2jax.keys import ON_HOST, REMAT_NAMES
 from k2jax.model.attention import attend_causally
 from k2jax.parallel import context, pipeline
 from k2jax.parallel.fsdp import Rings, lookup, matmul

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from k2jax.config import ON_HOST
 from k2jax.errors import ConfigError
+from k2jax.keys import ON_HOST
 from k2jax.parallel import sharding
 from k2jax.parallel.sharding import shard
 

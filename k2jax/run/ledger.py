@@ -109,7 +109,9 @@ class Ledger:
         self.steps = StepLog(directory, chunk_of_step)
         self.path = directory / "records.jsonl"
 
-    def append_step(self, step: int, batch_digest: str, loss: float, grad_norm: float, applied: bool) -> None:
+    def append_step(
+        self, step: int, batch_digest: str, loss: float, grad_norm: float, applied: bool, outlier: bool
+    ) -> None:
         self.steps.append(
             {
                 "step": step,
@@ -117,6 +119,7 @@ class Ledger:
                 "loss": float_bits(loss),
                 "grad_norm": float_bits(grad_norm),
                 "applied": applied,
+                "outlier": outlier,
             }
         )
 

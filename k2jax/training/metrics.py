@@ -88,7 +88,8 @@ class Recorder:
             **self._losses(values),
             **_norms(values),
             "lr": float(values["lr"]),
-            "applied": bool(values["finite"]),
+            "applied": bool(values["applied"]),
+            "outlier": bool(values["outlier"]),
             "tokens_seen": self.tokens_seen,
             **self._speed(plan, step_s),
             "planned_step_s": self.planned.get(plan.name),
@@ -102,7 +103,8 @@ class Recorder:
                 batch_digest(values["batch_digest"][None]),
                 float(values["loss"]),
                 float(values["grad_norm"]),
-                bool(values["finite"]),
+                bool(values["applied"]),
+                bool(values["outlier"]),
             )
             self.steps.append(_jsonable(row))
         for sink in self.sinks:
@@ -131,10 +133,11 @@ class Recorder:
         }
 
     def _tell(self, step: int, row: dict[str, Any]) -> None:
-        if not row["applied"]:
+        if not row["applied"] or row["outlier"]:
+            why = "above its limit" if row["outlier"] else "not finite"
+            done = "an update was made" if row["applied"] else "no update was made"
             self.print_line(
-                f"step {step}: loss {row['loss']} or gradient norm {row['grad_norm']} is not finite: "
-                f"no update was made"
+                f"step {step}: loss {row['loss']} or gradient norm {row['grad_norm']} is {why}: {done}"
             )
         elif step % self.config.log.every_steps == 0 or step == 1:
             speed = f"  {row['tokens_per_s']:.0f} tokens/s" if row["tokens_per_s"] else ""

@@ -146,6 +146,7 @@ class Placement(NamedTuple):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of tokens, subsets and digests (A, R, ...)."""
     return NamedSharding(mesh, PartitionSpec(None, sharding.data_axes(mesh)))
 
 

@@ -42,10 +42,11 @@ def step_function(
         compute_dtype=compute_dtype(config),
         moment_shardings=shardings.mu,
     )
+    rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        in_shardings=(shardings, Batch(rows, rows, rows, everywhere)),
+        out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
 
@@ -58,6 +59,7 @@ def batch_shapes(config: ConfigDict, stage: ConfigDict) -> Batch:
         jax.ShapeDtypeStruct((*leading, width), jnp.int32),
         jax.ShapeDtypeStruct(leading, jnp.int32),
         jax.ShapeDtypeStruct((*leading, 8), jnp.uint32),
+        jax.ShapeDtypeStruct((2,), jnp.float32),
     )
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from k2jax.model.decoder import Decoder, Params, document_ids, parameter_table
@@ -18,6 +19,7 @@ from k2jax.run.state import TrainState
 from k2jax.training.optimizer import adamw, learning_rate
 
 Metrics = dict[str, jax.Array]
+NO_LIMITS = np.full(2, np.inf, np.float32)
 
 
 class Batch(NamedTuple):
@@ -26,6 +28,7 @@ class Batch(NamedTuple):
     tokens: jax.Array  # int32 (A, R, T+1), or (A, R, T) with label_shift "inside"
     subset: jax.Array  # int32 (A, R): index into the manifest's sorted subsets
     digest: jax.Array  # uint32 (A, R, 8): of each row, see data/loader.py
+    limits: jax.Array = NO_LIMITS  # float32 (2,): of loss and gradient norm; above one the step is an outlier
 
 
 class Sums(NamedTuple):
@@ -139,6 +142,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update. A non-finite loss or gradient leaves parameters and moments as they were, and is counted.
 
+    So does an outlier, above `batch.limits`, where `stability.skip` is on.
+
     `moment_shardings` pins the gradients to where the moments live, so that data-parallel devices each update a part.
     """
     moment_specs = moment_shardings and {name: place.spec for name, place in moment_shardings.items()}
@@ -151,27 +156,17 @@ def train_step(
     grad_squares = group_squares(config, grads)
     grad_norm = jnp.sqrt(sum(grad_squares.values()))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    outlier = finite & ((loss > batch.limits[0]) | (grad_norm > batch.limits[1]))
+    applied = finite & ~outlier if config.stability.skip else finite
 
-    clip = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
-    direction, mu, nu = adamw(config, state, jax.tree.map(lambda g: g * clip, grads))
-    step = state.step + 1
-    lr = learning_rate(stage, step - first_step + 1, num_steps)
-    update = jax.tree.map(lambda d: jnp.where(finite, -lr * d, 0.0), direction)
-
-    def keep(new: Params, old: Params) -> Params:
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-    new = TrainState(
-        step=step,
-        updates=state.updates + finite,
-        skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1),
-        params=keep(jax.tree.map(jnp.add, state.params, update), state.params),
-        mu=keep(mu, state.mu),
-        nu=keep(nu, state.nu),
-    )
+    lr = learning_rate(stage, state.step + 1 - first_step + 1, num_steps)
+    new, update = updated(state, grads, grad_norm, lr, applied, config)
+    new = new._replace(skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1))
     metrics = {
         "loss": loss,
         "finite": finite,
+        "outlier": outlier,
+        "applied": applied,
         "skips_in_a_row": new.skips_in_a_row,
         "lr": lr,
         "targets": sums.targets,
@@ -183,6 +178,27 @@ def train_step(
         **norms("update", group_squares(config, update)),
     }
     return new, metrics
+
+
+def updated(
+    state: TrainState, grads: Params, grad_norm: jax.Array, lr: jax.Array, applied: jax.Array, config: ConfigDict
+) -> tuple[TrainState, Params]:
+    """(the next state, what was added to its parameters), of a step that is counted whether `applied` or not."""
+    clip = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
+    direction, mu, nu = adamw(config, state, jax.tree.map(lambda g: g * clip, grads))
+    update = jax.tree.map(lambda d: jnp.where(applied, -lr * d, 0.0), direction)
+
+    def keep(new: Params, old: Params) -> Params:
+        return jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+
+    new = state._replace(
+        step=state.step + 1,
+        updates=state.updates + applied,
+        params=keep(jax.tree.map(jnp.add, state.params, update), state.params),
+        mu=keep(mu, state.mu),
+        nu=keep(nu, state.nu),
+    )
+    return new, update
 
 
 def group_squares(config: ConfigDict, tree: Params) -> dict[str, jax.Array]:
