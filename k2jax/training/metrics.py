@@ -21,6 +21,8 @@ from k2jax.data.order import Order, StagePlan
 from k2jax.model.flops import flops_per_token, peak_flops
 from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog, belonging
+from k2jax.stability.detect import Row
+from k2jax.training.guard import Guard
 from k2jax.training.sinks import open_sinks
 
 
@@ -35,17 +37,18 @@ class Recorder:
         subsets: list[str],
         steps: StepLog,
         ledger: Ledger,
+        guard: Guard,
         print_line: Callable[[str], None],
         tokens_seen: int,
         first_step: int,
     ):
         self.config, self.order, self.subsets, self.steps, self.ledger = config, order, subsets, steps, ledger
+        self.guard = guard
         self.print_line, self.tokens_seen, self.first_step = print_line, tokens_seen, first_step
         self.is_main = cluster.is_main()
         self.sinks = open_sinks(config, workdir, first_step, print_line) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
-        self.skips_in_a_row = 0  # up to the last row
         self.first_done: float | None = None  # when this launch's first step was, by time.perf_counter()
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
         self._last: tuple[StagePlan, float] | None = None  # stage and time of the last row
@@ -90,13 +93,16 @@ class Recorder:
             "lr": float(values["lr"]),
             "applied": bool(values["applied"]),
             "outlier": bool(values["outlier"]),
+            "loss_limit": float(values["loss_limit"]),
+            "grad_norm_limit": float(values["grad_norm_limit"]),
             "tokens_seen": self.tokens_seen,
             **self._speed(plan, step_s),
             "planned_step_s": self.planned.get(plan.name),
             "data_wait_s": data_wait_s,
             **_memory(),
         }
-        self.last_row, self.skips_in_a_row = row, int(values["skips_in_a_row"])
+        self.last_row = row
+        self.guard.add(Row(step, row["loss"], row["grad_norm"], row["applied"], row["outlier"]))
         if self.is_main:
             self.ledger.append_step(
                 step,
@@ -153,6 +159,11 @@ class Recorder:
                 f"step {step}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
                 f"{speed}{planned}{mfu}"
             )
+
+    def end(self, meta: dict[str, Any] | None) -> None:
+        """After the last step, and the last save, as `saved`."""
+        self.saved(meta)
+        self.close()
 
     def close(self) -> None:
         self.steps.close()

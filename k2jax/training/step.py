@@ -167,6 +167,8 @@ def train_step(
         "finite": finite,
         "outlier": outlier,
         "applied": applied,
+        "loss_limit": batch.limits[0],
+        "grad_norm_limit": batch.limits[1],
         "skips_in_a_row": new.skips_in_a_row,
         "lr": lr,
         "targets": sums.targets,
