@@ -80,7 +80,7 @@ def test_no_outlier_and_nothing_that_is_not_finite_moves_a_limit(rows, data):
         0, loss, 1.0, True, True
     )  # with stability.skip off an outlier makes an update; it moves no limit
     skipped = Row(0, loss, math.nan, False, False)
-    for row in (noted, skipped, Row(0, math.nan, 1.0, True, False)):
+    for row in (noted, skipped, Row(0, 1.0, 1.0, False, False), Row(0, math.nan, 1.0, True, False)):
         assert limits_of([*rows[:place], row, *rows[place:]], RULES) == limits_of(rows, RULES)
 
 
@@ -205,6 +205,20 @@ def test_a_long_spike_is_found_by_its_persistence_when_they_do():
     assert all(row.applied for row in rows)
 
 
+def test_a_step_that_is_not_finite_does_not_end_a_long_spike():
+    losses, norms = k2_spike()
+    losses[750] = math.nan
+    _, [spike] = judged(losses, norms, {**RULES, "skip": False})
+    assert spike.kind == "persistent" and spike.step == spike.crossing + RULES["persistence"] - 1
+
+
+def test_a_spike_older_than_history_begins_with_it():
+    rows = [Row(step, 9.0, 1.0, True, step > 100) for step in range(1, 3 * HISTORY)]
+    spike = spike_of(rows, RULES, IN_A_ROW)
+    assert spike == spike_of(rows[-HISTORY:], RULES, IN_A_ROW)
+    assert spike.crossing == 2 * HISTORY
+
+
 def test_a_benign_spike_is_no_spike():
     losses, norms = k2_spike()
     losses[700 + 99 :], norms[700 + 99 :] = 2.0, 1.0  # less than `persistence`
@@ -224,7 +238,7 @@ def test_a_slow_rise_is_a_drift_and_a_slow_fall_is_none():
     slow = np.concatenate([np.zeros(2200), np.linspace(0, 0.1, 1500)])
     losses = flat(len(slow), level=1.96, noise=0.006)
     _, [spike] = judged(losses + slow)
-    assert spike.kind == "drift" and 2200 <= spike.crossing < spike.step < 3500
+    assert spike.kind == "drift" and 2200 <= spike.crossing < spike.step - 100 < 3400
     assert not judged(losses - slow)[1]
 
 
@@ -232,6 +246,12 @@ def test_a_rise_within_the_noise_is_no_drift():
     """3% more, of a loss that varies by 15% from step to step."""
     losses = np.concatenate([flat(2500, noise=0.15), flat(600, 1, level=2.06, noise=0.15)])
     assert not judged(losses)[1]
+
+
+def test_a_rise_of_less_than_the_share_is_no_drift():
+    losses = np.concatenate([flat(2500, noise=0.001), flat(600, 1, level=2.02, noise=0.001)])
+    assert not judged(losses)[1]
+    assert judged(losses, rules={**RULES, "drift": 0.005})[1]
 
 
 def test_a_drift_needs_a_level_to_rise_from():
@@ -245,6 +265,11 @@ def test_a_constant_series_is_quiet_whatever_it_is(seed):
     rows = [Row(step, level, level, True, False) for step in range(1, RECENT + BEFORE + 1)]
     assert limits_of(rows, RULES).loss >= level
     assert spike_of(rows, RULES, IN_A_ROW) is None
+
+
+def test_a_series_of_zeros_has_limits():
+    rows = [Row(step, 0.0, 0.0, True, False) for step in range(1, WINDOW)]
+    assert all(0 < limit < 1e-20 for limit in limits_of(rows, RULES))
 
 
 def test_no_rows_are_no_alarm():
