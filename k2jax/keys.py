@@ -69,7 +69,7 @@ def base() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms
     c.optimizer.clip_norm = 1.0           # global gradient norm
-    c.optimizer.max_skips_in_a_row = 3    # non-finite steps that stop the run (exit code 65)
+    c.optimizer.max_skips_in_a_row = 3    # non-finite steps that are a spike: see stability
 
     c.stability = ConfigDict()            # outliers, spikes and what is done about them: stability/detect.py
     c.stability.window = 128              # accepted steps from whose median the limits are computed
