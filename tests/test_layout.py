@@ -83,7 +83,9 @@ MAY_IMPORT = {
     "generate": COMMON | RUN,
     "train": COMMON | RUN | {"generate"},
     "evaluate": COMMON | RUN | {"evals"},
-    "replay": COMMON | RUN,
+    "rerun": COMMON | RUN,
+    "replay": COMMON | RUN | {"rerun"},
+    "doctor": COMMON | RUN | {"rerun"},
     "experiments": {"config", "k2", "prepare"},
 }
 
