@@ -85,7 +85,8 @@ MAY_IMPORT = {
     "evaluate": COMMON | RUN | {"evals"},
     "rerun": COMMON | RUN,
     "replay": COMMON | RUN | {"rerun"},
-    "doctor": COMMON | RUN | {"rerun"},
+    "trials": COMMON | RUN | {"rerun"},
+    "doctor": COMMON | RUN | {"rerun", "trials"},
     "experiments": {"config", "k2", "prepare"},
 }
 

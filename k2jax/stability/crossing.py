@@ -6,18 +6,25 @@ raise the limit that it is measured by.
 
 import math
 import re
-from bisect import insort
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from k2jax.stability.detect import LAG, TO_SIGMA
+from k2jax.stability.detect import TO_SIGMA
 
 LOOK_BACK = 200  # steps before the step in question in which a series may have left its range
 FEWEST = 8  # ordinary values before there is a limit: a doctor may be asked early, and says from how many
 GAPS = 2  # ordinary values in a row that do not end a stretch
 # Of a row, what says nothing of the numbers: counts, clocks, the machine, and what is given.
-OTHERS = r"step|lr|tokens_seen|stage|targets\b.*|.*_s|.*_bytes|.*_per_s\b.*|mfu_.*|.*_limit|outlier|applied|finite|skips_.*"
+OTHERS = r"step|lr|tokens_seen|targets\b.*|.*_s|.*_bytes|.*_per_s\b.*|mfu_.*|.*_limit|skips_.*|clipped.*"
 OWN_FLOOR = r"loss\b.*|param_norm\b.*|held_out\b.*|log_z\b.*"  # that move little: as the loss
+
+
+class Ordinary(NamedTuple):
+    """The range of a series."""
+
+    median: float
+    limit: float  # inf where there are too few values
+    values: int  # that they come from
 
 
 class Crossing(NamedTuple):
@@ -26,10 +33,10 @@ class Crossing(NamedTuple):
     series: str
     step: int  # the first of the stretch
     lead: int  # steps before the step in question
-    value: float | None  # there; None: not finite
-    limit: float
+    value: float  # there; inf: not finite
     median: float
-    values: int  # that the limit comes from
+    limit: float
+    values: int  # that they come from
 
 
 def limit_of(values: Sequence[float], deviations: float, floor: float) -> tuple[float, float]:
@@ -64,35 +71,47 @@ def crossings(rows: Sequence[Mapping[str, Any]], step: int, rules: Mapping[str, 
         rows: of metrics up to `step`, in order, those of its stage; more than LOOK_BACK + rules["window"] are not read.
         rules: config.stability.
     """
-    rows = [row for row in rows if row["step"] <= step][-(LOOK_BACK + rules["window"] + 1) :]
+    walked = [_walk(name, values, step, rules)[0] for name, values in _series(rows, step, rules).items()]
+    return sorted((one for one in walked if one), key=lambda one: (one.step, one.series))
+
+
+def ordinary(rows: Sequence[Mapping[str, Any]], step: int, rules: Mapping[str, Any]) -> dict[str, Ordinary]:
+    """{series: its range at `step`}, of loss and gradient norm."""
+    series = _series(rows, step, rules)
+    return {name: _walk(name, series[name], step, rules)[1] for name in ("loss", "grad_norm") if name in series}
+
+
+def _series(
+    rows: Sequence[Mapping[str, Any]], step: int, rules: Mapping[str, Any]
+) -> dict[str, list[tuple[int, float]]]:
+    """{series: [(step, value)]}."""
     series: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
+    for row in [row for row in rows if row["step"] <= step][-(LOOK_BACK + rules["window"] + 1) :]:
         for name, value in series_of(row).items():
             series.setdefault(name, []).append((row["step"], value))
-    found = [_crossing(name, values, step, rules) for name, values in series.items()]
-    return sorted((one for one in found if one), key=lambda one: (one.step, one.series))
+    return series
 
 
-def _crossing(name: str, values: list[tuple[int, float]], step: int, rules: Mapping[str, Any]) -> Crossing | None:
+def _walk(
+    name: str, values: Sequence[tuple[int, float]], step: int, rules: Mapping[str, Any]
+) -> tuple[Crossing | None, Ordinary]:
     floor = rules["loss_floor"] if re.fullmatch(OWN_FLOOR, name) else rules["grad_norm_floor"]
-    ordinary: list[float] = []
-    stretch, under = None, 0
+    known: list[float] = []  # ordinary values
+    stretch, under, range_ = None, 0, Ordinary(math.nan, math.inf, 0)
     every = values[-1][0] - values[-2][0] if len(values) > 1 else 1  # of a series that not every step has
-    for index, (at, value) in enumerate(values):
-        known = ordinary[-rules["window"] :]
-        if index and values[index - 1][0] > at - LAG:  # as the trainer's own limits: two steps before
-            known = known[:-1] if known and values[index - 1][1] == known[-1] else known
-        median, limit = limit_of(known, rules["deviations"], floor) if len(known) >= FEWEST else (math.nan, math.inf)
-        if value > limit or value == math.inf:
-            shown = value if math.isfinite(value) else None
-            stretch = stretch or Crossing(name, at, step - at, shown, limit, median, len(known))
+    for at, value in values:
+        last = known[-rules["window"] :]
+        if len(last) >= FEWEST:
+            range_ = Ordinary(*limit_of(last, rules["deviations"], floor), len(last))
+        if value > range_.limit or value == math.inf:
+            stretch = stretch or Crossing(name, at, step - at, value, *range_)
             under = 0
             continue
-        ordinary.append(value)
+        known.append(value)
         under += 1
         stretch = None if under > GAPS else stretch
-    reaches = bool(values) and values[-1][0] > step - every and under == 0
-    return stretch if stretch and reaches and step - stretch.step <= LOOK_BACK else None
+    reaches = values[-1][0] > step - every and under == 0
+    return (stretch if stretch and reaches and step - stretch.step <= LOOK_BACK else None), range_
 
 
 def _median(ordered: Sequence[float]) -> float:
