@@ -84,7 +84,10 @@ MAY_IMPORT = {
     "ending": COMMON | RUN | {"generate"},
     "train": COMMON | RUN | {"ending"},
     "evaluate": COMMON | RUN | {"evals"},
-    "replay": COMMON | RUN,
+    "rerun": COMMON | RUN,
+    "replay": COMMON | RUN | {"rerun"},
+    "trials": COMMON | RUN | {"rerun"},
+    "doctor": COMMON | RUN | {"rerun", "trials"},
     "experiments": {"config", "k2", "prepare"},
 }
 
