@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from k2jax import config as configuration
 from k2jax import paths
 from k2jax.data.epochs import Epoch, order_of, read_epochs
-from k2jax.data.journal import read_journal
+from k2jax.data.journal import in_force, read_journal
 from k2jax.data.loader import batch_digest
 from k2jax.data.provenance import open_run
 from k2jax.errors import ConfigError, NumericsError, run_main
@@ -58,9 +58,7 @@ def replay(workdir: Path, first: int, count: int, stores: str | None = None, say
     """Steps `first` to `first + count - 1` of a run, compared. ConfigError for steps that it has not made."""
     rows = _recorded(workdir, first, first + count - 1)
     epochs = [epoch for epoch in read_epochs(workdir) if epoch.after_step < first]
-    journal = read_journal(workdir / "journal.jsonl")
-    journal = [entry for entry in journal if "positions" in entry and entry["at_step"] < first]
-    order = order_of(epochs, journal)
+    order = order_of(epochs, in_force(read_journal(workdir / "journal.jsonl"), first))
     start = _start(workdir, first)
     config = _configuration(workdir, epochs[-1], first)
     data = open_run(workdir, stores).of_step(first)

@@ -2,7 +2,7 @@
 
     python -m k2jax.train --config=experiments/smoke.py --workdir=runs/smoke [--config.KEY=VALUE ...]
 
-The order within a step is fixed: preempted? -> batch -> step -> the previous step's metrics and guard -> checkpoint.
+The order within a step is fixed: preempted? -> batch -> step -> the previous step's metrics -> a spike? -> checkpoint.
 The metrics of a step are read before its state is saved, and never before the next step is under way otherwise.
 """
 
@@ -47,7 +47,8 @@ from k2jax.run.fork import parse_fork
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
 from k2jax.text import shown
-from k2jax.training import guard
+from k2jax.training import recovery
+from k2jax.training.guard import Guard, check_parameters, recent_rows
 from k2jax.training.launch import Launch, process_age_s
 from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
@@ -65,7 +66,14 @@ def train(
     launch: Launch | None = None,
 ) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
-    launch = launch or Launch()
+    while not train_on(config, workdir, forked_from, launch or Launch()):
+        launch = None  # rolled back: it goes on from an earlier checkpoint
+
+
+def train_on(
+    config: ConfigDict, workdir: str | Path | BucketPath, forked_from: tuple[Path, int] | None, launch: Launch
+) -> bool:
+    """From the newest checkpoint to the end; False where a spike was met and the run rolled back."""
     check_processes_agree(config)
     mesh = mesh_of(config)
     with Watchdog(config.watchdog) as watchdog, RunDirectory(workdir, say) as run, jax.set_mesh(mesh):
@@ -99,9 +107,11 @@ def train(
             number = checkpoints.last_meta["epoch"]["number"]
             check_resume(epochs, journal, checkpoints.last_data, number, order, step)
         say(describe_run(config, order, mesh))
+        recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
+        guard = recorder.guard
+        recovery.keep_watch(guard, run.path, journal, checkpoints)
         save_steps = set(checkpoint_steps(order))
         checkpoints.keep(save_steps)
-        recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
         launch.did("restore" if checkpoints.last_meta else "new state")
 
         # ---- training ----------------------------------------------------------------------------------------------
@@ -117,27 +127,36 @@ def train(
                 if cluster.preempted():
                     watchdog.at("save")
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
-                state, metrics = run_step(state, batch)
+                state, metrics = run_step(state, batch._replace(limits=guard.limits(step)))
                 # Reads the metrics of the step before this one, so that the device is not waited for.
                 recorder.push(step, plan, metrics, data_wait_s)
-                guard.check_steps(recorder, config.optimizer.max_skips_in_a_row)
                 note_first_step(launch, recorder, run)
-                if step in save_steps or is_multiple(step, config.checkpoint.every_steps):
+                due = step in save_steps or is_multiple(step, config.checkpoint.every_steps)
+                if due:
                     watchdog.at("save")
+                    recorder.flush()
+                if spike := guard.spike():
+                    watchdog.at("save")
+                    recorder.end(checkpoints.wait())
+                    checkpoints.close()
+                    say(recovery.describe(recovery.roll_back(spike, config, run.path, epochs, journal, checkpoints)))
+                    return False
+                recovery.keep_watch(guard, run.path, journal, checkpoints)
+                if due:
                     save(state, step)
                     saved = step
                 recorder.saved(checkpoints.poll())
                 bar.update()
                 watchdog.at("data")
         watchdog.at("save")
-        recorder.saved(checkpoints.wait())
+        recorder.end(checkpoints.wait())
         note_first_step(launch, recorder, run)  # of a run that had one step left
-        recorder.close()
         checkpoints.close()
         stopping.at_once(f"step {order.num_steps} is saved, what ends a run is not made")
         watchdog.at("evaluate")
         report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run)
         run.end()
+        return True
 
 
 def open_records(
@@ -154,7 +173,8 @@ def open_records(
         if dropped:
             say(f"{dropped} step(s) after the checkpoint are run again")
     seen = tokens_before(order, step + 1)
-    return Recorder(config, workdir, order, subsets, metrics, ledger, say, seen, first_step=step + 1)
+    guard = Guard(config, order, recent_rows(ledger.steps, order, step))
+    return Recorder(config, workdir, order, subsets, metrics, ledger, guard, say, seen, first_step=step + 1)
 
 
 def note_first_step(launch: Launch, recorder: Recorder, run: RunDirectory) -> None:
@@ -178,8 +198,7 @@ def save_checkpoint(
 ) -> None:
     """Starts an asynchronous save, once the metrics of `step` are read and found good."""
     recorder.flush()
-    guard.check_steps(recorder, recorder.config.optimizer.max_skips_in_a_row)
-    guard.check_parameters(recorder)
+    check_parameters(recorder.last_row)
     recorder.sync()
     recorder.saved(checkpoints.wait())
     say(f"saving {step}")
@@ -201,8 +220,7 @@ def stop(
     """After a signal to any process: makes `step` a checkpoint if it is none, and ends the run."""
     if save is not None:
         save(state, step)
-    recorder.saved(checkpoints.wait())
-    recorder.close()
+    recorder.end(checkpoints.wait())
     done = f"; step {step} is saved" if step else " before the first step"
     raise Preempted(f"stopped by {stopping.name()}{done}: run the same command to go on")
 

@@ -24,7 +24,7 @@ EPOCHS = [new_epoch([], run="0" * 32, after_step=0, config={}, manifest=MANIFEST
 
 
 def decision(journal, kind, positions, at_step):
-    return decide(EPOCHS, journal, kind=kind, positions=positions, at_step=at_step, by="me", why="a spike")
+    return decide(EPOCHS, journal, kind=kind, ranges=[positions], at_step=at_step, by="me", why="a spike")
 
 
 def test_entries_are_read_as_they_were_written(tmp_path):

@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "data": COMMON,
     "prepare": COMMON | {"data"},
     "parallel": COMMON,
-    "stability": COMMON,
+    "stability": COMMON | {"data"},
     "model": COMMON | {"parallel"},
     "run": COMMON | {"data", "parallel", "stability", "model"},
     "training": COMMON | RUN,

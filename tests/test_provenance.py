@@ -53,7 +53,7 @@ def workdir(request, tmp_path_factory):
     begin_run(workdir, manifest)
     journal = []
     for kind, positions in (("skip", (4, 8)), ("defer", (12, 16))):
-        entry = decide(read_epochs(workdir), journal, kind=kind, positions=positions, at_step=0, by="test", why="spike")
+        entry = decide(read_epochs(workdir), journal, kind=kind, ranges=[positions], at_step=0, by="test", why="spike")
         append_entry(workdir / "journal.jsonl", entry)
         journal.append(entry)
     return workdir

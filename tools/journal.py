@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2jax import paths  # noqa: E402
 from k2jax.data.epochs import check_journal, decide, order_of, read_epochs  # noqa: E402
-from k2jax.data.journal import append_entry, read_journal  # noqa: E402
+from k2jax.data.journal import append_entry, ranges_of, read_journal  # noqa: E402
 from k2jax.data.order import Order  # noqa: E402
 from k2jax.errors import ConfigError, run_main  # noqa: E402
 
@@ -59,7 +59,7 @@ def main() -> None:
     check_journal(epochs, journal)
     if args.list:
         for entry in journal:
-            what = ":".join(map(str, entry.get("positions", ())))
+            what = ", ".join(f"{a}:{b}" for a, b in ranges_of(entry))
             when = f"{entry['time']} step {entry['at_step']}"
             print(f"{when} {entry['kind']} {what} by {entry['by']}: {entry['why']}")
         print(f"{len(journal)} entries, {order.num_steps} steps, order {order.digest()[:12]}")
@@ -70,7 +70,7 @@ def main() -> None:
     if args.steps:
         a, b = positions_of_steps(order, a, b)
     by = args.by or getpass.getuser()
-    entry = decide(epochs, journal, kind=kind, positions=(a, b), at_step=args.at_step, by=by, why=args.why)
+    entry = decide(epochs, journal, kind=kind, ranges=[(a, b)], at_step=args.at_step, by=by, why=args.why)
     append_entry(path, entry)
     order = order_of(epochs, [*journal, entry])
     print(f"{kind} of positions {a}:{b} written: {order.num_steps} steps, order {order.digest()[:12]}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2jax import files
-from k2jax.data.journal import Entry
+from k2jax.data.journal import HOW, Entry, ranges_of
 from k2jax.data.manifest import check_manifest, manifest_digest, sha256_json
 from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
@@ -141,22 +141,22 @@ def decide(
     journal: list[Entry],
     *,
     kind: str,
-    positions: tuple[int, int],
+    ranges: Sequence[tuple[int, int]],
     at_step: int,
     by: str,
     why: str,
+    **more: Any,
 ) -> Entry:
     """Makes the entry that skips or defers positions [a, b) of a run at step `at_step`; writes nothing.
 
     Args:
-        kind: "skip", or "defer" to the end of the stage.
-        positions: whole steps of one stage, none of them read by steps 1 to `at_step`.
+        kind: "skip", or "defer" to the end of the stage; "rollback", with "how" and the rest of it in `more`.
+        ranges: one, or of a rollback several: whole steps of one stage, none read by steps 1 to `at_step`.
         at_step: the checkpoint from which the run goes on; 0 before the first step.
 
     Raises ConfigError if the positions do not fit.
     """
-    assert kind in ("skip", "defer"), kind
-    a, b = positions
+    assert kind == "rollback" or (kind in HOW and len(ranges) == 1), (kind, ranges)
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "by": by,
@@ -164,7 +164,8 @@ def decide(
         "kind": kind,
         "at_step": at_step,
         "epoch": epochs[-1].number,
-        "positions": [a, b],
+        **({"ranges": [list(r) for r in ranges]} if kind == "rollback" else {"positions": list(ranges[0])}),
+        **more,
     }
     before, after = order_of(epochs, journal), order_of(epochs, [*journal, entry])
     if not before.after_step <= at_step <= before.num_steps:
@@ -172,13 +173,14 @@ def decide(
             f"at step {at_step}: the run's steps are {before.after_step + 1} to {before.num_steps}, "
             f"{before.after_step} is before them"
         )
-    rows_per_step = next(stage.rows_per_step for stage in before.stages if a < stage.stop_position)
-    first_read = min(before.step_of_position(p) for p in range(a, b, rows_per_step))
-    if first_read <= at_step:
-        raise ConfigError(
-            f"{kind} of positions {a}:{b} at step {at_step}: step {first_read} has read some of them: "
-            f"name later ones, or go back to a checkpoint before step {first_read}"
-        )
+    for a, b in ranges:
+        rows_per_step = next(stage.rows_per_step for stage in before.stages if a < stage.stop_position)
+        first_read = min(before.step_of_position(p) for p in range(a, b, rows_per_step))
+        if first_read <= at_step:
+            raise ConfigError(
+                f"{kind} of positions {a}:{b} at step {at_step}: step {first_read} has read some of them: "
+                f"name later ones, or go back to a checkpoint before step {first_read}"
+            )
     return {**entry, "order_before": before.digest(), "order_after": after.digest()}
 
 
@@ -189,7 +191,7 @@ def check_journal(epochs: Sequence[Epoch], journal: Sequence[Entry]) -> None:
     after it: the checkpoints.
     """
     for i, entry in enumerate(journal):
-        if entry["kind"] not in ("skip", "defer"):
+        if "order_before" not in entry:
             continue
         known = [epoch for epoch in epochs if epoch.number <= entry["epoch"]]
         found = [order_of(known, journal[:n]).digest() for n in (i, i + 1)] if len(known) == entry["epoch"] else []
@@ -221,7 +223,7 @@ def check_resume(
             f"entries lead to {then.digest()[:12]}: bring journal.jsonl back from a copy"
         )
     if then.reads(step) != order.reads(step):
-        late = [e for e in journal[saved["journal"] :] if "positions" in e and e["at_step"] < step]
+        late = [e for e in journal[saved["journal"] :] if ranges_of(e) and e["at_step"] < step]
         why = f"the journal's decision at step {late[0]['at_step']} changes" if late else "the data now change"
         raise ConfigError(
             f"checkpoint {step}: {why} rows that it has read: bring the journal back, or move checkpoints after the "

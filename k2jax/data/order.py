@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from k2jax.data.journal import ranges_of
 from k2jax.data.layout import Layout, Stream
 from k2jax.data.manifest import manifest_digest, sha256_json
 from k2jax.errors import ConfigError
@@ -83,7 +84,7 @@ class Order:
 
     Args:
         manifest: of manifest.py.
-        journal: entries of journal.py on this manifest's positions. Only "skip" and "defer" matter here; ConfigError
+        journal: entries of journal.py on this manifest's positions. Only "skip", "defer" and "rollback" matter; ConfigError
             if one of them is not a range of whole steps of one stage, or takes what an earlier entry has skipped.
         past: the order before the manifest changed; `manifest` and `stages` are of what comes after.
         after_step: the last step of the past.
@@ -121,8 +122,8 @@ class Order:
 
         intervals = [[(a, a + n)] if n else [] for a, n in zip(self._first_positions, sizes, strict=True)]
         for entry in journal:
-            if entry["kind"] in ("skip", "defer"):
-                self._apply(entry, stages, intervals)
+            for a, b in ranges_of(entry):
+                self._apply(a, b, entry.get("how", entry["kind"]), stages, intervals)
 
         self.stages: list[StagePlan] = []
         self._intervals: list[Interval] = []  # of all stages, in the order in which they are read
@@ -150,9 +151,8 @@ class Order:
         content = {"manifest": manifest_digest(manifest), "intervals": intervals}
         self._digest = sha256_json({**content, "past": past.digest(), "after_step": after_step} if past else content)
 
-    def _apply(self, entry: dict[str, Any], stages: list[dict], intervals: list[list[Interval]]) -> None:
-        a, b = entry["positions"]
-        where = f"journal: {entry['kind']} of positions {a}:{b}"
+    def _apply(self, a: int, b: int, how: str, stages: list[dict], intervals: list[list[Interval]]) -> None:
+        where = f"journal: {how} of positions {a}:{b}"
         if not self._first_positions[0] <= a < b <= self.num_positions:
             raise ConfigError(f"{where}: expected a range inside {self._first_positions[0]}:{self.num_positions}")
         i = bisect_right(self._first_positions, a) - 1
@@ -165,7 +165,7 @@ class Order:
         kept = _without(intervals[i], a, b)
         if _size(kept) != _size(intervals[i]) - (b - a):
             raise ConfigError(f"{where}: some are skipped already: name only positions still to be read")
-        intervals[i] = _join(kept + [(a, b)] if entry["kind"] == "defer" else kept)
+        intervals[i] = _join(kept + [(a, b)] if how == "defer" else kept)
 
     def digest(self) -> str:
         """SHA-256 (hex) of all that decides which rows each step reads."""

@@ -201,7 +201,7 @@ class BucketLineage(Lineage):
     def _has_moments(self, folder: BucketPath) -> bool:
         return (folder / "moments" / INDEX).is_file()
 
-    def _put_away(self, step: int, target: BucketPath, why: str) -> None:
+    def put_away(self, step: int, target: BucketPath, why: str) -> None:
         self._steps.abandon(step, target, why)
 
     def _discard(self, path: BucketPath, name: str) -> None:

@@ -81,6 +81,14 @@ class Checkpoints:
         self.lineage.policy = policy._replace(keep_steps=policy.keep_steps | set(steps))
         self.lineage.tidy(self._steps)  # what a kill has left half done
 
+    def pin(self, steps: Iterable[int]) -> None:
+        """These stay as they are, and no others beyond the policy: what a roll-back went back to, or may."""
+        self.lineage.policy = self.lineage.policy._replace(pinned=frozenset(steps))
+
+    def known_steps(self) -> list[int]:
+        """Newest first, as this process knows them, without asking the storage."""
+        return self._steps
+
     def __enter__(self) -> "Checkpoints":
         return self
 

@@ -1,6 +1,6 @@
 """The run directory: its lock, what it says of itself, and the refusal to resume it as something else.
 
-epochs/  environment.json  journal.jsonl  tokenizer.json  metrics/  ledger/  checkpoints/  tensorboard/  abandoned/
+epochs/  environment.json  journal.jsonl  tokenizer.json  metrics/  ledger/  checkpoints/  branches/  abandoned/
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ from k2jax.data.launches import read_launches, write_launches
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import parameter_table
 from k2jax.parallel import cluster
-from k2jax.run import drift
+from k2jax.run import branches, drift
 from k2jax.run.commit import git_commit
 from k2jax.run.fork import fork, new_name, read_fork
 from k2jax.run.holding import InBucket, OnDisk
@@ -77,6 +77,8 @@ class RunDirectory:
     def check(self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]) -> None:
         """Refuses early, before anything large is read, what `begin` would refuse; and notes the launch.
 
+        Before that it completes a roll-back.
+
         Raises ConfigError with a key-by-key difference when configuration, tokenizer, stores or order have changed and
         `allow_drift` does not name the keys; and when launch after launch has made no new checkpoint.
         """
@@ -85,6 +87,7 @@ class RunDirectory:
     def _check(self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]) -> None:
         for name in OWN_FILES:
             files.remove_leftovers(self.path, name, alone=True)
+        branches.complete(self.path, self.place, steps_so_far(self.place), self._held.put_away)
         step = max(steps_so_far(self.place), default=None)
         if step is not None:
             with suppress(StorageError):  # of a damaged meta, which is not the one that will be restored

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from k2jax import locks
+from k2jax import files, locks
 from k2jax.bucket import BucketPath
 from k2jax.errors import ConfigError, RunError, StorageError
 from k2jax.lease import Lease
 from k2jax.parallel import cluster
+from k2jax.run.bucket_steps import BucketSteps
 from k2jax.run.mirror import Mirror
 
 SEEN_S = 60  # by when every process sees what process 0 wrote
@@ -65,6 +66,10 @@ class OnDisk:
     def put(self) -> None:
         """What was written is where the run is, for the other processes, too."""
 
+    def put_away(self, step: int, target: Path) -> None:
+        """Moves a checkpoint out of the listing, whole."""
+        files.move(self.place / "checkpoints" / str(step), target)
+
     def leave(self, error: BaseException | None) -> None:
         """Lets go of it; `error` is what ends the run."""
         if self._lock:
@@ -103,6 +108,10 @@ class InBucket:
 
         cluster.decide("puts the run", act)
         cluster.together("fetches the run", lambda: None if cluster.is_main() else self.mirror.fetch())
+
+    def put_away(self, step: int, target: BucketPath) -> None:
+        """Takes a checkpoint out of the listing; its arrays lie where they are until that step is saved again."""
+        BucketSteps(self.place, self.mirror, self._say).abandon(step, target, "rolled back")
 
     def leave(self, error: BaseException | None) -> None:
         """With the last rows put; where a run ends with an error, that is the one told, whatever becomes of them."""

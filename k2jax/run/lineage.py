@@ -33,6 +33,7 @@ class Policy(NamedTuple):
     )  # the chunks' ends as the order has them now; None: nothing is taken away
     keep_between: int = 2  # of the others
     moments_every: int = 1  # chunks
+    pinned: frozenset[int] = frozenset()  # stay as they are: a roll-back went back to them, or may
 
     def describe(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of itself for good: whether it is kept, and which chunk's it is (0: an import's)."""
@@ -72,7 +73,7 @@ class Lineage:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             entry = {"time": now, "by": "k2jax.train", "why": why, "kind": "abandon", "at_step": step}
             append_entry(self.journal, entry)
-            self._put_away(step, target, why)
+            self.put_away(step, target, why)
             return str(target)
 
         self.log(f"moved checkpoint {step} to {cluster.decide(f'abandons checkpoint {step}', move)}")
@@ -120,14 +121,16 @@ class Lineage:
 
     def _unwanted(self, steps: list[int]) -> list[int]:
         """The newest stays whatever it is: the run goes on from it."""
-        between = [step for step in sorted(steps)[:-1] if self._is_there(step) and not self._look(step).kept]
+        there = [step for step in sorted(steps)[:-1] if step not in self.policy.pinned and self._is_there(step)]
+        between = [step for step in there if not self._look(step).kept]
         return between[: max(len(between) - self.policy.keep_between, 0)]
 
     def _to_thin(self, steps: list[int]) -> list[int]:
         chunks = {step: self._look(step) for step in sorted(steps) if self._is_there(step)}
         full = [step for step, known in chunks.items() if known.chunk and known.moments]
         every = self.policy.moments_every
-        return [step for step in full[:-FULL] if chunks[step].thinned or chunks[step].chunk % every]
+        wanted = [step for step in full[:-FULL] if chunks[step].chunk % every and step not in self.policy.pinned]
+        return sorted({*wanted, *(step for step in full if chunks[step].thinned)})
 
     def _look(self, step: int) -> Known:
         """What there is of a step; one that cannot be read is kept as it is."""
@@ -160,7 +163,8 @@ class Lineage:
     def _has_moments(self, folder: epath.Path) -> bool:
         return (folder / "moments").exists()
 
-    def _put_away(self, step: int, target: epath.Path, why: str) -> None:
+    def put_away(self, step: int, target: epath.Path, why: str) -> None:
+        """Another place for a checkpoint, whole, out of the listing."""
         _move(self.folder(step), target)
 
     def _discard(self, path: epath.Path, name: str) -> None:

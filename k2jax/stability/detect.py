@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+HISTORY = 2_100  # newest rows that are enough to answer as all rows would
 LAG = 2  # steps between a row and the first limits that it has a part in
 FEWEST = 64  # accepted rows before there are limits
 TO_SIGMA = 1.4826  # times the MAD: the standard deviation, of a normal distribution
@@ -62,8 +63,11 @@ def limits_of(rows: Sequence[Row], rules: Mapping[str, Any]) -> Limits:
     )
 
 
-def spike_of(rows: Sequence[Row], rules: Mapping[str, Any]) -> Spike | None:
-    """What the newest rows are, where skipping single steps is no answer to it; None while all is well."""
+def spike_of(rows: Sequence[Row], rules: Mapping[str, Any], nonfinite_in_a_row: int) -> Spike | None:
+    """What the newest rows are, where skipping single steps is no answer to it; None while all is well.
+
+    `nonfinite_in_a_row`: steps whose loss or gradient was not finite that are a spike of their own.
+    """
     if not rows:
         return None
     newest, recent = rows[-1].step, rows[-rules["window"] :]
@@ -71,6 +75,10 @@ def spike_of(rows: Sequence[Row], rules: Mapping[str, Any]) -> Spike | None:
     if len(without) >= rules["max_skips"]:
         why = f"{len(without)} of the last {len(recent)} steps made no update"
         return Spike("skips", without[0], newest, why)
+    last = rows[-nonfinite_in_a_row:]
+    if len(last) == nonfinite_in_a_row and not any(row.applied or row.outlier for row in last):
+        why = f"loss or gradient not finite in {len(last)} steps in a row"
+        return Spike("not finite", last[0].step, newest, why)
     above = 0
     for row in reversed(rows):
         if not row.outlier:

@@ -1,26 +1,63 @@
-"""The guard on numerics: what the recorded metrics say, and when they end a run. A step that is not finite changed
-nothing (step.py); several in a row are no accident."""
+"""The guard on numerics: what the recorded steps say of the next one, and when they are a spike. Every process has the
+same rows, so all decide alike; a resumed run reads them from the ledger, and decides as it did the first time."""
 
 import math
+from collections.abc import Iterable
 
+import numpy as np
+from ml_collections import ConfigDict
+
+from k2jax.data.order import Order
 from k2jax.errors import NumericsError
-from k2jax.training.metrics import Recorder
+from k2jax.parallel import cluster
+from k2jax.run.ledger import StepLog, bits_float
+from k2jax.stability.detect import HISTORY, LAG, Row, Spike, limits_of, spike_of
 
 
-def check_steps(recorder: Recorder, most: int) -> None:
-    """Raises NumericsError once `most` steps in a row, up to the last recorded one, were not finite."""
-    if recorder.skips_in_a_row >= most:
-        step = recorder.last_row["step"]
-        raise NumericsError(
-            f"loss or gradient not finite in {recorder.skips_in_a_row} steps in a row, up to step {step}; no update "
-            f"was made in them; the data: tools/which_docs.py --step {step}"
-        )
+class Guard:
+    """Over the steps of one stage; its windows begin anew with each, and where the data change."""
+
+    def __init__(self, config: ConfigDict, order: Order, rows: Iterable[Row] = ()):
+        self.config, self.order = config, order
+        self.rows: list[Row] = []
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """The next recorded step."""
+        stage = self.order.stage_of_step(row.step)
+        self.rows = [*self.rows[-HISTORY:], row] if self.rows and self.rows[-1].step >= stage.first_step else [row]
+
+    def limits(self, step: int) -> np.ndarray:
+        """Of a step that is to be made, float32 (2,): loss and gradient norm, as `Batch` has them."""
+        first = self.order.stage_of_step(step).first_step
+        known = [row for row in self.rows if first <= row.step <= step - LAG]
+        return np.array(limits_of(known, self.config.stability), np.float32)
+
+    def spike(self) -> Spike | None:
+        """What the newest row ends, if that is more than an outlier."""
+        return spike_of(self.rows, self.config.stability, self.config.optimizer.max_skips_in_a_row)
+
+    def suspects(self) -> list[int]:
+        """Steps with which a spike may have begun."""
+        return [row.step for row in self.rows if row.outlier or not row.applied]
 
 
-def check_parameters(recorder: Recorder) -> None:
+def recent_rows(ledger: StepLog, order: Order, step: int) -> list[Row]:
+    """What a guard must know of the steps up to `step`, from the ledger, on every process."""
+
+    def read() -> list[list]:
+        first = max(order.stage_of_step(step).first_step, step - HISTORY - LAG)
+        rows = ledger.rows(first, step)
+        return [[r["step"], r["loss"], r["grad_norm"], r["applied"], r.get("outlier", False)] for r in rows]
+
+    rows = cluster.decide("reads the last steps", read) if step else []
+    return [Row(n, bits_float(loss), bits_float(norm), applied, outlier) for n, loss, norm, applied, outlier in rows]
+
+
+def check_parameters(last_row: dict) -> None:
     """Raises NumericsError when the last recorded step left a parameter that is not finite: it is not saved."""
-    if not math.isfinite(recorder.last_row["param_norm"]):
+    if not math.isfinite(last_row["param_norm"]):
         raise NumericsError(
-            f"step {recorder.last_row['step']}: parameters are not finite: nothing is saved; go back to an earlier "
-            f"checkpoint"
+            f"step {last_row['step']}: parameters are not finite: nothing is saved; go back to an earlier checkpoint"
         )

@@ -21,6 +21,8 @@ from k2jax.data.order import Order, StagePlan
 from k2jax.model.flops import flops_per_token, peak_flops
 from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog, belonging
+from k2jax.stability.detect import Row
+from k2jax.training.guard import Guard
 from k2jax.training.sinks import open_sinks
 
 
@@ -35,17 +37,19 @@ class Recorder:
         subsets: list[str],
         steps: StepLog,
         ledger: Ledger,
+        guard: Guard,
         print_line: Callable[[str], None],
         tokens_seen: int,
         first_step: int,
     ):
         self.config, self.order, self.subsets, self.steps, self.ledger = config, order, subsets, steps, ledger
+        self.guard = guard
         self.print_line, self.tokens_seen, self.first_step = print_line, tokens_seen, first_step
         self.is_main = cluster.is_main()
         self.sinks = open_sinks(config, workdir, first_step, print_line) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
-        self.skips_in_a_row = 0  # up to the last row
+        self.clipped_steps = clipped_before(steps, first_step) if self.is_main else 0  # None: not known
         self.first_done: float | None = None  # when this launch's first step was, by time.perf_counter()
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
         self._last: tuple[StagePlan, float] | None = None  # stage and time of the last row
@@ -75,7 +79,8 @@ class Recorder:
     def _record(
         self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float, pushed: float
     ) -> None:
-        values = jax.device_get(metrics)
+        layers = metrics.get("layers")  # which only few rows have
+        values = jax.device_get({key: value for key, value in metrics.items() if key != "layers"})
         # On CPU a step is done when its call returns (cluster.initialize).
         now = pushed if jax.default_backend() == "cpu" else time.perf_counter()
         self.first_done = self.first_done or now
@@ -87,16 +92,22 @@ class Recorder:
             "stage": plan.name,
             **self._losses(values),
             **_norms(values),
+            "log_z": float(values["log_z"]),
+            "logit": float(values["logit"]),
             "lr": float(values["lr"]),
             "applied": bool(values["applied"]),
             "outlier": bool(values["outlier"]),
+            **self._clipped(bool(values["clipped"])),
+            "loss_limit": float(values["loss_limit"]),
+            "grad_norm_limit": float(values["grad_norm_limit"]),
             "tokens_seen": self.tokens_seen,
             **self._speed(plan, step_s),
             "planned_step_s": self.planned.get(plan.name),
             "data_wait_s": data_wait_s,
             **_memory(),
         }
-        self.last_row, self.skips_in_a_row = row, int(values["skips_in_a_row"])
+        self.last_row = row
+        self.guard.add(Row(step, row["loss"], row["grad_norm"], row["applied"], row["outlier"]))
         if self.is_main:
             self.ledger.append_step(
                 step,
@@ -106,10 +117,22 @@ class Recorder:
                 bool(values["applied"]),
                 bool(values["outlier"]),
             )
-            self.steps.append(_jsonable(row))
+            self.steps.append(_jsonable(row) | self._layers(row, layers))
         for sink in self.sinks:
             sink.put(step, row)
         self._tell(step, row)
+
+    def _clipped(self, clipped: bool) -> dict[str, Any]:
+        if self.clipped_steps is not None:
+            self.clipped_steps += clipped
+        return {"clipped": clipped, "clipped_steps": self.clipped_steps}
+
+    def _layers(self, row: dict[str, Any], layers: dict[str, jax.Array] | None) -> dict[str, Any]:
+        """{"layers": {series: a number of each layer}} every so many steps, and of each that was not as others."""
+        every = self.config.log.layers_every
+        if row["applied"] and not row["outlier"] and not (every and row["step"] % every == 0):
+            return {}
+        return {"layers": {series: _short(value_L) for series, value_L in jax.device_get(layers).items()}}
 
     def _losses(self, values: dict[str, np.ndarray]) -> dict[str, Any]:
         row = {"loss": float(values["loss"])}
@@ -154,11 +177,22 @@ class Recorder:
                 f"{speed}{planned}{mfu}"
             )
 
+    def end(self, meta: dict[str, Any] | None) -> None:
+        """After the last step, and the last save, as `saved`."""
+        self.saved(meta)
+        self.close()
+
     def close(self) -> None:
         self.steps.close()
         self.ledger.steps.close()
         for sink in self.sinks:
             sink.close()
+
+
+def clipped_before(steps: StepLog, step: int) -> int | None:
+    """How many steps of the run before this one were clipped; None where its rows do not say so."""
+    row = next(steps.rows(step - 1, step - 1), {}) if step > 1 else {"clipped_steps": 0}
+    return row.get("clipped_steps")
 
 
 def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str, float]:
@@ -180,7 +214,12 @@ def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str,
 
 
 def _norms(values: dict[str, np.ndarray]) -> dict[str, float]:
-    return {key: float(value) for key, value in values.items() if "_norm" in key}
+    return {key: float(value) for key, value in values.items() if "_norm" in key or "_ratio" in key}
+
+
+def _short(values: np.ndarray) -> list[float | None]:
+    """Four significant digits."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _memory() -> dict[str, int | None]:

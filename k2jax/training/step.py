@@ -18,7 +18,7 @@ from k2jax.parallel.sharding import shard
 from k2jax.run.state import TrainState
 from k2jax.training.optimizer import adamw, learning_rate
 
-Metrics = dict[str, Any]  # arrays; "layers" is a dictionary of them
+Metrics = dict[str, Any]  # of arrays; "layers" is one of them, too
 NO_LIMITS = np.full(2, np.inf, np.float32)
 TINY = 1e-30  # in the place of a norm of 0 that is divided by
 
@@ -198,6 +198,8 @@ def train_step(
         "outlier": outlier,
         "applied": applied,
         "clipped": applied & (grad_norm > config.optimizer.clip_norm),
+        "loss_limit": batch.limits[0],
+        "grad_norm_limit": batch.limits[1],
         "skips_in_a_row": new.skips_in_a_row,
         "lr": lr,
         "targets": sums.targets,

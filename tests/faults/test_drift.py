@@ -319,7 +319,7 @@ def test_a_whole_stage_may_be_skipped(tiny_data, late, command, tmp_path):
     epochs, path = read_epochs(workdir), workdir / "journal.jsonl"
     stage = runs.order_of(workdir).stages[1]
     positions = stage.first_position, stage.stop_position
-    append_entry(path, decide(epochs, [], kind="skip", positions=positions, at_step=20, by="test", why="a test"))
+    append_entry(path, decide(epochs, [], kind="skip", ranges=[positions], at_step=20, by="test", why="a test"))
     ended = command.train(tiny_data, workdir)
     assert ended.code == 0 and "resuming after step 20 of 20" in ended.lines, ended
     assert not any("compiling the step" in line for line in ended.lines)
@@ -330,7 +330,7 @@ def test_a_decision_on_rows_already_read_is_refused(tiny_data, straight, command
     """It holds from step 10 on, the newest checkpoint is of step 20: that one must go first."""
     workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
     epochs, path = read_epochs(workdir), workdir / "journal.jsonl"
-    entry = decide(epochs, [], kind="defer", positions=(96, 104), at_step=10, by="test", why="a test")
+    entry = decide(epochs, [], kind="defer", ranges=[(96, 104)], at_step=10, by="test", why="a test")
     append_entry(path, entry)
     error = command.refuse(78, *runs.arguments(tiny_data, workdir, {}))
     assert "checkpoint 20" in error and "at step 10 changes rows that it has read" in error

@@ -64,7 +64,7 @@ def test_other_devices_agree_to_rounding_and_another_batch_does_not(straight, tm
 def test_a_later_decision_changes_no_earlier_step(straight, tmp_path):
     """The journal, and with it the learning rate's length, as they were when the step was made."""
     workdir = runs.copy_run(straight, tmp_path / "run")
-    entry = decide(read_epochs(workdir), [], kind="skip", positions=(21 * 8, 22 * 8), at_step=21, by="me", why="a test")
+    entry = decide(read_epochs(workdir), [], kind="skip", ranges=[(21 * 8, 22 * 8)], at_step=21, by="me", why="a test")
     append_entry(workdir / "journal.jsonl", entry)
     assert replay(workdir, 21, 1, say=lambda line: None) == replay(straight, 21, 1, say=lambda line: None)
 
