@@ -76,7 +76,7 @@ def test_tensorboard_has_every_number(run: Path, metrics: pandas.DataFrame):
         found.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
         at += 12 + length + 4
     for row in metrics.to_dict("records"):
-        for tag in ("loss", "grad_norm/mlp", "lr", "loss/code"):
+        for tag in ("loss", "grad_norm/gate", "lr", "loss/code"):
             if row[tag] == row[tag]:
                 assert found[tag, row["step"]] == pytest.approx(row[tag], rel=1e-6)
 

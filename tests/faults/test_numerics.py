@@ -35,12 +35,13 @@ def poison(monkeypatch):
                 tracing.clear()
 
         def head_loss(*arguments):
-            loss, nats_BT = real_loss(*arguments)
+            loss, told = real_loss(*arguments)
             if tracing:  # not in the validation
                 for number, kind in faults.items():
                     loss = FAULTS[kind](loss, tracing[0] == number)
-                    nats_BT = nats_BT.at[ROW].set(FAULTS[kind](nats_BT[ROW], tracing[0] == number))
-            return loss, nats_BT
+                    nats_B = FAULTS[kind](told.nats[ROW], tracing[0] == number)
+                    told = told._replace(nats=told.nats.at[ROW].set(nats_B))
+            return loss, told
 
         monkeypatch.setattr(program, "train_step", train_step)
         monkeypatch.setattr(step, "head_loss", head_loss)
