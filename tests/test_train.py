@@ -123,6 +123,7 @@ def test_the_run_explains_itself(run: Path):
     assert data["next_step"] == 26
 
 
+@pytest.mark.fault("S9")
 def test_secrets_in_the_environment_are_written_nowhere(tiny_config, tmp_path: Path, monkeypatch):
     """By a run of the usual steps, which compiles nothing new."""
     monkeypatch.setenv("WANDB_API_KEY", "hunter2-wandb")
