@@ -69,7 +69,7 @@ def base() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms
     c.optimizer.clip_norm = 1.0           # global gradient norm
-    c.optimizer.max_skips_in_a_row = 3    # non-finite steps that stop the run (exit code 65)
+    c.optimizer.max_skips_in_a_row = 3    # non-finite steps that are a spike: see stability
 
     c.stability = ConfigDict()            # outliers, spikes and what is done about them: stability/detect.py
     c.stability.window = 128              # accepted steps from whose median the limits are computed
@@ -131,6 +131,7 @@ def base() -> ConfigDict:
     c.log.tensorboard = True              # event files in workdir/tensorboard
     c.log.wandb_project = ""              # Weights & Biases project; "" is off. The key is read from the environment
     c.log.every_steps = 10                # steps between printed lines
+    c.log.layers_every = 10               # steps between rows that have norms by layer; 0: only where a step is odd
     return c.lock()
 # fmt: on
 
@@ -173,8 +174,9 @@ RANGES = {
     "[8, 2001)": "stability.window",  # of no more rows than detect.HISTORY
     "[1, 2001)": "stability.persistence",
     "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
-        checkpoint.max_launches watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save
-        watchdog.evaluate stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most
+        checkpoint.max_launches log.layers_every
+        watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate
+        stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most
         stability.rollback.before stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.
     "(0, inf)": """optimizer.clip_norm optimizer.eps model.norm_eps model.init_std model.rope_scaling.low_freq_factor

@@ -51,20 +51,14 @@ def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
     table = {
         "embed_VD": Parameter((V, D), ("vocab", "embed"), std, "embed"),
         "layers.attention_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
-        "layers.wq_LDNH": Parameter((L, D, N, H), ("layers", "embed", "heads", "head_dim"), std, "attention"),
-        "layers.wk_LDKH": Parameter(
-            (L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "attention"
-        ),
-        "layers.wv_LDKH": Parameter(
-            (L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "attention"
-        ),
-        "layers.wo_LNHD": Parameter(
-            (L, N, H, D), ("layers", "heads", "head_dim", "embed"), residual, "attention"
-        ),
+        "layers.wq_LDNH": Parameter((L, D, N, H), ("layers", "embed", "heads", "head_dim"), std, "q"),
+        "layers.wk_LDKH": Parameter((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "k"),
+        "layers.wv_LDKH": Parameter((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "v"),
+        "layers.wo_LNHD": Parameter((L, N, H, D), ("layers", "heads", "head_dim", "embed"), residual, "o"),
         "layers.mlp_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
-        "layers.w_gate_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "mlp"),
-        "layers.w_up_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "mlp"),
-        "layers.w_down_LFD": Parameter((L, F, D), ("layers", "ffn", "embed"), residual, "mlp"),
+        "layers.w_gate_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "gate"),
+        "layers.w_up_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "up"),
+        "layers.w_down_LFD": Parameter((L, F, D), ("layers", "ffn", "embed"), residual, "down"),
         "final_norm_D": Parameter((D,), ("norm",), None, "norms"),
         "head_DV": Parameter((D, V), ("embed", "vocab"), std, "head"),
     }
