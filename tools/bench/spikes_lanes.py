@@ -4,6 +4,7 @@ A lane is a run of its own: state, data, detector, checkpoints. The step is trai
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -62,6 +63,7 @@ class Lane:
 
     seed: int
     fault: Fault | None = None
+    begin: int = 0  # the first step in which something is wrong
     guarded: bool = True
     lr: float = 1.0  # times the stage's
     step: int = 0
@@ -133,20 +135,20 @@ def make_step(steps: int) -> Callable[[TrainState, Batch, Plant], tuple[TrainSta
 
 
 class Lanes:
-    """Runs lanes to `steps`, each at its own step; those whose fault begins do so at step `begin`."""
+    """Runs lanes to `steps`, each at its own step, with a checkpoint of each `every` so many of them."""
 
-    def __init__(self, lanes: Sequence[Lane], steps: int, begin: int, every: int):
-        self.lanes, self.steps, self.begin, self.every = lanes, steps, begin, every
+    def __init__(self, lanes: Sequence[Lane], steps: int, every: int):
+        self.lanes, self.steps, self.every = lanes, steps, every
         self.rules = configuration.base().stability.to_dict()
         self.before, self.most = (self.rules["rollback"][key] for key in ("before", "most"))
         self.in_a_row = configuration.base().optimizer.max_skips_in_a_row
         self.run_step = make_step(steps)
         m = get_config(steps).model
-        states = [init_state(m, lane.seed) for lane in lanes]
-        self.state = jax.tree.map(lambda *x: jnp.stack(x), *states)
+        seeds = np.array([lane.seed for lane in lanes])
+        self.state = jax.jit(jax.vmap(partial(init_state, m)))(seeds)
 
     def run(self) -> None:
-        at = {self.begin + 60: "soon", self.steps: "end"}
+        at = {max(lane.begin for lane in self.lanes) + 60: "soon", self.steps: "end"}
         while any(lane.step < self.steps for lane in self.lanes):
             self._turn()
             first = min(lane.step for lane in self.lanes)
@@ -157,25 +159,21 @@ class Lanes:
         batches, plants = [], []
         for i, lane in enumerate(self.lanes):
             fault = self._fault(lane)
-            if fault and fault.flip and lane.step + 1 == self.begin:
+            if fault and fault.flip and lane.step + 1 == lane.begin:
                 self._flip(i, *fault.flip)
             batches.append(self._batch(lane, fault))
             plant = fault.plant if fault else Plant()
             plants.append(plant._replace(lr=plant.lr * lane.lr))
         plant = Plant(*(np.array(column) for column in zip(*plants, strict=True)))
         batch = Batch(*(np.stack(column) for column in zip(*batches, strict=True)))
-        state, told = self.run_step(self.state, batch, plant)  # compiled once for as many lanes
-        done = np.array([lane.step >= self.steps for lane in self.lanes])
-        if done.any():  # these wait for the others
-            state = jax.tree.map(lambda old, new: jnp.where(_along(done, new), old, new), self.state, state)
-        self.state = state
+        self.state, told = self.run_step(self.state, batch, plant)  # compiled once for as many lanes
         for i, values in enumerate(np.asarray(told)):
-            if not done[i]:
+            if self.lanes[i].step < self.steps:
                 self._judge(i, values)
 
     def _fault(self, lane: Lane) -> Fault | None:
         """What is wrong with the lane's next step."""
-        on = lane.fault and not lane.gone and 0 <= lane.step + 1 - self.begin < lane.fault.steps
+        on = lane.fault and not lane.gone and 0 <= lane.step + 1 - lane.begin < lane.fault.steps
         return lane.fault if on else None
 
     def _batch(self, lane: Lane, fault: Fault | None) -> Batch:
@@ -183,6 +181,8 @@ class Lanes:
         if lane.guarded:
             known = lane.rows[-HISTORY - LAG : len(lane.rows) + 1 - LAG]
             limits = limits_of(known, self.rules)
+        if lane.step >= self.steps:
+            limits = Limits(-1.0, -1.0)  # no update: it waits for the others
         start = min(lane.step, self.steps - 1) * ROWS
         tokens = text(lane.seed, self.steps * ROWS)[start : start + ROWS]
         if fault and fault.tokens:
@@ -192,11 +192,10 @@ class Lanes:
 
     def _flip(self, i: int, part: str, name: str, bit: int) -> None:
         """One bit of one number in the middle of a lane's array, of a token that the text has."""
-        arrays = dict(getattr(self.state, part))
-        value = np.array(arrays[name])
-        mine = value[i].reshape(-1)
+        state = self._on_host()
+        mine = getattr(state, part)[name][i].reshape(-1)
         mine.view(np.uint32)[len(mine) // 2 + 17] ^= np.uint32(1 << bit)
-        self.state = self.state._replace(**{part: {**arrays, name: jnp.asarray(value)}})
+        self.state = state
 
     def _judge(self, i: int, values: np.ndarray) -> None:
         """Notes a lane's step; what its detector says of it is done."""
@@ -211,7 +210,7 @@ class Lanes:
         lane.outliers += [lane.step] * bool(outlier)
         lane.not_finite += [lane.step] * bool(not applied and not outlier)
         if lane.step % self.every == 0:
-            lane.held[lane.step] = jax.tree.map(lambda x: x[i], self.state)
+            lane.held[lane.step] = jax.tree.map(lambda x: np.array(np.asarray(x)[i]), self.state)
         if spike := spike_of(lane.rows[-HISTORY:], self.rules, self.in_a_row):
             lane.spikes.append(spike)
             self._go_back(i, spike)
@@ -221,11 +220,12 @@ class Lanes:
         lane = self.lanes[i]
         attempt = len(lane.spikes)
         margin = self.before * 2 ** (attempt - 1) if attempt > 1 else 0
-        at_step = max((step for step in lane.held if step < spike.crossing - margin), default=None)
-        if at_step is None or attempt > self.most:
+        usable = [step for step in lane.held if step < spike.crossing]
+        if not usable or attempt > self.most:
             lane.ended = True  # with exit code 65
             lane.step = self.steps
             return
+        at_step = max((step for step in usable if step < spike.crossing - margin), default=min(usable))
         lane.rolled_back += lane.step - at_step
         lane.rows, lane.curves, lane.step, lane.gone = (
             lane.rows[:at_step],
@@ -234,7 +234,13 @@ class Lanes:
             True,
         )
         lane.held = {step: held for step, held in lane.held.items() if step <= at_step}
-        self.state = jax.tree.map(lambda all_, one: all_.at[i].set(one), self.state, lane.held[at_step])
+        state = self._on_host()
+        jax.tree.map(lambda lanes, one: operator.setitem(lanes, i, one), state, lane.held[at_step])
+        self.state = state
+
+    def _on_host(self) -> TrainState:
+        """A copy that can be written to."""
+        return jax.tree.map(np.array, self.state)
 
     def _validate(self, when: str) -> None:
         """Loss of the lanes' parameters on text of no lane."""
@@ -246,10 +252,6 @@ class Lanes:
             losses.append(np.asarray(self.run_step(self.state, many, plant)[1])[:, 0])
         for lane, loss in zip(self.lanes, np.mean(losses, axis=0), strict=True):
             lane.validation[when] = float(loss)
-
-
-def _along(lanes: np.ndarray, x: jax.Array) -> np.ndarray:
-    return lanes.reshape(-1, *[1] * (x.ndim - 1))
 
 
 # ---- what is planted ------------------------------------------------------------------------------------------------
