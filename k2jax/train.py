@@ -27,12 +27,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from k2jax import config as configuration
-from k2jax import paths
+from k2jax import files, paths
 from k2jax.bucket import BucketPath
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.epochs import check_journal, check_resume, order_of
 from k2jax.data.manifest import describe
 from k2jax.data.order import Order
+from k2jax.doctor import diagnose
 from k2jax.ending import report
 from k2jax.errors import Preempted, run_main
 from k2jax.parallel import cluster, compile_cache
@@ -42,6 +43,8 @@ from k2jax.run.directory import RunDirectory
 from k2jax.run.fork import parse_fork
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
+from k2jax.stability import telling
+from k2jax.stability.detect import Spike
 from k2jax.text import shown
 from k2jax.training import recovery
 from k2jax.training.guard import Guard, check_parameters, recent_rows
@@ -134,6 +137,7 @@ def train_on(
                     watchdog.at("save")
                     recorder.end(checkpoints.wait())
                     checkpoints.close()
+                    examine(run, guard.spike)
                     recovery.roll_back(guard.spike, config, run.path, epochs, journal, checkpoints, say)
                     return False
                 recovery.keep_watch(guard, run.path, journal, checkpoints)
@@ -152,6 +156,19 @@ def train_on(
         report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run, say)
         run.end()
         return True
+
+
+def examine(run: RunDirectory, spike: Spike) -> None:
+    """What a spike was, as far as the records say: told, and kept in spikes/. `python -m k2jax.doctor` says more."""
+
+    def look() -> list[str]:
+        found = diagnose(run.path, spike.crossing, again=False)
+        files.make_folder(run.path / "spikes")
+        files.write_text(run.path / "spikes" / f"{spike.crossing}-{spike.step}.json", telling.as_json(found) + "\n")
+        return telling.text(found)
+
+    for line in cluster.decide("examines a spike", look):
+        say(line)
 
 
 def open_records(

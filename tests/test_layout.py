@@ -82,12 +82,12 @@ MAY_IMPORT = {
     "preflight": COMMON | RUN | {"launch"},
     "generate": COMMON | RUN,
     "ending": COMMON | RUN | {"generate"},
-    "train": COMMON | RUN | {"ending"},
     "evaluate": COMMON | RUN | {"evals"},
     "rerun": COMMON | RUN,
     "replay": COMMON | RUN | {"rerun"},
     "trials": COMMON | RUN | {"rerun"},
     "doctor": COMMON | RUN | {"rerun", "trials"},
+    "train": COMMON | RUN | {"ending", "doctor"},
     "experiments": {"config", "k2", "prepare"},
 }
 

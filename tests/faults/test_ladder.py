@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import jax.numpy as jnp
 import pytest
 
 from faults import runs
@@ -12,6 +13,7 @@ from k2jax.data.provenance import open_run
 from k2jax.errors import ConfigError
 from k2jax.run import branches
 from k2jax.run.ledger import bits_float
+from k2jax.training import program, step
 
 QUICK = {  # a window that is full after eight steps, and two steps without an update are a spike
     "stability.window": 8,
@@ -159,3 +161,54 @@ def test_a_kill_in_a_roll_back_leaves_the_old_or_the_new(
             assert {p.name for p in (workdir / place).iterdir()} == {p.name for p in (whole / place).iterdir()}
     runs.ledger(workdir).verify()
     assert not runs.leftovers(workdir)
+
+
+def test_a_run_that_is_cut_short_decides_as_the_other(gone_around, straight, tiny_data, start, tmp_path):
+    """Killed where the window is full and before the spike: limits come from the ledger, so the same steps are
+    outliers, the same place is gone around. Seen red with a guard that begins without rows."""
+    workdir, (whole, _) = tmp_path / "run", gone_around
+    patch = spiky(straight, 14, 15)
+    trainer = start(workdir, QUICK, patch=patch)
+    trainer.wait_for("saved 12")
+    trainer.signal(9)
+    trainer.wait(-9)
+    start(workdir, QUICK, patch=patch).wait(0)
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(whole)
+    limits = [(row["step"], row["loss_limit"]) for row in runs.metric_rows(workdir)]
+    assert limits == [(row["step"], row["loss_limit"]) for row in runs.metric_rows(whole)]
+
+
+@pytest.mark.processes
+def test_processes_go_back_together(gone_around, straight, tiny_data, start, tmp_path):
+    """Two processes with a device each: both restart in place, from one decision; the order is that of one process."""
+    workdir, (whole, _) = tmp_path / "run", gone_around
+    for trainer in runs.pair(start, workdir, QUICK, patch=spiky(straight, 14, 15), devices=1):
+        trainer.wait(0)
+    found, expected = ([(r["step"], r["batch"], r["applied"]) for r in runs.ledger_rows(w)] for w in (workdir, whole))
+    assert found == expected
+    assert len(branches.rollbacks(read_journal(workdir / "journal.jsonl"))) == 2
+    assert sorted(p.name for p in (workdir / "branches").iterdir()) == ["01", "02"]
+
+
+def test_what_does_not_help_ends_with_65(straight, tiny_data, command, monkeypatch, tmp_path):
+    """A state that spikes whatever it reads: wider each time, then it stops, and says what to do."""
+    workdir, real = tmp_path / "run", step.mean_gradients
+
+    def mean_gradients(params, batch, **options):
+        grads, sums = real(params, batch, **options)
+        return grads, sums._replace(loss=sums.loss * jnp.where(always[0] >= 14, 10.0, 1.0))
+
+    def train_step(state, *arguments, real=step.train_step, **options):
+        always[:] = [state.step + 1]
+        return real(state, *arguments, **options)
+
+    always = []
+    monkeypatch.setattr(step, "mean_gradients", mean_gradients)
+    monkeypatch.setattr(program, "train_step", train_step)
+    rules = {**QUICK, "stability.rollback.watch": 10, "stability.rollback.most": 2, "checkpoint.every_steps": 2}
+    error = command.refuse(65, *runs.arguments(tiny_data, workdir, {**rules, "checkpoint.keep_between": 20}))
+    assert "2 roll-back(s) did not help" in error and "k2jax.doctor" in error
+    first, second = branches.rollbacks(read_journal(workdir / "journal.jsonl"))
+    assert (first["attempt"], first["at_step"], first["ranges"]) == (1, 12, [[12 * 8, 16 * 8]])
+    assert (second["attempt"], second["at_step"]) == (2, 10)
+    assert sum(b - a for a, b in second["ranges"]) > 4 * 8, "twice as wide"
