@@ -2,15 +2,18 @@
 
 import argparse
 import json
+import sys
 
 import jax.numpy as jnp
 import pytest
 
 from faults import runs
+from k2jax import replay
 from k2jax.data.journal import read_journal
 from k2jax.data.loader import make_loader
 from k2jax.data.provenance import open_run
 from k2jax.errors import ConfigError
+from k2jax.parallel import cluster
 from k2jax.run import branches
 from k2jax.run.ledger import bits_float
 from k2jax.training import program, step
@@ -85,8 +88,16 @@ def test_what_was_left_is_a_branch(gone_around, straight):
     assert bits_float(rows[-2]["loss"]) > 5 * bits_float(rows[-4]["loss"])
 
 
-def test_readers_take_a_branch(gone_around):
+def test_readers_take_a_branch(gone_around, straight, monkeypatch, capsys):
+    """A replay of it begins at the run's own checkpoint, reads what the branch read, and decides as it did."""
     workdir, _ = gone_around
+    monkeypatch.setattr(step, "mean_gradients", step.mean_gradients)
+    exec(spiky(straight, 14, 15))  # noqa: S102
+    monkeypatch.setattr(cluster, "initialize", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["replay", f"--workdir={workdir}", "--branch=1", "--step=13", "--steps=4"])
+    replay.main()
+    told = capsys.readouterr().out
+    assert "from checkpoint 12" in told and "steps 13 to 16: equal to the ledger, in every bit" in told, told
     pieces = branches.line(workdir / "branches" / "01")
     assert [(p.folder.name, p.first, p.last) for p in pieces] == [("01", 13, None), ("run", 1, 12)]
 
@@ -114,6 +125,7 @@ import os, signal
 from k2jax import files
 from k2jax.data import journal
 from k2jax.errors import ConfigError
+from k2jax.parallel import cluster
 from k2jax.run import branches
 from k2jax.training import recovery
 calls = []
