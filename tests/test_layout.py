@@ -85,6 +85,7 @@ MAY_IMPORT = {
     "train": COMMON | RUN | {"ending"},
     "evaluate": COMMON | RUN | {"evals"},
     "replay": COMMON | RUN,
+    "goodput": COMMON | RUN,
     "experiments": {"config", "k2", "prepare"},
 }
 
