@@ -88,6 +88,7 @@ MAY_IMPORT = {
     "trials": COMMON | RUN | {"rerun"},
     "doctor": COMMON | RUN | {"rerun", "trials"},
     "train": COMMON | RUN | {"ending", "doctor"},
+    "goodput": COMMON | RUN,
     "experiments": {"config", "k2", "prepare"},
 }
 

@@ -44,7 +44,7 @@ ENVIRONMENT = (
     "JAX_DEFAULT_MATMUL_PRECISION",
 )
 # That the trainer alone writes anew; a plan or an evaluation may be writing its own beside them.
-OWN_FILES = ("environment.json", "tokenizer.json", "validation.json")
+OWN_FILES = ("environment.json", "tokenizer.json", "validation.json", "goodput.jsonl")
 
 
 class RunDirectory:
