@@ -202,6 +202,16 @@ def test_processes_go_back_together(gone_around, straight, tiny_data, start, tmp
     assert sorted(p.name for p in (workdir / "branches").iterdir()) == ["01", "02"]
 
 
+def test_the_checkpoint_before_stays(straight, tiny_data, start, tmp_path):
+    """Bad data at 14 and 19: what was saved at 12 is still there at 19, though no checkpoint in between is kept.
+    Seen red without pins."""
+    workdir = tmp_path / "run"
+    start(workdir, {**QUICK, "checkpoint.keep_between": 0}, patch=spiky(straight, 14, 19)).wait(0)
+    first, *_ = branches.rollbacks(read_journal(workdir / "journal.jsonl"))
+    assert (first["crossing"], first["seen_at"], first["at_step"]) == (14, 19, 12)
+    assert runs.checkpoint_steps(workdir / "branches" / "01") == [16]
+
+
 def test_what_does_not_help_ends_with_65(straight, tiny_data, command, monkeypatch, tmp_path):
     """A state that spikes whatever it reads: wider each time, then it stops, and says what to do."""
     workdir, real = tmp_path / "run", step.mean_gradients
