@@ -67,7 +67,7 @@ def series_of(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def crossings(rows: Sequence[Mapping[str, Any]], step: int, rules: Mapping[str, Any]) -> list[Crossing]:
-    """The series above their limits at `step`, or up to just before it; that which left first, and furthest, at the head.
+    """The series above their limits at `step`, or up to just before it: that which left first, and furthest, first.
 
     Args:
         rows: of metrics up to `step`, in order, those of its stage; more than LOOK_BACK + rules["window"] are not read.
