@@ -21,7 +21,7 @@ from k2jax.run.state import TrainState
 from k2jax.stability.crossing import Ordinary, limit_of
 from k2jax.stability.repeats import repeats
 from k2jax.stability.verdict import SOON, is_unusual
-from k2jax.training.step import group_squares, row_losses
+from k2jax.training.step import row_losses, squares
 
 OTHERS = 6  # steps around the one in question, whose batches stand for ordinary ones
 EARLIER = 2  # checkpoints before it from whose states its batch is run
@@ -269,7 +269,11 @@ class Trials:
         one = partial(row_losses, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype(config))
 
         def losses(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jax.lax.map(lambda some: one(params, some)[1:], tokens)
+            def told(some: jax.Array) -> tuple[jax.Array, jax.Array]:
+                rows = one(params, some)[1]
+                return rows.nats, rows.targets
+
+            return jax.lax.map(told, tokens)
 
         return jax.jit(losses, out_shardings=NamedSharding(self.rerun.mesh, PartitionSpec()))
 
@@ -305,8 +309,8 @@ def _finite(values: dict[str, float]) -> bool:
 def _norms(rerun: Rerun, arrays: dict[str, jax.Array]) -> dict[str, float]:
     """{layer group: norm}."""
     everywhere = NamedSharding(rerun.mesh, PartitionSpec())
-    squares = jax.jit(partial(group_squares, rerun.config), out_shardings=everywhere)(arrays)
-    return {group: float(value) ** 0.5 for group, value in squares.items()}
+    found = jax.jit(partial(squares, rerun.config), out_shardings=everywhere)(arrays)
+    return {group: float(value) ** 0.5 for group, value in found.groups.items()}
 
 
 def _moment_norms(rerun: Rerun, state: TrainState) -> dict[str, float]:

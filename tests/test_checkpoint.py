@@ -198,6 +198,7 @@ def test_a_storage_that_fails_for_a_while_moves_nothing(saver, thinned, tmp_path
     assert not (workdir / "abandoned").exists()
 
 
+@pytest.mark.fault("B1")
 def test_what_was_being_saved_is_there_when_the_disk_has_room_again(saver, tmp_path, monkeypatch):
     """Though the step that followed has given the state's memory away. A limit on file sizes stands for the disk."""
     said, limits = [], resource.getrlimit(resource.RLIMIT_FSIZE)

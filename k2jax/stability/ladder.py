@@ -60,9 +60,8 @@ def answer(
     }
 
     def entry(how: str) -> Entry:
-        return decide(
-            epochs, journal, kind="rollback", ranges=ranges, at_step=at_step, by="k2jax.train", why=what, how=how, **more
-        )
+        said = {"by": "k2jax.train", "why": what, "how": how}
+        return decide(epochs, journal, kind="rollback", ranges=ranges, at_step=at_step, **said, **more)
 
     chosen = entry(rules.how)
     if chosen["order_before"] == chosen["order_after"]:  # they are the stage's last already

@@ -13,13 +13,13 @@ LONGEST_S = 3600  # that a process takes to start: beyond it the clocks are not 
 class Launch:
     """`did(part)` gives the time since the last call to a part; after `finish` the parts are those of the launch."""
 
-    def __init__(self, age_s: float = 0.0):
-        """`age_s`: how long ago the launch began."""
+    def __init__(self, age_s: float = 0.0, again: bool = False):
+        """`age_s`: how long ago the launch began; `again`: rolled back, in a launch that is recorded."""
         self.started = self._last = time.perf_counter() - age_s
         self.parts: dict[str, float] = {}  # seconds
         self.programs = {"asked": 0, "found": 0}  # of the compilation cache, up to the first step
         self.warm = False  # the step came out of the cache
-        self.done = False
+        self.done = self.again = again
         self._before = compile_cache.counts()
 
     def did(self, part: str, at: float | None = None) -> None:

@@ -11,6 +11,7 @@ from faults import runs
 from k2jax.errors import StorageError
 
 
+@pytest.mark.fault("A4", "F2")
 def test_kill_and_resume_give_the_same_bits(tiny_data, straight, start, tmp_path):
     """Ledger, chain and metrics of a killed and resumed run are those of an undisturbed one, byte for byte."""
     workdir, overrides = tmp_path / "run", {"data.workers": 1}
@@ -40,6 +41,7 @@ def test_kill_and_resume_give_the_same_bits(tiny_data, straight, start, tmp_path
         time.sleep(0.05)
 
 
+@pytest.mark.fault("A4")
 @pytest.mark.processes
 def test_kills_at_random_moments(straight, start, tmp_path):
     """Every restart goes on from the newest complete checkpoint, and what the run computes never changes.
@@ -80,6 +82,7 @@ storage._LateJson._save_fn = save
 """
 
 
+@pytest.mark.fault("A4")
 def test_kill_in_the_middle_of_a_save(straight, start, tmp_path):
     """The half-written step is no checkpoint. The run goes on before it, and removes it even if it saves it no more."""
     workdir, every = tmp_path / "run", {"checkpoint.every_steps": 12}
@@ -91,6 +94,7 @@ def test_kill_in_the_middle_of_a_save(straight, start, tmp_path):
     assert not runs.leftovers(workdir)
 
 
+@pytest.mark.fault("S15")
 def test_a_changed_ledger_is_found(straight, tmp_path):
     """`verify` names the record over a changed row, a removed row, and a changed record."""
     bits = runs.ledger_rows(straight)[13]["loss"]

@@ -9,6 +9,7 @@ import pytest
 from faults import runs
 
 
+@pytest.mark.fault("A5", "C2", "E7", "F7")
 @pytest.mark.processes
 def test_two_processes_are_one_run(straight, start, tmp_path):
     """Both are killed; resumed by two processes, or by one, the run is the undisturbed one of one process, bit for bit.
@@ -52,6 +53,7 @@ def test_two_processes_are_one_run(straight, start, tmp_path):
     assert kept.name.startswith("25-")
 
 
+@pytest.mark.fault("E4")
 def test_drift_ends_both(straight, start, tmp_path):
     """Each refuses by itself: none is left waiting for the other."""
     pair = runs.pair(start, runs.copy_run(straight, tmp_path / "run"), {"seed": 3}, devices=1)
@@ -59,6 +61,7 @@ def test_drift_ends_both(straight, start, tmp_path):
         assert "seed: 22238 -> 3" in trainer.wait_for_error(78)
 
 
+@pytest.mark.fault("A2")
 def test_sigterm_to_one_stops_both(start, tmp_path):
     """Both save the same step and end with 75."""
     workdir = tmp_path / "run"
@@ -121,6 +124,7 @@ def on_one(index: int, patch: str) -> str:
     return ON_ONE.format(index=index, lines=patch.strip().replace("\n", "\n    "))
 
 
+@pytest.mark.fault("E6")
 @pytest.mark.processes
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("fault", FAULTS)
@@ -137,6 +141,7 @@ def test_whoever_fails_ends_both_soon_and_says_why(start, tmp_path, fault, index
     assert f"process {index}" in other.errors.read_text() and said in other.errors.read_text()
 
 
+@pytest.mark.fault("E2", "F3")
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("fault", "index", "at"), [("loader", 1, "data"), ("ledger", 0, "step"), ("report", 1, "evaluate")]
@@ -185,6 +190,7 @@ def of_resumed(soon=None):
     return pytest.mark.parametrize(("place", "index"), cases)
 
 
+@pytest.mark.fault("E2")
 @pytest.mark.processes
 @of_resumed(soon=[("store", 1), ("lock", 0), ("restore", 0)])
 def test_whoever_hangs_ends_both(straight, start, tmp_path, place, index):
@@ -198,6 +204,7 @@ def test_whoever_hangs_ends_both(straight, start, tmp_path, place, index):
     assert runs.checkpoint_steps(workdir) == [10, 20]
 
 
+@pytest.mark.fault("E6")
 @pytest.mark.processes
 @of_resumed(soon=[("store", 0), ("restore", 1)])
 def test_whoever_raises_at_a_resume_ends_both(straight, start, tmp_path, place, index):
@@ -209,6 +216,7 @@ def test_whoever_raises_at_a_resume_ends_both(straight, start, tmp_path, place, 
     assert runs.checkpoint_steps(workdir) == [10, 20]
 
 
+@pytest.mark.fault("E1")
 @pytest.mark.processes
 @of_resumed(soon=[("lock", 0), ("restore", 1)])
 def test_whoever_dies_at_a_resume_ends_the_other(straight, start, tmp_path, place, index):
@@ -219,6 +227,7 @@ def test_whoever_dies_at_a_resume_ends_the_other(straight, start, tmp_path, plac
     assert runs.checkpoint_steps(workdir) == [10, 20]
 
 
+@pytest.mark.fault("E1")
 @pytest.mark.processes
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_dead_process_ends_the_other(start, tmp_path, index):
@@ -234,6 +243,7 @@ def test_a_dead_process_ends_the_other(start, tmp_path, index):
     assert "resuming after step" in str(start(workdir).wait(0))
 
 
+@pytest.mark.fault("E4")
 @pytest.mark.processes
 def test_keys_that_steer_must_agree(start, tmp_path):
     """Also those that a resume may change: with other steps to save at, one process would wait for ever."""
@@ -269,6 +279,7 @@ CheckpointManager.all_steps = lambda self, read=False: [10]"""
     assert "resuming after step 25 of 25" in told and not (workdir / "abandoned").exists()
 
 
+@pytest.mark.fault("B3")
 @pytest.mark.processes
 def test_a_copy_that_is_damaged_on_one_process_is_refused_by_both(straight, start, tmp_path):
     """Two replicas: the digest of each is compared, not of one of them."""
@@ -295,6 +306,7 @@ checkpoint.from_disk = broken"""
     assert entry["at_step"] == 25 and "damaged array" in entry["why"]
 
 
+@pytest.mark.fault("B10")
 @pytest.mark.processes
 def test_a_storage_that_fails_for_a_while_costs_nothing(straight, start, tmp_path):
     """And one that fails for good stops both, and moves nothing."""

@@ -64,6 +64,7 @@ def test_sigterm_while_validating_ends_it_soon(straight, start, tmp_path):
     assert (workdir / "validation.json").exists() and not runs.leftovers(workdir)
 
 
+@pytest.mark.fault("A3")
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, slowly(signal.SIGINT), slowly(signal.SIGHUP)])
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "validate"])
@@ -101,6 +102,7 @@ def test_a_signal_while_importing(tiny_data, tmp_path):
     assert process.returncode == 75
 
 
+@pytest.mark.fault("A7")
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_and_a_closed_terminal_save(straight, start, tmp_path, number):
@@ -162,6 +164,7 @@ def test_ctrl_c_ends_a_save_that_hangs(start, tmp_path, first):
     assert not runs.leftovers(tmp_path / "run")
 
 
+@pytest.mark.fault("A2")
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, slowly(signal.SIGHUP)])
 def test_a_signal_to_one_stops_both_at_one_step(start, tmp_path, number):

@@ -66,6 +66,7 @@ def flip(path: Path, byte: int, bit: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.fault("B3", "S15")
 def test_every_flipped_bit_is_found(straight, reader, tmp_path):
     """One bit, in each array file over 10 KB, at both ends and at random places: no flip gives other numbers.
 
@@ -139,6 +140,7 @@ def edit_json(path: Path, change: callable) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.fault("B2", "B4")
 def test_damage_is_named_and_gone_around(straight, reader, tmp_path):
     """Whatever is done to the newest step: it is named, moved to abandoned/, and the step before it is used."""
     names = list(damages(straight / "checkpoints" / "25"))
@@ -156,6 +158,7 @@ def test_damage_is_named_and_gone_around(straight, reader, tmp_path):
         assert kept.name.startswith("25-"), name
 
 
+@pytest.mark.fault("B2", "B7")
 def test_training_goes_on_before_the_damage(straight, tiny_data, command, tmp_path):
     """The two newest steps are bad: the run resumes before them, saves both again, and ends as it would have."""
     workdir = runs.copy_run(straight, tmp_path / "run")
@@ -179,6 +182,7 @@ def test_training_goes_on_before_the_damage(straight, tiny_data, command, tmp_pa
     runs.ledger(workdir).verify()
 
 
+@pytest.mark.fault("B5")
 def test_no_good_checkpoint_stops_the_run(straight, tiny_data, command, tmp_path):
     """74 with all of them named; nothing is trained, nothing is moved or deleted."""
     workdir = runs.copy_run(straight, tmp_path / "run")
@@ -200,6 +204,7 @@ shutil.rmtree = rmtree
 """
 
 
+@pytest.mark.fault("A6", "B7")
 @pytest.mark.processes
 def test_kill_while_an_old_step_is_deleted(straight, start, reader, tmp_path):
     """No step that is listed is half deleted, and the next start cleans up."""
@@ -229,6 +234,7 @@ lineage._move = dies
 """
 
 
+@pytest.mark.fault("A6")
 @pytest.mark.processes
 @pytest.mark.parametrize("patch", [DIES_THINNING, DIES_DELETING], ids=["before", "within"])
 def test_kill_while_moments_are_taken_away(straight, start, reader, tmp_path, patch):
@@ -272,6 +278,7 @@ train.say = told
 """
 
 
+@pytest.mark.fault("B10")
 @pytest.mark.processes
 def test_a_save_is_tried_again_while_training_goes_on(straight, start, tmp_path):
     """The state is with the host: three steps later it is what it was."""
@@ -295,6 +302,7 @@ from k2jax.run import reading; reading.WRITE_WAITS_S = (0.1, 0.1)
 """
 
 
+@pytest.mark.fault("B1")
 def test_full_disk(straight, start, tmp_path):
     """A limit on file sizes stands for it: 74, one line, earlier checkpoints good, no litter after the restart."""
     workdirs = [tmp_path / name for name in ("start", "row", "save")]
