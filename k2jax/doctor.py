@@ -33,7 +33,7 @@ from k2jax.run.storage import is_thinned
 from k2jax.stability import changes as nearby
 from k2jax.stability import telling
 from k2jax.stability.crossing import FEWEST, LOOK_BACK, crossings, ordinary
-from k2jax.stability.verdict import verdicts
+from k2jax.stability.verdict import JUDGED, verdicts
 from k2jax.training.optimizer import learning_rate
 from k2jax.trials import Trials
 
@@ -58,7 +58,9 @@ def diagnose(
 
     Raises ConfigError for a step that the run has not made, StorageError where its records cannot be read.
     """
-    epochs = [epoch for epoch in read_epochs(workdir) if epoch.after_step < step]
+    epochs = read_epochs(workdir)
+    _check_made(workdir, step)
+    epochs = [epoch for epoch in epochs if epoch.after_step < step]
     journal = read_journal(workdir / "journal.jsonl")
     order = order_of(epochs, in_force(journal, step))
     rules = configuration.from_dict(epochs[-1].config).stability
@@ -92,8 +94,8 @@ def examine(
     """
     [row] = [row for row in rows if row["step"] == step]
     crossed = crossings(rows, step, rules)
-    at = min((one.step for one in crossed if one.series in ("loss", "grad_norm")), default=step)
-    finite = all(row.get(key) is not None and math.isfinite(row[key]) for key in ("loss", "grad_norm"))
+    at = min((one.step for one in crossed if one.series in JUDGED and one.last == step), default=step)
+    finite = all(row.get(key) is not None and math.isfinite(row[key]) for key in JUDGED)
     found = {
         "format": FORMAT,
         "step": step,
@@ -150,7 +152,8 @@ def same_program(workdir: AnyFolder, step: int) -> bool:
     then, now = launches[-1], environment(launches[-1].get("devices", {}).get("mesh", {}))
     versions = all(then.get("versions", {}).get(name) == now["versions"].get(name) for name in PROGRAM)
     flags = all(then.get("flags", {}).get(name) == now["flags"].get(name) for name in ENVIRONMENT)
-    return versions and flags and then.get("devices") == now["devices"]
+    alike = all(then.get(key) == now[key] for key in ("devices", "commit"))
+    return versions and flags and alike
 
 
 def _launched(changed: Sequence[nearby.Change], places: list) -> bool:
@@ -165,14 +168,16 @@ def recorded(workdir: AnyFolder, step: int, before: int) -> list[dict[str, Any]]
     """The rows of a step and of those before it: of the metrics, with the ledger's exact loss and gradient norm."""
     first = max(1, step - before)
     ledger, metrics = ledger_rows(workdir, first, step), metrics_rows(workdir, first, step)
-    if step not in ledger:
-        made = f"its newest is {max(ledger)}" if ledger else "it has none near it"
-        raise ConfigError(f"--step={step}: the ledger of {workdir} has no such step: {made}: name one that was made")
     rows = []
     for number, row in ledger.items():
         exact = {key: bits_float(row[key]) for key in ("loss", "grad_norm")}
         rows.append({**metrics.get(number, {}), **row, **exact})
     return rows
+
+
+def _check_made(workdir: AnyFolder, step: int) -> None:
+    if step < 1 or step not in ledger_rows(workdir, step, step):
+        raise ConfigError(f"--step={step}: the ledger of {workdir} has no such step: name one that the run has made")
 
 
 def newest_spike(workdir: AnyFolder, branch: int | None = None) -> tuple[AnyFolder, int] | None:

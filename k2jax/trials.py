@@ -27,7 +27,8 @@ OTHERS = 6  # steps around the one in question, whose batches stand for ordinary
 EARLIER = 2  # checkpoints before it from whose states its batch is run
 FEWEST_ROWS = 8  # of a subset, for a median of its own
 MOST_ROWS = 8  # that are named with their documents
-EXCERPT = 240  # characters of a document
+ALIKE = 0.4  # of the trainer's floors: batches differ less from one state than from step to step
+EXCERPT = 160  # characters of a document
 FLOOR = 0.05  # of a row's loss, above its subset's median
 
 Rows = dict[str, np.ndarray]
@@ -143,9 +144,11 @@ class Trials:
         if len(self.places) < 2 or not self.launched or self.step - self.places[0].step > SOON:
             return None
         place, before = self.places[:2]
-        found = list(self._compare_to(self.rerun.state(before), place.step + 1))
-        different = next((one.step for one in found if not one.bits and (self.same_program or one.apart > CLOSE)), None)
-        return {"from": before.step, "first_difference": different}
+        last = min(place.step + 2, self.step)  # Adam's moments are in the second step's loss
+        found = list(self._compare_to(self.rerun.state(before), last))
+        different = next((one for one in found if not one.bits and (self.same_program or one.apart > CLOSE)), None)
+        step, apart = (different.step, different.apart) if different else (None, 0.0)
+        return {"from": before.step, "first_difference": step, "apart": apart}
 
     # ---- the same batch from other states, other batches from the same -----------------------------------------------
 
@@ -177,7 +180,7 @@ class Trials:
         return state, {key: float(metrics[key]) for key in ("loss", "grad_norm")}
 
     def _unusual(self, own: dict[str, float], others: list[dict[str, float]]) -> bool:
-        floors = {"loss": self.rules.loss_floor, "grad_norm": self.rules.grad_norm_floor}
+        floors = {"loss": ALIKE * self.rules.loss_floor, "grad_norm": ALIKE * self.rules.grad_norm_floor}
         return any(
             is_unusual(own[key], [one[key] for one in others], self._limit(key), self.rules.deviations, floor)
             for key, floor in floors.items()

@@ -13,6 +13,7 @@ from k2jax.stability.detect import TO_SIGMA
 
 LOOK_BACK = 200  # steps before the step in question in which a series may have left its range
 FEWEST = 8  # ordinary values before there is a limit: a doctor may be asked early, and says from how many
+RECENT = 32  # ordinary values that the limit comes from, at most: early in a run older ones are of another level
 GAPS = 2  # ordinary values in a row that do not end a stretch
 # Of a row, what says nothing of the numbers: counts, clocks, the machine, and what is given.
 OTHERS = r"step|lr|tokens_seen|targets\b.*|.*_s|.*_bytes|.*_per_s\b.*|mfu_.*|.*_limit|skips_.*|clipped.*"
@@ -28,11 +29,12 @@ class Ordinary(NamedTuple):
 
 
 class Crossing(NamedTuple):
-    """A series that was above its limit at the step, and since when."""
+    """A series that was above its limit at the step or just before it, and since when."""
 
     series: str
     step: int  # the first of the stretch
     lead: int  # steps before the step in question
+    last: int  # the last of the stretch, which may have ended by now
     value: float  # there; inf: not finite
     median: float
     limit: float
@@ -65,14 +67,19 @@ def series_of(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def crossings(rows: Sequence[Mapping[str, Any]], step: int, rules: Mapping[str, Any]) -> list[Crossing]:
-    """The series above their limits at `step`, that which left first at the head.
+    """The series above their limits at `step`, or up to just before it: that which left first, and furthest, first.
 
     Args:
         rows: of metrics up to `step`, in order, those of its stage; more than LOOK_BACK + rules["window"] are not read.
         rules: config.stability.
     """
     walked = [_walk(name, values, step, rules)[0] for name, values in _series(rows, step, rules).items()]
-    return sorted((one for one in walked if one), key=lambda one: (one.step, one.series))
+    return sorted((one for one in walked if one), key=lambda one: (one.step, -_beyond(one), one.series))
+
+
+def _beyond(one: Crossing) -> float:
+    """How far beyond its limit, in lengths from median to limit."""
+    return (one.value - one.median) / ((one.limit - one.median) or 1e-30) if math.isfinite(one.limit) else math.inf
 
 
 def ordinary(rows: Sequence[Mapping[str, Any]], step: int, rules: Mapping[str, Any]) -> dict[str, Ordinary]:
@@ -100,18 +107,27 @@ def _walk(
     stretch, under, range_ = None, 0, Ordinary(math.nan, math.inf, 0)
     every = values[-1][0] - values[-2][0] if len(values) > 1 else 1  # of a series that not every step has
     for at, value in values:
-        last = known[-rules["window"] :]
+        last = known[-min(RECENT, rules["window"]) :]
         if len(last) >= FEWEST:
-            range_ = Ordinary(*limit_of(last, rules["deviations"], floor), len(last))
+            range_ = Ordinary(*limit_of(_as_of_now(last), rules["deviations"], floor), len(last))
         if value > range_.limit or value == math.inf:
-            stretch = stretch or Crossing(name, at, step - at, value, *range_)
+            stretch = (stretch or Crossing(name, at, step - at, at, value, *range_))._replace(last=at)
             under = 0
             continue
         known.append(value)
         under += 1
         stretch = None if under > GAPS else stretch
-    reaches = values[-1][0] > step - every and under == 0
-    return (stretch if stretch and reaches and step - stretch.step <= LOOK_BACK else None), range_
+    reaches = stretch is not None and values[-1][0] > step - every and step - stretch.step <= LOOK_BACK
+    return (stretch if reaches else None), range_
+
+
+def _as_of_now(values: Sequence[float]) -> Sequence[float]:
+    """Values of a series that falls, brought to where it is by now; as they are where it does not."""
+    if min(values) <= 0:
+        return values
+    logs, half = [math.log(value) for value in values], len(values) // 2
+    fall = (_median(sorted(logs[-half:])) - _median(sorted(logs[:half]))) / (len(logs) - half)
+    return [math.exp(value + fall * (len(logs) - i)) for i, value in enumerate(logs)] if fall < 0 else values
 
 
 def _median(ordered: Sequence[float]) -> float:
