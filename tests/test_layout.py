@@ -31,10 +31,11 @@ LONG_FILES = {
     "k2jax/data/store.py": 420,  # writer and reader of one format side by side
 }
 LONG_FUNCTIONS = {
-    "k2jax/train.py:train": 120,  # the loop reads top to bottom in one place
+    "k2jax/train.py:train_on": 120,  # the loop reads top to bottom in one place
     "k2jax/keys.py:base": 120,  # one line a key, of which there may be 150 with the stages'
 }
 FORBIDDEN = r"\bpickle\b|\beval\(|\bexec\(|yaml\.load\(|shell=True|trust_remote_code|torch\.load|except:"
+FORBIDDEN += r"|\ballow_pickle=True|\b(tarfile|zipfile)\b|unpack_archive|extractall"  # S8: nothing is unpacked
 
 # What puts a file in its place or on the disk: k2jax/files.py's alone, but for these.
 OF_THE_SYSTEM = {"replace", "rename", "renames", "move", "fsync", "fdatasync"}
@@ -81,9 +82,14 @@ MAY_IMPORT = {
     "launch": COMMON | RUN | {"plan"},
     "preflight": COMMON | RUN | {"launch"},
     "generate": COMMON | RUN,
-    "train": COMMON | RUN | {"generate"},
+    "ending": COMMON | RUN | {"generate"},
     "evaluate": COMMON | RUN | {"evals"},
-    "replay": COMMON | RUN,
+    "rerun": COMMON | RUN,
+    "replay": COMMON | RUN | {"rerun"},
+    "trials": COMMON | RUN | {"rerun"},
+    "doctor": COMMON | RUN | {"rerun", "trials"},
+    "train": COMMON | RUN | {"ending", "doctor"},
+    "goodput": COMMON | RUN,
     "experiments": {"config", "k2", "prepare"},
 }
 
@@ -171,6 +177,7 @@ def depth(node: ast.AST, level: int = 0) -> int:
     return max(inner)
 
 
+@pytest.mark.fault("S1", "S8")
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_file_is_short_and_its_functions_too(path: Path):
     text, tree, name = source(path), parsed(path), str(path.relative_to(ROOT))
@@ -190,7 +197,7 @@ def test_file_is_short_and_its_functions_too(path: Path):
 
 def test_the_loop_stays_readable():
     tree = parsed(ROOT / "k2jax" / "train.py")
-    [train] = [function for function in functions(tree) if function.name == "train"]
+    [train] = [function for function in functions(tree) if function.name == "train_on"]
     [loop] = [node for node in ast.walk(train) if isinstance(node, ast.For)]
     assert loop.end_lineno - loop.lineno + 1 <= 45
     assert len(source(ROOT / "k2jax" / "train.py").splitlines()) <= 300

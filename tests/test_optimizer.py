@@ -186,6 +186,7 @@ def test_accumulation_is_one_big_batch(masked):
         assert abs(np.mean([m["loss"] for m in means]) - expected["loss"]) > 1e-3
 
 
+@pytest.mark.fault("D12")
 def test_a_batch_without_a_single_target_changes_nothing_but_counts():
     batch = batch_of()._replace(tokens=jnp.full((1, 8, 13), EOS))
     state, metrics = step_of(masked=True)(start(), batch)
@@ -209,6 +210,7 @@ def trained(run_step):
     return step(state, batch_of())[0]
 
 
+@pytest.mark.fault("D1")
 def test_a_loss_that_is_not_finite_leaves_every_bit_of_the_state(run_step, trained):
     step, _ = run_step
     broken = trained._replace(params=trained.params | {"final_norm_D": jnp.full(24, 1e38)})
@@ -233,6 +235,7 @@ def test_a_skipped_step_keeps_a_minus_zero(run_step, trained):
     assert not metrics["finite"] and bits(after) == bits(broken)
 
 
+@pytest.mark.fault("D1")
 def test_one_number_of_a_gradient_that_is_not_finite_leaves_every_bit(monkeypatch, trained):
     """1e30 is finite, but its square, and so the norm, is not."""
     names = ("layers.mlp_norm_LD", "head_DV", "embed_VD")

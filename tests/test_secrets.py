@@ -71,6 +71,7 @@ def texts_of(folder: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.fault("S9")
 def test_a_signed_url_is_read_and_never_told(server: str, tmp_path: Path):
     pytest.importorskip("aiohttp")  # what fsspec reads http with
     out = tmp_path / "out"
@@ -96,6 +97,7 @@ def test_who_may_read_the_stages_is_their_owner(tmp_path: Path):
     assert (tmp_path / "out" / "stages").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.fault("S9")
 @pytest.mark.parametrize("url", ["s3://KEY:Hunter2secret@bucket/x", "gs://bucket/x?X-Goog-Signature=Hunter2secret"])
 def test_a_run_takes_no_credentials(url: str):
     """Its manifest has to name the store as it is."""
@@ -104,6 +106,7 @@ def test_a_run_takes_no_credentials(url: str):
     assert "Hunter2secret" not in str(error.value)
 
 
+@pytest.mark.fault("S9")
 def test_an_error_tells_none(tmp_path: Path):
     from k2jax.prepare.files import Stored, shown_name
 

@@ -160,6 +160,7 @@ def test_a_mesh_larger_than_the_devices_is_refused():
         sharding.make_mesh({"replica": 3, "fsdp": -1, "tensor": 1})
 
 
+@pytest.mark.fault("C3")
 def test_a_mesh_that_does_not_divide_is_refused_naming_parameter_dimension_and_axis():
     c, _ = small()
     with c.unlocked():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import REPOSITORY
 
 PROGRAM = """
@@ -37,6 +38,7 @@ def run(stuck, **options):
     )  # fmt: skip
 
 
+@pytest.mark.fault("E2", "E3")
 def test_what_is_stuck_is_named_with_its_stack():
     """Not before its limit, which each thing has anew; not where there is none."""
     out, errors = (process := run("time.sleep(1000)")).communicate(timeout=60)
@@ -45,6 +47,7 @@ def test_what_is_stuck_is_named_with_its_stack():
     assert errors.splitlines()[-1].startswith("error: process 0 was at 'step' for more than 1 s (watchdog.step; above:")
 
 
+@pytest.mark.fault("E3")
 def test_time_in_which_the_process_was_stopped_does_not_count():
     process = run("time.sleep(0.1)")
     assert process.stdout.readline() == "all was well\n"

@@ -18,15 +18,16 @@ class Guard:
     """Over the steps of one stage; its windows begin anew with each, and where the data change."""
 
     def __init__(self, config: ConfigDict, order: Order, rows: Iterable[Row] = ()):
+        """`rows`: of the steps up to now, of one stage."""
         self.config, self.order = config, order
-        self.rows: list[Row] = []
-        for row in rows:
-            self.add(row)
+        self.rows = list(rows)
+        self.spike = self._judge()
 
     def add(self, row: Row) -> None:
-        """The next recorded step."""
+        """The next recorded step. `spike` is the first that one ended: more than an outlier, None while all is well."""
         stage = self.order.stage_of_step(row.step)
         self.rows = [*self.rows[-HISTORY:], row] if self.rows and self.rows[-1].step >= stage.first_step else [row]
+        self.spike = self.spike or self._judge()
 
     def limits(self, step: int) -> np.ndarray:
         """Of a step that is to be made, float32 (2,): loss and gradient norm, as `Batch` has them."""
@@ -34,8 +35,7 @@ class Guard:
         known = [row for row in self.rows if first <= row.step <= step - LAG]
         return np.array(limits_of(known, self.config.stability), np.float32)
 
-    def spike(self) -> Spike | None:
-        """What the newest row ends, if that is more than an outlier."""
+    def _judge(self) -> Spike | None:
         return spike_of(self.rows, self.config.stability, self.config.optimizer.max_skips_in_a_row)
 
     def suspects(self) -> list[int]:

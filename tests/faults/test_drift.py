@@ -49,6 +49,7 @@ def late(straight, tmp_path_factory):
 # ---- other places ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C1")
 def test_arrays_are_the_same_on_any_mesh(straight, tiny_config, tmp_path):
     """Restored on one mesh after the other, each time from what the last one saved: equal digests of every array."""
     expected = runs.meta(straight, 25)["digests"]
@@ -72,6 +73,7 @@ def test_arrays_are_the_same_on_any_mesh(straight, tiny_config, tmp_path):
         assert runs.meta(workdir, 25)["digests"] == expected
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.parametrize(
     ("sizes", "step"), [(sizes, 10 if i == 1 else 20) for i, (sizes, n) in enumerate(OTHER_MESHES) if n == 8]
 )
@@ -83,6 +85,7 @@ def test_another_mesh_goes_on_within_rounding(tiny_data, straight, stopped, late
     compare_within_rounding(workdir, straight, step)
 
 
+@pytest.mark.fault("C1")
 def test_one_device_goes_on_within_rounding(straight, late, start, tmp_path):
     workdir = runs.copy_run(late, tmp_path / "run")
     start(workdir, devices=1).wait(0)
@@ -130,6 +133,7 @@ DRIFTS = {
 }
 
 
+@pytest.mark.fault("C4", "C5")
 @pytest.mark.parametrize("name", DRIFTS)
 def test_drift_is_refused_key_by_key(tiny_data, stopped, command, tmp_path, name):
     workdir, (overrides, differences) = runs.copy_run(stopped, tmp_path / "run"), DRIFTS[name]
@@ -171,6 +175,7 @@ def other_data(source, to, *, swap_tokens=False, change=None):
     return to
 
 
+@pytest.mark.fault("C7", "C8")
 def test_another_tokenizer_or_store_is_refused(tiny_data, late, command, tmp_path):
     """Same sizes, same counts: two tokens have changed places, or one token of one document is another."""
     swapped = other_data(tiny_data, tmp_path / "swapped", swap_tokens=True)
@@ -189,6 +194,7 @@ def test_another_tokenizer_or_store_is_refused(tiny_data, late, command, tmp_pat
     assert command.train(same, workdir).code == 0
 
 
+@pytest.mark.fault("C5")
 def test_drift_allowed_by_name_is_an_epoch(tiny_data, straight, stopped, command, tmp_path):
     """Allowed: it runs, an epoch says what was allowed, the past stays what it was, a restart needs no more leave."""
     workdir = runs.copy_run(stopped, tmp_path / "run")
@@ -229,7 +235,7 @@ def test_drift_allowed_by_name_is_an_epoch(tiny_data, straight, stopped, command
 def test_a_change_under_which_nothing_was_saved_leaves_no_trace(tiny_data, late, command, tmp_path):
     """Allowed, and failed before its first checkpoint: the old command goes on as if it had not been."""
     workdir = runs.copy_run(late, tmp_path / "run")
-    changed = {"seed": 5, "allow_drift": "('seed',)", "stages.1.lr_peak": 1e30, "stages.1.lr_final": 1e30}
+    changed = {"seed": 5, "stages.1.lr_peak": 1e30, "stages.1.lr_final": 1e30, "stability.rollback.most": 0}
     ended = command(*runs.arguments(tiny_data, workdir, {**changed, "allow_drift": "('seed','stages')"}))
     assert ended.code == 65, ended
     assert [epoch.config["seed"] for epoch in read_epochs(workdir)] == [22238, 5]
@@ -239,16 +245,19 @@ def test_a_change_under_which_nothing_was_saved_leaves_no_trace(tiny_data, late,
     assert [path.name[:10] for path in (workdir / "abandoned").iterdir()] == ["epoch-0002"]
 
 
+@pytest.mark.fault("A8")
 def test_launches_without_a_checkpoint_come_to_an_end(tiny_data, late, command, tmp_path):
     """A restart script's loop ends with 78; a run that came to its end may be started again and again."""
     workdir = runs.copy_run(late, tmp_path / "run")
     wrong = {"checkpoint.max_launches": 2, "stages.1.lr_peak": 1e30, "allow_drift": "('stages',)"}
+    wrong |= {"stability.rollback.most": 0}
     assert [command(*runs.arguments(tiny_data, workdir, wrong)).code for _ in range(3)] == [65, 65, 78]
     error = command.refuse(78, *runs.arguments(tiny_data, workdir, {"checkpoint.max_launches": 2}))
     assert "2 launches since" in error and "no new checkpoint after step 20" in error
     assert [command.train(tiny_data, workdir, {"checkpoint.max_launches": 3}).code for _ in range(4)] == [0] * 4
 
 
+@pytest.mark.fault("C4")
 def test_drift_that_does_not_fit_changes_nothing(tiny_data, late, command, tmp_path):
     """Leave to change the model's width cannot help: 78, and the run can still go on as it was."""
     workdir = runs.copy_run(late, tmp_path / "run")
@@ -267,6 +276,7 @@ CHANGED_METAS = {
 }
 
 
+@pytest.mark.fault("C6", "C9")
 @pytest.mark.parametrize("name", CHANGED_METAS)
 def test_another_layout_is_refused(tiny_data, stopped, command, tmp_path, name):
     """A checkpoint that is whole but of other arrays or another version: 78, no cast, no fall-back."""
@@ -281,6 +291,25 @@ def test_another_layout_is_refused(tiny_data, stopped, command, tmp_path, name):
     assert runs.checkpoint_steps(workdir) == [10]
 
 
+@pytest.mark.fault("C10")
+def test_other_versions_are_said_once(tiny_data, late, command, tmp_path):
+    """With both, and the run goes on; where they are the same nothing is said. Seen red without the line."""
+    workdir = runs.copy_run(late, tmp_path / "run")
+    path = workdir / "checkpoints" / "20" / "meta" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["meta_sha256"]
+    now = dict(meta["versions"])
+    meta["versions"] |= {"jax": "0.4.1", "orbax-checkpoint": "0.1.2"}
+    path.write_text(json.dumps({**meta, "meta_sha256": sha256_json(meta)}))
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0, ended
+    [line] = [line for line in ended.lines if "0.4.1" in line]
+    both = f"jax 0.4.1, now {now['jax']}; orbax-checkpoint 0.1.2, now {now['orbax-checkpoint']}"
+    assert line.startswith(f"checkpoint 20 was saved with other versions: {both}")
+    again = command.train(tiny_data, workdir)
+    assert again.code == 0 and not any("other versions" in line for line in again.lines)
+
+
 # ---- decisions of the journal ------------------------------------------------------------------------------
 
 
@@ -293,7 +322,7 @@ def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
         first, *_, last = old.positions(step).tolist()
         decision = {
             "kind": kind,
-            "positions": (first, last + 1),
+            "ranges": [(first, last + 1)],
             "at_step": 10,
             "by": "test",
             "why": "a test",
