@@ -18,7 +18,7 @@ def rules(**changes):
 
 
 def play(bad, every, rules):
-    """(journal, {step: positions} of the run's line, of each of its branches) where steps that read `bad` are spikes."""
+    """(journal, {step: positions} of the run's line, and of each branch) where steps that read `bad` are spikes."""
     journal, read, branches, step = [], {}, [], 0
     order = order_of(EPOCHS, journal)
     while step < order.num_steps:

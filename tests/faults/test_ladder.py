@@ -59,6 +59,7 @@ def gone_around(straight, tiny_data, tmp_path_factory):
         return workdir, start(workdir, QUICK, patch=spiky(straight, 14, 15)).wait(0)
 
 
+@pytest.mark.fault("B9", "D6")
 def test_a_spike_in_the_data_is_gone_around(gone_around, straight):
     """Seen at 15, back to 12: what steps 13 to 16 read goes to the stage's end, where it is met again and skipped."""
     workdir, lines = gone_around
@@ -175,6 +176,7 @@ def test_a_kill_in_a_roll_back_leaves_the_old_or_the_new(
     assert not runs.leftovers(workdir)
 
 
+@pytest.mark.fault("D7")
 def test_a_run_that_is_cut_short_decides_as_the_other(gone_around, straight, tiny_data, start, tmp_path):
     """Killed where the window is full and before the spike: limits come from the ledger, so the same steps are
     outliers, the same place is gone around. Seen red with a guard that begins without rows."""
