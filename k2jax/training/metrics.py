@@ -79,7 +79,7 @@ class Recorder:
     def _record(
         self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float, pushed: float
     ) -> None:
-        layers = metrics.get("layers")  # which only few rows have
+        layers = metrics["layers"]  # which only few rows have
         values = jax.device_get({key: value for key, value in metrics.items() if key != "layers"})
         # On CPU a step is done when its call returns (cluster.initialize).
         now = pushed if jax.default_backend() == "cpu" else time.perf_counter()
@@ -119,7 +119,7 @@ class Recorder:
             )
             self.steps.append(_jsonable(row) | self._layers(row, layers))
         for sink in self.sinks:
-            sink.put(step, row)
+            sink.put(step, _jsonable(row))
         self._tell(step, row)
 
     def _clipped(self, clipped: bool) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Recorder:
             self.clipped_steps += clipped
         return {"clipped": clipped, "clipped_steps": self.clipped_steps}
 
-    def _layers(self, row: dict[str, Any], layers: dict[str, jax.Array] | None) -> dict[str, Any]:
+    def _layers(self, row: dict[str, Any], layers: dict[str, jax.Array]) -> dict[str, Any]:
         """{"layers": {series: a number of each layer}} every so many steps, and of each that was not as others."""
         every = self.config.log.layers_every
         if row["applied"] and not row["outlier"] and not (every and row["step"] % every == 0):
