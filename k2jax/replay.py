@@ -30,7 +30,7 @@ from k2jax.run.ledger import Ledger, StepLog, bits_float, float_bits
 from k2jax.run.saved import saved_steps
 from k2jax.run.storage import is_thinned, read_meta
 from k2jax.training.launch import Launch
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_state
 from k2jax.training.program import feed_steps
 
@@ -67,7 +67,7 @@ def replay(workdir: Path, first: int, count: int, stores: str | None = None, say
     mesh = mesh_here(config)
     with jax.set_mesh(mesh):
         compile_cache.use(say)
-        shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+        shapes = jax.eval_shape(lambda: first_state(config))
         shardings = place_state(config, shapes, mesh)
         if start is None:
             say("from the seed")
