@@ -71,6 +71,11 @@ def base() -> ConfigDict:
     c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms
     c.optimizer.decay_embeddings = True   # False: weight_decay spares the embedding (which may be the head, too)
     c.optimizer.clip_norm = 1.0           # global gradient norm
+    c.optimizer.adagc = ConfigDict()      # AdaGC: each tensor's gradient clipped by its own history (remedies.py)
+    c.optimizer.adagc.ratio = 0.0         # to so many times its mean norm; AdaGC: 1.05; 0: off
+    c.optimizer.adagc.beta = 0.98         # of the moving mean
+    c.optimizer.adagc.warmup_updates = 100 # first, in which clip_norm clips, and after them no more
+    c.optimizer.update_clip = 0.0         # largest RMS of g / sqrt(v) in a tensor, else smaller steps; 1.0; 0: off
     c.optimizer.max_skips_in_a_row = 3    # non-finite steps that are a spike: see stability
 
     c.stability = ConfigDict()            # outliers, spikes and what is done about them: stability/detect.py
@@ -105,6 +110,7 @@ def base() -> ConfigDict:
     c.data.tokenizer = "data/k2/tokenizer.json" # its SHA-256 must be the stores'
     c.data.eos = ""                       # of its control tokens, the one that ends documents; "": the stores'
     c.data.label_shift = "next"           # "next": windows of T+1 tokens; "inside": K2's own, one target a row lost
+    c.data.mask_repeats = 0               # rows with 1 to 13 tokens so often in a row weigh nothing; OLMo: 32; 0: off
     c.data.verify = "sizes"               # at start: "sizes" of the stores' files, or "sha256" of their bytes
     c.data.threads = 2                    # that read ahead in each process
     c.data.workers = 0                    # worker processes that read ahead; never change what is read
@@ -181,12 +187,14 @@ RANGES = {
         watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate
         stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most
         stability.rollback.before stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
+    "[0, 1000000000)": """optimizer.adagc.ratio optimizer.adagc.warmup_updates optimizer.update_clip
+        data.mask_repeats""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.
     "(0, inf)": """optimizer.clip_norm optimizer.eps model.norm_eps model.init_std model.rope_scaling.low_freq_factor
         model.rope_scaling.high_freq_factor model.rope_scaling.original_context stages.*.mix.*
         stability.deviations""",
     "(1, inf)": "stages.*.rope_base",
-    "[0, 1)": "optimizer.b1 optimizer.b2",
+    "[0, 1)": "optimizer.b1 optimizer.b2 optimizer.adagc.beta",
     "[0, 4294967296)": "seed",
 }
 _RANGE_OF = {key: interval for interval, keys in RANGES.items() for key in keys.split()}

@@ -52,7 +52,7 @@ from k2jax.training.guard import Guard, check_parameters, recent_rows
 from k2jax.training.launch import Launch, process_age_s
 from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_state
 from k2jax.training.program import feed_steps
 from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
@@ -91,7 +91,7 @@ def train_on(
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
         watchdog.at("restore")
-        shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+        shapes = jax.eval_shape(lambda: first_state(config))
         shardings = place_state(config, shapes, mesh)
         between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
         # 0: of imported weights
