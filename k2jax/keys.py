@@ -92,6 +92,7 @@ def base() -> ConfigDict:
     c.stability.rollback.how = "defer"    # the steps around the spike go to the stage's end, or "skip"
     c.stability.rollback.before = 50      # steps before the first above a limit that do
     c.stability.rollback.after = 50       # and after it
+    c.stability.rollback.replay = 50      # a spike at most so many steps after that checkpoint is run again: doctor.py
     c.stability.rollback.watch = 200      # steps after the spike's place without another one: it has helped
 
     c.compiler = ConfigDict()             # XLA's options, as ("xla_tpu_enable_async_collective_fusion=true",)
@@ -185,7 +186,7 @@ RANGES = {
     "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
         checkpoint.max_launches log.layers_every
         watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate
-        stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most
+        stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most stability.rollback.replay
         stability.rollback.before stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
     "[0, 1000000000)": """optimizer.adagc.ratio optimizer.adagc.warmup_updates optimizer.update_clip
         data.mask_repeats""",

@@ -27,13 +27,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from k2jax import config as configuration
-from k2jax import files, paths
+from k2jax import paths, spikes
 from k2jax.bucket import BucketPath
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.epochs import check_journal, check_resume, order_of
 from k2jax.data.manifest import describe
 from k2jax.data.order import Order
-from k2jax.doctor import diagnose
 from k2jax.ending import report
 from k2jax.errors import Preempted, run_main
 from k2jax.parallel import cluster, compile_cache
@@ -43,8 +42,6 @@ from k2jax.run.directory import RunDirectory
 from k2jax.run.fork import parse_fork
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
-from k2jax.stability import telling
-from k2jax.stability.detect import Spike
 from k2jax.text import shown
 from k2jax.training import recovery
 from k2jax.training.clock import Clock
@@ -87,6 +84,8 @@ def train_on(
         say(describe(manifest))
         run.check(config, manifest, dict(mesh.shape), launched=not launch.again)
         clock.keep(run.path)
+        if launch.again and not run.mirror:
+            spikes.run_again(run, config.stability.rollback.replay, say)
         launch.did("data")
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
@@ -142,7 +141,7 @@ def train_on(
                     watchdog.at("save")
                     recorder.end(checkpoints.wait())
                     checkpoints.close()
-                    examine(run, guard.spike)
+                    spikes.examine(run, guard.spike, say)
                     recovery.roll_back(guard.spike, config, run.path, epochs, journal, checkpoints, say)
                     return False
                 recovery.keep_watch(guard, run.path, journal, checkpoints)
@@ -161,19 +160,6 @@ def train_on(
         report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run, say)
         run.end()
         return True
-
-
-def examine(run: RunDirectory, spike: Spike) -> None:
-    """What a spike was, as far as the records say: told, and kept in spikes/. `python -m k2jax.doctor` says more."""
-
-    def look() -> list[str]:
-        found = diagnose(run.path, spike.crossing, again=False)
-        files.make_folder(run.path / "spikes")
-        files.write_text(run.path / "spikes" / f"{spike.crossing}-{spike.step}.json", telling.as_json(found) + "\n")
-        return telling.text(found)
-
-    for line in cluster.decide("examines a spike", look):
-        say(line)
 
 
 def open_records(
