@@ -96,6 +96,7 @@ class Recorder:
             "loss_limit": float(values["loss_limit"]),
             "grad_norm_limit": float(values["grad_norm_limit"]),
             "tokens_seen": self.tokens_seen,
+            "transient_errors": values.get("transient_errors"),  # of a step that was computed again
             **self._speed(plan, step_s),
             "planned_step_s": self.planned.get(plan.name),
             "data_wait_s": data_wait_s,
