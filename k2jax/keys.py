@@ -87,6 +87,7 @@ def base() -> ConfigDict:
     c.stability.max_skips = 8             # steps without an update in a window that make it a spike
     c.stability.persistence = 100         # steps in a row above a limit that do
     c.stability.drift = 0.02              # of the loss: median of 50 over that of 2,000, as a share, that does
+    c.stability.rerun_every = 0           # steps of which one is computed again, and devices are tested; 0: none
     c.stability.rollback = ConfigDict()   # of a spike, by the run itself: stability/ladder.py
     c.stability.rollback.most = 3         # one after the other, each wider, until it stops with 65; 0: at once
     c.stability.rollback.how = "defer"    # the steps around the spike go to the stage's end, or "skip"
@@ -187,7 +188,8 @@ RANGES = {
         checkpoint.max_launches log.layers_every
         watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate
         stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most stability.rollback.replay
-        stability.rollback.before stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
+        stability.rollback.before stability.rerun_every
+        stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
     "[0, 1000000000)": """optimizer.adagc.ratio optimizer.adagc.warmup_updates optimizer.update_clip
         data.mask_repeats""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.
@@ -205,8 +207,8 @@ _RANGE_OF = {key: interval for interval, keys in RANGES.items() for key in keys.
 # it computes (beyond the order of floating-point sums). All else is drift. data.eos must be the stores' in any case.
 FREE_KEYS = tuple(
     """mesh log watchdog checkpoint eval allow_drift data.root data.tokenizer data.eos data.verify data.threads
-    data.workers data.prefetch compiler stability.rollback model.remat model.rings model.unroll model.attention
-    model.pipeline loss.block stages.*.microbatches""".split()
+    data.workers data.prefetch compiler stability.rollback stability.rerun_every model.remat
+    model.rings model.unroll model.attention model.pipeline loss.block stages.*.microbatches""".split()
 )
 
 

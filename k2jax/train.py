@@ -52,6 +52,7 @@ from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_state
 from k2jax.training.program import feed_steps
+from k2jax.training.rerun import Rerun
 from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
 
 
@@ -121,6 +122,7 @@ def train_on(
         work = feed_steps(
             config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say, launch=launch
         )
+        rerun = Rerun(config, mesh, shapes, shardings, manifest, clock, say)
         watchdog.at("data")
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
@@ -128,9 +130,10 @@ def train_on(
                 if cluster.preempted():
                     watchdog.at("save")
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
+                again = rerun.check(step, plan, state, batch)
                 state, metrics = run_step(state, batch._replace(limits=guard.limits(step)))
                 # Reads the metrics of the step before this one, so that the device is not waited for.
-                recorder.push(step, plan, metrics, data_wait_s)
+                recorder.push(step, plan, metrics | again, data_wait_s)
                 clock.stepped(step, recorder.last_row)
                 note_first_step(launch, recorder, run)
                 due = step in save_steps or is_multiple(step, config.checkpoint.every_steps)

@@ -22,6 +22,7 @@ from k2jax.model.decoder import LAYOUT_VERSION
 from k2jax.parallel import cluster
 from k2jax.run import digest, storage
 from k2jax.run.bucket_steps import BucketLineage, BucketSteps
+from k2jax.run.devices import check_copies
 from k2jax.run.disk_layout import from_disk
 from k2jax.run.lineage import Lineage, Policy
 from k2jax.run.mirror import Mirror
@@ -104,7 +105,7 @@ class Checkpoints:
         """Starts saving; returns when the arrays are copied and training may go on. Waits for an earlier save.
 
         A write that fails is tried again in the background, for some minutes. Raises StorageError when this or an
-        earlier save fails for good.
+        earlier save fails for good, and NumericsError where devices have different copies of an array.
         """
         self.wait()
         if self._steps and step <= max(self._steps):
@@ -113,6 +114,7 @@ class Checkpoints:
                 f"{self.lineage.abandoned}"
             )
         arrays = flat(state)
+        check_copies(arrays, f"step {step}")
         parent = {key: self.last_meta[key] for key in ("step", "digest")} if self.last_meta else None
         described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
         digests: Future[dict[str, jax.Array]] = Future()

@@ -103,6 +103,7 @@ class Recorder:
             "grad_norm_limit": float(values["grad_norm_limit"]),
             **{key: int(values[key]) for key in COUNTS if key in values},
             "tokens_seen": self.tokens_seen,
+            "transient_errors": values.get("transient_errors"),  # of a step that was computed again
             **self._speed(plan, step_s),
             "planned_step_s": self.planned.get(plan.name),
             "data_wait_s": data_wait_s,
