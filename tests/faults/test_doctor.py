@@ -211,7 +211,7 @@ def test_a_wrong_learning_rate(run, data, tmp_path):
     found = diagnose(went_on(run, data, tmp_path / "run", **more), 25)
     assert causes(found)[0] == ("optimizer or learning rate", "likely")
     assert ("configuration change", "likely") in causes(found)
-    assert found["at"] == 22 and found["crossings"][0]["series"].startswith("update/weight")
+    assert found["at"] == 22 and found["crossings"][0]["series"].startswith("update_ratio")
     [rate] = [one for one in found["changes"] if one["kind"] == "learning rate"]
     assert rate["step"] == 21 and rate["ratio"] > 100
 
