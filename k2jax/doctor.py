@@ -141,7 +141,7 @@ def _again(
         rerun = Rerun(workdir, at, stores, say)
         same, launched = same_program(workdir, at), _launched(changed, places)
         return Trials(rerun, at, places, ordinary(rows, at - 1, rerun.config.stability), same, launched).run()
-    except RunError as error:
+    except (RunError, OSError) as error:
         why = {"not_possible": str(error)}
         say(f"not possible: {error}")
         return {"replay": why, "checkpoint": why, "state": why, "data": why}

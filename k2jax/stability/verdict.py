@@ -107,10 +107,13 @@ def _hardware(evidence: Evidence) -> Verdict | None:
     if first is None:
         return None
     told = f"step {first['step']} of the replay is {first['apart']:.1e} from the ledger"
+    if not first["batch"]:
+        why = f"step {first['step']} read another batch: stores, journal or ledger are not what they were"
+        return Verdict(cause, POSSIBLE, [why])
     if replay["same_program"]:
         why = f"{told}, and two replays are equal: the run's own step went wrong, or the ledger was changed"
         return Verdict(cause, LIKELY, [why])
-    if first["apart"] > replay["close"] or not first["batch"]:
+    if first["apart"] > replay["close"]:
         why = f"{told}: more than {replay['close']:.0e}, which other devices or versions explain"
         return Verdict(cause, POSSIBLE, [why])
     return None
