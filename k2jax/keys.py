@@ -172,7 +172,8 @@ RANGES = {
         model.ffn_dim model.unroll model.pipeline.microbatches model.pipeline.repeats model.rope_scaling.factor
         loss.block optimizer.max_skips_in_a_row data.threads data.prefetch eval.windows eval.new_tokens log.every_steps
         stages.*.sequence_length stages.*.rows_per_step stages.*.microbatches stages.*.steps_per_chunk
-        stages.*.chunks checkpoint.moments_every stability.max_skips stability.rollback.after stability.rollback.watch""",
+        stages.*.chunks checkpoint.moments_every
+        stability.max_skips stability.rollback.after stability.rollback.watch""",
     "[8, 2001)": "stability.window",  # of no more rows than detect.HISTORY
     "[1, 2001)": "stability.persistence",
     "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between

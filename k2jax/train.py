@@ -47,6 +47,7 @@ from k2jax.stability import telling
 from k2jax.stability.detect import Spike
 from k2jax.text import shown
 from k2jax.training import recovery
+from k2jax.training.clock import Clock
 from k2jax.training.guard import Guard, check_parameters, recent_rows
 from k2jax.training.launch import Launch, process_age_s
 from k2jax.training.launch import describe as describe_launch
@@ -74,7 +75,8 @@ def train_on(
     """From the newest checkpoint to the end; False where a spike was met and the run rolled back."""
     check_processes_agree(config)
     mesh = mesh_of(config)
-    with Watchdog(config.watchdog) as watchdog, RunDirectory(workdir, say) as run, jax.set_mesh(mesh):
+    clock = Clock(launch, say)
+    with Watchdog(config.watchdog, clock.at) as watchdog, RunDirectory(workdir, say) as run, clock, jax.set_mesh(mesh):
         compile_cache.use(say)
         launch.did("coming together")
 
@@ -84,6 +86,7 @@ def train_on(
         stores, manifest = open_same_data(config)
         say(describe(manifest))
         run.check(config, manifest, dict(mesh.shape), launched=not launch.again)
+        clock.keep(run.path)
         launch.did("data")
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
@@ -95,6 +98,7 @@ def train_on(
         checkpoints = Checkpoints(run.place, [0], between, say, moments_every=every, mirror=run.mirror)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
+        clock.goes_on_from(step)
         stopping.at_once(f"step {step} is saved" if step else "before the first step")
 
         # ---- the data is a function of epochs, journal and step ----------------------------------------------------
@@ -128,6 +132,7 @@ def train_on(
                 state, metrics = run_step(state, batch._replace(limits=guard.limits(step)))
                 # Reads the metrics of the step before this one, so that the device is not waited for.
                 recorder.push(step, plan, metrics, data_wait_s)
+                clock.stepped(step, recorder.last_row)
                 note_first_step(launch, recorder, run)
                 due = step in save_steps or is_multiple(step, config.checkpoint.every_steps)
                 if due:

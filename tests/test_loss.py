@@ -231,6 +231,16 @@ def test_masked_rows_have_the_loss_of_their_documents_alone(label_shift):
     assert packed.targets == 19 and abs(packed.loss / 19 - masked.loss / 17) > 1e-3
 
 
+@pytest.mark.fault("D12")
+def test_rows_of_one_token_and_of_ends_alone_weigh_what_they_have():
+    """Of one token there is one target with label_shift "next" and none inside; of EOS alone there is none."""
+    one = sums_of(tokens_of(2, 2))
+    assert one.targets == 2 and 0 < one.loss < 2 * 20
+    ends = np.full((2, 5), EOS)
+    for none in (sums_of(tokens_of(2, 1), label_shift="inside"), sums_of(ends, masked=True)):
+        assert none.targets == 0 and none.loss == 0
+
+
 # ---- on a TPU, by its compiler -------------------------------------------------------------------------------------
 
 COMPILE = """

@@ -291,6 +291,25 @@ def test_another_layout_is_refused(tiny_data, stopped, command, tmp_path, name):
     assert runs.checkpoint_steps(workdir) == [10]
 
 
+@pytest.mark.fault("C10")
+def test_other_versions_are_said_once(tiny_data, late, command, tmp_path):
+    """With both, and the run goes on; where they are the same nothing is said. Seen red without the line."""
+    workdir = runs.copy_run(late, tmp_path / "run")
+    path = workdir / "checkpoints" / "20" / "meta" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["meta_sha256"]
+    now = dict(meta["versions"])
+    meta["versions"] |= {"jax": "0.4.1", "orbax-checkpoint": "0.1.2"}
+    path.write_text(json.dumps({**meta, "meta_sha256": sha256_json(meta)}))
+    ended = command.train(tiny_data, workdir)
+    assert ended.code == 0, ended
+    [line] = [line for line in ended.lines if "0.4.1" in line]
+    both = f"jax 0.4.1, now {now['jax']}; orbax-checkpoint 0.1.2, now {now['orbax-checkpoint']}"
+    assert line.startswith(f"checkpoint 20 was saved with other versions: {both}")
+    again = command.train(tiny_data, workdir)
+    assert again.code == 0 and not any("other versions" in line for line in again.lines)
+
+
 # ---- decisions of the journal ------------------------------------------------------------------------------
 
 

@@ -59,6 +59,7 @@ def gone_around(straight, tiny_data, tmp_path_factory):
         return workdir, start(workdir, QUICK, patch=spiky(straight, 14, 15)).wait(0)
 
 
+@pytest.mark.fault("B9", "D6")
 def test_a_spike_in_the_data_is_gone_around(gone_around, straight):
     """Seen at 15, back to 12: what steps 13 to 16 read goes to the stage's end, where it is met again and skipped."""
     workdir, lines = gone_around
@@ -175,6 +176,7 @@ def test_a_kill_in_a_roll_back_leaves_the_old_or_the_new(
     assert not runs.leftovers(workdir)
 
 
+@pytest.mark.fault("D7")
 def test_a_run_that_is_cut_short_decides_as_the_other(gone_around, straight, tiny_data, start, tmp_path):
     """Killed where the window is full and before the spike: limits come from the ledger, so the same steps are
     outliers, the same place is gone around. Seen red with a guard that begins without rows."""
@@ -200,6 +202,16 @@ def test_processes_go_back_together(gone_around, straight, tiny_data, start, tmp
     assert found == expected
     assert len(branches.rollbacks(read_journal(workdir / "journal.jsonl"))) == 2
     assert sorted(p.name for p in (workdir / "branches").iterdir()) == ["01", "02"]
+
+
+def test_the_checkpoint_before_stays(straight, tiny_data, start, tmp_path):
+    """Bad data at 14 and 19: what was saved at 12 is still there at 19, though no checkpoint in between is kept.
+    Seen red without pins."""
+    workdir = tmp_path / "run"
+    start(workdir, {**QUICK, "checkpoint.keep_between": 0}, patch=spiky(straight, 14, 19)).wait(0)
+    first, *_ = branches.rollbacks(read_journal(workdir / "journal.jsonl"))
+    assert (first["crossing"], first["seen_at"], first["at_step"]) == (14, 19, 12)
+    assert runs.checkpoint_steps(workdir / "branches" / "01") == [16]
 
 
 def test_what_does_not_help_ends_with_65(straight, tiny_data, command, monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
 """The fault matrix: what can go wrong, what must happen then, and the tests that hold it, marked with the row's id.
 
 A: interruption. B: storage. C: what differs between save and resume. D: numerics. E: several processes. F: data.
-S: what comes from others. Exit codes: 75 saved, restart; 74 storage; 65 numerics; 78 configuration or data; 70 the rest.
+S: what comes from others. Exit codes: 75 saved, restart; 74 storage; 65 numerics; 78 configuration or data; 70 others.
 """
 
 import ast
