@@ -177,7 +177,10 @@ def other_data(source, to, *, swap_tokens=False, change=None):
 
 @pytest.mark.fault("C7", "C8")
 def test_another_tokenizer_or_store_is_refused(tiny_data, late, command, tmp_path):
-    """Same sizes, same counts: two tokens have changed places, or one token of one document is another."""
+    """Same sizes, same counts: two tokens have changed places, or one token of one document is another.
+
+    Seen red without the tokenizer's SHA-256 in the identity; without the stores' digests in it.
+    """
     swapped = other_data(tiny_data, tmp_path / "swapped", swap_tokens=True)
     changed = other_data(tiny_data, tmp_path / "changed", change="code")
     same = other_data(tiny_data, tmp_path / "same")
@@ -278,7 +281,10 @@ CHANGED_METAS = {
 @pytest.mark.fault("C6", "C9")
 @pytest.mark.parametrize("name", CHANGED_METAS)
 def test_another_layout_is_refused(tiny_data, stopped, command, tmp_path, name):
-    """A checkpoint that is whole but of other arrays or another version: 78, no cast, no fall-back."""
+    """A checkpoint that is whole but of other arrays or another version: 78, no cast, no fall-back.
+
+    Seen red without the comparison of shapes and types.
+    """
     workdir = runs.copy_run(stopped, tmp_path / "run")
     path = workdir / "checkpoints" / "10" / "meta" / "meta.json"
     meta = json.loads(path.read_text())
