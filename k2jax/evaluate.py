@@ -14,6 +14,7 @@ import sys
 
 from k2jax import paths
 from k2jax.errors import run_main
+from k2jax.run import branches
 
 EPILOG = """\
 tasks:
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = p.add_argument
-    paths.add(p, "--workdir", buckets=True, required=True, metavar="DIR", help="run directory")
+    branches.add_options(p)
     add("--steps", metavar="WHICH", help="newest (default), all (default with --watch), every:3 (every third "
         "checkpoint counted from the run's beginning, as K2's), or 10,20")  # fmt: skip
     add("--tasks", default="validation", metavar="A,B", help="see below (default: validation)")
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     p = parser()
     args = p.parse_args()
+    args.workdir = branches.chosen(args)
     steps = args.steps or ("all" if args.watch else "newest")
     if args.watch and steps == "newest":
         p.error("--watch waits for steps: --steps is all, every:N or steps with commas between them")

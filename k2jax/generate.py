@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from k2jax import paths
 from k2jax.errors import ConfigError, run_main
+from k2jax.run import branches
 
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 
@@ -76,7 +77,7 @@ def parse() -> argparse.Namespace:
         prog="python -m k2jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    paths.add(parser, "--workdir", buckets=True, required=True, metavar="DIR", help="the run directory")
+    branches.add_options(parser)
     add("--step", type=int, help="a checkpoint (default: the newest)")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     paths.add(parser, "--prompts", metavar="FILE", help="a prompt a line; in a .jsonl file a line is "
@@ -95,6 +96,7 @@ def parse() -> argparse.Namespace:
         "here, else all on fsdp). fsdp gathers the weights at every token, tensor leaves them in place")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object a prompt")
     args = parser.parse_args()
+    args.workdir = branches.chosen(args)
     if not args.prompt and not args.prompts:
         parser.error("--prompt or --prompts is needed")
     if args.suffix is not None and len(args.prompt) != 1:

@@ -38,6 +38,7 @@ def base() -> ConfigDict:
     c.model.norm_eps = 1e-5               # of RMSNorm
     c.model.init_std = 0.02               # of every matrix; residual outputs are scaled down (decoder.py, INIT)
     c.model.tie_embeddings = False        # True: the head is the embedding transposed
+    c.model.qk_norm = False               # True: q and k of each head are RMS-normed before RoPE, as in Qwen3
     c.model.mask_documents = False        # True: attention and loss stop at document ends (K2: packed, unmasked)
     c.model.remat = "none"                # kept for backward: "none" all, "full" layer inputs, or "dots", q+k+up@host
     c.model.rings = ()                    # sizes that gathers over mesh.fsdp go by, such as (8, 8, 8) on v5p:8x8x8
@@ -68,8 +69,9 @@ def base() -> ConfigDict:
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms
+    c.optimizer.decay_embeddings = True   # False: weight_decay spares the embedding (which may be the head, too)
     c.optimizer.clip_norm = 1.0           # global gradient norm
-    c.optimizer.max_skips_in_a_row = 3    # non-finite steps that stop the run (exit code 65)
+    c.optimizer.max_skips_in_a_row = 3    # non-finite steps that are a spike: see stability
 
     c.stability = ConfigDict()            # outliers, spikes and what is done about them: stability/detect.py
     c.stability.window = 128              # accepted steps from whose median the limits are computed
@@ -131,6 +133,7 @@ def base() -> ConfigDict:
     c.log.tensorboard = True              # event files in workdir/tensorboard
     c.log.wandb_project = ""              # Weights & Biases project; "" is off. The key is read from the environment
     c.log.every_steps = 10                # steps between printed lines
+    c.log.layers_every = 10               # steps between rows that have norms by layer; 0: only where a step is odd
     return c.lock()
 # fmt: on
 
@@ -169,12 +172,14 @@ RANGES = {
         model.ffn_dim model.unroll model.pipeline.microbatches model.pipeline.repeats model.rope_scaling.factor
         loss.block optimizer.max_skips_in_a_row data.threads data.prefetch eval.windows eval.new_tokens log.every_steps
         stages.*.sequence_length stages.*.rows_per_step stages.*.microbatches stages.*.steps_per_chunk
-        stages.*.chunks checkpoint.moments_every stability.max_skips stability.persistence
-        stability.rollback.after stability.rollback.watch""",
-    "[8, inf)": "stability.window",
+        stages.*.chunks checkpoint.moments_every
+        stability.max_skips stability.rollback.after stability.rollback.watch""",
+    "[8, 2001)": "stability.window",  # of no more rows than detect.HISTORY
+    "[1, 2001)": "stability.persistence",
     "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
-        checkpoint.max_launches watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save
-        watchdog.evaluate stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most
+        checkpoint.max_launches log.layers_every
+        watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate
+        stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most
         stability.rollback.before stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.
     "(0, inf)": """optimizer.clip_norm optimizer.eps model.norm_eps model.init_std model.rope_scaling.low_freq_factor

@@ -33,12 +33,9 @@ from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.epochs import check_journal, check_resume, order_of
 from k2jax.data.manifest import describe
 from k2jax.data.order import Order
-from k2jax.data.tokenizer import load_tokenizer
+from k2jax.doctor import diagnose
+from k2jax.ending import report
 from k2jax.errors import Preempted, run_main
-from k2jax.generate import text_after
-from k2jax.model.decoder import compute_dtype
-from k2jax.model.generation import Generator
-from k2jax.model.sampling import Sampling
 from k2jax.parallel import cluster, compile_cache
 from k2jax.parallel.watchdog import Watchdog
 from k2jax.run.checkpoint import Checkpoints
@@ -46,17 +43,19 @@ from k2jax.run.directory import RunDirectory
 from k2jax.run.fork import parse_fork
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
+from k2jax.stability import telling
+from k2jax.stability.detect import Spike
 from k2jax.text import shown
 from k2jax.training import recovery
+from k2jax.training.clock import Clock
 from k2jax.training.guard import Guard, check_parameters, recent_rows
 from k2jax.training.launch import Launch, process_age_s
 from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import init_state
-from k2jax.training.placement import make_state, mesh_for, mesh_of, move_params, place_state
+from k2jax.training.placement import make_state, mesh_of, place_state
 from k2jax.training.program import feed_steps
 from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
-from k2jax.training.validation import validate
 
 
 def train(
@@ -67,7 +66,7 @@ def train(
 ) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
     while not train_on(config, workdir, forked_from, launch or Launch()):
-        launch = None  # rolled back: it goes on from an earlier checkpoint
+        launch = Launch(again=True)  # rolled back: it goes on from an earlier checkpoint
 
 
 def train_on(
@@ -76,7 +75,8 @@ def train_on(
     """From the newest checkpoint to the end; False where a spike was met and the run rolled back."""
     check_processes_agree(config)
     mesh = mesh_of(config)
-    with Watchdog(config.watchdog) as watchdog, RunDirectory(workdir, say) as run, jax.set_mesh(mesh):
+    clock = Clock(launch, say)
+    with Watchdog(config.watchdog, clock.at) as watchdog, RunDirectory(workdir, say) as run, clock, jax.set_mesh(mesh):
         compile_cache.use(say)
         launch.did("coming together")
 
@@ -85,7 +85,8 @@ def train_on(
             run.fork(*forked_from)
         stores, manifest = open_same_data(config)
         say(describe(manifest))
-        run.check(config, manifest, dict(mesh.shape))
+        run.check(config, manifest, dict(mesh.shape), launched=not launch.again)
+        clock.keep(run.path)
         launch.did("data")
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
@@ -97,6 +98,7 @@ def train_on(
         checkpoints = Checkpoints(run.place, [0], between, say, moments_every=every, mirror=run.mirror)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
+        clock.goes_on_from(step)
         stopping.at_once(f"step {step} is saved" if step else "before the first step")
 
         # ---- the data is a function of epochs, journal and step ----------------------------------------------------
@@ -130,16 +132,18 @@ def train_on(
                 state, metrics = run_step(state, batch._replace(limits=guard.limits(step)))
                 # Reads the metrics of the step before this one, so that the device is not waited for.
                 recorder.push(step, plan, metrics, data_wait_s)
+                clock.stepped(step, recorder.last_row)
                 note_first_step(launch, recorder, run)
                 due = step in save_steps or is_multiple(step, config.checkpoint.every_steps)
                 if due:
                     watchdog.at("save")
                     recorder.flush()
-                if spike := guard.spike():
+                if guard.spike:
                     watchdog.at("save")
                     recorder.end(checkpoints.wait())
                     checkpoints.close()
-                    say(recovery.describe(recovery.roll_back(spike, config, run.path, epochs, journal, checkpoints)))
+                    examine(run, guard.spike)
+                    recovery.roll_back(guard.spike, config, run.path, epochs, journal, checkpoints, say)
                     return False
                 recovery.keep_watch(guard, run.path, journal, checkpoints)
                 if due:
@@ -154,9 +158,22 @@ def train_on(
         checkpoints.close()
         stopping.at_once(f"step {order.num_steps} is saved, what ends a run is not made")
         watchdog.at("evaluate")
-        report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run)
+        report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run, say)
         run.end()
         return True
+
+
+def examine(run: RunDirectory, spike: Spike) -> None:
+    """What a spike was, as far as the records say: told, and kept in spikes/. `python -m k2jax.doctor` says more."""
+
+    def look() -> list[str]:
+        found = diagnose(run.path, spike.crossing, again=False)
+        files.make_folder(run.path / "spikes")
+        files.write_text(run.path / "spikes" / f"{spike.crossing}-{spike.step}.json", telling.as_json(found) + "\n")
+        return telling.text(found)
+
+    for line in cluster.decide("examines a spike", look):
+        say(line)
 
 
 def open_records(
@@ -223,42 +240,6 @@ def stop(
     recorder.end(checkpoints.wait())
     done = f"; step {step} is saved" if step else " before the first step"
     raise Preempted(f"stopped by {stopping.name()}{done}: run the same command to go on")
-
-
-def report(
-    config: ConfigDict,
-    stage_index: int,
-    state: TrainState,
-    mesh: jax.sharding.Mesh,
-    stores: dict[str, Any],
-    manifest: dict[str, Any],
-    run: RunDirectory,
-) -> None:
-    """The end of a run: validation loss by subset, sampled text, and where things are."""
-    stage, dtype, eos_id = config.stages[stage_index], compute_dtype(config), manifest["eos_id"]
-    windows = config.eval.windows
-    found = validate(config, stage, state.params, mesh, stores, dtype, eos_id, max_windows=windows)
-    for name, v in found.items():
-        say(
-            f"validation {name:16} loss {v.loss:.4f}   unigram {v.unigram_loss:.4f}   ({v.tokens:,} held-out tokens)"
-        )
-    encoder = load_tokenizer(run.path / "tokenizer.json")
-    starts = [encoder.encode(prompt) for prompt in config.eval.prompts]
-    if starts:
-        reader = mesh_for(config, mesh.devices.flat)  # generation has no pipeline
-        params = move_params(config, state.params, reader)
-        generator = Generator(config.model, stage.rope_base, params, reader, dtype, eos_id=eos_id)
-        new = generator.generate(starts, config.eval.new_tokens, sampling=Sampling(0.8), seed=config.seed)
-        for prompt, start, tokens in zip(config.eval.prompts, starts, new, strict=True):
-            say(f"sample: {prompt}|{text_after(encoder.decode, start, tokens)}")
-    if cluster.is_main():
-        values = {"step": int(state.step), "subsets": {name: v._asdict() for name, v in found.items()}}
-        files.write_json(run.path / "validation.json", values, sort_keys=True, end="")
-    say(f"the run: {run.place}")
-    say(
-        f"next: python tools/which_docs.py --workdir={run.place} --step={int(state.step)} shows what a step read;"
-    )
-    say(f"      metrics/*.jsonl hold a row a step; tensorboard --logdir={run.place} draws them")
 
 
 def progress_bar(total: int, done: int) -> tqdm:

@@ -41,7 +41,7 @@ def run(tiny_config, tmp_path_factory):
     _, manifest = open_data(config)
     journal, epochs = [], [new_epoch([], run="0" * 32, after_step=0, config={}, manifest=manifest)]
     for kind, positions in (("skip", (8, 16)), ("defer", (24, 32))):
-        options = {"kind": kind, "positions": positions, "at_step": 0, "by": "test", "why": "a spike"}
+        options = {"kind": kind, "ranges": [positions], "at_step": 0, "by": "test", "why": "a spike"}
         journal.append(decide(epochs, journal, **options))
         append_entry(workdir / "journal.jsonl", journal[-1])
     train(config, workdir)
@@ -298,7 +298,7 @@ def test_a_decision_of_the_journal_after_an_export_changes_what_it_must(run, tmp
     for kind, positions in (("defer", (64, 72)), ("skip", (64, 88))):
         options = {
             "kind": kind,
-            "positions": positions,
+            "ranges": [positions],
             "at_step": 7,
             "by": "test",
             "why": "the end comes early",

@@ -35,16 +35,17 @@ def draw(scale, shape=(2, 5, 33)):
 
 
 def head_loss_of(x, head, targets, weights, options=WHOLE):
-    """(sum, nats, gradients by x and head)."""
+    """(sum, what is told of each position, gradients by x and head)."""
     targets, weights = jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
     run = jax.value_and_grad(lambda x, head: head_loss(x, head, targets, weights, options), (0, 1), has_aux=True)
-    (total, nats), gradients = jax.jit(run)(x, head)
-    return total, nats, *gradients
+    (total, told), gradients = jax.jit(run)(x, head)
+    return total, told, *gradients
 
 
 def of_logits(logits, targets, weights, options=WHOLE):
     """(nats, gradient by the logits): the head is the identity, which products with float32 leave as they are."""
-    return head_loss_of(logits, jnp.eye(logits.shape[-1]), targets, weights, options)[1:3]
+    _, told, gradient, _ = head_loss_of(logits, jnp.eye(logits.shape[-1]), targets, weights, options)
+    return told.nats, gradient
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4, 1e30])
@@ -76,19 +77,22 @@ def test_blocks_give_value_and_gradients_of_the_whole(block, z_loss):
     targets, weights = random.integers(0, V, (B, T)), random.uniform(0, 2, (B, T))
     options = LossOptions(block, z_loss)
     arrays = jnp.asarray(x, jnp.float32), jnp.asarray(head, jnp.float32)
-    total, nats, dx, dhead = head_loss_of(*arrays, targets, weights, options)
+    total, told, dx, dhead = head_loss_of(*arrays, targets, weights, options)
     logits = x @ head
     expected_nats, delta = reference(logits, targets, weights)
     lse = np.log(np.exp(logits).sum(axis=-1))
     delta += (weights * 2 * z_loss * lse)[..., None] * np.exp(logits - lse[..., None])
-    np.testing.assert_allclose(nats, expected_nats, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(told.nats, expected_nats, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(told.log_z, lse, rtol=1e-6)
+    np.testing.assert_allclose(told.logit, np.abs(logits).max(axis=-1), rtol=1e-5)
     np.testing.assert_allclose(total, (weights * (expected_nats + z_loss * lse**2)).sum(), rtol=1e-6)
     np.testing.assert_allclose(dx, delta @ head.T, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(dhead, np.einsum("btd,btv->dv", x, delta), rtol=1e-4, atol=1e-5)
     value = jax.jit(head_loss, static_argnums=4)
     alone = value(*arrays, jnp.asarray(targets), jnp.asarray(weights, jnp.float32), options)
     np.testing.assert_allclose(alone[0], total, rtol=1e-6)
-    np.testing.assert_allclose(alone[1], nats, rtol=1e-5)
+    for found, expected in zip(alone[1], told, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_the_gradient_is_that_of_what_comes_after():
@@ -109,10 +113,10 @@ def test_bfloat16_goes_into_products_and_float32_adds_up():
     logits, targets, weights = draw(3.0, (2, 3, 4000))
     options = LossOptions(logits_dtype="bfloat16")
     x, head = logits.astype(jnp.bfloat16), jnp.eye(4000)
-    _, nats, gradient, dhead = head_loss_of(x, head, targets, weights, options)
+    _, told, gradient, dhead = head_loss_of(x, head, targets, weights, options)
     expected_nats, expected_gradient = reference(x, targets, weights)
-    assert nats.dtype == dhead.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
-    np.testing.assert_allclose(nats, expected_nats, rtol=1e-6)
+    assert told.nats.dtype == told.logit.dtype == dhead.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(told.nats, expected_nats, rtol=1e-6)
     np.testing.assert_allclose(np.asarray(gradient, np.float32), expected_gradient, rtol=2.0**-8, atol=1e-9)
 
 

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -75,7 +76,7 @@ def test_tensorboard_has_every_number(run: Path, metrics: pandas.DataFrame):
         found.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
         at += 12 + length + 4
     for row in metrics.to_dict("records"):
-        for tag in ("loss", "grad_norm/mlp", "lr", "loss/code"):
+        for tag in ("loss", "grad_norm/gate", "lr", "loss/code"):
             if row[tag] == row[tag]:
                 assert found[tag, row["step"]] == pytest.approx(row[tag], rel=1e-6)
 
@@ -145,9 +146,11 @@ def test_metrics_are_read_one_step_late(tiny_config, tmp_path: Path, monkeypatch
     plan = StagePlan("stage1", 0, 32, 8, 10, 2, 0, 160, 1, 20, 0)
     steps, ledger = StepLog(tmp_path / "metrics", lambda s: 1), Ledger(tmp_path / "ledger", lambda s: 1)
     lines: list[str] = []
-    recorder = Recorder(tiny_config(), tmp_path, None, ["a"], steps, ledger, lines.append, 0, first_step=1)
-    values = {key: np.float32(1) for key in ("loss", "grad_norm", "param_norm", "lr", "finite")}
-    values |= {"skips_in_a_row": np.int32(0), "batch_digest": np.zeros(8, np.uint32)}
+    guard = SimpleNamespace(add=lambda row: None)
+    recorder = Recorder(tiny_config(), tmp_path, None, ["a"], steps, ledger, guard, lines.append, 0, first_step=1)
+    values = {key: np.float32(1) for key in ("loss", "grad_norm", "param_norm", "lr", "applied", "outlier")}
+    values |= {key: np.float32(np.inf) for key in ("loss_limit", "grad_norm_limit")}
+    values |= {"batch_digest": np.zeros(8, np.uint32)}
     values |= {"subset_loss": np.ones(1), "subset_targets": np.ones(1)}
     clock = iter([10.0, 17.0])
     monkeypatch.setattr("k2jax.training.metrics.time.perf_counter", lambda: next(clock))

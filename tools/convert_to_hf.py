@@ -28,6 +28,7 @@ from k2jax import paths
 from k2jax.bucket import BucketPath
 from k2jax.errors import run_main
 from k2jax.parallel.host_memory import keep_freed_memory
+from k2jax.run import branches
 from k2jax.upload import local_copy  # noqa: E402
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -44,7 +45,7 @@ def size(text: str) -> int:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    paths.add(parser, "--workdir", buckets=True, required=True, help="the run directory")
+    branches.add_options(parser)
     parser.add_argument("--step", type=int, help="a checkpoint (default: the newest; with --verify the export's)")
     paths.add(parser, "--out", buckets=True, required=True, metavar="DIR", help="the export; new, or empty")
     kinds = ("bfloat16", "float16", "float32")
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="check the export in --out, write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
+    args.workdir = branches.chosen(args)
     keep_freed_memory()  # before the imports below, some of which start threads
     started = time.perf_counter()
     if args.verify and isinstance(args.out, BucketPath):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2jax import paths  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
+from k2jax.run import branches  # noqa: E402
 
 
 def chunk_range(text: str) -> tuple[int | None, int | None]:
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    paths.add(parser, "--workdir", buckets=True, required=True, help="the run directory")
+    branches.add_options(parser)
     paths.add(parser, "--out", buckets=True, required=True, help="a new folder, or one to go on with")
     parser.add_argument(
         "--chunks",
@@ -54,6 +55,7 @@ def main() -> None:
         "--workers", type=positive, default=1, help="processes, each at one chunk (default: 1)"
     )
     args = parser.parse_args()
+    args.workdir = branches.chosen(args)
 
     from k2jax.data.export_chunks import export_chunks  # after the arguments: --help needs none of it
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from k2jax import paths  # noqa: E402
 from k2jax.data.provenance import RowOrigin, open_run, which_docs  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
+from k2jax.run import branches  # noqa: E402
 
 
 def as_dict(origin: RowOrigin) -> dict:
@@ -28,13 +29,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    paths.add(parser, "--workdir", buckets=True, required=True, help="the run directory")
+    branches.add_options(parser)
     parser.add_argument("--step", required=True, type=int, help="from 1")
     parser.add_argument("--row", type=int, help="one row of the step, from 0 (default: all)")
     parser.add_argument("--text", action="store_true", help="print the text, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row")
     paths.add(parser, "--stores", urls=True, metavar="DIR", help="where the stores are, by name, if they moved")
     args = parser.parse_args()
+    args.workdir = branches.chosen(args)
 
     run = open_run(args.workdir, args.stores)
     for origin in which_docs(run, args.step, args.row, text=args.text):

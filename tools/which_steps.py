@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from k2jax import paths  # noqa: E402
 from k2jax.data.provenance import DocumentReads, open_run, which_steps  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
+from k2jax.run import branches  # noqa: E402
 
 
 def as_dict(document: DocumentReads) -> dict:
@@ -28,11 +29,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    paths.add(parser, "--workdir", buckets=True, required=True, help="the run directory")
+    branches.add_options(parser)
     parser.add_argument("--doc", required=True, metavar="ID", help="SHA-256 (hex) of the document's text")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each place it stands")
     paths.add(parser, "--stores", urls=True, metavar="DIR", help="where the stores are, by name, if they moved")
     args = parser.parse_args()
+    args.workdir = branches.chosen(args)
 
     run = open_run(args.workdir, args.stores)
     for document in which_steps(run, args.doc):

@@ -1,11 +1,11 @@
 """The journal: decisions that change a run after it began, one JSON object a line of journal.jsonl.
 
 Every entry has "time" (ISO 8601, UTC), "by" (who or what decided), "why", "kind" and "at_step" (the step after which it
-holds). Entries of kind "skip" and "defer" have "positions": [a, b) of an "epoch", change the order (order.py), and have
-the order's digest before and after ("order_before", "order_after"). So has "rollback", which goes back to `at_step`: its
-"ranges" of positions are skipped or deferred as "how" says, and what came after that step is in branches/ under the
-number "branch" (run/branches.py). "helped" says that it did; "abandon" which checkpoint was found damaged and moved
-away. A change of configuration or data is no entry but an epoch (epochs.py).
+holds). Those of kind "skip" and "defer" have "positions": [a, b) of an "epoch", change the order (order.py), and
+have the order's digest before and after ("order_before", "order_after"). So has "rollback", which goes back to
+`at_step`: its "ranges" of positions are skipped or deferred as "how" says, and what came after that step is in
+branches/ under the number "branch" (run/branches.py). "helped" says that it did; "abandon" which checkpoint was found
+damaged and moved away. A change of configuration or data is no entry but an epoch (epochs.py).
 """
 
 import json
@@ -48,7 +48,8 @@ def _parse(line: bytes, where: str) -> Entry:
         key = "ranges" if entry["kind"] == "rollback" else "positions"
         found = entry.get(key)
         ranges = found if key == "ranges" else [found]
-        if not (isinstance(ranges, list) and all(isinstance(r, list) and [*map(type, r)] == [int, int] for r in ranges)):
+        pairs = isinstance(ranges, list) and all(isinstance(r, list) and [*map(type, r)] == [int, int] for r in ranges)
+        if not pairs:
             raise ConfigError(f'{where}: "{key}" is {found}: expected two whole numbers [a, b)')
         if entry["kind"] == "rollback" and (type(entry.get("branch")) is not int or entry.get("how") not in HOW):
             raise ConfigError(f'{where}: expected the number of a "branch" and "how", one of {", ".join(HOW)}')

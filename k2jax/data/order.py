@@ -84,8 +84,8 @@ class Order:
 
     Args:
         manifest: of manifest.py.
-        journal: entries of journal.py on this manifest's positions. Only "skip", "defer" and "rollback" matter; ConfigError
-            if one of them is not a range of whole steps of one stage, or takes what an earlier entry has skipped.
+        journal: entries of journal.py on these positions. Only those with ranges matter; ConfigError where one is
+            no range of whole steps of one stage, or takes what an earlier entry has skipped.
         past: the order before the manifest changed; `manifest` and `stages` are of what comes after.
         after_step: the last step of the past.
     """

@@ -39,7 +39,9 @@ def branch_folder(workdir: Path | BucketPath, number: int) -> Path | BucketPath:
     return workdir / "branches" / f"{number:02d}"
 
 
-def complete(workdir: Path, place: Path | BucketPath, steps: Sequence[int], put_away: Callable[[int, Path], None]) -> None:
+def complete(
+    workdir: Path, place: Path | BucketPath, steps: Sequence[int], put_away: Callable[[int, Path], None]
+) -> None:
     """Does what is left to do of the newest roll-back: rows copied, checkpoints after its step moved; nothing twice.
 
     Args:
@@ -73,7 +75,7 @@ def _copy(workdir: Path, new: Path, at_step: int, journal: Sequence[Entry]) -> N
         elif (workdir / name).exists():
             shutil.copyfile(workdir / name, new / name)
     lines = (workdir / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    (new / "journal.jsonl").write_bytes(b"".join(lines[: len(journal)]))
+    files.write_bytes(new / "journal.jsonl", b"".join(lines[: len(journal)]))
     for name in ROWS:
         if (workdir / name).is_dir():
             (new / name).mkdir()

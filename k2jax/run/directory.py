@@ -44,7 +44,7 @@ ENVIRONMENT = (
     "JAX_DEFAULT_MATMUL_PRECISION",
 )
 # That the trainer alone writes anew; a plan or an evaluation may be writing its own beside them.
-OWN_FILES = ("environment.json", "tokenizer.json", "validation.json")
+OWN_FILES = ("environment.json", "tokenizer.json", "validation.json", "goodput.jsonl")
 
 
 class RunDirectory:
@@ -75,17 +75,21 @@ class RunDirectory:
             raise ConfigError(f"--workdir={self.place}: a fork is made on a disk: fork there, and copy what it makes")
         cluster.decide("forks a run", lambda: fork(source, step, self.path))
 
-    def check(self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]) -> None:
+    def check(
+        self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int], launched: bool = True
+    ) -> None:
         """Refuses early, before anything large is read, what `begin` would refuse; and notes the launch.
 
-        Before that it completes a roll-back.
+        Before that it completes a roll-back, after which a run begins again without having been `launched` again.
 
         Raises ConfigError with a key-by-key difference when configuration, tokenizer, stores or order have changed and
         `allow_drift` does not name the keys; and when launch after launch has made no new checkpoint.
         """
-        cluster.decide("looks at the run", lambda: self._check(config, manifest, mesh_shape))
+        step = cluster.decide("looks at the run", lambda: self._check(config, manifest))
+        if launched:
+            cluster.decide("notes its launch", lambda: self._note_launch(config, manifest, mesh_shape, step))
 
-    def _check(self, config: ConfigDict, manifest: dict[str, Any], mesh_shape: dict[str, int]) -> None:
+    def _check(self, config: ConfigDict, manifest: dict[str, Any]) -> int | None:
         for name in OWN_FILES:
             files.remove_leftovers(self.path, name, alone=True)
         branches.complete(self.path, self.place, steps_so_far(self.place), self._held.put_away)
@@ -94,7 +98,7 @@ class RunDirectory:
             with suppress(StorageError):  # of a damaged meta, which is not the one that will be restored
                 saved = open_step(self.place, step)
                 self._next(saved.epochs, config, manifest, step)
-        self._note_launch(config, manifest, mesh_shape, step)
+        return step
 
     def begin(
         self, config: ConfigDict, manifest: dict[str, Any], restored: dict[str, Any] | None

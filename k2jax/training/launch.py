@@ -13,13 +13,15 @@ LONGEST_S = 3600  # that a process takes to start: beyond it the clocks are not 
 class Launch:
     """`did(part)` gives the time since the last call to a part; after `finish` the parts are those of the launch."""
 
-    def __init__(self, age_s: float = 0.0):
-        """`age_s`: how long ago the launch began."""
+    def __init__(self, age_s: float = 0.0, again: bool = False):
+        """`age_s`: how long ago the launch began; `again`: rolled back, in a launch that is recorded."""
         self.started = self._last = time.perf_counter() - age_s
         self.parts: dict[str, float] = {}  # seconds
         self.programs = {"asked": 0, "found": 0}  # of the compilation cache, up to the first step
+        self._compiled_s = 0.0  # in all stages up to now
+        self._compiles_since: float | None = None
         self.warm = False  # the step came out of the cache
-        self.done = False
+        self.done = self.again = again
         self._before = compile_cache.counts()
 
     def did(self, part: str, at: float | None = None) -> None:
@@ -29,8 +31,18 @@ class Launch:
             self.parts[part] = self.parts.get(part, 0.0) + now - self._last
             self._last = now
 
+    def compile_s(self, now: float) -> float:
+        """Seconds in which steps were compiled, up to now."""
+        since = self._compiles_since  # the goodput clock's thread asks, too
+        return self._compiled_s + (now - since if since else 0.0)
+
+    def compiles(self) -> None:
+        """A stage's step begins to be compiled."""
+        self._compiles_since = time.perf_counter()
+
     def compiled(self, warm: bool) -> None:
-        """The first step is; `warm`: it came out of the cache."""
+        """A stage's step is; `warm`: it came out of the cache."""
+        self._compiled_s, self._compiles_since = self.compile_s(time.perf_counter()), None
         if not self.done:
             self.warm = warm
             self.did("compile")

@@ -33,12 +33,13 @@ def learning_rate(stage: ConfigDict, step_in_stage: jax.Array, num_steps: int) -
 
 
 def adamw(config: ConfigDict, state: TrainState, grads: Params) -> tuple[Params, Params, Params]:
-    """(direction, mu, nu): AdamW's step before the learning rate, decay on matrices and embeddings only.
+    """(direction, mu, nu): AdamW's step before the learning rate, decay on matrices and, unless spared, the embedding.
 
     K2's fused Adam is decoupled too: p <- p - lr (m / (sqrt(v) + eps) + decay p).
     """
     o = config.optimizer
-    decayed = {name: p.std is not None for name, p in parameter_table(config.model).items()}
+    spared = () if o.decay_embeddings else ("embed_VD",)
+    decayed = {n: p.std is not None and n not in spared for n, p in parameter_table(config.model).items()}
     chain = optax.chain(
         optax.scale_by_adam(o.b1, o.b2, o.eps), optax.add_decayed_weights(o.weight_decay, decayed)
     )

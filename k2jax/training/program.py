@@ -91,6 +91,7 @@ def compile_step(
 ) -> StepFunction:
     """Compiled once for the stage: an executable takes these shapes only, so nothing can recompile later."""
     started = time.perf_counter()
+    launch.compiles()
     say(f"compiling the step of {plan.name}")
     batch = batch_shapes(config, config.stages[plan.index])
     jitted = step_function(config, plan, shardings, mesh, manifest["eos_id"], len(manifest["stores"]))

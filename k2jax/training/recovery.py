@@ -1,5 +1,6 @@
 """What the trainer does about a spike: the decision written down, after which it begins again from the checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -15,8 +16,14 @@ from k2jax.training.guard import Guard
 
 
 def roll_back(
-    spike: Spike, config: ConfigDict, workdir: Path, epochs: list[Epoch], journal: list[Entry], checkpoints: Checkpoints
-) -> Entry:
+    spike: Spike,
+    config: ConfigDict,
+    workdir: Path,
+    epochs: list[Epoch],
+    journal: list[Entry],
+    checkpoints: Checkpoints,
+    say: Callable[[str], None],
+) -> None:
     """Decides, and writes the journal's entry: from here on the run stands at an earlier step, whatever happens.
 
     Raises NumericsError on every process where nothing is left to try.
@@ -29,7 +36,7 @@ def roll_back(
         append_entry(workdir / "journal.jsonl", entry)
         return entry
 
-    return cluster.decide("rolls the run back", decided)
+    say(describe(cluster.decide("rolls the run back", decided)))
 
 
 def describe(entry: Entry) -> str:
@@ -44,8 +51,8 @@ def describe(entry: Entry) -> str:
 
 def keep_watch(guard: Guard, workdir: Path, journal: list[Entry], checkpoints: Checkpoints) -> None:
     """Pins what a roll-back may need, and notes one that has helped."""
-    checkpoints.pin(ladder.to_pin(journal, guard.suspects(), checkpoints.known_steps()))
-    entry = ladder.helped(journal, guard.rows[-1].step) if guard.rows else None
+    checkpoints.pin(ladder.to_pin(journal, guard.suspects, checkpoints.known_steps()))
+    entry = ladder.helped(journal, guard.rows, guard.config.stability.window)
     if entry:
         note = ladder.note_helped(entry, guard.rows)
         cluster.decide("notes a roll-back that helped", lambda: append_entry(workdir / "journal.jsonl", note))

@@ -238,7 +238,7 @@ def test_drift_allowed_by_name_is_an_epoch(tiny_data, straight, stopped, command
 def test_a_change_under_which_nothing_was_saved_leaves_no_trace(tiny_data, late, command, tmp_path):
     """Allowed, and failed before its first checkpoint: the old command goes on as if it had not been."""
     workdir = runs.copy_run(late, tmp_path / "run")
-    changed = {"seed": 5, "allow_drift": "('seed',)", "stages.1.lr_peak": 1e30, "stages.1.lr_final": 1e30}
+    changed = {"seed": 5, "stages.1.lr_peak": 1e30, "stages.1.lr_final": 1e30, "stability.rollback.most": 0}
     ended = command(*runs.arguments(tiny_data, workdir, {**changed, "allow_drift": "('seed','stages')"}))
     assert ended.code == 65, ended
     assert [epoch.config["seed"] for epoch in read_epochs(workdir)] == [22238, 5]
@@ -253,6 +253,7 @@ def test_launches_without_a_checkpoint_come_to_an_end(tiny_data, late, command, 
     """A restart script's loop ends with 78; a run that came to its end may be started again and again."""
     workdir = runs.copy_run(late, tmp_path / "run")
     wrong = {"checkpoint.max_launches": 2, "stages.1.lr_peak": 1e30, "allow_drift": "('stages',)"}
+    wrong |= {"stability.rollback.most": 0}
     assert [command(*runs.arguments(tiny_data, workdir, wrong)).code for _ in range(3)] == [65, 65, 78]
     error = command.refuse(78, *runs.arguments(tiny_data, workdir, {"checkpoint.max_launches": 2}))
     assert "2 launches since" in error and "no new checkpoint after step 20" in error
@@ -327,7 +328,7 @@ def test_skip_and_defer(tiny_data, straight, stopped, command, tmp_path):
         first, *_, last = old.positions(step).tolist()
         decision = {
             "kind": kind,
-            "positions": (first, last + 1),
+            "ranges": [(first, last + 1)],
             "at_step": 10,
             "by": "test",
             "why": "a test",
