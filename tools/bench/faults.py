@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def closing_trainers() -> Iterator[None]:
+    """None outlives the block."""
+    try:
+        yield
+    finally:
+        Trainer.end_all()
+
+
 def parse_case(text: str) -> tuple[str, int]:
     """SECTION:NUMBER."""
     section, _, number = text.partition(":")
@@ -281,7 +291,7 @@ def main() -> None:
     sections = {name: getattr(args, f"{name}s") for name in SECTIONS if name in wanted}
     reading.RETRY_WAITS_S = (0.01,)  # of this process, which reads what it has damaged
     wrong = 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, closing_trainers():
         for row in run(Bench(Path(folder), args.seed), sections, args.case):
             wrong += row["outcome"] == "wrong"
             print(json.dumps(row), flush=True)

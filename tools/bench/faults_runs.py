@@ -87,7 +87,9 @@ def make_data(root: Path) -> Path:
 
 
 class Trainer:
-    """`python -m k2jax.train` in a process group of its own, its output in files."""
+    """`python -m k2jax.train` in a process group of its own, its output in files. `Trainer.end_all()` at the end."""
+
+    _started: list["Trainer"] = []
 
     def __init__(
         self, data: Path, workdir: Path, keys: dict[str, Any], *, devices: int = 2, code: str = "", **environment: str
@@ -103,6 +105,7 @@ class Trainer:
                 env={**os.environ, "XLA_FLAGS": FLAGS.format(devices=devices), "PYTHONPATH": str(REPOSITORY),
                      **environment},
             )  # fmt: skip
+        self._started.append(self)
 
     def told(self) -> str:
         """What it has said."""
@@ -124,8 +127,19 @@ class Trainer:
         try:
             return self.process.wait(WAIT_S)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self._kill()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    @classmethod
+    def end_all(cls) -> None:
+        """Kills what is left of all that were started."""
+        for trainer in cls._started:
+            if trainer.process.poll() is None:
+                trainer._kill()
+                trainer.process.wait()
 
     def error(self) -> str:
         """Its last line of error."""
