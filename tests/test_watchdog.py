@@ -40,7 +40,10 @@ def run(stuck, **options):
 
 @pytest.mark.fault("E2", "E3")
 def test_what_is_stuck_is_named_with_its_stack():
-    """Not before its limit, which each thing has anew; not where there is none. Seen red without the limit; without a time of its own for each thing."""
+    """Not before its limit, which each thing has anew; not where there is none.
+
+    Seen red without the limit; without a time of its own for each thing.
+    """
     out, errors = (process := run("time.sleep(1000)")).communicate(timeout=60)
     assert process.returncode == 70 and out == "all was well\n", errors
     assert "in stuck_here" in errors
