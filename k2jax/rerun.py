@@ -25,7 +25,7 @@ from k2jax.run.branches import line
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.identity import epochs_of
 from k2jax.run.ledger import Ledger, StepLog, bits_float, float_bits
-from k2jax.run.saved import saved_steps, steps_so_far
+from k2jax.run.saved import steps_so_far
 from k2jax.run.state import TrainState
 from k2jax.run.storage import is_thinned, read_meta
 from k2jax.training.launch import Launch
@@ -123,9 +123,10 @@ def _relative(a: float, b: float) -> float:
 
 def same_devices(workdir: AnyFolder, step: int) -> bool:
     """Whether the run had devices of this kind and number at a step, as far as its checkpoints say."""
-    later = [saved for saved in saved_steps(workdir) if saved >= step]
-    devices = read_meta(workdir / "checkpoints" / str(later[0])).get("devices") if later else None
-    here = jax.devices()
+    later = [Place(saved, workdir) for saved in steps_so_far(workdir) if saved >= step]
+    nearest = (later or checkpoints_before(workdir, step))[:1]  # a branch may have none of its own
+    metas = [read_meta(place.workdir / "checkpoints" / str(place.step)) for place in nearest]
+    devices, here = metas[0].get("devices") if metas else None, jax.devices()
     return devices is None or (devices["kind"], devices["count"]) == (here[0].device_kind, len(here))
 
 

@@ -1,4 +1,4 @@
-"""The series that a step tells besides its loss: norms and update ratios by layer group and by layer, logits, clipping."""
+"""What a step tells besides its loss: norms and update ratios by layer group and by layer, logits, clipping."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def test_a_step_tells_its_update_and_whether_it_was_clipped():
     assert metrics["clipped"] == (metrics["grad_norm"] > 1.0)
     large = state._replace(params=state.params | {"head_DV": state.params["head_DV"] * 100})
     limits = jnp.array([jnp.inf, 1e-3])
-    seen = [step(state, batch)[1] for state, batch in ((large, batch_of()), (large, batch_of()._replace(limits=limits)))]
+    seen = [step(large, batch)[1] for batch in (batch_of(), batch_of()._replace(limits=limits))]
     assert [bool(m["clipped"]) for m in seen] == [True, False], "what makes no update is not clipped"
     assert [bool(m["applied"]) for m in seen] == [True, False] and seen[1]["update_ratio"] == 0
 

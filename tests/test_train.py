@@ -29,7 +29,6 @@ from k2jax.run.ledger import Ledger, StepLog
 from k2jax.train import train
 from k2jax.training.metrics import Recorder
 
-
 GROUPS = ("embed", "q", "k", "v", "o", "gate", "up", "down", "norms", "head")
 
 

@@ -92,7 +92,8 @@ def test_what_was_left_is_a_branch(gone_around, straight):
 
 
 def test_readers_take_a_branch(gone_around, straight, monkeypatch, capsys):
-    """A replay of it begins at the run's own checkpoint, reads what the branch read, and decides as it did."""
+    """A replay of it begins at the run's own checkpoint, reads what the branch read, and decides as it did: here on
+    eight devices, where the run had two."""
     workdir, _ = gone_around
     monkeypatch.setattr(step, "mean_gradients", step.mean_gradients)
     exec(spiky(straight, 14, 15), {})
@@ -100,7 +101,7 @@ def test_readers_take_a_branch(gone_around, straight, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["replay", f"--workdir={workdir}", "--branch=1", "--step=13", "--steps=4"])
     replay.main()
     told = capsys.readouterr().out
-    assert "from checkpoint 12" in told and "steps 13 to 16: equal to the ledger, in every bit" in told, told
+    assert "from checkpoint 12" in told and "steps 13 to 16: the same batches, on other devices" in told, told
     pieces = branches.line(workdir / "branches" / "01")
     assert [(p.folder.name, p.first, p.last) for p in pieces] == [("01", 13, None), ("run", 1, 12)]
 
