@@ -10,10 +10,12 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax import files, paths
@@ -32,8 +34,8 @@ from k2jax.run.saved import steps_so_far
 from k2jax.run.storage import is_thinned
 from k2jax.stability import changes as nearby
 from k2jax.stability import telling
-from k2jax.stability.crossing import FEWEST, LOOK_BACK, crossings, ordinary
-from k2jax.stability.verdict import verdicts
+from k2jax.stability.crossing import FEWEST, LOOK_BACK, crossings, layers, ordinary
+from k2jax.stability.verdict import JUDGED, verdicts
 from k2jax.training.optimizer import learning_rate
 from k2jax.trials import Trials
 
@@ -58,14 +60,16 @@ def diagnose(
 
     Raises ConfigError for a step that the run has not made, StorageError where its records cannot be read.
     """
-    epochs = [epoch for epoch in read_epochs(workdir) if epoch.after_step < step]
+    epochs = read_epochs(workdir)
+    _check_made(workdir, step)
+    epochs = [epoch for epoch in epochs if epoch.after_step < step]
     journal = read_journal(workdir / "journal.jsonl")
     order = order_of(epochs, in_force(journal, step))
     rules = configuration.from_dict(epochs[-1].config).stability
     rows = recorded(workdir, step, LOOK_BACK + nearby.NEAR + rules.window)
     changed = nearby.changes(
         step, rows=rows, epochs=epochs, journal=journal, order=order, launches=read_launches(workdir),
-        scheduled=lambda epoch, other: scheduled(epoch, order, other),
+        scheduled=partial(scheduled, order),
     )  # fmt: skip
     stage = order.stage_of_step(step)
     own = [row for row in rows if row["step"] >= stage.first_step]
@@ -92,8 +96,8 @@ def examine(
     """
     [row] = [row for row in rows if row["step"] == step]
     crossed = crossings(rows, step, rules)
-    at = min((one.step for one in crossed if one.series in ("loss", "grad_norm")), default=step)
-    finite = all(row.get(key) is not None and math.isfinite(row[key]) for key in ("loss", "grad_norm"))
+    at = min((one.step for one in crossed if one.series in JUDGED and one.last == step), default=step)
+    finite = all(row.get(key) is not None and math.isfinite(row[key]) for key in JUDGED)
     found = {
         "format": FORMAT,
         "step": step,
@@ -108,6 +112,7 @@ def examine(
         },
         "ranges": {name: one._asdict() for name, one in ordinary(rows, step, rules).items()},
         "crossings": [one._asdict() for one in crossed],
+        "layers": [one._asdict() for one in layers(rows, at)],
         "changes": list(changed),
     }
     return _sealed(found)
@@ -136,7 +141,7 @@ def _again(
         rerun = Rerun(workdir, at, stores, say)
         same, launched = same_program(workdir, at), _launched(changed, places)
         return Trials(rerun, at, places, ordinary(rows, at - 1, rerun.config.stability), same, launched).run()
-    except RunError as error:
+    except (RunError, OSError) as error:
         why = {"not_possible": str(error)}
         say(f"not possible: {error}")
         return {"replay": why, "checkpoint": why, "state": why, "data": why}
@@ -150,7 +155,8 @@ def same_program(workdir: AnyFolder, step: int) -> bool:
     then, now = launches[-1], environment(launches[-1].get("devices", {}).get("mesh", {}))
     versions = all(then.get("versions", {}).get(name) == now["versions"].get(name) for name in PROGRAM)
     flags = all(then.get("flags", {}).get(name) == now["flags"].get(name) for name in ENVIRONMENT)
-    return versions and flags and then.get("devices") == now["devices"]
+    alike = all(then.get(key) == now[key] for key in ("devices", "commit"))
+    return versions and flags and alike
 
 
 def _launched(changed: Sequence[nearby.Change], places: list) -> bool:
@@ -165,14 +171,16 @@ def recorded(workdir: AnyFolder, step: int, before: int) -> list[dict[str, Any]]
     """The rows of a step and of those before it: of the metrics, with the ledger's exact loss and gradient norm."""
     first = max(1, step - before)
     ledger, metrics = ledger_rows(workdir, first, step), metrics_rows(workdir, first, step)
-    if step not in ledger:
-        made = f"its newest is {max(ledger)}" if ledger else "it has none near it"
-        raise ConfigError(f"--step={step}: the ledger of {workdir} has no such step: {made}: name one that was made")
     rows = []
     for number, row in ledger.items():
         exact = {key: bits_float(row[key]) for key in ("loss", "grad_norm")}
         rows.append({**metrics.get(number, {}), **row, **exact})
     return rows
+
+
+def _check_made(workdir: AnyFolder, step: int) -> None:
+    if step < 1 or step not in ledger_rows(workdir, step, step):
+        raise ConfigError(f"--step={step}: the ledger of {workdir} has no such step: name one that the run has made")
 
 
 def newest_spike(workdir: AnyFolder, branch: int | None = None) -> tuple[AnyFolder, int] | None:
@@ -189,14 +197,14 @@ def newest_spike(workdir: AnyFolder, branch: int | None = None) -> tuple[AnyFold
     return (workdir, newest) if newest else None
 
 
-def scheduled(epoch: Epoch, order: Order, step: int) -> float | None:
+def scheduled(order: Order, epoch: Epoch, step: int) -> float | None:
     """The learning rate that an epoch's configuration has for a step; None where it has no such stage."""
-    plan, stages = order.stage_of_step(step), configuration.from_dict(epoch.config).stages
-    stage = next((stage for stage in stages if stage.name == plan.name), None)
+    plan = order.stage_of_step(step)
+    stage = next((stage for stage in epoch.config["stages"] if stage["name"] == plan.name), None)
     if stage is None:
         return None
     in_stage = step - (plan.first_step - plan.done) + 1
-    return float(learning_rate(stage, jnp.asarray(in_stage), plan.num_steps))
+    return float(learning_rate(ConfigDict(stage), np.asarray(in_stage), plan.num_steps))
 
 
 def _thinned(workdir: AnyFolder, step: int) -> list[int]:

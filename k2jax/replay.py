@@ -27,6 +27,7 @@ from k2jax.rerun import (
     metrics_rows,
     same_devices,
 )
+from k2jax.run import branches
 
 EPILOG = """\
 Exit codes: 0 every step is what the ledger says (on other devices: within their rounding), 65 one is not, 78 asked for
@@ -95,12 +96,13 @@ def main() -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    paths.add(parser, "--workdir", buckets=True, required=True, metavar="DIR", help="run directory; it is only read")
+    branches.add_options(parser, "run directory; it is only read")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="the first step to run again")
     parser.add_argument("--steps", type=int, default=1, metavar="K", help="how many (default: 1)")
     paths.add(parser, "--stores", urls=True, metavar="DIR", help="where the stores are, by name, if they have moved")
     parser.add_argument("--json", action="store_true", help="print what was found as a line of JSON a step")
     args = parser.parse_args()
+    args.workdir = branches.chosen(args)
     cluster.initialize()
 
     def say(line: str) -> None:

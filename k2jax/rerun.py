@@ -25,11 +25,11 @@ from k2jax.run.branches import line
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.identity import epochs_of
 from k2jax.run.ledger import Ledger, StepLog, bits_float, float_bits
-from k2jax.run.saved import saved_steps, steps_so_far
+from k2jax.run.saved import steps_so_far
 from k2jax.run.state import TrainState
 from k2jax.run.storage import is_thinned, read_meta
 from k2jax.training.launch import Launch
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_batches, place_state
 from k2jax.training.program import StepFunction, compile_step
 from k2jax.training.step import Batch, Metrics
@@ -123,9 +123,10 @@ def _relative(a: float, b: float) -> float:
 
 def same_devices(workdir: AnyFolder, step: int) -> bool:
     """Whether the run had devices of this kind and number at a step, as far as its checkpoints say."""
-    later = [saved for saved in saved_steps(workdir) if saved >= step]
-    devices = read_meta(workdir / "checkpoints" / str(later[0])).get("devices") if later else None
-    here = jax.devices()
+    later = [Place(saved, workdir) for saved in steps_so_far(workdir) if saved >= step]
+    nearest = (later or checkpoints_before(workdir, step))[:1]  # a branch may have none of its own
+    metas = [read_meta(place.workdir / "checkpoints" / str(place.step)) for place in nearest]
+    devices, here = metas[0].get("devices") if metas else None, jax.devices()
     return devices is None or (devices["kind"], devices["count"]) == (here[0].device_kind, len(here))
 
 
@@ -145,7 +146,7 @@ class Rerun:
         self.config = config_of_step(workdir, epochs[-1], step)
         self.data: Run = open_run(workdir, stores).of_step(step)
         self.mesh: Mesh = mesh_here(self.config)
-        self.shapes = jax.eval_shape(lambda: init_state(self.config.model, self.config.seed))
+        self.shapes = jax.eval_shape(lambda: first_state(self.config))
         self.shardings = place_state(self.config, self.shapes, self.mesh)
         self._compiled: dict[tuple[int, bool], StepFunction] = {}
 

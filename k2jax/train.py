@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from k2jax import config as configuration
-from k2jax import paths
+from k2jax import paths, spikes
 from k2jax.bucket import BucketPath
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.epochs import check_journal, check_resume, order_of
@@ -44,13 +44,15 @@ from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
 from k2jax.text import shown
 from k2jax.training import recovery
+from k2jax.training.clock import Clock
 from k2jax.training.guard import Guard, check_parameters, recent_rows
 from k2jax.training.launch import Launch, process_age_s
 from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_state
 from k2jax.training.program import feed_steps
+from k2jax.training.rerun import Rerun
 from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
 
 
@@ -71,7 +73,8 @@ def train_on(
     """From the newest checkpoint to the end; False where a spike was met and the run rolled back."""
     check_processes_agree(config)
     mesh = mesh_of(config)
-    with Watchdog(config.watchdog) as watchdog, RunDirectory(workdir, say) as run, jax.set_mesh(mesh):
+    clock = Clock(launch, say)
+    with Watchdog(config.watchdog, clock.at) as watchdog, RunDirectory(workdir, say) as run, clock, jax.set_mesh(mesh):
         compile_cache.use(say)
         launch.did("coming together")
 
@@ -81,17 +84,21 @@ def train_on(
         stores, manifest = open_same_data(config)
         say(describe(manifest))
         run.check(config, manifest, dict(mesh.shape), launched=not launch.again)
+        clock.keep(run.path)
+        if launch.again and not run.mirror:
+            spikes.run_again(run, config.stability.rollback.replay, say)
         launch.did("data")
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
         watchdog.at("restore")
-        shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+        shapes = jax.eval_shape(lambda: first_state(config))
         shardings = place_state(config, shapes, mesh)
         between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
         # 0: of imported weights
         checkpoints = Checkpoints(run.place, [0], between, say, moments_every=every, mirror=run.mirror)
         state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
         step = saved = int(state.step)
+        clock.goes_on_from(step)
         stopping.at_once(f"step {step} is saved" if step else "before the first step")
 
         # ---- the data is a function of epochs, journal and step ----------------------------------------------------
@@ -115,6 +122,7 @@ def train_on(
         work = feed_steps(
             config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say, launch=launch
         )
+        rerun = Rerun(config, mesh, shapes, shardings, manifest, clock, say)
         watchdog.at("data")
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
@@ -122,9 +130,11 @@ def train_on(
                 if cluster.preempted():
                     watchdog.at("save")
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
+                again = rerun.check(step, plan, state, batch)
                 state, metrics = run_step(state, batch._replace(limits=guard.limits(step)))
                 # Reads the metrics of the step before this one, so that the device is not waited for.
-                recorder.push(step, plan, metrics, data_wait_s)
+                recorder.push(step, plan, metrics | again, data_wait_s)
+                clock.stepped(step, recorder.last_row)
                 note_first_step(launch, recorder, run)
                 due = step in save_steps or is_multiple(step, config.checkpoint.every_steps)
                 if due:
@@ -134,6 +144,7 @@ def train_on(
                     watchdog.at("save")
                     recorder.end(checkpoints.wait())
                     checkpoints.close()
+                    spikes.examine(run, guard.spike, say)
                     recovery.roll_back(guard.spike, config, run.path, epochs, journal, checkpoints, say)
                     return False
                 recovery.keep_watch(guard, run.path, journal, checkpoints)

@@ -21,13 +21,14 @@ from k2jax.run.state import TrainState
 from k2jax.stability.crossing import Ordinary, limit_of
 from k2jax.stability.repeats import repeats
 from k2jax.stability.verdict import SOON, is_unusual
-from k2jax.training.step import group_squares, row_losses
+from k2jax.training.step import row_losses, squares
 
 OTHERS = 6  # steps around the one in question, whose batches stand for ordinary ones
 EARLIER = 2  # checkpoints before it from whose states its batch is run
 FEWEST_ROWS = 8  # of a subset, for a median of its own
 MOST_ROWS = 8  # that are named with their documents
-EXCERPT = 240  # characters of a document
+ALIKE = 0.4  # of the trainer's floors: batches differ less from one state than from step to step
+EXCERPT = 160  # characters of a document
 FLOOR = 0.05  # of a row's loss, above its subset's median
 
 Rows = dict[str, np.ndarray]
@@ -114,8 +115,8 @@ class Trials:
         if place:
             checkpoint["params"] = self._params_beside_metrics(place, state)
             checkpoint["moments"] = _moment_norms(self.rerun, state)
-        if place is None or place.step < self.step - 1:
-            state, checkpoint["reading"] = self._read(state, place.step if place else 0)
+        if checkpoint["step"] < self.step - 1:
+            state, checkpoint["reading"] = self._read(state, checkpoint["step"])
         found = []
         for done in self.rerun.steps(state, self.step - 1):
             state = done.state
@@ -143,9 +144,11 @@ class Trials:
         if len(self.places) < 2 or not self.launched or self.step - self.places[0].step > SOON:
             return None
         place, before = self.places[:2]
-        found = list(self._compare_to(self.rerun.state(before), place.step + 1))
-        different = next((one.step for one in found if not one.bits and (self.same_program or one.apart > CLOSE)), None)
-        return {"from": before.step, "first_difference": different}
+        last = min(place.step + 2, self.step)  # Adam's moments are in the second step's loss
+        found = list(self._compare_to(self.rerun.state(before), last))
+        different = next((one for one in found if not one.bits and (self.same_program or one.apart > CLOSE)), None)
+        step, apart = (different.step, different.apart) if different else (None, 0.0)
+        return {"from": before.step, "first_difference": step, "apart": apart}
 
     # ---- the same batch from other states, other batches from the same -----------------------------------------------
 
@@ -177,7 +180,7 @@ class Trials:
         return state, {key: float(metrics[key]) for key in ("loss", "grad_norm")}
 
     def _unusual(self, own: dict[str, float], others: list[dict[str, float]]) -> bool:
-        floors = {"loss": self.rules.loss_floor, "grad_norm": self.rules.grad_norm_floor}
+        floors = {"loss": ALIKE * self.rules.loss_floor, "grad_norm": ALIKE * self.rules.grad_norm_floor}
         return any(
             is_unusual(own[key], [one[key] for one in others], self._limit(key), self.rules.deviations, floor)
             for key, floor in floors.items()
@@ -266,7 +269,11 @@ class Trials:
         one = partial(row_losses, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype(config))
 
         def losses(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jax.lax.map(lambda some: one(params, some)[1:], tokens)
+            def told(some: jax.Array) -> tuple[jax.Array, jax.Array]:
+                rows = one(params, some)[1]
+                return rows.nats, rows.targets
+
+            return jax.lax.map(told, tokens)
 
         return jax.jit(losses, out_shardings=NamedSharding(self.rerun.mesh, PartitionSpec()))
 
@@ -302,8 +309,8 @@ def _finite(values: dict[str, float]) -> bool:
 def _norms(rerun: Rerun, arrays: dict[str, jax.Array]) -> dict[str, float]:
     """{layer group: norm}."""
     everywhere = NamedSharding(rerun.mesh, PartitionSpec())
-    squares = jax.jit(partial(group_squares, rerun.config), out_shardings=everywhere)(arrays)
-    return {group: float(value) ** 0.5 for group, value in squares.items()}
+    found = jax.jit(partial(squares, rerun.config), out_shardings=everywhere)(arrays)
+    return {group: float(value) ** 0.5 for group, value in found.groups.items()}
 
 
 def _moment_norms(rerun: Rerun, state: TrainState) -> dict[str, float]:

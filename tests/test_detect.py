@@ -128,6 +128,7 @@ def test_more_rows_than_history_change_no_answer(newest, seed, window, rising):
 # ---- curves --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("D5")
 @pytest.mark.parametrize("seed", range(3))
 def test_a_clean_run_with_its_warm_up_raises_no_alarm(seed):
     rows, spikes = judged(*falling(3000, seed))
@@ -140,6 +141,7 @@ def test_a_clean_stage_of_noisy_gradient_norms_raises_no_alarm():
     assert not spikes and not any(row.outlier for row in rows)
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize(
     ("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (3.0, 1.0), (2.0, 20.0)]
 )
@@ -192,6 +194,7 @@ def k2_spike(steps=1200, start=700):
     )
 
 
+@pytest.mark.fault("D4")
 def test_a_long_spike_is_found_when_its_steps_make_no_updates():
     _, [spike] = judged(*k2_spike())
     assert spike.kind == "skips" and 701 <= spike.crossing <= 710 and spike.step <= 715
@@ -226,6 +229,7 @@ def test_a_benign_spike_is_no_spike():
     assert not spikes and 80 < sum(row.outlier for row in rows) < 100
 
 
+@pytest.mark.fault("D4")
 def test_the_loss_of_marins_fatal_spike_is_a_drift():
     losses = np.concatenate([flat(2500, level=1.96, noise=0.006), flat(600, 1, level=2.02, noise=0.006)])
     rows, [spike] = judged(losses)

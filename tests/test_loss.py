@@ -220,7 +220,10 @@ def test_the_subsets_losses_add_up_to_the_loss():
 @pytest.mark.fault("F8")
 @pytest.mark.parametrize("label_shift", ["next", "inside"])
 def test_masked_rows_have_the_loss_of_their_documents_alone(label_shift):
-    """Without the mask the loss of the same row is another one, or this would prove nothing."""
+    """Without the mask the loss of the same row is another one, or this would prove nothing.
+
+    Seen red without the weights of targets.
+    """
     tokens = tokens_of(1, 20)
     tokens[0, [6, 13]] = EOS
     masked = sums_of(tokens, label_shift=label_shift, masked=True)
@@ -229,6 +232,16 @@ def test_masked_rows_have_the_loss_of_their_documents_alone(label_shift):
     assert float(masked.loss) == pytest.approx(sum(float(part.loss) for part in alone), rel=1e-5)
     packed = sums_of(tokens, label_shift=label_shift)
     assert packed.targets == 19 and abs(packed.loss / 19 - masked.loss / 17) > 1e-3
+
+
+@pytest.mark.fault("D12")
+def test_rows_of_one_token_and_of_ends_alone_weigh_what_they_have():
+    """Of one token there is one target with label_shift "next" and none inside; of EOS alone there is none."""
+    one = sums_of(tokens_of(2, 2))
+    assert one.targets == 2 and 0 < one.loss < 2 * 20
+    ends = np.full((2, 5), EOS)
+    for none in (sums_of(tokens_of(2, 1), label_shift="inside"), sums_of(ends, masked=True)):
+        assert none.targets == 0 and none.loss == 0
 
 
 # ---- on a TPU, by its compiler -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import faulthandler
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from k2jax.errors import RunError, leave_now
 from k2jax.parallel import cluster
@@ -24,8 +24,9 @@ TICK_S = 1.0  # a longer time between two ticks counts as two: the process was s
 class Watchdog:
     """Ends this process with 70 where it is at one thing for longer than `limits` has seconds for it; 0: no limit."""
 
-    def __init__(self, limits: Mapping[str, float]):
-        self._limits = dict(limits)
+    def __init__(self, limits: Mapping[str, float], tell: Callable[[str], None] = lambda what: None):
+        """`tell` is told each phase, too."""
+        self._limits, self._tell = dict(limits), tell
         self._at, self._spent_s = "start", 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="k2jax-watchdog", daemon=True)
@@ -41,6 +42,7 @@ class Watchdog:
         """From here on this process is at `what`, a key of the limits; its time begins anew."""
         assert what in self._limits, what
         self._at, self._spent_s = what, 0.0
+        self._tell(what)
 
     def _watch(self) -> None:
         last = time.monotonic()

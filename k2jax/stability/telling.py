@@ -1,4 +1,4 @@
-"""A diagnosis (doctor.py) as text for a terminal, as JSON, and as part of a page. Much of it is others' text: escaped."""
+"""A diagnosis (doctor.py) as text for a terminal, as JSON, and as part of a page. What is others' text is escaped."""
 
 import html as page
 import json
@@ -75,7 +75,12 @@ def _crossings(d: Diagnosis) -> list[str]:
         f"{_number(one['limit'])}, median {_number(one['median'])} of {one['values']}"
         for one in d["crossings"]
     ]
-    return lines or [f"none of them: {', '.join(map(_range, d['ranges'].items())) or 'too few steps before it'}"]
+    lines += [
+        f"layer {one['layer']}: {one['series']} {_number(one['value'])}, {_number(one['before'])} at step {one['step']}"
+        for one in d["layers"]
+    ]
+    known = [item for item in d["ranges"].items() if item[1]["values"]]
+    return lines or [f"none of them: {', '.join(map(_range, known)) or 'too few steps before it for a range'}"]
 
 
 def _range(item: tuple[str, Mapping[str, Any]]) -> str:
@@ -113,7 +118,7 @@ def _checkpoint(part: Mapping[str, Any]) -> list[str]:
     moments = [one for one in part["moments"] if one["before"]]
     if moments:
         one = max(moments, key=lambda one: one["found"] / one["before"])
-        lines.append(f"Adam's moments: the most that a norm grew since the checkpoint before is that of {one['group']}, "
+        lines.append(f"Adam's moments: since the checkpoint before, the norm of {one['group']} grew most: "
                      f"{_number(one['before'])} to {_number(one['found'])}")  # fmt: skip
     if through := part["through"]:
         step = through["first_difference"]
@@ -141,7 +146,7 @@ def _data(part: Mapping[str, Any]) -> list[str]:
     lines = [f"{part['rows_out_of_range']} of {part['of']} rows are out of their subset's range or repeat an n-gram"]
     for one in part["rows"]:
         repeat = one["repeat"]
-        said = f"; {repeat['period']} token(s) {repeat['times']} times from token {repeat['first']} on" if repeat else ""
+        said = f"; {repeat['period']} token(s) {repeat['times']} times from {repeat['first']} on" if repeat else ""
         lines.append(
             f"row {one['row']} of {one['subset']}: loss {_number(one['loss'])}, median {_number(one['median'])}, limit "
             f"{_number(one['limit'])}{said}"

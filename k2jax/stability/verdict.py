@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 from k2jax.stability.crossing import limit_of
 
 CERTAIN, LIKELY, POSSIBLE = "certain", "likely", "possible"
+JUDGED = ("loss", "grad_norm")  # whose limits make a step an outlier
 CONFIDENCE = (CERTAIN, LIKELY, POSSIBLE)
 ALTERED = 1e-3  # of a norm, relative: beyond what another order of sums does
 MOMENTS = 1e3  # times a moment's norm a checkpoint before
 SOON = 20  # steps after a launch or a new stage in which that may be why
 RATE = r"optimizer\b.*|stages\.\d+\.(lr_|warmup).*"
-GROWING = r"logit|attention|log_z|max_logit|param_norm"
+GROWING = r"logit|attention|log_z|param_norm"
+OF_UPDATES = r"update_ratio|param_norm"  # which an update moves before any loss does
 JUMP = 1.5  # of the learning rate, times
 
 Evidence = Mapping[str, Any]
@@ -56,7 +58,8 @@ def verdicts(evidence: Evidence) -> list[Verdict]:
 def unusual(evidence: Evidence) -> bool:
     """Whether the step itself was out of its range."""
     row = evidence["row"]
-    return not row["finite"] or row["outlier"] or not row["applied"] or bool(_crossed(evidence, "loss", "grad_norm"))
+    above = [one for one in evidence["crossings"] if one["series"] in JUDGED and one["last"] == evidence["step"]]
+    return not row["finite"] or row["outlier"] or not row["applied"] or bool(above)
 
 
 # ---- the evidence as the rules ask for it ----------------------------------------------------------------------------
@@ -66,10 +69,6 @@ def _part(evidence: Evidence, name: str) -> Any:
     """None where it was not looked at, or could not be."""
     part = evidence.get(name)
     return None if isinstance(part, dict) and "not_possible" in part else part
-
-
-def _crossed(evidence: Evidence, *names: str) -> list[dict[str, Any]]:
-    return [one for one in evidence["crossings"] if one["series"] in names]
 
 
 def _first_crossing(evidence: Evidence) -> int:
@@ -83,7 +82,7 @@ def _changes(evidence: Evidence, *kinds: str) -> list[dict[str, Any]]:
 
 
 def _own(evidence: Evidence) -> tuple[bool, bool, list[bool]] | None:
-    """Whether the batch is unusual from its own state, whether the others are, and the batch from each earlier state."""
+    """Whether the batch is unusual from its own state, whether others are, and whether it is from each earlier one."""
     states = _part(evidence, "state")
     if not states:
         return None
@@ -108,10 +107,13 @@ def _hardware(evidence: Evidence) -> Verdict | None:
     if first is None:
         return None
     told = f"step {first['step']} of the replay is {first['apart']:.1e} from the ledger"
+    if not first["batch"]:
+        why = f"step {first['step']} read another batch: stores, journal or ledger are not what they were"
+        return Verdict(cause, POSSIBLE, [why])
     if replay["same_program"]:
         why = f"{told}, and two replays are equal: the run's own step went wrong, or the ledger was changed"
         return Verdict(cause, LIKELY, [why])
-    if first["apart"] > replay["close"] or not first["batch"]:
+    if first["apart"] > replay["close"]:
         why = f"{told}: more than {replay['close']:.0e}, which other devices or versions explain"
         return Verdict(cause, POSSIBLE, [why])
     return None
@@ -133,10 +135,10 @@ def _altered(evidence: Evidence) -> Verdict | None:
     through = found["through"]
     if through and through["first_difference"] is not None and through["first_difference"] > step:
         reasons.append(
-            f"from checkpoint {through['from']} every step has the ledger's bits up to step {step}, and none of step "
-            f"{through['first_difference']}: between them the state was changed"
+            f"from checkpoint {through['from']} every step has the ledger's bits up to step {step}, and step "
+            f"{through['first_difference']} is {through['apart']:.1e} apart: between them the state was changed"
         )
-        confidence = CERTAIN
+        confidence = CERTAIN if through["apart"] > ALTERED else confidence
     for one in found["moments"]:
         if not one["found"] <= MOMENTS * max(one["before"], 1e-30):
             reasons.append(
@@ -201,13 +203,14 @@ def _rows(evidence: Evidence) -> list[str]:
 def _optimizer(evidence: Evidence) -> Verdict | None:
     rates = [one for one in _changes(evidence, "learning rate") if one["ratio"] >= JUMP]
     keys = [one for one in _changes(evidence, "configuration") if any(re.fullmatch(RATE, key) for key in one["keys"])]
-    if not (rates or keys) or not unusual(evidence):
+    updates = [one for one in evidence["crossings"] if one["series"].startswith("update_ratio")]
+    others = [one["step"] for one in evidence["crossings"] if not re.match(OF_UPDATES, one["series"])]
+    first = bool(updates) and updates[0]["step"] < min(others, default=evidence["at"])
+    if not (rates or keys or first) or not unusual(evidence):
         return None
     reasons = [_at(one) for one in (*rates, *keys)]
-    updates = [one for one in evidence["crossings"] if one["series"].startswith("update/weight")]
     if updates:
-        reasons.append(f"{updates[0]['series']} was the first of the updates' series above its limit, at step "
-                       f"{updates[0]['step']}")  # fmt: skip
+        reasons.append(f"{updates[0]['series']} left its range at step {updates[0]['step']}")
     return _from_the_state(evidence, "optimizer or learning rate", reasons)
 
 
@@ -239,7 +242,7 @@ def _state(evidence: Evidence) -> Verdict | None:
     if not own or not unusual(evidence):
         return None
     grown = [one for one in evidence["crossings"] if re.match(GROWING, one["series"])]
-    reasons = [f"{one['series']} left its range {one['lead']} step(s) before" for one in grown[:3]]
+    reasons = [f"{one['series']} left its range {one['lead']} step(s) before" for one in grown[:2]]
     if own[1]:
         reasons.insert(0, "from the state before the step other batches are out of range, too")
         if own[2] and not any(own[2]):

@@ -18,6 +18,8 @@ class Launch:
         self.started = self._last = time.perf_counter() - age_s
         self.parts: dict[str, float] = {}  # seconds
         self.programs = {"asked": 0, "found": 0}  # of the compilation cache, up to the first step
+        self._compiled_s = 0.0  # in all stages up to now
+        self._compiles_since: float | None = None
         self.warm = False  # the step came out of the cache
         self.done = self.again = again
         self._before = compile_cache.counts()
@@ -29,8 +31,18 @@ class Launch:
             self.parts[part] = self.parts.get(part, 0.0) + now - self._last
             self._last = now
 
+    def compile_s(self, now: float) -> float:
+        """Seconds in which steps were compiled, up to now."""
+        since = self._compiles_since  # the goodput clock's thread asks, too
+        return self._compiled_s + (now - since if since else 0.0)
+
+    def compiles(self) -> None:
+        """A stage's step begins to be compiled."""
+        self._compiles_since = time.perf_counter()
+
     def compiled(self, warm: bool) -> None:
-        """The first step is; `warm`: it came out of the cache."""
+        """A stage's step is; `warm`: it came out of the cache."""
+        self._compiled_s, self._compiles_since = self.compile_s(time.perf_counter()), None
         if not self.done:
             self.warm = warm
             self.did("compile")

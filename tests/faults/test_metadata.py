@@ -155,6 +155,20 @@ def test_an_epoch_of_odd_types_is_one_line(run, change):
         open_run(run)
 
 
+@pytest.mark.fault("S10")
+def test_code_in_a_saved_configuration_is_text(run, tmp_path):
+    """Whole, digests and all: it is read, and nothing of it is run."""
+    code = f"__import__('os').mkdir({str(tmp_path / 'marker')!r})"
+    path = run / "checkpoints" / "20" / "meta" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["meta_sha256"]
+    meta["config"]["name"], meta["config"]["eval"]["prompts"] = code, [f"{{{code}}}", f"!!python/object/apply:{code}"]
+    path.write_text(json.dumps({**meta, "meta_sha256": sha256_json(meta)}))
+    for found in (*ask(run), answer(lambda: open_step(run, 20).config.name)):
+        assert isinstance(found, RunError) or found
+    assert not (tmp_path / "marker").exists()
+
+
 def test_a_ledger_is_read_once_however_many_records_it_has(run, monkeypatch):
     """K2's has 4,000 records over 360 files; and rows of some steps are looked for where they are."""
     ledger, read = runs.ledger(run), []

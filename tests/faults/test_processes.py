@@ -1,12 +1,17 @@
 """Two processes over loopback are one run: they save, die, resume and stop together."""
 
 import json
+import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from faults import runs
+from faults.test_preempt import SLOW_STEPS
+
+LOOPBACK = {"0100007F", "0" * 16 + "FFFF0000" + "0100007F", "0" * 24 + "01000000"}
 
 
 @pytest.mark.fault("A5", "C2", "E7", "F7")
@@ -61,12 +66,25 @@ def test_drift_ends_both(straight, start, tmp_path):
         assert "seed: 22238 -> 3" in trainer.wait_for_error(78)
 
 
-@pytest.mark.fault("A2")
+def listening(process):
+    """The addresses that a process listens on, in hexadecimal as the kernel has them."""
+    held, found = {os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()}, set()
+    for kind in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process.pid}/net/{kind}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in held:
+                found.add(local.split(":")[0])
+    return found
+
+
+@pytest.mark.fault("A2", "S11")
 def test_sigterm_to_one_stops_both(start, tmp_path):
-    """Both save the same step and end with 75."""
+    """Both save the same step and end with 75. Seen red without the address that the coordinator is bound to."""
     workdir = tmp_path / "run"
     pair = runs.pair(start, workdir, devices=1)
     pair[0].wait_for("step 11 ")
+    ports = [listening(trainer.process) for trainer in pair]
+    assert ports[0] & LOOPBACK and ports[0] | ports[1] <= LOOPBACK, ports
     pair[1].signal(signal.SIGTERM)
     errors = [trainer.wait_for_error(75) for trainer in pair]
     step = runs.checkpoint_steps(workdir)[-1]
@@ -75,6 +93,49 @@ def test_sigterm_to_one_stops_both(start, tmp_path):
     assert [row["step"] for row in runs.ledger_rows(workdir)] == list(range(1, step + 1))
     runs.ledger(workdir).verify()
     assert not runs.leftovers(workdir)
+
+
+@pytest.mark.fault("A2")
+@pytest.mark.processes
+def test_sigterm_to_both_and_again_while_they_save(straight, start, tmp_path):
+    workdir = tmp_path / "run"
+    pair = runs.pair(start, workdir, devices=1, patch=SLOW_STEPS)
+    pair[0].wait_for("step 6 ")
+    for line in ("step 6 ", "saving "):
+        pair[0].wait_for(line)
+        for trainer in pair:
+            trainer.signal(signal.SIGTERM)
+    errors = [trainer.wait_for_error(75) for trainer in pair]
+    [step] = runs.checkpoint_steps(workdir)
+    assert all(f"step {step} is saved" in error for error in errors)
+    assert f"resuming after step {step} of 25" in start(workdir).wait(0)
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+
+
+DIES_SAVING = """
+import signal
+from k2jax.run import storage
+serialize = storage._Arrays.serialize
+async def dies(self, values, infos, args=None):
+    if "/12." in str(infos[0].parent_dir) and self._part == "moments":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await serialize(self, values, infos, args)
+storage._Arrays.serialize = dies"""
+
+
+@pytest.mark.fault("A5")
+@pytest.mark.processes
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_kill_of_one_while_both_save(straight, start, tmp_path, index):
+    """The other ends, half a step is no checkpoint, and one process alone goes on before it."""
+    workdir, every = tmp_path / "run", {"checkpoint.every_steps": 12}
+    patch = on_one(index, DIES_SAVING)
+    pair = runs.pair(start, workdir, every, devices=1, patch=patch, environment=runs.READ_ONLY_CACHE)
+    pair[index].wait(-signal.SIGKILL)
+    pair[1 - index].wait(70, 60)
+    assert runs.checkpoint_steps(workdir) == [10] and any("/12." in name for name in runs.leftovers(workdir))
+    assert "resuming after step 10 of 25" in start(workdir).wait(0)
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight) and not runs.leftovers(workdir)
 
 
 # What one process of two meets, by where: a patch of its program that raises, or damages, there alone.

@@ -10,8 +10,9 @@ import jax
 import pytest
 
 from faults import runs
-from k2jax.errors import ConfigError, StorageError
+from k2jax.errors import ConfigError, DamagedError, StorageError
 from k2jax.parallel import sharding
+from k2jax.replay import replay
 from k2jax.run import reading
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.saved import open_step, restore_params
@@ -40,6 +41,13 @@ class Reader:
     def restore(self, workdir, step):
         with jax.set_mesh(self.mesh):
             return Checkpoints(workdir, [10, 20, 25]).restore(step, self.shardings, self.shapes)
+
+    def restore_all(self, workdir):
+        """Verifies every step that is listed, and changes nothing."""
+        with jax.set_mesh(self.mesh):
+            checkpoints = Checkpoints(workdir)
+            found = {step: checkpoints.restore(step, self.shardings, self.shapes) for step in checkpoints.steps()}
+        assert all(int(state.step) == step for step, state in found.items())
 
     def restore_newest(self, workdir):
         said = []
@@ -72,6 +80,7 @@ def test_every_flipped_bit_is_found(straight, reader, tmp_path):
 
     Nearly all are refused by name; the rest lie in what OCDBT has left at the end of its files and reads no more, where
     the state comes back bit for bit. Orbax restores most of them as wrong numbers without a word.
+    Seen red without the comparison of digests.
     """
     workdir, draw = runs.copy_run(straight, tmp_path / "run"), random.Random(3)
     good = as_bytes(reader.restore(workdir, 25))
@@ -142,7 +151,10 @@ def edit_json(path: Path, change: callable) -> None:
 
 @pytest.mark.fault("B2", "B4")
 def test_damage_is_named_and_gone_around(straight, reader, tmp_path):
-    """Whatever is done to the newest step: it is named, moved to abandoned/, and the step before it is used."""
+    """Whatever is done to the newest step: it is named, moved to abandoned/, and the step before it is used.
+
+    Seen red without the fall-back; without the SHA-256 of the meta.
+    """
     names = list(damages(straight / "checkpoints" / "25"))
     for name in names:
         workdir = runs.copy_run(straight, tmp_path / name)
@@ -184,7 +196,10 @@ def test_training_goes_on_before_the_damage(straight, tiny_data, command, tmp_pa
 
 @pytest.mark.fault("B5")
 def test_no_good_checkpoint_stops_the_run(straight, tiny_data, command, tmp_path):
-    """74 with all of them named; nothing is trained, nothing is moved or deleted."""
+    """74 with all of them named; nothing is trained, nothing is moved or deleted.
+
+    Seen red without the end where none is good.
+    """
     workdir = runs.copy_run(straight, tmp_path / "run")
     for step in (10, 20, 25):
         (workdir / "checkpoints" / str(step) / "meta" / "meta.json").write_text("{")
@@ -192,6 +207,26 @@ def test_no_good_checkpoint_stops_the_run(straight, tiny_data, command, tmp_path
     assert all(f"checkpoint {step}: " in error for step in (10, 20, 25))
     assert runs.checkpoint_steps(workdir) == [10, 20, 25]
     assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+
+
+@pytest.mark.fault("B7")
+@pytest.mark.parametrize("part", ["params", "moments", "params/d", "meta/meta.json"])
+def test_a_half_deleted_older_step_is_whole_to_nobody(straight, reader, tiny_data, command, tmp_path, part):
+    """As `rm -r` leaves it that was stopped. Resumed, read, replayed or forked from it is named; the newest is used."""
+    workdir = runs.copy_run(straight, tmp_path / "run")
+    gone = workdir / "checkpoints" / "10" / part
+    gone.unlink() if gone.is_file() else shutil.rmtree(gone)
+    assert reader.restore_newest(workdir) == (25, [])
+    with pytest.raises(DamagedError, match="checkpoint 10: "):
+        reader.restore(workdir, 10)
+    if part != "moments":
+        with pytest.raises((ConfigError, StorageError), match="checkpoint.* 10"):
+            restore_params(open_step(workdir, 10), reader.mesh)
+    if part == "params":
+        with pytest.raises(StorageError, match="checkpoint 10: "):
+            replay(workdir, 11, 1, say=lambda line: None)
+        arguments = runs.arguments(tiny_data, tmp_path / "fork", {})
+        assert "checkpoint 10: " in command.refuse(74, *arguments, f"--fork={workdir}@10")
 
 
 # Deletes one file of what it should delete, and dies.

@@ -152,6 +152,12 @@ def test_two_trainers_without_flock(straight, start, tmp_path):
     assert any("which is gone" in line for line in told)
 
 
+@pytest.mark.fault("S13")
+def test_a_workdir_is_not_for_others_to_read(straight):
+    """Seen red without the mode that the folder is made with."""
+    assert straight.stat().st_mode & 0o777 == 0o750 and not world_writable(straight)
+
+
 SLOW = """
 import time
 from k2jax.training import metrics
