@@ -249,7 +249,7 @@ def test_training_goes_on_beside_a_slow_save_and_waits_with_the_next(saver, tmp_
 
 @pytest.mark.fault("B11")
 def test_a_step_that_is_there_is_not_saved_again(saver, thinned, tmp_path):
-    """Nor one before it. Seen red without the comparison with the newest, where Orbax writes over what is there."""
+    """Nor one before it. Seen red without the comparison with the newest."""
     workdir = shutil.copytree(thinned, tmp_path / "run")
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     with jax.set_mesh(saver.mesh), saver.open(workdir, moments_every=3) as checkpoints:

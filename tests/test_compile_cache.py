@@ -60,7 +60,10 @@ def first_step(workdir: Path) -> dict:
 
 @pytest.mark.fault("S12")
 def test_a_run_out_of_the_cache_is_the_same_run(own_cache, tiny_data, tmp_path, capsys, monkeypatch):
-    """Bit for bit, in every step and in the checkpoints; and each launch says what its first step waited for."""
+    """Bit for bit, in every step and in the checkpoints; and each launch says what its first step waited for.
+
+    Seen red without the folder's mode.
+    """
     command, one_stage = runs.Command(capsys, monkeypatch), {"eval.windows": 1}
     told, rows, records = {}, {}, {}
     for name in ("cold", "warm"):

@@ -121,7 +121,10 @@ FORMS = {
 @pytest.mark.fault("S2")
 @pytest.mark.parametrize("form", FORMS)
 def test_s2_the_index_names_only_plain_files(folder, tmp_path, opened, form):
-    """What the hostile name leads to is a whole model: followed, the import would succeed."""
+    """What the hostile name leads to is a whole model: followed, the import would succeed.
+
+    Seen red without the pattern of names.
+    """
     weights = (folder / "model.safetensors").rename(folder / "weights.safetensors")
     outside = Path(shutil.copy(weights, tmp_path / "outside.safetensors"))
     (folder / "inside").mkdir()
@@ -142,6 +145,7 @@ LINKS = ["model.safetensors", "config.json", "tokenizer.json", "generation_confi
 @pytest.mark.fault("S2")
 @pytest.mark.parametrize("name", LINKS)
 def test_s2_links_out_of_the_folder_are_not_followed(folder, tmp_path, opened, name):
+    """Seen red without the look at where a link leads."""
     outside = tmp_path / "outside"
     if name in ("generation_config.json", INDEX, "shard.safetensors"):
         weight_map = {"weight_map": dict.fromkeys(draw_tensors(), "shard.safetensors")}
@@ -212,7 +216,10 @@ def test_s3_duplicates_between_files(tokenizer, tmp_path):  # noqa: F811
 
 @pytest.mark.fault("S3")
 def test_s3_keys_that_stand_twice(folder, tmp_path):
-    """Which of the two counts is the reader's whim: one program would check the first, another load the last."""
+    """Which of the two counts is the reader's whim: one program would check the first, another load the last.
+
+    Seen red without the look for keys that stand twice.
+    """
     tensors = draw_tensors()
     header = json.dumps(header_of(tensors))
     place = json.dumps(header_of(tensors)["model.norm.weight"])
@@ -337,7 +344,10 @@ def huge_folders(make) -> dict[Path, str]:
 
 @pytest.mark.fault("S4")
 def test_s4_no_size_in_a_file_is_believed(tokenizer, tmp_path):  # noqa: F811
-    """All of it under an address space of 1 GB more than the imports take, and less than 1 GB resident."""
+    """All of it under an address space of 1 GB more than the imports take, and less than 1 GB resident.
+
+    Seen red without the comparison of bytes with the shape.
+    """
     tensors = draw_tensors()
 
     def make(kind: str, **changes) -> Path:
@@ -360,6 +370,7 @@ def test_s4_no_size_in_a_file_is_believed(tokenizer, tmp_path):  # noqa: F811
 
 @pytest.mark.fault("S5")
 def test_s5_weights_that_are_not_finite_are_counted_and_refused(tokenizer, tmp_path):  # noqa: F811
+    """Seen red without the refusal."""
     theirs = draw_tensors("BF16")
     theirs["model.layers.1.mlp.up_proj.weight"][3, :2] = np.nan, np.inf
     folder = make_folder(tmp_path / "hf", tokenizer, theirs)

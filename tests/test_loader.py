@@ -117,7 +117,10 @@ def test_batches_are_the_order_s_windows(stores, label_shift):
 @pytest.mark.fault("F4")
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 def test_same_global_batch_for_any_number_of_hosts(order, stores, all_steps, hosts):
-    """Contiguous shares and interleaved ones: put together they are the batch of one host, digest too."""
+    """Contiguous shares and interleaved ones: put together they are the batch of one host, digest too.
+
+    Seen red without the rows' own indices in the digest; without each host's own rows.
+    """
     per_host = ROWS // hosts
     shares = [slice(h * per_host, (h + 1) * per_host) for h in range(hosts)]
     parts = [load(order, stores, local_rows=share) for share in shares]
@@ -261,7 +264,10 @@ if __name__ == "__main__":
 
 @pytest.mark.fault("F2")
 def test_workers_die_with_the_trainer(order, stores, tmp_path):
-    """SIGKILL of the trainer: its workers, which nobody else would stop, are gone within 10 seconds."""
+    """SIGKILL of the trainer: its workers, which nobody else would stop, are gone within 10 seconds.
+
+    Seen red without the thread that ends a worker with its parent.
+    """
     (tmp_path / "trainer.py").write_text(TRAINER)
     (tmp_path / "data").write_bytes(pickle.dumps((order, stores)))
     trainer = subprocess.Popen(

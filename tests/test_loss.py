@@ -220,7 +220,10 @@ def test_the_subsets_losses_add_up_to_the_loss():
 @pytest.mark.fault("F8")
 @pytest.mark.parametrize("label_shift", ["next", "inside"])
 def test_masked_rows_have_the_loss_of_their_documents_alone(label_shift):
-    """Without the mask the loss of the same row is another one, or this would prove nothing."""
+    """Without the mask the loss of the same row is another one, or this would prove nothing.
+
+    Seen red without the weights of targets.
+    """
     tokens = tokens_of(1, 20)
     tokens[0, [6, 13]] = EOS
     masked = sums_of(tokens, label_shift=label_shift, masked=True)

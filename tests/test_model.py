@@ -151,7 +151,7 @@ def test_masked_documents_do_not_see_each_other():
 
 @pytest.mark.fault("F8")
 def test_a_masked_document_is_bit_equal_whatever_is_before_it():
-    """The same check without the mask must find a leak, or it proves nothing."""
+    """The same check without the mask must find a leak, or it proves nothing. Seen red without the mask."""
     m, params = small_model(), initial_params()
     first = jnp.array([[5, 6, 7, 8, EOS, 20, 21, 22, 23, 24, EOS, 30]])
     second = first.at[0, :4].set(jnp.array([40, 41, 42, 43]))
@@ -295,6 +295,7 @@ def test_remat_changes_neither_loss_nor_gradient(remat):
 
 @pytest.mark.fault("D11")
 def test_in_bfloat16_every_weight_gradient_is_float32_from_the_product_on():
+    """Seen red without the head's float32 gradient."""
     found = [e for e, _ in equations(gradient_jaxpr(jnp.bfloat16)) if e.primitive.name == "dot_general"]
     half = [e for e in found if {v.aval.dtype for v in e.invars} == {jnp.dtype(jnp.bfloat16)}]
     # A weight gradient contracts the tokens, which are first on both sides: nothing else does.
@@ -321,6 +322,7 @@ def test_in_bfloat16_gradients_are_float32_and_not_rounded_before():
 
 @pytest.mark.fault("D11")
 def test_in_bfloat16_softmax_norms_and_loss_are_float32():
+    """Seen red without the norm's cast to float32."""
     found = [e for e, _ in equations(gradient_jaxpr(jnp.bfloat16))]
     for primitive, at_least in {"exp": 3, "rsqrt": 3, "log": 1, "reduce_max": 2, "reduce_sum": 4}.items():
         types = [e.invars[0].aval.dtype for e in found if e.primitive.name == primitive]

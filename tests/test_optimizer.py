@@ -188,6 +188,7 @@ def test_accumulation_is_one_big_batch(masked):
 
 @pytest.mark.fault("D12")
 def test_a_batch_without_a_single_target_changes_nothing_but_counts():
+    """Seen red without a division by at least one."""
     batch = batch_of()._replace(tokens=jnp.full((1, 8, 13), EOS))
     state, metrics = step_of(masked=True)(start(), batch)
     assert metrics["targets"] == 0 and metrics["loss"] == 0 and metrics["finite"]
@@ -212,6 +213,7 @@ def trained(run_step):
 
 @pytest.mark.fault("D1")
 def test_a_loss_that_is_not_finite_leaves_every_bit_of_the_state(run_step, trained):
+    """Seen red without the look at whether it is finite."""
     step, _ = run_step
     broken = trained._replace(params=trained.params | {"final_norm_D": jnp.full(24, 1e38)})
     after, metrics = step(broken, batch_of(1))
@@ -237,7 +239,10 @@ def test_a_skipped_step_keeps_a_minus_zero(run_step, trained):
 
 @pytest.mark.fault("D1")
 def test_one_number_of_a_gradient_that_is_not_finite_leaves_every_bit(monkeypatch, trained):
-    """1e30 is finite, but its square, and so the norm, is not."""
+    """1e30 is finite, but its square, and so the norm, is not.
+
+    Seen red without the look at the gradient's norm.
+    """
     names = ("layers.mlp_norm_LD", "head_DV", "embed_VD")
 
     def broken(params, batch, **arguments):

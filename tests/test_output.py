@@ -139,6 +139,7 @@ def test_a_signal_takes_away_what_is_half_written(tmp_path: Path, number: signal
 @pytest.mark.fault("S13")
 @pytest.mark.parametrize(("mask", "expected"), [(0o000, 0o644), (0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_no_file_is_for_all_to_write(tmp_path: Path, mask: int, expected: int):
+    """Seen red without the umask."""
     process = start(f"open({str(tmp_path / 'made')!r}, 'w').close()", umask=mask)
     process.communicate("\n", 60)
     assert (tmp_path / "made").stat().st_mode & 0o777 == expected

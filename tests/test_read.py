@@ -218,6 +218,7 @@ def test_source_trees_are_read_whole_and_what_is_no_text_is_counted(tmp_path):
 
 @pytest.mark.fault("S17")
 def test_names_from_outside_stay_on_one_line_and_under_their_root(tmp_path):
+    """Seen red without the escapes."""
     folder = os.fsencode(tmp_path)
     for name in (b"a\nb.txt", b"\xff.txt", b"\x1b[2J.txt", "\u202etxt.exe.txt".encode()):
         Path(os.fsdecode(os.path.join(folder, name))).write_bytes(b"text")

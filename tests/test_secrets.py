@@ -73,6 +73,7 @@ def texts_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.fault("S9")
 def test_a_signed_url_is_read_and_never_told(server: str, tmp_path: Path):
+    """Seen red without the hiding of secrets."""
     pytest.importorskip("aiohttp")  # what fsspec reads http with
     out = tmp_path / "out"
     data, _ = build(recipe_of(f"http://{server}/a.jsonl?X-Amz-Signature={SECRETS[1]}"), out, workers=1)

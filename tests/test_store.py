@@ -256,6 +256,7 @@ def test_empty_store_is_refused(tmp_path):
 @pytest.mark.fault("F5")
 @pytest.mark.parametrize("token", [-1, 1000, 1 << 40])
 def test_token_outside_the_vocabulary_at_write(tmp_path, token):
+    """Seen red without the look at ids."""
     with pytest.raises(ConfigError, match="outside the vocabulary of 1000") as error:
         write(tmp_path / "s", [[1, 2], [3, token]])
     assert "document 1 (file 1)" in one_line(error) and str(token) in one_line(error)
@@ -263,7 +264,10 @@ def test_token_outside_the_vocabulary_at_write(tmp_path, token):
 
 @pytest.mark.fault("F5")
 def test_token_outside_the_vocabulary_at_read(path):
-    """The store says a smaller vocabulary than its tokens need: found where it is read, by place and id."""
+    """The store says a smaller vocabulary than its tokens need: found where it is read, by place and id.
+
+    Seen red without the look at ids.
+    """
     opened = Store.open(path)
     opened.info["vocab_size"] = int(opened.read([0], 300).max())
     with pytest.raises(ConfigError, match=f"outside the vocabulary of {opened.info['vocab_size']}") as error:

@@ -159,7 +159,7 @@ def test_the_run_explains_itself(run: Path):
 
 @pytest.mark.fault("S9")
 def test_secrets_in_the_environment_are_written_nowhere(tiny_config, tmp_path: Path, monkeypatch):
-    """By a run of the usual steps, which compiles nothing new."""
+    """By a run of the usual steps, which compiles nothing new. Seen red without the allow-list of variables."""
     monkeypatch.setenv("WANDB_API_KEY", "hunter2-wandb")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2-aws")
     train(tiny_config(), tmp_path / "r")

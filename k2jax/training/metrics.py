@@ -24,6 +24,7 @@ from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.stability.detect import Row
 from k2jax.training.guard import Guard
+from k2jax.training.remedies import COUNTS
 from k2jax.training.sinks import open_sinks
 
 
@@ -99,7 +100,9 @@ class Recorder:
             **self._clipped(bool(values["clipped"])),
             "loss_limit": float(values["loss_limit"]),
             "grad_norm_limit": float(values["grad_norm_limit"]),
+            **{key: int(values[key]) for key in COUNTS if key in values},
             "tokens_seen": self.tokens_seen,
+            "transient_errors": values.get("transient_errors"),  # of a step that was computed again
             **self._speed(plan, step_s),
             "planned_step_s": self.planned.get(plan.name),
             "data_wait_s": data_wait_s,
@@ -155,6 +158,8 @@ class Recorder:
         }
 
     def _tell(self, step: int, row: dict[str, Any]) -> None:
+        if row.get("masked_rows"):
+            self.print_line(f"step {step}: {row['masked_rows']} row(s) masked, of repeated n-grams (data.mask_repeats)")
         if not row["applied"] or row["outlier"]:
             why = "above its limit" if row["outlier"] else "not finite"
             done = "an update was made" if row["applied"] else "no update was made"

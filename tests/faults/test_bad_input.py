@@ -144,7 +144,10 @@ def test_stores(data, command, tmp_path):
 @pytest.mark.fault("F5")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_token_id_outside_the_vocabulary(data, command, tmp_path, workers):
-    """Found when it is read, named with its place; from a worker process, too."""
+    """Found when it is read, named with its place; from a worker process, too.
+
+    Seen red without the store's look at ids.
+    """
     for name in ("books", "code", "web"):
         edit_store(data / name, vocab_size=450, max_token_id=440)
     error = command.refuse(78, *runs.arguments(data, tmp_path / "run", {"data.workers": workers}))

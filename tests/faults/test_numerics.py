@@ -102,7 +102,10 @@ def test_three_in_a_row_stop_the_run_behind_the_save_under_way(tiny_data, comman
 
 @pytest.mark.fault("D3")
 def test_broken_parameters_are_never_saved(tiny_data, command, monkeypatch, tmp_path):
-    """An update that ruins the parameters at the very step of a checkpoint: 65 and nothing saved."""
+    """An update that ruins the parameters at the very step of a checkpoint: 65 and nothing saved.
+
+    Seen red without the look at the parameters before a save.
+    """
     real = step.adamw
 
     def adamw(config, state, grads):

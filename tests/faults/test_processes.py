@@ -79,7 +79,7 @@ def listening(process):
 
 @pytest.mark.fault("A2", "S11")
 def test_sigterm_to_one_stops_both(start, tmp_path):
-    """Both save the same step and end with 75."""
+    """Both save the same step and end with 75. Seen red without the address that the coordinator is bound to."""
     workdir = tmp_path / "run"
     pair = runs.pair(start, workdir, devices=1)
     pair[0].wait_for("step 11 ")

@@ -80,6 +80,7 @@ def test_every_flipped_bit_is_found(straight, reader, tmp_path):
 
     Nearly all are refused by name; the rest lie in what OCDBT has left at the end of its files and reads no more, where
     the state comes back bit for bit. Orbax restores most of them as wrong numbers without a word.
+    Seen red without the comparison of digests.
     """
     workdir, draw = runs.copy_run(straight, tmp_path / "run"), random.Random(3)
     good = as_bytes(reader.restore(workdir, 25))
@@ -150,7 +151,10 @@ def edit_json(path: Path, change: callable) -> None:
 
 @pytest.mark.fault("B2", "B4")
 def test_damage_is_named_and_gone_around(straight, reader, tmp_path):
-    """Whatever is done to the newest step: it is named, moved to abandoned/, and the step before it is used."""
+    """Whatever is done to the newest step: it is named, moved to abandoned/, and the step before it is used.
+
+    Seen red without the fall-back; without the SHA-256 of the meta.
+    """
     names = list(damages(straight / "checkpoints" / "25"))
     for name in names:
         workdir = runs.copy_run(straight, tmp_path / name)
@@ -192,7 +196,10 @@ def test_training_goes_on_before_the_damage(straight, tiny_data, command, tmp_pa
 
 @pytest.mark.fault("B5")
 def test_no_good_checkpoint_stops_the_run(straight, tiny_data, command, tmp_path):
-    """74 with all of them named; nothing is trained, nothing is moved or deleted."""
+    """74 with all of them named; nothing is trained, nothing is moved or deleted.
+
+    Seen red without the end where none is good.
+    """
     workdir = runs.copy_run(straight, tmp_path / "run")
     for step in (10, 20, 25):
         (workdir / "checkpoints" / str(step) / "meta" / "meta.json").write_text("{")
