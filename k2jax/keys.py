@@ -87,6 +87,7 @@ def base() -> ConfigDict:
     c.stability.max_skips = 8             # steps without an update in a window that make it a spike
     c.stability.persistence = 100         # steps in a row above a limit that do
     c.stability.drift = 0.02              # of the loss: median of 50 over that of 2,000, as a share, that does
+    c.stability.attention_every = 100     # steps between measurements of attention's largest logits; 0: none
     c.stability.rerun_every = 0           # steps of which one is computed again, and devices are tested; 0: none
     c.stability.rollback = ConfigDict()   # of a spike, by the run itself: stability/ladder.py
     c.stability.rollback.most = 3         # one after the other, each wider, until it stops with 65; 0: at once
@@ -133,6 +134,7 @@ def base() -> ConfigDict:
     c.watchdog.evaluate = 14400           # what ends a run
 
     c.eval = ConfigDict()                 # on held-out windows, after the last step
+    c.eval.at_checkpoints = 8             # windows per subset at each of them, for the rows in held_out/; 0: none
     c.eval.windows = 64                   # windows per subset at most
     c.eval.prompts = ()                   # texts to go on from, printed at the end
     c.eval.new_tokens = 48                # sampled after each prompt
@@ -185,7 +187,7 @@ RANGES = {
     "[8, 2001)": "stability.window",  # of no more rows than detect.HISTORY
     "[1, 2001)": "stability.persistence",
     "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
-        checkpoint.max_launches log.layers_every
+        checkpoint.max_launches log.layers_every eval.at_checkpoints stability.attention_every
         watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate
         stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most stability.rollback.replay
         stability.rollback.before stability.rerun_every
@@ -207,7 +209,7 @@ _RANGE_OF = {key: interval for interval, keys in RANGES.items() for key in keys.
 # it computes (beyond the order of floating-point sums). All else is drift. data.eos must be the stores' in any case.
 FREE_KEYS = tuple(
     """mesh log watchdog checkpoint eval allow_drift data.root data.tokenizer data.eos data.verify data.threads
-    data.workers data.prefetch compiler stability.rollback stability.rerun_every model.remat
+    data.workers data.prefetch compiler stability.rollback stability.rerun_every stability.attention_every model.remat
     model.rings model.unroll model.attention model.pipeline loss.block stages.*.microbatches""".split()
 )
 

@@ -46,11 +46,13 @@ from k2jax.text import shown
 from k2jax.training import recovery
 from k2jax.training.clock import Clock
 from k2jax.training.guard import Guard, check_parameters, recent_rows
+from k2jax.training.held_out import HeldOut
 from k2jax.training.launch import Launch, process_age_s
 from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_state
+from k2jax.training.probe import Probe
 from k2jax.training.program import feed_steps
 from k2jax.training.rerun import Rerun
 from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
@@ -112,6 +114,9 @@ def train_on(
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
         guard = recorder.guard
         recovery.keep_watch(guard, run.path, journal, checkpoints)
+        chunk, eos_id = partial(chunk_of_step, order), manifest["eos_id"]
+        held_out = HeldOut(config, run.path, chunk, step, mesh, stores, eos_id, say)
+        probe = Probe(config, mesh, eos_id)
         save_steps = set(checkpoint_steps(order))
         checkpoints.keep(save_steps)
         launch.did("restore" if checkpoints.last_meta else "new state")
@@ -132,6 +137,7 @@ def train_on(
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
                 again = rerun.check(step, plan, state, batch)
                 state, metrics = run_step(state, batch._replace(limits=guard.limits(step)))
+                metrics = probe.added(metrics, step, plan, state.params, batch)
                 # Reads the metrics of the step before this one, so that the device is not waited for.
                 recorder.push(step, plan, metrics | again, data_wait_s)
                 clock.stepped(step, recorder.last_row)
@@ -151,6 +157,8 @@ def train_on(
                 if due:
                     save(state, step)
                     saved = step
+                    watchdog.at("evaluate")
+                    held_out.record(step, plan, state.params)
                 recorder.saved(checkpoints.poll())
                 bar.update()
                 watchdog.at("data")

@@ -83,6 +83,7 @@ def get_config():
     c.data.root = {root!r}
     c.data.tokenizer = {root!r} + "/tokenizer.json"
     c.eval.windows = 8
+    c.eval.at_checkpoints = 0
     c.log.every_steps = 1
     c.log.tensorboard = False
     c.stages = (
@@ -200,6 +201,7 @@ def tiny_run(made_once: Callable, tiny_config: Callable[..., ConfigDict]) -> Pat
     def make(workdir: Path) -> None:
         from k2jax.train import train
 
-        train(tiny_config(**{"log.tensorboard": True, "eval.prompts": "('abc',)", "eval.new_tokens": 4}), workdir)
+        more = {"log.tensorboard": True, "eval.at_checkpoints": 2, "stability.attention_every": 15}
+        train(tiny_config(**more, **{"eval.prompts": "('abc',)", "eval.new_tokens": 4}), workdir)
 
     return made_once("run", make)

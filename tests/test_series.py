@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 from test_model import EOS, small_model
 from test_optimizer import batch_of, experiment, start, step_of
+from test_pipeline import small
 
-from k2jax.model.decoder import Decoder, document_ids, parameter_table
-from k2jax.training.step import norms, squares
+from k2jax.data.order import StagePlan
+from k2jax.model.attention import attend_causally
+from k2jax.model.decoder import Block, Decoder, document_ids, parameter_table, rope_table
+from k2jax.parallel import sharding
+from k2jax.training.optimizer import init_state
+from k2jax.training.placement import batch_sharding, make_state, place_state
+from k2jax.training.probe import Probe, attention_logits
+from k2jax.training.step import Batch, norms, squares
 
 GROUPS = {"embed", "head", "q", "k", "v", "o", "gate", "up", "down", "norms"}
 
@@ -75,3 +82,67 @@ def test_logits_and_log_z_are_those_of_the_targets_that_count():
     assert metrics["log_z"] == pytest.approx(log_z[counts].mean(), rel=1e-5)
     assert metrics["logit"] == pytest.approx(np.abs(logits)[counts].max(), rel=1e-5)
     assert np.abs(logits).max() > np.abs(logits)[counts].max()
+
+
+# ---- attention's logits ----------------------------------------------------------------------------------------------
+
+
+def reference(c, params, tokens_BT) -> list[float]:
+    """Layer by layer, all logits of a row at once."""
+    found, m, T = [], c.model, tokens_BT.shape[1]
+    rope, ids = rope_table(m, c.stages[0].rope_base, T), document_ids(tokens_BT, EOS)
+    sees_BTS = np.tril(np.ones((T, T), bool)) & np.asarray((ids[:, :, None] == ids[:, None]) | (not m.mask_documents))
+
+    def attend(q_BTNH, k_BTKH, v_BTKH):
+        k_BTNH = np.repeat(np.asarray(k_BTKH, np.float64), m.num_heads // m.num_kv_heads, axis=2)
+        logits = np.einsum("btnh,bsnh->bnts", np.asarray(q_BTNH, np.float64), k_BTNH) / np.sqrt(m.head_dim)
+        found.append(np.where(sees_BTS[:, None], logits, -np.inf).max())
+        return attend_causally(q_BTNH, k_BTKH, v_BTKH, ids if m.mask_documents else None)
+
+    x_BTD = params["embed_VD"][tokens_BT]
+    for number in range(m.num_layers):
+        arrays = {key.removeprefix("layers."): value[number] for key, value in params.items() if "layers." in key}
+        x_BTD = Block(m, arrays)(x_BTD, rope, attend)
+    return found
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attentions_logits_are_those_of_all_queries_and_keys(masked: bool, monkeypatch: pytest.MonkeyPatch):
+    """By blocks of 4 of 12 positions, with two query heads to a key head; the first row of the first microbatch."""
+    monkeypatch.setattr("k2jax.training.probe.BLOCK", 4)
+    c, params, batch = experiment(masked), start().params, batch_of(microbatches=2)
+    found = attention_logits(
+        params, batch.tokens, config=c, stage=c.stages[0], eos_id=EOS, dtype=jnp.dtype("float32")
+    )
+    np.testing.assert_allclose(found, reference(c, params, batch.tokens[0][:1, :-1]), rtol=1e-5)
+
+
+ON_MESHES = [
+    {"fsdp": 8},
+    {"replica": 2, "context": 2, "tensor": 2},
+    {"stage": 4, "tensor": 2},
+    {"replica": 2, "stage": 2, "fsdp": 2},
+    {"stage": 2, "context": 2, "tensor": 2},
+]
+
+
+@pytest.mark.parametrize("sizes", ON_MESHES, ids=str)
+def test_attentions_logits_are_the_same_on_every_mesh(sizes: dict):
+    """Of the first row of each part of the batch that a device has alone."""
+    c = small(layers=4)
+    mesh = sharding.make_mesh({"fsdp": 1, **sizes})
+    tokens = np.random.default_rng(0).integers(0, 64, (1, 16, 17), np.int32)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
+        state = make_state(c, place_state(c, shapes, mesh))
+        placed = jax.device_put(tokens, batch_sharding(mesh))
+        with c.unlocked():
+            c.stability.attention_every = 5
+        probe, told = Probe(c, mesh, EOS), {"layers": {"a": 1}}
+        assert probe.added(told, 4, StagePlan("stage1", 0, *[1] * 9), state.params, Batch(placed, None, None)) is told
+        added = probe.added(told, 5, StagePlan("stage1", 0, *[1] * 9), state.params, Batch(placed, None, None))
+    parts = int(np.prod([size for axis, size in sizes.items() if axis in ("replica", "fsdp", "stage")]))
+    rows = tokens[0].reshape(parts, -1, 17)[:, 0, :-1]
+    expected = reference(c, jax.device_get(state.params), rows)
+    np.testing.assert_allclose(added["layers"]["attention_logit"], expected, rtol=1e-4)
+    assert added["attention_logit"] == pytest.approx(max(expected), rel=1e-4) and added["layers"]["a"] == 1

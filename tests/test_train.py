@@ -62,14 +62,30 @@ def test_rows_count_clipped_steps_and_some_have_norms_by_layer(metrics: pandas.D
     assert metrics.clipped_steps.tolist() == metrics.clipped.cumsum().tolist()
     assert metrics.clipped.equals(metrics.applied & (metrics.grad_norm > 1.0))
     assert (metrics.log_z > 0).all() and (metrics.logit > 0).all()
-    assert metrics[metrics.layers.notna()].step.tolist() == [10, 20]
+    assert metrics[metrics.layers.notna()].step.tolist() == [10, 15, 20]
+    assert metrics[metrics.attention_logit.notna()].step.tolist() == [15]
     for row in metrics[metrics.layers.notna()].to_dict("records"):
+        if attention := row["layers"].pop("attention_logit", None):
+            assert len(attention) == 2 and max(attention) == pytest.approx(row["attention_logit"], rel=1e-3)
         groups = {group for group in GROUPS if group not in ("embed", "head")}
         assert row["layers"].keys() == {f"{kind}/{group}" for kind in ("grad_norm", "update_ratio") for group in groups}
         for group in groups - {"norms"}:  # which has the last one besides
             values = row["layers"][f"grad_norm/{group}"]
             assert len(values) == 2 and np.hypot(*values) == pytest.approx(row[f"grad_norm/{group}"], rel=1e-3)
             assert min(row["layers"][f"update_ratio/{group}"]) <= row[f"update_ratio/{group}"]
+
+
+def test_each_checkpoint_has_its_held_out_losses(run: Path):
+    """On two windows of each subset of its stage's mix; what the end of the run says of eight is near."""
+    rows = list(StepLog(run / "held_out", None).rows())
+    assert [(row["step"], row["stage"]) for row in rows] == [(10, "stage1"), (20, "stage1"), (25, "stage2")]
+    end = json.loads((run / "validation.json").read_text())["subsets"]
+    for row, length in zip(rows, (32, 32, 64), strict=True):
+        names = {key.removeprefix("loss/") for key in row if key.startswith("loss/")}
+        assert names == ({"code", "web", "books"} if row["stage"] == "stage1" else end.keys())
+        assert all(row[f"targets/{name}"] == 2 * length for name in names)
+    assert all(rows[-1][f"loss/{name}"] == pytest.approx(of["loss"], abs=0.2) for name, of in end.items())
+    assert rows[0]["loss/code"] != rows[1]["loss/code"]
 
 
 def test_the_loss_is_the_subsets_losses_weighed_by_their_targets(metrics: pandas.DataFrame):

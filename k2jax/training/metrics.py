@@ -5,6 +5,7 @@ device never waits for the host. `flush` reads the last ones too, where the loop
 """
 
 import math
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -93,8 +94,6 @@ class Recorder:
             "stage": plan.name,
             **self._losses(values),
             **_norms(values),
-            "log_z": float(values["log_z"]),
-            "logit": float(values["logit"]),
             "lr": float(values["lr"]),
             "applied": bool(values["applied"]),
             "outlier": bool(values["outlier"]),
@@ -132,8 +131,8 @@ class Recorder:
 
     def _layers(self, row: dict[str, Any], layers: dict[str, jax.Array]) -> dict[str, Any]:
         """{"layers": {series: a number of each layer}} every so many steps, and of each that was not as others."""
-        every = self.config.log.layers_every
-        if row["applied"] and not row["outlier"] and not (every and row["step"] % every == 0):
+        every, odd = self.config.log.layers_every, row["outlier"] or not row["applied"]
+        if not (odd or every and row["step"] % every == 0 or "attention_logit" in layers):
             return {}
         return {"layers": {series: _short(value_L) for series, value_L in jax.device_get(layers).items()}}
 
@@ -219,7 +218,9 @@ def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str,
 
 
 def _norms(values: dict[str, np.ndarray]) -> dict[str, float]:
-    return {key: float(value) for key, value in values.items() if "_norm" in key or "_ratio" in key}
+    """And the rest of what is a number of the whole step, or of a layer group of it."""
+    wanted = re.compile(r"(grad|param|update)_norm|update_ratio|log_z|logit|attention_logit")
+    return {key: float(value) for key, value in values.items() if wanted.fullmatch(key.partition("/")[0])}
 
 
 def _short(values: np.ndarray) -> list[float | None]:

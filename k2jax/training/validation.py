@@ -82,6 +82,36 @@ def validate(
     return found
 
 
+def few_losses(
+    config: ConfigDict,
+    stage: ConfigDict,
+    params: Params,
+    mesh: Mesh,
+    stores: dict[str, Store],
+    compute_dtype: jnp.dtype,
+    eos_id: int,
+    max_windows: int,
+) -> dict[str, tuple[float, int]]:
+    """{subset of the stage's mix: (nats per token, targets)} on at most so many windows of each.
+
+    Windows of all subsets share batches: a few of each fill one.
+    """
+    texts = [json.dumps(to_dict(x), sort_keys=True) for x in (config, stage)]
+    losses_of = _program(*texts, jnp.dtype(compute_dtype), eos_id, mesh)
+    length, shift = stage.sequence_length, config.data.label_shift
+    starts = {name: validation_starts(stores[name], length, shift, max_windows) for name in stage.mix}
+    starts = {name: found for name, found in starts.items() if len(found)}
+    if not starts:
+        return {}
+    rows = [stores[name].read(found, row_length(length, shift)).view(np.int32) for name, found in starts.items()]
+    rows, size = np.concatenate(rows), _rows_per_batch(stage, mesh)
+    parts = [_run(losses_of, params, rows[i : i + size], stage, mesh) for i in range(0, len(rows), size)]
+    losses, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
+    ends = np.cumsum([len(found) for found in starts.values()])[:-1]
+    sums = zip(starts, np.split(losses, ends), np.split(targets, ends), strict=True)
+    return {name: (float(loss.sum() / max(of.sum(), 1)), int(of.sum())) for name, loss, of in sums}
+
+
 @lru_cache(maxsize=4)
 def _program(config: str, stage: str, compute_dtype: jnp.dtype, eos_id: int, mesh: Mesh) -> Callable:
     """`row_losses` compiled: once for all checkpoints of a stage. `config` and `stage` are JSON."""
