@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from faults import runs
@@ -149,3 +150,44 @@ def test_a_device_that_always_computes_wrongly_is_named(tiny_data, command, monk
 
 def test_the_self_test_has_a_known_answer(mesh):
     devices.check_devices(mesh, "now")
+
+
+BAD_COPY = """
+from faults.test_sdc import with_a_flipped_bit
+from k2jax.parallel import cluster
+from k2jax.run import checkpoint
+real = checkpoint.Checkpoints.save
+def save(self, state, step, **described):
+    x = state.params["final_norm_D"]
+    if cluster.index() == 1 and step == 10:
+        x = with_a_flipped_bit(x, x.addressable_shards[1].device.id)
+    real(self, state._replace(params={**state.params, "final_norm_D": x}), step, **described)
+checkpoint.Checkpoints.save = save
+"""
+BAD_DEVICE = """
+import jax, jax.numpy as jnp
+from k2jax.run import devices
+real = devices.own_answer
+def own_answer(zero):
+    here = jax.lax.axis_index(("replica", "stage", "fsdp", "context", "tensor"))
+    return real(zero) + jnp.where(here == 3, 1, 0).astype(jnp.uint32)
+devices.own_answer = own_answer
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "patch, told",
+    [
+        (BAD_COPY, "step 10: device 131073 (process 1 on "),
+        (BAD_DEVICE, "step 12: the self-test of device 131073 (process 1 on "),
+    ],
+)
+def test_two_processes_end_together(start, tmp_path, patch, told):
+    """What one alone holds or computes wrongly: both say which, and end with 65."""
+    workdir, tests = tmp_path / "run", {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    pair = runs.pair(start, workdir, {"stability.rerun_every": 12}, patch=patch, environment=tests)
+    assert [told in trainer.wait_for_error(65) for trainer in pair] == [True, True]
+    assert runs.checkpoint_steps(workdir) == ([] if patch == BAD_COPY else [10])
+    records, _ = goodput.read_records(workdir / "goodput.jsonl")
+    assert [(r["processes"], r["ended"]) for r in records] == [(2, "NumericsError")]
