@@ -38,6 +38,7 @@ def base() -> ConfigDict:
     c.model.norm_eps = 1e-5               # of RMSNorm
     c.model.init_std = 0.02               # of every matrix; residual outputs are scaled down (decoder.py, INIT)
     c.model.tie_embeddings = False        # True: the head is the embedding transposed
+    c.model.qk_norm = False               # True: q and k of each head are RMS-normed before RoPE, as in Qwen3
     c.model.mask_documents = False        # True: attention and loss stop at document ends (K2: packed, unmasked)
     c.model.remat = "none"                # kept for backward: "none" all, "full" layer inputs, or "dots", q+k+up@host
     c.model.rings = ()                    # sizes that gathers over mesh.fsdp go by, such as (8, 8, 8) on v5p:8x8x8
@@ -68,7 +69,13 @@ def base() -> ConfigDict:
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms
+    c.optimizer.decay_embeddings = True   # False: weight_decay spares the embedding (which may be the head, too)
     c.optimizer.clip_norm = 1.0           # global gradient norm
+    c.optimizer.adagc = ConfigDict()      # AdaGC: each tensor's gradient clipped by its own history (remedies.py)
+    c.optimizer.adagc.ratio = 0.0         # to so many times its mean norm; AdaGC: 1.05; 0: off
+    c.optimizer.adagc.beta = 0.98         # of the moving mean
+    c.optimizer.adagc.warmup_updates = 100 # first, in which clip_norm clips, and after them no more
+    c.optimizer.update_clip = 0.0         # largest RMS of g / sqrt(v) in a tensor, else smaller steps; 1.0; 0: off
     c.optimizer.max_skips_in_a_row = 3    # non-finite steps that are a spike: see stability
 
     c.stability = ConfigDict()            # outliers, spikes and what is done about them: stability/detect.py
@@ -86,6 +93,7 @@ def base() -> ConfigDict:
     c.stability.rollback.how = "defer"    # the steps around the spike go to the stage's end, or "skip"
     c.stability.rollback.before = 50      # steps before the first above a limit that do
     c.stability.rollback.after = 50       # and after it
+    c.stability.rollback.replay = 50      # a spike at most so many steps after that checkpoint is run again: doctor.py
     c.stability.rollback.watch = 200      # steps after the spike's place without another one: it has helped
 
     c.compiler = ConfigDict()             # XLA's options, as ("xla_tpu_enable_async_collective_fusion=true",)
@@ -104,6 +112,7 @@ def base() -> ConfigDict:
     c.data.tokenizer = "data/k2/tokenizer.json" # its SHA-256 must be the stores'
     c.data.eos = ""                       # of its control tokens, the one that ends documents; "": the stores'
     c.data.label_shift = "next"           # "next": windows of T+1 tokens; "inside": K2's own, one target a row lost
+    c.data.mask_repeats = 0               # rows with 1 to 13 tokens so often in a row weigh nothing; OLMo: 32; 0: off
     c.data.verify = "sizes"               # at start: "sizes" of the stores' files, or "sha256" of their bytes
     c.data.threads = 2                    # that read ahead in each process
     c.data.workers = 0                    # worker processes that read ahead; never change what is read
@@ -132,6 +141,7 @@ def base() -> ConfigDict:
     c.log.tensorboard = True              # event files in workdir/tensorboard
     c.log.wandb_project = ""              # Weights & Biases project; "" is off. The key is read from the environment
     c.log.every_steps = 10                # steps between printed lines
+    c.log.layers_every = 10               # steps between rows that have norms by layer; 0: only where a step is odd
     return c.lock()
 # fmt: on
 
@@ -170,20 +180,24 @@ RANGES = {
         model.ffn_dim model.unroll model.pipeline.microbatches model.pipeline.repeats model.rope_scaling.factor
         loss.block optimizer.max_skips_in_a_row data.threads data.prefetch eval.windows eval.new_tokens log.every_steps
         stages.*.sequence_length stages.*.rows_per_step stages.*.microbatches stages.*.steps_per_chunk
-        stages.*.chunks checkpoint.moments_every stability.max_skips stability.persistence
-        stability.rollback.after stability.rollback.watch""",
-    "[8, inf)": "stability.window",
+        stages.*.chunks checkpoint.moments_every
+        stability.max_skips stability.rollback.after stability.rollback.watch""",
+    "[8, 2001)": "stability.window",  # of no more rows than detect.HISTORY
+    "[1, 2001)": "stability.persistence",
     "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
-        checkpoint.max_launches watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save
-        watchdog.evaluate stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most
+        checkpoint.max_launches log.layers_every
+        watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate
+        stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most stability.rollback.replay
         stability.rollback.before stability.rerun_every
         stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
+    "[0, 1000000000)": """optimizer.adagc.ratio optimizer.adagc.warmup_updates optimizer.update_clip
+        data.mask_repeats""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.
     "(0, inf)": """optimizer.clip_norm optimizer.eps model.norm_eps model.init_std model.rope_scaling.low_freq_factor
         model.rope_scaling.high_freq_factor model.rope_scaling.original_context stages.*.mix.*
         stability.deviations""",
     "(1, inf)": "stages.*.rope_base",
-    "[0, 1)": "optimizer.b1 optimizer.b2",
+    "[0, 1)": "optimizer.b1 optimizer.b2 optimizer.adagc.beta",
     "[0, 4294967296)": "seed",
 }
 _RANGE_OF = {key: interval for interval, keys in RANGES.items() for key in keys.split()}

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from k2jax import config as configuration
-from k2jax import paths
+from k2jax import paths, spikes
 from k2jax.bucket import BucketPath
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.epochs import check_journal, check_resume, order_of
@@ -49,7 +49,7 @@ from k2jax.training.guard import Guard, check_parameters, recent_rows
 from k2jax.training.launch import Launch, process_age_s
 from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_state
 from k2jax.training.program import feed_steps
 from k2jax.training.rerun import Rerun
@@ -85,11 +85,13 @@ def train_on(
         say(describe(manifest))
         run.check(config, manifest, dict(mesh.shape), launched=not launch.again)
         clock.keep(run.path)
+        if launch.again and not run.mirror:
+            spikes.run_again(run, config.stability.rollback.replay, say)
         launch.did("data")
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
         watchdog.at("restore")
-        shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+        shapes = jax.eval_shape(lambda: first_state(config))
         shardings = place_state(config, shapes, mesh)
         between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
         # 0: of imported weights
@@ -142,6 +144,7 @@ def train_on(
                     watchdog.at("save")
                     recorder.end(checkpoints.wait())
                     checkpoints.close()
+                    spikes.examine(run, guard.spike, say)
                     recovery.roll_back(guard.spike, config, run.path, epochs, journal, checkpoints, say)
                     return False
                 recovery.keep_watch(guard, run.path, journal, checkpoints)

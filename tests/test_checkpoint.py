@@ -1,5 +1,6 @@
 """Checkpoints as a run keeps them: what stays, what is thinned, and how arrays are cut for the disk."""
 
+import asyncio
 import errno
 import math
 import os
@@ -7,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -198,6 +200,7 @@ def test_a_storage_that_fails_for_a_while_moves_nothing(saver, thinned, tmp_path
     assert not (workdir / "abandoned").exists()
 
 
+@pytest.mark.fault("B1")
 def test_what_was_being_saved_is_there_when_the_disk_has_room_again(saver, tmp_path, monkeypatch):
     """Though the step that followed has given the state's memory away. A limit on file sizes stands for the disk."""
     said, limits = [], resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -221,6 +224,40 @@ def test_what_was_being_saved_is_there_when_the_disk_has_room_again(saver, tmp_p
         checkpoints.close()
     assert all("File too large" in line for line in said[:3]) and said[-1] == "saved 1"
     assert equal(saver.restore(tmp_path, 1), saver.state(1))
+
+
+@pytest.mark.fault("B10")
+def test_training_goes_on_beside_a_slow_save_and_waits_with_the_next(saver, tmp_path, monkeypatch):
+    """Seen red where `save` did not wait for the save before, and where it waited for its own."""
+    room, real, said = threading.Event(), storage._LateJson._save_fn, []
+
+    async def save(self, item, directory):
+        await asyncio.to_thread(room.wait, 60)
+        await real(self, item, directory)
+
+    monkeypatch.setattr(storage._LateJson, "_save_fn", save)
+    with jax.set_mesh(saver.mesh), saver.open(tmp_path, log=said.append) as checkpoints:
+        checkpoints.save(saver.state(1), 1, data={"next_step": 2}, meta={})
+        assert checkpoints.poll() is None and said == [] and not room.is_set()
+        threading.Timer(0.3, room.set).start()
+        checkpoints.save(saver.state(2), 2, data={"next_step": 3}, meta={})
+        assert room.is_set() and said == ["saved 1"]
+        checkpoints.wait()
+        checkpoints.close()
+    assert equal(saver.restore(tmp_path, 1), saver.state(1)) and equal(saver.restore(tmp_path, 2), saver.state(2))
+
+
+@pytest.mark.fault("B11")
+def test_a_step_that_is_there_is_not_saved_again(saver, thinned, tmp_path):
+    """Nor one before it. Seen red without the comparison with the newest."""
+    workdir = shutil.copytree(thinned, tmp_path / "run")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with jax.set_mesh(saver.mesh), saver.open(workdir, moments_every=3) as checkpoints:
+        for step in (6, 4):
+            with pytest.raises(StorageError, match=f"checkpoint {step}: .* already holds step 6; move later steps to"):
+                checkpoints.save(saver.state(9), step, data={"next_step": step + 1}, meta={})
+        checkpoints.close()
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
 def test_a_bug_moves_no_checkpoint(saver, thinned, tmp_path, monkeypatch):

@@ -206,6 +206,7 @@ def test_what_is_missing_is_found_before_anything_is_read(tmp_path):
         check(config)
 
 
+@pytest.mark.fault("S7")
 def test_names_that_climb_stay_inside_the_output(tmp_path):
     """A record's own id and URL, and a file's name, are never part of a path."""
     (tmp_path / "in").mkdir()

@@ -107,6 +107,18 @@ def test_validate_reports_all_problems_at_once():
         assert key in str(raised.value)
 
 
+@pytest.mark.fault("S7")
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "-x", "a\\b", "", "x\n"])
+def test_a_subsets_name_is_no_path(tmp_path: Path, name: str):
+    """It is that of a store's folder. Seen red without the pattern."""
+    path = tmp_path / "experiment.py"
+    stage = f"config.stage(mix={{{name!r}: 1}})"
+    lines = ("from k2jax import config", "def get_config():", "    c = config.base()", f"    c.stages = ({stage},)")
+    path.write_text("\n".join([*lines, "    return c\n"]))
+    with pytest.raises(ConfigError, match="a subset's name has only letters, digits, - and _|does not accept dots"):
+        configuration.load(str(path))
+
+
 def test_arrays_that_remat_names_are_known_and_named_once():
     for remat in ("none", "dots", "q", "q@host", "q+k@host+up"):
         assert configuration.load(SMOKE, [f"model.remat={remat}"]).model.remat == remat

@@ -490,6 +490,7 @@ def forge(folder: Path) -> None:
     (folder / "parity.json").write_text(json.dumps(parity))
 
 
+@pytest.mark.fault("S15")
 @pytest.mark.parametrize("how", MISTAKES)
 def test_broken_files_are_found_and_named(how: str, square: SavedStep, copy: Path):
     """By the certificate; with a forged one by the run; and by the logits, whatever the other two say."""

@@ -28,6 +28,7 @@ def test_equals_the_sum_in_numpy(dtype):
     assert int(digest(x)) == reference(np.asarray(x))
 
 
+@pytest.mark.fault("C1")
 def test_is_the_same_on_every_layout():
     mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
     specs = [(), ("fsdp",), (None, "tensor"), ("replica", "tensor"), (("replica", "fsdp"), "tensor")]
@@ -35,6 +36,7 @@ def test_is_the_same_on_every_layout():
     assert {int(digest(x)) for x in placed} == {reference(BASE)}
 
 
+@pytest.mark.fault("B3")
 @settings(deadline=None, max_examples=200)
 @given(st.integers(0, BASE.size - 1), st.integers(0, 31))
 def test_finds_every_flipped_bit(element: int, bit: int):

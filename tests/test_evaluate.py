@@ -267,13 +267,16 @@ def test_a_folder_that_is_no_run_says_so(tmp_path: Path):
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C7")
 def test_another_tokenizer_is_refused(copy: Path):
+    """Seen red without the reader's comparison."""
     (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + "\n")
     with pytest.raises(ConfigError, match=r"tokenizer.json has SHA-256 \w+, checkpoint 25 was trained with"):
         session(copy).run()
     assert stored(copy) == {}
 
 
+@pytest.mark.fault("B3")
 def test_a_damaged_checkpoint_is_refused_and_nothing_is_stored(copy: Path):
     meta = copy / "checkpoints" / "25" / "meta" / "meta.json"
     values = json.loads(meta.read_text())

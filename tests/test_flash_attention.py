@@ -119,6 +119,7 @@ def part(arrays, rows: slice, keys: slice, documents=None, causal=False):
     return jax.device_get(forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], documents, **options))
 
 
+@pytest.mark.fault("D12")
 def test_a_query_that_sees_no_key_has_no_output_and_no_weight():
     """Queries of documents 1 and 2 past keys of documents 0 and 1: in full, and put together with what they do see."""
     arrays = draw(512, 2, 1, 64)

@@ -1,4 +1,5 @@
-"""k2jax against transformers' LlamaForCausalLM through files, both ways: the same logits, the same greedy text.
+"""k2jax against transformers' LlamaForCausalLM and Qwen3ForCausalLM through files, both ways:
+the same logits, the same greedy text.
 
 transformers writes a folder, k2jax imports it and computes; k2jax exports the run, transformers reads it and computes.
 """
@@ -35,6 +36,7 @@ CASES = {
     "head_dim above dim / heads": {"head_dim": 24},
     "head_dim below dim / heads, GQA": {"head_dim": 6, "num_key_value_heads": 2},
     "odd vocabulary, norm eps": {"vocab_size": 523, "rms_norm_eps": 0.02},
+    "QK-norm: Qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 20, "rms_norm_eps": 1e-3},
     "all of it": {
         "num_key_value_heads": 1,
         "tie_word_embeddings": True,
@@ -52,6 +54,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 64,
+    "eos_token_id": 2,
     "rope_parameters": PLAIN,
     "attn_implementation": "eager",
 }
@@ -68,7 +71,9 @@ class Case(NamedTuple):
 def draw_model(changes: dict, seed: int) -> "transformers.LlamaForCausalLM":
     """Large weights, so that mistakes show; norms that are not one, which would hide them."""
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes}))
+    kind = changes.get("model_type", "llama")
+    values = {key: value for key, value in {**SIZES, **changes}.items() if key != "model_type"}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **values))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(1 + 0.3 * torch.randn_like(p) if "norm" in name else 0.15 * torch.randn_like(p))

@@ -76,6 +76,7 @@ class Payload:
 # ---- S1: files whose opening runs code -------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("S1")
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_s1_pickled_weights_are_refused_and_not_opened(folder, tmp_path, opened, name):
     (folder / "model.safetensors").unlink()
@@ -90,6 +91,7 @@ def test_s1_pickled_weights_are_refused_and_not_opened(folder, tmp_path, opened,
     assert (tmp_path / "marker").exists(), "the payload is harmless: this test proves nothing"
 
 
+@pytest.mark.fault("S1")
 def test_s1_beside_safetensors_they_are_left_alone(folder, tmp_path, opened):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "marker")))
     opened.clear()
@@ -116,9 +118,13 @@ FORMS = {
 }
 
 
+@pytest.mark.fault("S2")
 @pytest.mark.parametrize("form", FORMS)
 def test_s2_the_index_names_only_plain_files(folder, tmp_path, opened, form):
-    """What the hostile name leads to is a whole model: followed, the import would succeed."""
+    """What the hostile name leads to is a whole model: followed, the import would succeed.
+
+    Seen red without the pattern of names.
+    """
     weights = (folder / "model.safetensors").rename(folder / "weights.safetensors")
     outside = Path(shutil.copy(weights, tmp_path / "outside.safetensors"))
     (folder / "inside").mkdir()
@@ -136,8 +142,10 @@ def test_s2_the_index_names_only_plain_files(folder, tmp_path, opened, form):
 LINKS = ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", INDEX, "shard.safetensors"]
 
 
+@pytest.mark.fault("S2")
 @pytest.mark.parametrize("name", LINKS)
 def test_s2_links_out_of_the_folder_are_not_followed(folder, tmp_path, opened, name):
+    """Seen red without the look at where a link leads."""
     outside = tmp_path / "outside"
     if name in ("generation_config.json", INDEX, "shard.safetensors"):
         weight_map = {"weight_map": dict.fromkeys(draw_tensors(), "shard.safetensors")}
@@ -151,6 +159,7 @@ def test_s2_links_out_of_the_folder_are_not_followed(folder, tmp_path, opened, n
     assert str(outside) not in opened
 
 
+@pytest.mark.fault("S2")
 def test_s2_a_link_within_the_folder_is_fine_and_a_circle_is_not(folder, tmp_path):
     (folder / "model.safetensors").rename(folder / "weights")
     (folder / "model.safetensors").symlink_to("weights")
@@ -160,6 +169,7 @@ def test_s2_a_link_within_the_folder_is_fine_and_a_circle_is_not(folder, tmp_pat
     expect_refusal(folder, tmp_path, "model.safetensors")
 
 
+@pytest.mark.fault("S2")
 def test_s2_pipes_and_folders_are_no_files(folder, tmp_path):
     """A pipe would be waited on for ever."""
     (folder / "config.json").unlink()
@@ -177,6 +187,7 @@ def test_s2_pipes_and_folders_are_no_files(folder, tmp_path):
 UNKNOWN = ["../../evil", "/etc/passwd", "model.layers.2.input_layernorm.weight", "\x1b[2J\n", ""]
 
 
+@pytest.mark.fault("S3")
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_s3_unknown_names_are_refused_and_shown_harmlessly(folder, tmp_path, name):
     tensors = {**draw_tensors(), name: np.zeros(32, np.float32)}
@@ -190,6 +201,7 @@ def test_s3_many_bad_names_make_a_short_error(folder, tmp_path):
     assert "problem(s)" in expect_refusal(folder, tmp_path)
 
 
+@pytest.mark.fault("S3")
 def test_s3_duplicates_between_files(tokenizer, tmp_path):  # noqa: F811
     """A tensor that the index gives to the first file lies in the second one, too."""
     folder = make_folder(tmp_path / "hf", tokenizer, files=2)
@@ -202,8 +214,12 @@ def test_s3_duplicates_between_files(tokenizer, tmp_path):  # noqa: F811
     expect_refusal(folder, tmp_path, names[1], "the file does not have")
 
 
+@pytest.mark.fault("S3")
 def test_s3_keys_that_stand_twice(folder, tmp_path):
-    """Which of the two counts is the reader's whim: one program would check the first, another load the last."""
+    """Which of the two counts is the reader's whim: one program would check the first, another load the last.
+
+    Seen red without the look for keys that stand twice.
+    """
     tensors = draw_tensors()
     header = json.dumps(header_of(tensors))
     place = json.dumps(header_of(tensors)["model.norm.weight"])
@@ -326,8 +342,12 @@ def huge_folders(make) -> dict[Path, str]:
     return folders
 
 
+@pytest.mark.fault("S4")
 def test_s4_no_size_in_a_file_is_believed(tokenizer, tmp_path):  # noqa: F811
-    """All of it under an address space of 1 GB more than the imports take, and less than 1 GB resident."""
+    """All of it under an address space of 1 GB more than the imports take, and less than 1 GB resident.
+
+    Seen red without the comparison of bytes with the shape.
+    """
     tensors = draw_tensors()
 
     def make(kind: str, **changes) -> Path:
@@ -348,7 +368,9 @@ def test_s4_no_size_in_a_file_is_believed(tokenizer, tmp_path):  # noqa: F811
 # ---- S5: values ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("S5")
 def test_s5_weights_that_are_not_finite_are_counted_and_refused(tokenizer, tmp_path):  # noqa: F811
+    """Seen red without the refusal."""
     theirs = draw_tensors("BF16")
     theirs["model.layers.1.mlp.up_proj.weight"][3, :2] = np.nan, np.inf
     folder = make_folder(tmp_path / "hf", tokenizer, theirs)
@@ -361,6 +383,7 @@ def test_s5_weights_that_are_not_finite_are_counted_and_refused(tokenizer, tmp_p
 # ---- S6: code --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("S6")
 def test_s6_code_in_the_folder_is_not_run(folder, tmp_path, opened, monkeypatch):
     """Not even when the folder is the current one."""
     names = ("modeling_llama", "configuration_llama", "tokenization_llama", "conftest", "setup", "__init__", "torch")
@@ -381,6 +404,7 @@ def test_s6_code_in_the_folder_is_not_run(folder, tmp_path, opened, monkeypatch)
 HOSTILE_NAME = '"""\nimport os; os.mkdir("marker") #'
 
 
+@pytest.mark.fault("S6", "S10")
 def test_s6_nothing_of_the_folder_gets_into_the_experiment(folder, tmp_path, monkeypatch):
     """experiment.py is code that a user runs."""
     hostile = folder.rename(tmp_path / HOSTILE_NAME)
@@ -406,6 +430,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.fault("S6")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_s6_config_json_is_data(folder, tmp_path, kind):
     text, word = CONFIGS[kind]

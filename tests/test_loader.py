@@ -114,9 +114,13 @@ def test_batches_are_the_order_s_windows(stores, label_shift):
                 np.testing.assert_array_equal(tokens, everything[names[subset]][start : start + length])
 
 
+@pytest.mark.fault("F4")
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 def test_same_global_batch_for_any_number_of_hosts(order, stores, all_steps, hosts):
-    """Contiguous shares and interleaved ones: put together they are the batch of one host, digest too."""
+    """Contiguous shares and interleaved ones: put together they are the batch of one host, digest too.
+
+    Seen red without the rows' own indices in the digest; without each host's own rows.
+    """
     per_host = ROWS // hosts
     shares = [slice(h * per_host, (h + 1) * per_host) for h in range(hosts)]
     parts = [load(order, stores, local_rows=share) for share in shares]
@@ -134,11 +138,13 @@ def test_same_global_batch_for_any_number_of_hosts(order, stores, all_steps, hos
         assert batch_digest(digests) == batch_digest(whole["digest"])
 
 
+@pytest.mark.fault("F4")
 @pytest.mark.parametrize(("workers", "threads"), [(0, 1), (0, 4), (1, 0), (3, 2)])
 def test_same_batches_for_any_number_of_workers(order, stores, all_steps, workers, threads):
     assert_same(load(order, stores, workers=workers, threads=threads), all_steps)
 
 
+@pytest.mark.fault("F4")
 @settings(max_examples=20, deadline=None)
 @given(step=st.integers(1, STEPS))
 def test_resume_at_any_step(order, stores, all_steps, step):
@@ -146,6 +152,7 @@ def test_resume_at_any_step(order, stores, all_steps, step):
     assert_same(load(order, stores, first_step=step), all_steps[step - 1 :])
 
 
+@pytest.mark.fault("F4")
 def test_resume_with_workers_on_another_host_count(order, stores, all_steps):
     """From the middle, an odd number of steps for two workers, for the second of two hosts."""
     found = load(order, stores, first_step=STEPS - 4, workers=2, local_rows=slice(4, 8))
@@ -192,6 +199,7 @@ def test_source_is_random_access_and_picklable(order, stores, all_steps):
         assert_same([(3 + index, source[index])], [all_steps[2 + index]])
 
 
+@pytest.mark.fault("F5")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_store_errors_reach_the_trainer(order, stores, workers):
     """A token outside the vocabulary: the store's own one-line error, also out of a worker."""
@@ -210,6 +218,7 @@ def grain_workers():
     return [p for p in multiprocessing.active_children() if p.name.startswith("grain-process-prefetch")]
 
 
+@pytest.mark.fault("F1")
 def test_worker_killed(order, stores):
     """SIGKILL of a worker raises in the trainer; SIGTERM and SIGINT, meant for the trainer, do not harm it."""
     options = {"label_shift": "next", "first_step": 1, "last_step": STEPS, "workers": 2, "prefetch": 2}
@@ -253,8 +262,12 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.fault("F2")
 def test_workers_die_with_the_trainer(order, stores, tmp_path):
-    """SIGKILL of the trainer: its workers, which nobody else would stop, are gone within 10 seconds."""
+    """SIGKILL of the trainer: its workers, which nobody else would stop, are gone within 10 seconds.
+
+    Seen red without the thread that ends a worker with its parent.
+    """
     (tmp_path / "trainer.py").write_text(TRAINER)
     (tmp_path / "data").write_bytes(pickle.dumps((order, stores)))
     trainer = subprocess.Popen(

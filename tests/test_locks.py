@@ -64,6 +64,7 @@ def no_flock(monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
+@pytest.mark.fault("B8")
 @pytest.mark.parametrize("patch", ["", WITHOUT_FLOCK], ids=["flock", "none"])
 def test_one_holds_it_and_the_next_may(tmp_path: Path, patch: str):
     path = tmp_path / "lock"
@@ -78,6 +79,7 @@ def test_one_holds_it_and_the_next_may(tmp_path: Path, patch: str):
     end(third)
 
 
+@pytest.mark.fault("B8")
 @pytest.mark.parametrize("patch", ["", WITHOUT_FLOCK], ids=["flock", "none"])
 def test_a_killed_holder_leaves_it_free_at_once(tmp_path: Path, patch: str):
     first = start(tmp_path / "lock", patch, stale_s=1000)

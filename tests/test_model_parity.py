@@ -1,4 +1,6 @@
-"""k2jax.model against transformers' LlamaForCausalLM: the same logits and gradients from the same weights, float32."""
+"""k2jax.model against transformers' LlamaForCausalLM and Qwen3ForCausalLM: the same logits and gradients.
+
+From the same weights, in float32."""
 
 from functools import partial
 
@@ -26,6 +28,7 @@ CASES = {
     "one kv head, head dim apart from dim / heads": {"num_kv_heads": 1, "head_dim": 24},
     "tied embeddings, norm eps": {"tie_embeddings": True, "norm_eps": 1e-2},
     "LLaMA-3 rope scaling": {"rope_base": 500_000.0, "rope_scaling": LLAMA3, "num_kv_heads": 2},
+    "QK-norm: Qwen3": {"qk_norm": True, "num_kv_heads": 2, "head_dim": 24, "norm_eps": 1e-3},
 }
 
 
@@ -54,7 +57,8 @@ class Pair:
             name: jnp.asarray(draw.normal(1, 0.3, p.shape), jnp.float32) if "norm" in name else p
             for name, p in jax.jit(partial(init_params, self.m, seed=3))().items()
         }
-        self.torch_model = transformers.LlamaForCausalLM(self._torch_config()).float()
+        kind = transformers.Qwen3ForCausalLM if self.m.qk_norm else transformers.LlamaForCausalLM
+        self.torch_model = kind(self._torch_config()).float()
         self.torch_model.load_state_dict(self.to_torch(self.params), strict=True)
 
     def _torch_config(self):
@@ -64,7 +68,8 @@ class Pair:
             rope |= {"rope_type": "llama3", "factor": r.factor}
             rope |= {"low_freq_factor": r.low_freq_factor, "high_freq_factor": r.high_freq_factor}
             rope["original_max_position_embeddings"] = r.original_context
-        return transformers.LlamaConfig(
+        kind = transformers.Qwen3Config if m.qk_norm else transformers.LlamaConfig
+        return kind(
             vocab_size=m.vocab_size,
             hidden_size=m.dim,
             intermediate_size=m.ffn_dim,
@@ -92,6 +97,8 @@ class Pair:
             out[layer + "self_attn.o_proj.weight"] = a["layers.wo_LNHD"][i].reshape(-1, self.m.dim).T
             for ours, theirs in (("w_gate_LDF", "gate"), ("w_up_LDF", "up"), ("w_down_LFD", "down")):
                 out[f"{layer}mlp.{theirs}_proj.weight"] = a["layers." + ours][i].T
+            for name in ("q_norm", "k_norm") if self.m.qk_norm else ():
+                out[f"{layer}self_attn.{name}.weight"] = a[f"layers.{name}_LH"][i]
             out[layer + "input_layernorm.weight"] = a["layers.attention_norm_LD"][i]
             out[layer + "post_attention_layernorm.weight"] = a["layers.mlp_norm_LD"][i]
         return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in out.items()}

@@ -64,6 +64,7 @@ def k2_order():
     return Order(k2_manifest())
 
 
+@pytest.mark.fault("F7")
 @given(manifests())
 def test_every_epoch_is_whole_before_a_window_repeats_and_find_is_the_inverse(manifest):
     order = Order(manifest)

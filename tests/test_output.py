@@ -78,6 +78,7 @@ def test_closed_standard_streams_are_given_to_no_file(tmp_path: Path):
 HOSTILE = "ä 漢 \\x1b[2J\\x1b]0;title\\x07 \\x9b31m \\r \\u202e \\udcff"
 
 
+@pytest.mark.fault("S17")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 @pytest.mark.parametrize("end", ["print(text)", "raise ConfigError(text)", "raise ValueError(text)"])
 def test_a_terminal_gets_what_it_can_show_and_nothing_that_it_obeys(encoding: str, end: str):
@@ -135,8 +136,10 @@ def test_a_signal_takes_away_what_is_half_written(tmp_path: Path, number: signal
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault("S13")
 @pytest.mark.parametrize(("mask", "expected"), [(0o000, 0o644), (0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_no_file_is_for_all_to_write(tmp_path: Path, mask: int, expected: int):
+    """Seen red without the umask."""
     process = start(f"open({str(tmp_path / 'made')!r}, 'w').close()", umask=mask)
     process.communicate("\n", 60)
     assert (tmp_path / "made").stat().st_mode & 0o777 == expected

@@ -102,6 +102,7 @@ COMMANDS = {
     "k2jax.evaluate": "--workdir=. --task-dir=.",
     "k2jax.generate": "--workdir=. --prompts=.",
     "k2jax.replay": "--workdir=. --step=1",
+    "k2jax.doctor": "--workdir=. --step=1 --out=.",
     "k2jax.preflight": "--config=. --workdir=.",
     "tools/convert_from_hf.py": "--hf=. --out=.",
     "tools/convert_to_hf.py": "--workdir=. --out=.",
@@ -188,6 +189,7 @@ def test_every_option_for_a_path_is_among_those_tried():
         program = name if name.startswith("tools") else f"k2jax.{path.stem}"
         text = path.read_text()
         options = set(re.findall(r'paths\.add\(\w+, "(--[a-z-]+)"(?!, urls)', text))
+        options |= {"--workdir"} if "branches.add_options(" in text else set()
         if program != "k2jax.paths":
             assert options == {option for other, option in CASES if other == program}, name
         assert not re.findall(r'"--(?!folder)[^"]*", [^\n]*type=Path', text), f"{name}: not parsed by paths.py"

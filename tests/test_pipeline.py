@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from compilers import on_tpu_compiler, run_compiling
 from ml_collections import ConfigDict
+from test_sharding import assert_same_series
 
 from k2jax import config as configuration
 from k2jax.data.order import StagePlan
@@ -72,8 +73,8 @@ def step_of(c: ConfigDict, mesh: jax.sharding.Mesh, shardings: TrainState):
     return step_function(c, plan, shardings, mesh, eos_id=2, num_subsets=1)
 
 
-def run(c: ConfigDict, sizes: dict[str, int]) -> tuple[list[float], dict[str, np.ndarray]]:
-    """Losses of the first ten steps; the first one's gradients, as Adam's first moment has them: times a number."""
+def run(c: ConfigDict, sizes: dict[str, int]) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """What the first ten steps tell; the first one's gradients, as Adam's first moment has them: times a number."""
     mesh = mesh_of(sizes)
     with jax.set_mesh(mesh):
         check_mesh(c, mesh)
@@ -85,23 +86,25 @@ def run(c: ConfigDict, sizes: dict[str, int]) -> tuple[list[float], dict[str, np
             rows = {"tokens": draw.integers(0, 64, (ROWS, LENGTH + 1), np.int32) ** 2 // 63}
             rows |= {"subset": np.zeros(ROWS, np.int32), "digest": np.zeros((ROWS, 8), np.uint32)}
             state, metrics = step(state, placement.globalize(rows))
-            found.append(float(metrics["loss"]))
+            found.append(jax.device_get(metrics))
             first = first or jax.device_get(state.mu)
     return found, first
 
 
 @pytest.fixture(scope="module")
-def without_pipeline() -> tuple[list[float], dict[str, np.ndarray]]:
+def without_pipeline() -> tuple[list[dict], dict[str, np.ndarray]]:
     return run(small(), {"fsdp": 1})
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_every_gradient_are_those_without_a_pipeline(case: str, without_pipeline):
     sizes, (microbatches, repeats), other = CASES[case]
-    losses, gradients = run(small(microbatches, repeats, **other), sizes)
-    expected_losses, expected = without_pipeline
+    steps, gradients = run(small(microbatches, repeats, **other), sizes)
+    expected_steps, expected = without_pipeline
+    losses, expected_losses = ([float(metrics["loss"]) for metrics in of] for of in (steps, expected_steps))
     assert losses[-1] < losses[0] - 0.05, "nothing was learned: the comparison would show nothing"
     np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-5)
+    assert_same_series(steps[0], expected_steps[0])
     for name, value in expected.items():
         scale = np.abs(value).max()
         assert scale > 0

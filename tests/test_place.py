@@ -127,6 +127,7 @@ def test_proxies_are_not_asked_for_what_is_here(tiny_data, tmp_path):
         assert "saved 6" in start(tmp_path / "run", keys, environment=proxies).wait(0)
 
 
+@pytest.mark.fault("E5")
 @pytest.mark.processes
 def test_others_that_do_not_come_are_one_line_after_a_while(tiny_data, tmp_path):
     with runs.trainers(tiny_data) as start:

@@ -67,6 +67,7 @@ def test_what_a_record_says_of_itself_is_kept_and_the_subset_fills_in(tmp_path):
     assert two.metadata["licence"] == "CC0" and two.metadata["dump"] == "CC-MAIN-2024-10"
 
 
+@pytest.mark.fault("S16")
 def test_bad_lines_are_counted_by_file_and_line_and_lose_no_other(tmp_path):
     bad = [
         (b'{"text": "\xff"}', "not UTF-8"),
@@ -102,6 +103,7 @@ def test_lines_are_bounded(lines, most):
     ]
 
 
+@pytest.mark.fault("S16")
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_a_line_far_longer_than_allowed_is_never_in_memory(tmp_path, suffix):
     """In a process of its own, whose peak of memory is measured."""
@@ -214,7 +216,9 @@ def test_source_trees_are_read_whole_and_what_is_no_text_is_counted(tmp_path):
     assert read_all(f"text:{tmp_path}/a/*", max_line_bytes=5)[1].bad == {"longer than max_line_bytes": 1}
 
 
+@pytest.mark.fault("S17")
 def test_names_from_outside_stay_on_one_line_and_under_their_root(tmp_path):
+    """Seen red without the escapes."""
     folder = os.fsencode(tmp_path)
     for name in (b"a\nb.txt", b"\xff.txt", b"\x1b[2J.txt", "\u202etxt.exe.txt".encode()):
         Path(os.fsdecode(os.path.join(folder, name))).write_bytes(b"text")

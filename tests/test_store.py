@@ -253,15 +253,21 @@ def test_empty_store_is_refused(tmp_path):
         write(tmp_path / "s", [])
 
 
+@pytest.mark.fault("F5")
 @pytest.mark.parametrize("token", [-1, 1000, 1 << 40])
 def test_token_outside_the_vocabulary_at_write(tmp_path, token):
+    """Seen red without the look at ids."""
     with pytest.raises(ConfigError, match="outside the vocabulary of 1000") as error:
         write(tmp_path / "s", [[1, 2], [3, token]])
     assert "document 1 (file 1)" in one_line(error) and str(token) in one_line(error)
 
 
+@pytest.mark.fault("F5")
 def test_token_outside_the_vocabulary_at_read(path):
-    """The store says a smaller vocabulary than its tokens need: found where it is read, by place and id."""
+    """The store says a smaller vocabulary than its tokens need: found where it is read, by place and id.
+
+    Seen red without the look at ids.
+    """
     opened = Store.open(path)
     opened.info["vocab_size"] = int(opened.read([0], 300).max())
     with pytest.raises(ConfigError, match=f"outside the vocabulary of {opened.info['vocab_size']}") as error:
@@ -275,6 +281,7 @@ def shard(path, number):
     return path / "tokens" / "c" / str(number)
 
 
+@pytest.mark.fault("F6")
 def test_truncated_shard(path):
     """Named when the store is opened, and when it happens later, when it is read."""
     opened = Store.open(path)
@@ -288,6 +295,7 @@ def test_truncated_shard(path):
     assert str(shard(path, 1)) in one_line(error)
 
 
+@pytest.mark.fault("F6")
 def test_missing_shard(path):
     """Named when the store is opened; later, it does not read as zeros."""
     opened = Store.open(path)
@@ -300,6 +308,7 @@ def test_missing_shard(path):
     assert str(shard(path, 2)) in one_line(error)
 
 
+@pytest.mark.fault("C8")
 def test_flipped_bit(path):
     """Any flipped bit of a token shard is found by SHA-256 when asked for, and by crc32c when it is read."""
     opened = Store.open(path)
@@ -321,6 +330,7 @@ def test_flipped_bit(path):
     check()
 
 
+@pytest.mark.fault("C8")
 def test_every_file_is_covered(path):
     """A bit flipped in any file but store.json is found by SHA-256; a missing file by its name."""
     for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "store.json"):
@@ -335,6 +345,7 @@ def test_every_file_is_covered(path):
     Store.open(path, verify="sha256")
 
 
+@pytest.mark.fault("C8")
 def test_changed_store_json(path):
     """Whatever is changed in store.json, its root digest tells."""
     info = json.loads((path / "store.json").read_text())

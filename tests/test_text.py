@@ -42,6 +42,7 @@ HARMLESS = [
 ]
 
 
+@pytest.mark.fault("S9")
 @pytest.mark.parametrize("url", SECRETS)
 def test_credentials_are_taken_out_of_urls(url: str):
     assert without_secrets(url) == SECRETS[url]
@@ -60,6 +61,7 @@ def test_in_json_text_and_in_values():
     assert json.loads(without_secrets(json.dumps(value))) == clean
 
 
+@pytest.mark.fault("S17")
 def test_no_character_commands_a_terminal():
     for code in [*range(32), *range(127, 160), 0x202E, 0x2028, 0x2066, 0x200F, 0x61C, 0xD800, 0xDFFF]:
         shown = printable(f"a{chr(code)}b")

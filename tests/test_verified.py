@@ -72,6 +72,7 @@ def spans_of(opened: Store, scratch: Path) -> list:
     return DocumentTable.build(opened, scratch).spans(np.arange(0, opened.num_tokens - 50, 50), 50).to_pylist()
 
 
+@pytest.mark.fault("C8")
 @pytest.mark.parametrize("age", ["new", "old"])
 def test_a_flipped_bit_in_the_documents_is_refused(made: Path, tmp_path: Path, age: str):
     """At 60 places, both ends and each row group among them: by every way of reading, each time it matters to that."""
@@ -96,6 +97,7 @@ def test_a_flipped_bit_in_the_documents_is_refused(made: Path, tmp_path: Path, a
     assert 10 < refused and all_of(path, tmp_path / "scratch") == good
 
 
+@pytest.mark.fault("C8", "S15")
 def test_a_flipped_bit_anywhere_in_a_store_changes_nothing_unseen(made: Path, tmp_path: Path):
     """Refused, or proved harmless: everything that is read is what it was."""
     path, draw = shutil.copytree(made, tmp_path / "store"), random.Random(6)

@@ -40,17 +40,18 @@ def generation_config(tokenizer: Tokenizer, tokens: dict[str, str], eos_id: int)
 def model_card(saved: SavedStep, dtype: str, parity: dict[str, Any]) -> str:
     """README.md of the export."""
     m, stage, logits = saved.config.model, saved.stage, parity["logits"]
-    name = for_markdown(saved.config.name)
+    name, kind = for_markdown(saved.config.name), "Qwen3" if m.qk_norm else "LLaMA"
     facts = {
         "Parameters": f"{num_params(m):,}",
-        "Architecture": f"LLaMA: {m.num_layers} layers, width {m.dim}, {m.num_heads} query and {m.num_kv_heads} "
+        "Architecture": f"{kind}: {m.num_layers} layers, width {m.dim}, {m.num_heads} query and {m.num_kv_heads} "
         f"key-value heads of {m.head_dim}, SwiGLU of {m.ffn_dim}, vocabulary {m.vocab_size:,}",
         "Context": f"{stage.sequence_length:,} tokens, RoPE base {stage.rope_base:g}",
         "Step": f"{saved.step:,} (stage {stage.name})",
         "Tokens seen": f"{saved.meta['tokens_seen']:,}" if "tokens_seen" in saved.meta else None,
         "Weights": dtype,
     }
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [k2jax, llama]", "---", ""]
+    tags = f"tags: [k2jax, {kind.lower()}]"
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", tags, "---", ""]
     lines += [f"# {name}, step {saved.step:,}", "", *_table(facts), ""]
     lines += ["## Use", "", "```python", _EXAMPLE, "```", ""]
     lines += ["No token goes before a text (there is no BOS).", "", *_data(saved), *_stages(saved)]

@@ -1,4 +1,4 @@
-"""Hugging Face's LLaMA and ours: which tensor is which, and config.json both ways.
+"""Hugging Face's LLaMA, Qwen3 and ours: which tensor is which, and config.json both ways.
 
 A matrix of ours is (in..., out...), one of theirs (out, in), one tensor a layer. Both turn the pairs (i, i + H/2) in
 RoPE (the split-half form), so that no head is permuted. Letters as in model/decoder.py.
@@ -20,7 +20,9 @@ NAMES = {
     "embed_VD": "model.embed_tokens.weight",
     "layers.attention_norm_LD": "model.layers.{}.input_layernorm.weight",
     "layers.wq_LDNH": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.q_norm_LH": "model.layers.{}.self_attn.q_norm.weight",
     "layers.wk_LDKH": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.k_norm_LH": "model.layers.{}.self_attn.k_norm.weight",
     "layers.wv_LDKH": "model.layers.{}.self_attn.v_proj.weight",
     "layers.wo_LNHD": "model.layers.{}.self_attn.o_proj.weight",
     "layers.mlp_norm_LD": "model.layers.{}.post_attention_layernorm.weight",
@@ -81,7 +83,9 @@ def _tensor(array: str, our_shape: tuple[int, ...], layer: int | None) -> Tensor
 
 
 def config_to_hf(m: ConfigDict, stage: ConfigDict, *, dtype: str, bos_id: int | None, eos_id: int) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM; `stage` gives rope base and context, `dtype` is the weights' ("bfloat16").
+    """config.json of a LlamaForCausalLM, or with QK-norm of a Qwen3ForCausalLM, which else is the same.
+
+    `stage` gives rope base and context, `dtype` is the weights' ("bfloat16").
 
     RoPE is written in both spellings: transformers 5 reads `rope_parameters`, older ones and other servers `rope_theta`
     and `rope_scaling`.
@@ -95,9 +99,11 @@ def config_to_hf(m: ConfigDict, stage: ConfigDict, *, dtype: str, bos_id: int | 
             "high_freq_factor": m.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": m.rope_scaling.original_context,
         }
+    kind = "qwen3" if m.qk_norm else "llama"
+    of_llama, of_qwen3 = {"mlp_bias": False, "pretraining_tp": 1}, {"use_sliding_window": False, "sliding_window": None}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
         "vocab_size": m.vocab_size,
         "hidden_size": m.dim,
         "num_hidden_layers": m.num_layers,
@@ -114,8 +120,7 @@ def config_to_hf(m: ConfigDict, stage: ConfigDict, *, dtype: str, bos_id: int | 
         "rope_parameters": {"rope_theta": stage.rope_base, **(scaling or {"rope_type": "default"})},
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
+        **(of_qwen3 if m.qk_norm else of_llama),
         "tie_word_embeddings": m.tie_embeddings,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -125,14 +130,17 @@ def config_to_hf(m: ConfigDict, stage: ConfigDict, *, dtype: str, bos_id: int | 
     }
 
 
+CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by model_type
 # Keys of config.json that must have this value, or be absent: anything else is another computation.
 REQUIRED = {
-    "model_type": ("llama",),
+    "model_type": tuple(CLASSES),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "pretraining_tp": (1,),
     "rope_interleaved": (False,),
+    "use_sliding_window": (False,),
+    "sliding_window": (None,),
     "quantization_config": (None,),
     "auto_map": (None,),  # code of the folder's author
 }
@@ -143,11 +151,12 @@ IGNORED = {
     "return_dict", "output_hidden_states", "output_attentions", "torchscript", "chunk_size_feed_forward",
     "is_encoder_decoder", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
     "is_llama_config", "max_sequence_length", "transformers.js_config", "unsloth_fixed", "unsloth_version",
+    "max_window_layers",
 }  # fmt: skip
 READ = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
-    "tie_word_embeddings",
+    "tie_word_embeddings", "layer_types",
 }  # fmt: skip
 ROPE_KEYS = {
     "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
@@ -166,7 +175,8 @@ class HfModel(NamedTuple):
 def config_from_hf(values: dict[str, Any]) -> HfModel:
     """Our model section from a config.json; the inverse of `config_to_hf`. Data only: no key names code or a path.
 
-    Raises ConfigError listing every key that is missing, unknown or asks for another computation than LLaMA's.
+    Raises ConfigError listing every key that is missing, unknown or asks for another computation than
+    LLaMA's or Qwen3's.
     """
     problems = _unsupported(values)
     base = configuration.base()
@@ -175,13 +185,14 @@ def config_from_hf(values: dict[str, Any]) -> HfModel:
         with base.unlocked():
             m.vocab_size, m.dim = _count(values, "vocab_size"), _count(values, "hidden_size")
             m.num_layers, m.num_heads = _count(values, "num_hidden_layers"), _count(values, "num_attention_heads")
-            m.num_kv_heads = _count(values, "num_key_value_heads", m.num_heads)
-            m.head_dim = _count(values, "head_dim", m.dim // m.num_heads)
+            m.qk_norm = values.get("model_type") == "qwen3"  # whose defaults are one model's: no key may lack
+            m.num_kv_heads = _count(values, "num_key_value_heads", None if m.qk_norm else m.num_heads)
+            m.head_dim = _count(values, "head_dim", None if m.qk_norm else m.dim // m.num_heads)
             m.ffn_dim = _count(values, "intermediate_size")
             m.norm_eps = _number(values, "rms_norm_eps", 1e-6)  # LlamaConfig's default
             m.init_std = _number(values, "initializer_range", 0.02)
             m.tie_embeddings = _flag(values, "tie_word_embeddings")
-            context = _count(values, "max_position_embeddings", 2048)
+            context = _count(values, "max_position_embeddings", None if m.qk_norm else 2048)
             rope_base = _read_rope(m, values, context)
         if m.num_heads % m.num_kv_heads or m.head_dim % 2:
             raise ConfigError(f"{m.num_kv_heads} kv heads for {m.num_heads} heads of {m.head_dim}: expected an even "
@@ -195,14 +206,19 @@ def config_from_hf(values: dict[str, Any]) -> HfModel:
 
 def _unsupported(values: dict[str, Any]) -> list[str]:
     problems = []
-    architectures = values.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
-        problems.append(f"architectures is {short(architectures)}, only LlamaForCausalLM is supported")
+    kind = values.get("model_type")
+    expected = CLASSES.get(kind, CLASSES["llama"]) if isinstance(kind, str) else CLASSES["llama"]
+    architectures = values.get("architectures") or [expected]
+    if architectures != [expected]:
+        problems.append(f"architectures is {short(architectures)}, only {expected} is supported")
     if "model_type" not in values:
-        problems.append("model_type is missing, expected 'llama'")
+        problems.append("model_type is missing, expected 'llama' or 'qwen3'")
     for key, allowed in REQUIRED.items():
         if key in values and values[key] not in allowed:
-            problems.append(f"{key} is {short(values[key])}, only {allowed[0]!r} is supported")
+            problems.append(f"{key} is {short(values[key])}, only {' or '.join(map(repr, allowed))} is supported")
+    layers = values.get("layer_types")
+    if layers is not None and not (isinstance(layers, list) and all(one == "full_attention" for one in layers)):
+        problems.append(f"layer_types is {short(layers)}, only 'full_attention' is supported")
     unknown = ", ".join(map(short, sorted(values.keys() - READ - IGNORED - REQUIRED.keys())[:10]))
     if unknown:
         problems.append(f"unknown key(s) {unknown}: they may change what the model computes")

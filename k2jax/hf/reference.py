@@ -1,4 +1,4 @@
-"""LLaMA's forward pass in plain numpy, straight from a Hugging Face folder: what an export is held against.
+"""LLaMA's and Qwen3's forward pass in plain numpy, straight from a Hugging Face folder: what an export is held against.
 
 Written from LLaMA's definition with Hugging Face's names, and knows nothing of k2jax's own layout, model or converter:
 a mistake there cannot be made here, too. float32; weights are read a block of rows at a time.
@@ -113,7 +113,11 @@ def attention(
         y = nudge(folder.linear(f"{prefix}{name}.weight", x))
         return y.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)
 
-    query, key, value = rotate(heads("q_proj"), cos, sin), rotate(heads("k_proj"), cos, sin), heads("v_proj")
+    query, key, value = heads("q_proj"), heads("k_proj"), heads("v_proj")
+    if c["model_type"] == "qwen3":
+        query = nudge(norm(query, folder.vector(f"{prefix}q_norm.weight"), c["rms_norm_eps"]))
+        key = nudge(norm(key, folder.vector(f"{prefix}k_norm.weight"), c["rms_norm_eps"]))
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     key, value = np.repeat(key, groups, axis=1), np.repeat(value, groups, axis=1)
     scores = query @ key.transpose(0, 1, 3, 2) / np.float32(math.sqrt(head_dim))
     scores = np.where(np.tri(length, dtype=bool), scores, np.float32(-np.inf))

@@ -51,26 +51,22 @@ def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
     table = {
         "embed_VD": Parameter((V, D), ("vocab", "embed"), std, "embed"),
         "layers.attention_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
-        "layers.wq_LDNH": Parameter((L, D, N, H), ("layers", "embed", "heads", "head_dim"), std, "attention"),
-        "layers.wk_LDKH": Parameter(
-            (L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "attention"
-        ),
-        "layers.wv_LDKH": Parameter(
-            (L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "attention"
-        ),
-        "layers.wo_LNHD": Parameter(
-            (L, N, H, D), ("layers", "heads", "head_dim", "embed"), residual, "attention"
-        ),
+        "layers.wq_LDNH": Parameter((L, D, N, H), ("layers", "embed", "heads", "head_dim"), std, "q"),
+        "layers.q_norm_LH": Parameter((L, H), ("layers", "head_dim"), None, "norms"),
+        "layers.wk_LDKH": Parameter((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "k"),
+        "layers.k_norm_LH": Parameter((L, H), ("layers", "head_dim"), None, "norms"),
+        "layers.wv_LDKH": Parameter((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "v"),
+        "layers.wo_LNHD": Parameter((L, N, H, D), ("layers", "heads", "head_dim", "embed"), residual, "o"),
         "layers.mlp_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
-        "layers.w_gate_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "mlp"),
-        "layers.w_up_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "mlp"),
-        "layers.w_down_LFD": Parameter((L, F, D), ("layers", "ffn", "embed"), residual, "mlp"),
+        "layers.w_gate_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "gate"),
+        "layers.w_up_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "up"),
+        "layers.w_down_LFD": Parameter((L, F, D), ("layers", "ffn", "embed"), residual, "down"),
         "final_norm_D": Parameter((D,), ("norm",), None, "norms"),
         "head_DV": Parameter((D, V), ("embed", "vocab"), std, "head"),
     }
-    if m.tie_embeddings:
-        del table["head_DV"]
-    return table
+    absent = {"head_DV"} if m.tie_embeddings else set()
+    absent |= set() if m.qk_norm else {"layers.q_norm_LH", "layers.k_norm_LH"}
+    return {name: p for name, p in table.items() if name not in absent}
 
 
 def init_params(m: ConfigDict, seed: int) -> Params:
@@ -155,8 +151,10 @@ class Block(nnx.Module):
         differ in nothing else."""
         y_BTD = rms_norm(x_BTD, self.attention_norm_LD[...], self.m.norm_eps)
         # y[B_data, T, D] . wq[D_fsdp, N_tensor, H] -> q[B_data, T, N_tensor, H]: wq is gathered over fsdp
-        q_BTNH = kept(shard(apply_rope(product(y_BTD, self.wq_LDNH[...]), *rope), "q_BTNH"), "q")
-        k_BTKH = kept(shard(apply_rope(product(y_BTD, self.wk_LDKH[...]), *rope), "k_BTKH"), "k")
+        q_BTNH = self._normed(product(y_BTD, self.wq_LDNH[...]), "q_norm_LH")
+        q_BTNH = kept(shard(apply_rope(q_BTNH, *rope), "q_BTNH"), "q")
+        k_BTKH = self._normed(product(y_BTD, self.wk_LDKH[...]), "k_norm_LH")
+        k_BTKH = kept(shard(apply_rope(k_BTKH, *rope), "k_BTKH"), "k")
         v_BTKH = kept(shard(product(y_BTD, self.wv_LDKH[...]), "k_BTKH"), "v")
         a_BTNH = shard(attend(q_BTNH, k_BTKH, v_BTKH), "q_BTNH")
         # a[B_data, T, N_tensor, H] . wo[N_tensor, H, D_fsdp] -> [B_data, T, D]: summed over tensor
@@ -165,6 +163,10 @@ class Block(nnx.Module):
         gate_BTF = kept(product(y_BTD, self.w_gate_LDF[...]), "gate")
         h_BTF = shard(jax.nn.silu(gate_BTF) * kept(product(y_BTD, self.w_up_LDF[...]), "up"), "h_BTF")
         return shard(x_BTD + product(h_BTF, self.w_down_LFD[...], 1), "x_BTD")
+
+    def _normed(self, x_BTNH: jax.Array, weight: str) -> jax.Array:
+        """Each head by itself, where the model has QK-norm (Henry et al., arXiv:2010.04245, with weights)."""
+        return rms_norm(x_BTNH, getattr(self, weight)[...], self.m.norm_eps) if self.m.qk_norm else x_BTNH
 
 
 def remat_policy(remat: str) -> Callable:

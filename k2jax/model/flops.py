@@ -38,7 +38,8 @@ def flops_per_token(m: ConfigDict, sequence_length: int) -> FlopsPerToken:
     K2-65B at length 2048: 398.2e9 causal, 406.2e9 non-causal.
     """
     lookup_only = 0 if m.tie_embeddings else m.vocab_size * m.dim
-    matrices = 6.0 * (num_params(m) - lookup_only - (2 * m.num_layers + 1) * m.dim)
+    norms = (2 * m.num_layers + 1) * m.dim + (2 * m.num_layers * m.head_dim if m.qk_norm else 0)
+    matrices = 6.0 * (num_params(m) - lookup_only - norms)
     attention = 12.0 * m.num_layers * m.num_heads * m.head_dim * sequence_length
     return FlopsPerToken(matrices + attention / 2, matrices + attention)
 

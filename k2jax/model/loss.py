@@ -11,7 +11,18 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from k2jax.parallel import fsdp
-from k2jax.parallel.fsdp import TENSOR, Rings, gather, own_part, reading, rows, scatter, tokens_spec, total
+from k2jax.parallel.fsdp import (
+    TENSOR,
+    Rings,
+    gather,
+    largest,
+    own_part,
+    reading,
+    rows,
+    scatter,
+    tokens_spec,
+    total,
+)
 
 Axes = tuple[str, ...]  # of the mesh, that split rows and positions
 
@@ -23,6 +34,14 @@ class LossOptions(NamedTuple):
     z_loss: float = 0.0  # times the squared log of softmax's denominator, added to every position's loss (PaLM: 1e-4)
     logits_dtype: str = "float32"  # of the head's product
     rings: Rings = ()  # see fsdp.py
+
+
+class Positions(NamedTuple):
+    """Of every position, float32 (B, T)."""
+
+    nats: jax.Array  # cross-entropy
+    log_z: jax.Array  # log of softmax's denominator
+    logit: jax.Array  # the largest magnitude of its logits
 
 
 def targets_and_weights(
@@ -54,7 +73,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Arr
     place_BT, own_BT = own_part(targets_BT, logits_BTV.shape[-1])
     picked_BT = jnp.take_along_axis(logits_BTV, place_BT[..., None], axis=-1)[..., 0].astype(jnp.float32)
     if own_BT is not True:
-        most_BT = jax.lax.pmax(lse_BT, TENSOR)
+        most_BT = largest(lse_BT, (TENSOR,))
         lse_BT = most_BT + jnp.log(total(jnp.exp(lse_BT - most_BT), (TENSOR,)))
         picked_BT = total(jnp.where(own_BT, picked_BT, 0.0), (TENSOR,))
     return lse_BT - picked_BT, lse_BT
@@ -63,8 +82,8 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Arr
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def head_loss(
     x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
-) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of all positions' losses (float32), and the cross-entropy of each (float32 (B, T)).
+) -> tuple[jax.Array, Positions]:
+    """The weighted sum of all positions' losses (float32), and what is told of each.
 
     The gradient is that of the sum with respect to `x_BTD` and `head_DV`; none flows through the second result. It is
     computed with the loss, block by block, while a block's logits are there (as in Liger Kernel, arXiv:2410.10989):
@@ -72,41 +91,44 @@ def head_loss(
     own rows and positions, and gathers the head once.
     """
     specs = (rows(), fsdp.weight(0), tokens_spec(), tokens_spec())
-    loss = fsdp.on_each_device(partial(_loss, options=options, axes=reading()), specs, (PartitionSpec(), tokens_spec()))
+    out_specs = PartitionSpec(), Positions(*[tokens_spec()] * 3)
+    loss = fsdp.on_each_device(partial(_loss, options=options, axes=reading()), specs, out_specs)
     return loss(x_BTD, head_DV, targets_BT, weights_BT)
 
 
 def _loss(
     x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions, axes: Axes
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Positions]:
     blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
     head_DV = gather(head_DV, 0, x_BTD.dtype, options.rings)
 
-    def add(loss: jax.Array, block: tuple) -> tuple[jax.Array, jax.Array]:
+    def add(loss: jax.Array, block: tuple) -> tuple[jax.Array, Positions]:
         x_BCD, targets_BC, weights_BC = block
-        nats_BC, lse_BC = cross_entropy(_logits(x_BCD, head_DV, options), targets_BC)
-        return loss + _weighted(nats_BC, lse_BC, weights_BC, options), nats_BC
+        logits_BCV = _logits(x_BCD, head_DV, options)
+        nats_BC, lse_BC = cross_entropy(logits_BCV, targets_BC)
+        told = Positions(nats_BC, lse_BC, _magnitude(logits_BCV))
+        return loss + _weighted(nats_BC, lse_BC, weights_BC, options), told
 
-    loss, nats_SBC = jax.lax.scan(add, jnp.float32(0), blocks)
-    return total(loss, axes), _positions(nats_SBC, targets_BT.shape[1])
+    loss, told = jax.lax.scan(add, jnp.float32(0), blocks)
+    return total(loss, axes), _told(told, targets_BT.shape[1])
 
 
 def _head_loss_forward(
     x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> tuple[tuple[jax.Array, Positions], tuple[jax.Array, jax.Array]]:
     specs = (rows(), fsdp.weight(0), tokens_spec(), tokens_spec())
     with_gradients = fsdp.on_each_device(
         partial(_loss_and_gradients, options=options, axes=reading()),
         specs,
-        (PartitionSpec(), tokens_spec(), rows(), fsdp.weight(0)),
+        (PartitionSpec(), Positions(*[tokens_spec()] * 3), rows(), fsdp.weight(0)),
     )
-    loss, nats_BT, dx_BTD, dhead_DV = with_gradients(x_BTD, head_DV, targets_BT, weights_BT)
-    return (loss, nats_BT), (dx_BTD, dhead_DV)
+    loss, told, dx_BTD, dhead_DV = with_gradients(x_BTD, head_DV, targets_BT, weights_BT)
+    return (loss, told), (dx_BTD, dhead_DV)
 
 
 def _loss_and_gradients(
     x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, options: LossOptions, axes: Axes
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Positions, jax.Array, jax.Array]:
     T, D = x_BTD.shape[1:]
     blocks = _blocks(x_BTD, targets_BT, weights_BT, options)
     cast_DV = gather(head_DV, 0, x_BTD.dtype, options.rings)
@@ -127,11 +149,12 @@ def _loss_and_gradients(
         dhead_DV += jax.lax.dot_general(
             x_BCD.reshape(-1, D), delta_XV, (((0,), (0,)), ((), ())), preferred_element_type=head_DV.dtype
         )
-        return (loss + _weighted(nats_BC, lse_BC, weights_BC, options), dhead_DV), (nats_BC, dx_BCD)
+        told = Positions(nats_BC, lse_BC, _magnitude(logits_BCV))
+        return (loss + _weighted(nats_BC, lse_BC, weights_BC, options), dhead_DV), (told, dx_BCD)
 
     start = jnp.float32(0), jnp.zeros(cast_DV.shape, head_DV.dtype)
-    (loss, dhead_DV), (nats_SBC, dx_SBCD) = jax.lax.scan(add, start, blocks)
-    return total(loss, axes), _positions(nats_SBC, T), _positions(dx_SBCD, T), scatter(dhead_DV, 0, options.rings, axes)
+    (loss, dhead_DV), (told, dx_SBCD) = jax.lax.scan(add, start, blocks)
+    return total(loss, axes), _told(told, T), _positions(dx_SBCD, T), scatter(dhead_DV, 0, options.rings, axes)
 
 
 def _head_loss_backward(options: LossOptions, saved: tuple, gradients: tuple) -> tuple:
@@ -159,6 +182,16 @@ def _blocks(x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, opti
 def _positions(array_SBC: jax.Array, T: int) -> jax.Array:
     S, B, C = array_SBC.shape[:3]
     return array_SBC.swapaxes(0, 1).reshape(B, S * C, *array_SBC.shape[3:])[:, :T]
+
+
+def _told(told: Positions, T: int) -> Positions:
+    """Of blocks (S, B, C), whose logits devices may have a part each of."""
+    told = Positions(*(_positions(array_SBC, T) for array_SBC in told))
+    return told._replace(logit=largest(told.logit, (TENSOR,)))
+
+
+def _magnitude(logits_BCV: jax.Array) -> jax.Array:
+    return jnp.abs(logits_BCV).max(axis=-1).astype(jnp.float32)
 
 
 def _logits(x_BCD: jax.Array, head_DV: jax.Array, options: LossOptions) -> jax.Array:

@@ -87,6 +87,13 @@ def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.psum(x, axes) if axes else x
 
 
+def largest(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The maximum over devices, within `on_each_device`."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+    return jax.lax.pmax(x, axes) if axes else x
+
+
 def own_part(index: jax.Array, size: int) -> tuple[jax.Array, jax.Array | bool]:
     """(place, whether it is one) of each index in this device's `size` numbers of an axis that is split over tensor."""
     if jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1) == 1:

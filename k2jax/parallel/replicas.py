@@ -27,10 +27,11 @@ def axes_in_use() -> tuple[str, ...]:
 def summed(
     function: Callable, params: Any, rows: Any, specs: Specs, moment_specs: Specs
 ) -> tuple[dict[str, jax.Array], Any]:
-    """`function(params, rows...)` of each replica's (microbatches, rows, ...), its results summed over the replicas.
+    """`function(params, rows...)` of each replica's (microbatches, rows, ...), its arrays summed over the replicas.
 
     Nothing within `function` knows of the axis `replica`. Results: arrays by name, of which each lies as `specs` says
-    and, where `moment_specs` says so, is split over the replicas besides; and a tree of small ones, which all have.
+    and, where `moment_specs` says so, is split over the replicas besides; and a tree of small ones, not summed, each
+    (replicas, ...).
     """
 
     def own(params: Any, *rows: jax.Array) -> Any:
@@ -40,7 +41,7 @@ def summed(
     in_specs = PartitionSpec(), *[PartitionSpec(None, axes)] * len(rows)
     on_each = jax.shard_map(own, in_specs=in_specs, out_specs=PartitionSpec(axes), axis_names={*axes}, check_vma=False)
     large, small = on_each(params, *rows)
-    return _sum_once(large, specs, moment_specs), jax.tree.map(lambda x: x.sum(axis=0), small)
+    return _sum_once(large, specs, moment_specs), small
 
 
 def _sum_once(stacked: dict[str, jax.Array], specs: Specs, moment_specs: Specs) -> dict[str, jax.Array]:

@@ -4,7 +4,7 @@ What one is on the storage: storage.py; which ones stay: lineage.py.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -213,7 +213,7 @@ class Checkpoints:
         found = jax.block_until_ready(jax.jit(digest.tree_digests)(arrays))
         cluster.together(f"verifies checkpoint {step}", lambda: _verify(step, meta, found))
         self.last_meta, self.last_data = meta, data
-        return unflat(arrays if storage.has_moments(meta) else {**arrays, **_zero_moments(shardings, shapes)})
+        return unflat({**_zero_moments(shardings, shapes, arrays), **arrays})
 
     def _read(
         self, step: int, shardings: TrainState, shapes: TrainState
@@ -227,7 +227,9 @@ class Checkpoints:
             )
         storage.check_format(meta, f"checkpoint {step}")
         if not storage.has_moments(meta):
-            shardings, shapes = (state._replace(mu={}, nu={}) for state in (shardings, shapes))
+            shardings, shapes = (state._replace(mu={}, nu={}, clips={}) for state in (shardings, shapes))
+        elif not storage.has_clips(meta["arrays"]):
+            shardings, shapes = (state._replace(clips={}) for state in (shardings, shapes))
         wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(shapes).items()}
         storage.check_arrays(step, meta, wanted)
         data = storage.read_data(folder, meta)
@@ -299,11 +301,13 @@ def _verify(step: int, meta: dict, found: dict[str, jax.Array]) -> None:
         )
 
 
-def _zero_moments(shardings: TrainState, shapes: TrainState) -> dict[str, jax.Array]:
-    """AdamW's moments before the first step."""
-    wanted, places = (
-        {n: x for n, x in flat(s).items() if n.startswith(("mu/", "nu/"))} for s in (shapes, shardings)
-    )
+def _zero_moments(
+    shardings: TrainState, shapes: TrainState, read: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Of the optimizer's arrays, those that the checkpoint has none of, as before the first step."""
+    wanted, places = ({n: x for n, x in flat(s).items() if n not in read} for s in (shapes, shardings))
+    if not wanted:
+        return {}
     return jax.jit(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), wanted), out_shardings=places
     )()

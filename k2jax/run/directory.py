@@ -57,6 +57,7 @@ class RunDirectory:
     def __init__(self, path: str | Path | BucketPath, say: Callable[[str], None] = print):
         place = at(path).absolute()
         self._held = InBucket(place, say) if isinstance(place, BucketPath) else OnDisk(place)
+        self._say = say
         self.place, self.path, self.mirror = place, self._held.path, self._held.mirror
 
     def __enter__(self) -> "RunDirectory":
@@ -114,7 +115,19 @@ class RunDirectory:
         """
         epochs, journal = cluster.decide("begins the run", lambda: self._begin(config, manifest, restored))
         self._held.put()
+        if restored:
+            self._say_other_versions(restored)
         return [Epoch(*epoch) for epoch in epochs], journal
+
+    def _say_other_versions(self, restored: dict[str, Any]) -> None:
+        """Of what computes and stores, where they are not those of the checkpoint: bits may differ from here on."""
+        was, now = restored.get("versions", {}), versions()
+        changed = [f"{name} {was[name]}, now {now.get(name, 'none')}" for name in was if was[name] != now.get(name)]
+        if changed and cluster.is_main():
+            self._say(
+                f"checkpoint {restored['step']} was saved with other versions: {'; '.join(changed)}: what follows may "
+                f"have other bits than with those"
+            )
 
     def _begin(
         self, config: ConfigDict, manifest: dict[str, Any], restored: dict[str, Any] | None

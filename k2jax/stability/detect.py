@@ -5,14 +5,20 @@ so the device decides before the update, all processes decide alike, and a resum
 Median and MAD of accepted rows only: no outlier and no NaN gets into the window that the next one is measured by.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
 
-HISTORY = 2_100  # newest rows that are enough to answer as all rows would
+HISTORY = 2_100  # newest rows that are looked at: more change no answer
 LAG = 2  # steps between a row and the first limits that it has a part in
 FEWEST = 64  # accepted rows before there are limits
+RECENT, BEFORE = 50, 2_000  # accepted rows whose medians tell a drift
+FEWEST_BEFORE = 500  # that are enough of BEFORE
+DRIFT_EVERY = 10  # steps between two looks for it
+TINY = 1e-30  # instead of a loss or gradient of zero
 TO_SIGMA = 1.4826  # times the MAD: the standard deviation, of a normal distribution
 
 
@@ -37,7 +43,7 @@ class Spike(NamedTuple):
     """What is no single outlier."""
 
     kind: str  # "not finite", "skips", "persistent", "drift"
-    crossing: int  # the first step that was above a limit
+    crossing: int  # its first step: above a limit, not finite, or where the loss left its level
     step: int  # at which it was seen
     why: str  # a line, with numbers
 
@@ -45,17 +51,22 @@ class Spike(NamedTuple):
 def limits_of(rows: Sequence[Row], rules: Mapping[str, Any]) -> Limits:
     """Limits from the newest `rules["window"]` accepted of the rows, none while there are fewer than FEWEST of them.
 
-    One-sided: median + the larger of `deviations` standard deviations, as the MAD gives them, and a floor relative to
-    the median (anchors: OLMo-core's mean + 6 sigma of 128 keeps the outlier in its window; this does not).
+    One-sided: the median times the larger of `deviations` standard deviations of its logarithm, as the MAD gives them,
+    and 1 + a floor. By ratios, since noise is a share of the series: gradient norms have long tails upwards (of 3,000
+    clean steps that vary by a fifth, one or two are 6 deviations above the median when those are added).
     """
-    accepted = [row for row in rows if row.applied and not row.outlier][-rules["window"] :]
+    accepted = _accepted(rows, rules["window"])
     if len(accepted) < min(FEWEST, rules["window"]):
         return Limits()
 
     def limit(values: list[float], floor: float) -> float:
-        median = float(np.median(values))
-        deviation = TO_SIGMA * float(np.median(np.abs(np.array(values) - median)))
-        return median + max(rules["deviations"] * deviation, floor * abs(median))
+        array = np.maximum(values, TINY)
+        median = np.median(array)
+        ratio = np.median(
+            np.maximum(array / median, median / array)
+        )  # exp of the MAD of the logarithms, exactly
+        with np.errstate(over="ignore"):  # infinite: no limit
+            return float(median * np.maximum(ratio ** (rules["deviations"] * TO_SIGMA), 1 + floor))
 
     return Limits(
         limit([row.loss for row in accepted], rules["loss_floor"]),
@@ -64,26 +75,75 @@ def limits_of(rows: Sequence[Row], rules: Mapping[str, Any]) -> Limits:
 
 
 def spike_of(rows: Sequence[Row], rules: Mapping[str, Any], nonfinite_in_a_row: int) -> Spike | None:
-    """What the newest rows are, where skipping single steps is no answer to it; None while all is well.
+    """What the newest row ends, where skipping single steps is no answer to it; None while all is well.
+
+    K2's benign spikes, a large gradient and hardly an update, are outliers: they end by themselves, and are no spike
+    here. What persists is: the malignant kind, whether its steps make updates (`stability.skip` off) or not.
 
     `nonfinite_in_a_row`: steps whose loss or gradient was not finite that are a spike of their own.
     """
     if not rows:
         return None
+    rows = rows[-HISTORY:]
     newest, recent = rows[-1].step, rows[-rules["window"] :]
+    broken = _in_a_row(rows, lambda row: not _finite(row))
+    if broken >= nonfinite_in_a_row:
+        why = f"loss or gradient not finite in {broken} steps in a row"
+        return Spike("not finite", rows[-broken].step, newest, why)
     without = [row.step for row in recent if not row.applied]
-    if len(without) >= rules["max_skips"]:
+    if len(without) >= rules["max_skips"] and without[-1] == newest:
+        crossing = _first_of_the_last_group(without, 2 * rules["window"] // rules["max_skips"])
         why = f"{len(without)} of the last {len(recent)} steps made no update"
-        return Spike("skips", without[0], newest, why)
-    last = rows[-nonfinite_in_a_row:]
-    if len(last) == nonfinite_in_a_row and not any(row.applied or row.outlier for row in last):
-        why = f"loss or gradient not finite in {len(last)} steps in a row"
-        return Spike("not finite", last[0].step, newest, why)
-    above = 0
-    for row in reversed(rows):
-        if not row.outlier:
-            break
-        above += 1
+        return Spike("skips", crossing, newest, why)
+    above = _in_a_row(rows, lambda row: row.outlier or not _finite(row))
     if above >= rules["persistence"]:
-        return Spike("persistent", newest - above + 1, newest, f"{above} steps in a row above their limits")
-    return None
+        return Spike("persistent", rows[-above].step, newest, f"{above} steps in a row above their limits")
+    return _drift(rows, rules) if newest % DRIFT_EVERY == 0 else None
+
+
+def _drift(rows: Sequence[Row], rules: Mapping[str, Any]) -> Spike | None:
+    """A loss that rises too slowly for limits that follow it: the median of RECENT against that of BEFORE.
+
+    By more than the share `drift`, and than `deviations` standard errors of the median of RECENT. Marin's fatal one
+    was 0.06 nat of 1.96, with no step that an outlier's limit would have seen.
+    """
+    accepted = _accepted(rows, RECENT + BEFORE)
+    if len(accepted) < RECENT + FEWEST_BEFORE:
+        return None
+    losses = np.array([row.loss for row in accepted])  # newest first
+    level = float(np.median(losses[RECENT:]))
+    deviation = TO_SIGMA * float(np.median(np.abs(losses[RECENT:] - level)))
+    error = deviation * math.sqrt(math.pi / 2 / RECENT)  # of a median
+    margin = max(rules["drift"] * abs(level), rules["deviations"] * error)
+    rise = float(np.median(losses[:RECENT])) - level
+    if rise <= margin:
+        return None
+    # Where a level ends and one higher by `margin` begins is most likely where this sum is largest.
+    crossing = accepted[int(np.argmax(np.cumsum(losses - (level + margin / 2))))].step
+    why = f"loss {level + rise:.4g}, median of {RECENT} steps, over {level:.4g} of the {len(losses) - RECENT} before"
+    return Spike("drift", crossing, rows[-1].step, why)
+
+
+def _finite(row: Row) -> bool:
+    return math.isfinite(row.loss) and math.isfinite(row.grad_norm)
+
+
+def _accepted(rows: Sequence[Row], most: int) -> list[Row]:
+    """The newest `most` that made an update and were above no limit, the newest first."""
+    good = (row for row in reversed(rows[-HISTORY:]) if row.applied and not row.outlier and _finite(row))
+    return list(islice(good, most))
+
+
+def _in_a_row(rows: Sequence[Row], condition: Callable[[Row], bool]) -> int:
+    """How many of the newest rows, up to the first that is otherwise."""
+    return sum(1 for _ in takewhile(condition, reversed(rows)))
+
+
+def _first_of_the_last_group(steps: Sequence[int], gap: int) -> int:
+    """The last steps that are at most `gap` apart from each other: the first of them. An older one is of no account."""
+    first = steps[-1]
+    for step in reversed(steps):
+        if first - step > gap:
+            break
+        first = step
+    return first

@@ -92,14 +92,17 @@ def to_pin(journal: Sequence[Entry], suspects: Iterable[int], checkpoints: Seque
     return {step for step in (*before, *back) if step is not None}
 
 
-def helped(journal: Sequence[Entry], step: int) -> Entry | None:
-    """The roll-back whose watch is over at this step and that nothing says of yet; None where there is none."""
-    for entry in reversed(journal):
-        if entry["kind"] == "helped":
-            return None
-        if entry["kind"] == "rollback":
-            return entry if step >= entry["until"] else None
-    return None
+def helped(journal: Sequence[Entry], rows: Sequence[Row], window: int) -> Entry | None:
+    """The roll-back whose watch is over with the newest row, and that nothing says of yet; None where there is none.
+
+    An outlier in that time may still become the same spike, until it has left the window.
+    """
+    entry = next((entry for entry in reversed(journal) if entry["kind"] in ("rollback", "helped")), None)
+    if not rows or entry is None or entry["kind"] == "helped":
+        return None
+    suspects = [row.step for row in rows if (row.outlier or not row.applied) and row.step > entry["at_step"]]
+    over = max([entry["until"], *(step + window for step in suspects if step <= entry["until"])])
+    return entry if rows[-1].step >= over else None
 
 
 def note_helped(entry: Entry, rows: Sequence[Row]) -> Entry:

@@ -15,32 +15,42 @@ from k2jax.stability.detect import HISTORY, LAG, Row, Spike, limits_of, spike_of
 
 
 class Guard:
-    """Over the steps of one stage; its windows begin anew with each, and where the data change."""
+    """Over the steps of one stage; its windows begin anew with each, and where the data change.
+
+    `spike`: the first that a recorded step ended, more than an outlier; None while all is well. `suspects`: steps with
+    which one may have begun.
+    """
 
     def __init__(self, config: ConfigDict, order: Order, rows: Iterable[Row] = ()):
         """`rows`: of the steps up to now, of one stage."""
         self.config, self.order = config, order
         self.rows = list(rows)
+        self.suspects = [row.step for row in self.rows if _is_suspect(row)]
         self.spike = self._judge()
 
     def add(self, row: Row) -> None:
-        """The next recorded step. `spike` is the first that one ended: more than an outlier, None while all is well."""
+        """The next recorded step."""
         stage = self.order.stage_of_step(row.step)
         self.rows = [*self.rows[-HISTORY:], row] if self.rows and self.rows[-1].step >= stage.first_step else [row]
+        first = self.rows[0].step
+        self.suspects = [step for step in self.suspects if step >= first] + [row.step] * _is_suspect(row)
         self.spike = self.spike or self._judge()
 
     def limits(self, step: int) -> np.ndarray:
         """Of a step that is to be made, float32 (2,): loss and gradient norm, as `Batch` has them."""
-        first = self.order.stage_of_step(step).first_step
-        known = [row for row in self.rows if first <= row.step <= step - LAG]
+        begun = self.rows and self.rows[-1].step >= self.order.stage_of_step(step).first_step
+        known = self.rows if begun else []
+        while known and known[-1].step > step - LAG:
+            known = known[:-1]
         return np.array(limits_of(known, self.config.stability), np.float32)
 
     def _judge(self) -> Spike | None:
         return spike_of(self.rows, self.config.stability, self.config.optimizer.max_skips_in_a_row)
 
-    def suspects(self) -> list[int]:
-        """Steps with which a spike may have begun."""
-        return [row.step for row in self.rows if row.outlier or not row.applied]
+
+def _is_suspect(row: Row) -> bool:
+    """Whether a spike may have begun with it."""
+    return row.outlier or not row.applied
 
 
 def recent_rows(ledger: StepLog, order: Order, step: int) -> list[Row]:

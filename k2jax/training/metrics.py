@@ -23,6 +23,7 @@ from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.stability.detect import Row
 from k2jax.training.guard import Guard
+from k2jax.training.remedies import COUNTS
 from k2jax.training.sinks import open_sinks
 
 
@@ -49,6 +50,7 @@ class Recorder:
         self.sinks = open_sinks(config, workdir, first_step, print_line) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
+        self.clipped_steps = clipped_before(steps, first_step) if self.is_main else 0  # None: not known
         self.first_done: float | None = None  # when this launch's first step was, by time.perf_counter()
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
         self._last: tuple[StagePlan, float] | None = None  # stage and time of the last row
@@ -78,7 +80,8 @@ class Recorder:
     def _record(
         self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float, pushed: float
     ) -> None:
-        values = jax.device_get(metrics)
+        layers = metrics["layers"]  # which only few rows have
+        values = jax.device_get({key: value for key, value in metrics.items() if key != "layers"})
         # On CPU a step is done when its call returns (cluster.initialize).
         now = pushed if jax.default_backend() == "cpu" else time.perf_counter()
         self.first_done = self.first_done or now
@@ -90,11 +93,15 @@ class Recorder:
             "stage": plan.name,
             **self._losses(values),
             **_norms(values),
+            "log_z": float(values["log_z"]),
+            "logit": float(values["logit"]),
             "lr": float(values["lr"]),
             "applied": bool(values["applied"]),
             "outlier": bool(values["outlier"]),
+            **self._clipped(bool(values["clipped"])),
             "loss_limit": float(values["loss_limit"]),
             "grad_norm_limit": float(values["grad_norm_limit"]),
+            **{key: int(values[key]) for key in COUNTS if key in values},
             "tokens_seen": self.tokens_seen,
             "transient_errors": values.get("transient_errors"),  # of a step that was computed again
             **self._speed(plan, step_s),
@@ -113,10 +120,22 @@ class Recorder:
                 bool(values["applied"]),
                 bool(values["outlier"]),
             )
-            self.steps.append(_jsonable(row))
+            self.steps.append(_jsonable(row) | self._layers(row, layers))
         for sink in self.sinks:
-            sink.put(step, row)
+            sink.put(step, _jsonable(row))
         self._tell(step, row)
+
+    def _clipped(self, clipped: bool) -> dict[str, Any]:
+        if self.clipped_steps is not None:
+            self.clipped_steps += clipped
+        return {"clipped": clipped, "clipped_steps": self.clipped_steps}
+
+    def _layers(self, row: dict[str, Any], layers: dict[str, jax.Array]) -> dict[str, Any]:
+        """{"layers": {series: a number of each layer}} every so many steps, and of each that was not as others."""
+        every = self.config.log.layers_every
+        if row["applied"] and not row["outlier"] and not (every and row["step"] % every == 0):
+            return {}
+        return {"layers": {series: _short(value_L) for series, value_L in jax.device_get(layers).items()}}
 
     def _losses(self, values: dict[str, np.ndarray]) -> dict[str, Any]:
         row = {"loss": float(values["loss"])}
@@ -140,6 +159,8 @@ class Recorder:
         }
 
     def _tell(self, step: int, row: dict[str, Any]) -> None:
+        if row.get("masked_rows"):
+            self.print_line(f"step {step}: {row['masked_rows']} row(s) masked, of repeated n-grams (data.mask_repeats)")
         if not row["applied"] or row["outlier"]:
             why = "above its limit" if row["outlier"] else "not finite"
             done = "an update was made" if row["applied"] else "no update was made"
@@ -173,6 +194,12 @@ class Recorder:
             sink.close()
 
 
+def clipped_before(steps: StepLog, step: int) -> int | None:
+    """How many steps of the run before this one were clipped; None where its rows do not say so."""
+    row = next(steps.rows(step - 1, step - 1), {}) if step > 1 else {"clipped_steps": 0}
+    return row.get("clipped_steps")
+
+
 def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str, float]:
     """{stage: seconds} as `tools/plan.py --workdir` kept them in plan.json; {} if there is none for these devices."""
     if not (workdir / "plan.json").exists():
@@ -192,7 +219,12 @@ def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str,
 
 
 def _norms(values: dict[str, np.ndarray]) -> dict[str, float]:
-    return {key: float(value) for key, value in values.items() if "_norm" in key}
+    return {key: float(value) for key, value in values.items() if "_norm" in key or "_ratio" in key}
+
+
+def _short(values: np.ndarray) -> list[float | None]:
+    """Four significant digits."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _memory() -> dict[str, int | None]:

@@ -7,9 +7,16 @@ from ml_collections import ConfigDict
 
 from k2jax.model.decoder import Params, init_params, parameter_table
 from k2jax.run.state import TrainState
+from k2jax.training.remedies import first_clips
+
+
+def first_state(config: ConfigDict) -> TrainState:
+    """That of an experiment, with what its optimizer keeps besides the moments."""
+    return init_state(config.model, config.seed)._replace(clips=first_clips(config))
 
 
 def init_state(m: ConfigDict, seed: int) -> TrainState:
+    """Parameters drawn, moments of AdamW zero, and no remedies."""
     params = init_params(m, seed)
 
     def zeros() -> Params:
@@ -33,12 +40,13 @@ def learning_rate(stage: ConfigDict, step_in_stage: jax.Array, num_steps: int) -
 
 
 def adamw(config: ConfigDict, state: TrainState, grads: Params) -> tuple[Params, Params, Params]:
-    """(direction, mu, nu): AdamW's step before the learning rate, decay on matrices and embeddings only.
+    """(direction, mu, nu): AdamW's step before the learning rate, decay on matrices and, unless spared, the embedding.
 
     K2's fused Adam is decoupled too: p <- p - lr (m / (sqrt(v) + eps) + decay p).
     """
     o = config.optimizer
-    decayed = {name: p.std is not None for name, p in parameter_table(config.model).items()}
+    spared = () if o.decay_embeddings else ("embed_VD",)
+    decayed = {n: p.std is not None and n not in spared for n, p in parameter_table(config.model).items()}
     chain = optax.chain(
         optax.scale_by_adam(o.b1, o.b2, o.eps), optax.add_decayed_weights(o.weight_decay, decayed)
     )

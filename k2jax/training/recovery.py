@@ -51,8 +51,8 @@ def describe(entry: Entry) -> str:
 
 def keep_watch(guard: Guard, workdir: Path, journal: list[Entry], checkpoints: Checkpoints) -> None:
     """Pins what a roll-back may need, and notes one that has helped."""
-    checkpoints.pin(ladder.to_pin(journal, guard.suspects(), checkpoints.known_steps()))
-    entry = ladder.helped(journal, guard.rows[-1].step) if guard.rows else None
+    checkpoints.pin(ladder.to_pin(journal, guard.suspects, checkpoints.known_steps()))
+    entry = ladder.helped(journal, guard.rows, guard.config.stability.window)
     if entry:
         note = ladder.note_helped(entry, guard.rows)
         cluster.decide("notes a roll-back that helped", lambda: append_entry(workdir / "journal.jsonl", note))

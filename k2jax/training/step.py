@@ -4,7 +4,7 @@ Axes: A microbatches, R rows of a microbatch, the rest as in decoder.py.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ from k2jax.parallel import context, replicas, sharding
 from k2jax.parallel.sharding import shard
 from k2jax.run.state import TrainState
 from k2jax.training.optimizer import adamw, learning_rate
+from k2jax.training.remedies import adagc, rows_without_repeats, update_scales
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # of arrays; "layers" is one of them, too
 NO_LIMITS = np.full(2, np.inf, np.float32)
+TINY = 1e-30  # in the place of a norm of 0 that is divided by
 
 
 class Batch(NamedTuple):
@@ -32,12 +34,38 @@ class Batch(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a microbatch adds up: float32."""
+    """What a microbatch adds up, over its targets: float32."""
 
-    loss: jax.Array  # cross-entropy over all targets, nats
+    loss: jax.Array  # cross-entropy, nats
     targets: jax.Array  # how many
+    log_z: jax.Array  # log of softmax's denominator
+    logit: jax.Array  # the largest magnitude, of which microbatches have the maximum
     subset_loss: jax.Array  # (subsets,)
     subset_targets: jax.Array  # (subsets,)
+    masked_rows: jax.Array | None = None  # where data.mask_repeats is on
+
+    def plus(self, other: "Sums") -> "Sums":
+        return jax.tree.map(jnp.add, self, other)._replace(logit=jnp.maximum(self.logit, other.logit))
+
+    def total(self) -> "Sums":
+        """Of arrays that have one more dimension, the first."""
+        return jax.tree.map(lambda x: x.sum(axis=0), self)._replace(logit=self.logit.max(axis=0))
+
+
+class Rows(NamedTuple):
+    """Of each row, over its targets: float32 (R,)."""
+
+    nats: jax.Array  # cross-entropy, summed
+    targets: jax.Array  # how many
+    log_z: jax.Array  # log of softmax's denominator, summed
+    logit: jax.Array  # the largest magnitude
+
+
+class Squares(NamedTuple):
+    """Sums of squares, float32: {layer group: of all its arrays}, and (L,) of what it has in each layer."""
+
+    groups: dict[str, jax.Array]
+    layers: dict[str, jax.Array]
 
 
 def loss_sums(
@@ -52,33 +80,40 @@ def loss_sums(
     compute_dtype: jnp.dtype,
 ) -> tuple[jax.Array, Sums]:
     """The loss summed over the targets of (R, T+1) tokens, and its parts; nothing is divided yet."""
-    loss, nats_B, targets_B = row_losses(
-        params, tokens, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype
+    times = config.data.mask_repeats
+    kept_B = rows_without_repeats(tokens, times) if times else None
+    loss, rows = row_losses(
+        params, tokens, kept_B, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype
     )
     subset_BX = jax.nn.one_hot(subset, num_subsets, dtype=jnp.float32)
     # Sums of products, not a product of matrices, which TPUs round to bfloat16 unless told.
-    by_subset = [(value_B[:, None] * subset_BX).sum(axis=0) for value_B in (nats_B, targets_B)]
-    return loss, Sums(nats_B.sum(), targets_B.sum(), *by_subset)
+    by_subset = [(value_B[:, None] * subset_BX).sum(axis=0) for value_B in (rows.nats, rows.targets)]
+    masked_rows = None if kept_B is None else (1.0 - kept_B).sum()
+    sums = rows.nats.sum(), rows.targets.sum(), rows.log_z.sum(), rows.logit.max()
+    return loss, Sums(*sums, *by_subset, masked_rows)
 
 
 def row_losses(
     params: Params,
     tokens: jax.Array,
+    kept_B: jax.Array | None = None,
     *,
     config: ConfigDict,
     stage: ConfigDict,
     eos_id: int,
     compute_dtype: jnp.dtype,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The loss of (R, T+1) tokens, to be differentiated; the cross-entropy and the number of targets of each row.
+) -> tuple[jax.Array, Rows]:
+    """The loss of (R, T+1) tokens, to be differentiated, and what is told of each row.
 
-    All float32, summed over the targets. The loss is the sum of the cross-entropies, and of z-loss where that is on.
+    The loss is the sum of the cross-entropies, and of z-loss where that is on.
+    Rows weigh as `kept_B` (float32) says; None: all the same.
     """
     inputs_BT = tokens[:, :-1] if config.data.label_shift == "next" else tokens
     masked = config.model.mask_documents
     inputs_BT, targets_BT, weights_BT = targets_and_weights(
         tokens, config.data.label_shift, inputs_BT == eos_id if masked else None
     )
+    weights_BT = weights_BT if kept_B is None else weights_BT * kept_B[:, None]
     rows = inputs_BT, targets_BT, weights_BT, document_ids(inputs_BT, eos_id) if masked else None
     inputs_BT, targets_BT, weights_BT, document_BT = jax.tree.map(
         lambda x_BT: shard(context.in_order(x_BT, 1), "tokens_BT"), rows
@@ -88,8 +123,10 @@ def row_losses(
     options = LossOptions(
         config.loss.block, config.loss.z_loss, config.precision.logits, tuple(config.model.rings)
     )
-    loss, nats_BT = head_loss(hidden_BTD, decoder.head_DV[...], targets_BT, weights_BT, options)
-    return loss, (nats_BT * weights_BT).sum(axis=1), weights_BT.sum(axis=1)
+    loss, told = head_loss(hidden_BTD, decoder.head_DV[...], targets_BT, weights_BT, options)
+    nats_B, log_z_B = ((x_BT * weights_BT).sum(axis=1) for x_BT in (told.nats, told.log_z))
+    logit_B = jnp.where(weights_BT > 0, told.logit, 0.0).max(axis=1)
+    return loss, Rows(nats_B, weights_BT.sum(axis=1), log_z_B, logit_B)
 
 
 def mean_gradients(
@@ -108,6 +145,7 @@ def mean_gradients(
     else:
         specs = {name: sharding.spec(p.axes) for name, p in parameter_table(config.model).items()}
         grads, sums = replicas.summed(add_up, params, (batch.tokens, batch.subset), specs, moment_specs or specs)
+        sums = sums.total()
     return jax.tree.map(lambda g: g / jnp.maximum(sums.targets, 1.0), grads), sums
 
 
@@ -121,8 +159,9 @@ def summed_gradients(
     if tokens.shape[0] == 1:
         return gradient(params, tokens[0], subset[0])
 
-    def add(total: tuple, rows: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, total, gradient(params, *rows)), None
+    def add(total: tuple[Params, Sums], rows: tuple[jax.Array, jax.Array]) -> tuple[tuple[Params, Sums], None]:
+        grads, sums = gradient(params, *rows)
+        return (jax.tree.map(jnp.add, total[0], grads), total[1].plus(sums)), None
 
     shapes = jax.eval_shape(gradient, params, tokens[0], subset[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -153,41 +192,54 @@ def train_step(
     if moment_shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, moment_shardings)
     loss = sums.loss / jnp.maximum(sums.targets, 1.0)
-    grad_squares = group_squares(config, grads)
-    grad_norm = jnp.sqrt(sum(grad_squares.values()))
+    if config.data.mask_repeats:
+        loss = jnp.where(sums.targets > 0, loss, jnp.nan)  # of nothing: no update
+    grad_squares = squares(config, grads)
+    grad_norm = jnp.sqrt(sum(grad_squares.groups.values()))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     outlier = finite & ((loss > batch.limits[0]) | (grad_norm > batch.limits[1]))
     applied = finite & ~outlier if config.stability.skip else finite
 
     lr = learning_rate(stage, state.step + 1 - first_step + 1, num_steps)
-    new, update = updated(state, grads, grad_norm, lr, applied, config)
+    new, update, counts = updated(state, grads, grad_norm, lr, applied, config)
     new = new._replace(skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1))
     metrics = {
         "loss": loss,
         "finite": finite,
         "outlier": outlier,
         "applied": applied,
+        "clipped": applied & (grad_norm > config.optimizer.clip_norm),
         "loss_limit": batch.limits[0],
         "grad_norm_limit": batch.limits[1],
         "skips_in_a_row": new.skips_in_a_row,
         "lr": lr,
         "targets": sums.targets,
+        "log_z": sums.log_z / jnp.maximum(sums.targets, 1.0),
+        "logit": sums.logit,
+        **({} if sums.masked_rows is None else {"masked_rows": sums.masked_rows}),
+        **counts,
         "subset_loss": sums.subset_loss / jnp.maximum(sums.subset_targets, 1.0),
         "subset_targets": sums.subset_targets,
         "batch_digest": batch.digest.reshape(-1, batch.digest.shape[-1]).sum(axis=0, dtype=jnp.uint32),
-        **norms("grad", grad_squares),
-        **norms("param", group_squares(config, new.params)),
-        **norms("update", group_squares(config, update)),
+        **norms(grad_squares, squares(config, new.params), squares(config, update)),
     }
     return new, metrics
 
 
 def updated(
     state: TrainState, grads: Params, grad_norm: jax.Array, lr: jax.Array, applied: jax.Array, config: ConfigDict
-) -> tuple[TrainState, Params]:
-    """(the next state, what was added to its parameters), of a step that is counted whether `applied` or not."""
-    clip = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
-    direction, mu, nu = adamw(config, state, jax.tree.map(lambda g: g * clip, grads))
+) -> tuple[TrainState, Params, Metrics]:
+    """(the next state, what was added to its parameters, what remedies did), counted whether `applied` or not."""
+    clips, counts = state.clips, {}
+    if config.optimizer.adagc.ratio:
+        grads, clips, counts["clipped_tensors"] = adagc(config, clips, grads, grad_norm)
+    else:
+        clip = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
+        grads = jax.tree.map(lambda g: g * clip, grads)
+    direction, mu, nu = adamw(config, state, grads)
+    if config.optimizer.update_clip:
+        scales, counts["clipped_updates"] = update_scales(config, state.updates + 1, grads, nu)
+        direction = {name: d * scales[name] for name, d in direction.items()}
     update = jax.tree.map(lambda d: jnp.where(applied, -lr * d, 0.0), direction)
 
     def keep(new: Params, old: Params) -> Params:
@@ -199,19 +251,35 @@ def updated(
         params=keep(jax.tree.map(jnp.add, state.params, update), state.params),
         mu=keep(mu, state.mu),
         nu=keep(nu, state.nu),
+        clips=keep(clips, state.clips),
     )
-    return new, update
+    return new, update, counts
 
 
-def group_squares(config: ConfigDict, tree: Params) -> dict[str, jax.Array]:
-    """{layer group: sum of squares}, float32."""
-    squares: dict[str, jax.Array] = {}
+def squares(config: ConfigDict, tree: Params) -> Squares:
+    """Each array is gone through once: groups are sums of what layers have."""
+    found = Squares({}, {})
     for name, p in parameter_table(config.model).items():
-        squares[p.group] = squares.get(p.group, 0.0) + jnp.sum(jnp.square(tree[name]))
-    return squares
+        stacked = p.axes[0] == "layers"
+        square = jnp.sum(jnp.square(tree[name]), axis=range(1, len(p.shape)) if stacked else None)
+        if stacked:
+            found.layers[p.group] = found.layers.get(p.group, 0.0) + square
+        found.groups[p.group] = found.groups.get(p.group, 0.0) + square.sum()
+    return found
 
 
-def norms(kind: str, squares: dict[str, jax.Array]) -> Metrics:
-    """{"grad_norm": of everything, "grad_norm/mlp": of a group, ...}."""
-    groups = {f"{kind}_norm/{group}": jnp.sqrt(value) for group, value in squares.items()}
-    return {f"{kind}_norm": jnp.sqrt(sum(squares.values())), **groups}
+def norms(grads: Squares, params: Squares, update: Squares) -> Metrics:
+    """{"grad_norm": of everything, "grad_norm/q": of a layer group, ...}; "layers": {"grad_norm/q": (L,), ...}.
+
+    "update_ratio" is the update's norm over the parameters'.
+    """
+    found: Metrics = {}
+    for kind, of in {"grad_norm": grads, "param_norm": params, "update_norm": update}.items():
+        found[kind] = jnp.sqrt(sum(of.groups.values()))
+        found |= {f"{kind}/{group}": jnp.sqrt(square) for group, square in of.groups.items()}
+    for key in ("", *(f"/{group}" for group in params.groups)):
+        found[f"update_ratio{key}"] = found[f"update_norm{key}"] / jnp.maximum(found[f"param_norm{key}"], TINY)
+    layers = {f"grad_norm/{group}": jnp.sqrt(square_L) for group, square_L in grads.layers.items()}
+    for group, square_L in update.layers.items():
+        layers[f"update_ratio/{group}"] = jnp.sqrt(square_L) / jnp.maximum(jnp.sqrt(params.layers[group]), TINY)
+    return {**found, "layers": layers}

@@ -98,8 +98,8 @@ def _run(
     rows = np.concatenate([rows, np.repeat(rows[:1], full - count, axis=0)])
     placed = NamedSharding(mesh, PartitionSpec(sharding.data_axes(mesh)))
     tokens = jax.make_array_from_callback(rows.shape, placed, lambda index: rows[index])
-    _, losses, targets = losses_of(params, tokens)
-    return np.asarray(losses, np.float64)[:count], np.asarray(targets, np.float64)[:count]
+    found = losses_of(params, tokens)[1]
+    return np.asarray(found.nats, np.float64)[:count], np.asarray(found.targets, np.float64)[:count]
 
 
 def _rows_per_batch(stage: ConfigDict, mesh: Mesh) -> int:

@@ -14,10 +14,12 @@ import pytest
 from conftest import REPOSITORY, serve
 
 from faults import runs
+from faults.test_ladder import QUICK, spiky
 from k2jax import evaluate, generate, replay
 from k2jax.bucket import at
 from k2jax.errors import run_main
 from k2jax.run.bucket_steps import committed_steps
+from k2jax.run.ledger import Ledger
 from k2jax.upload import local_copy
 
 SHORT_LEASE = "from k2jax import lease; lease.LEASE_S, lease.RENEW_S = 3.0, 0.3"
@@ -194,3 +196,18 @@ def test_four_processes_killed_twelve_times(server, straight, start, tmp_path):
     four[0].wait(0)
     server.heal()
     same_as(tmp_path / "here", url)
+
+
+@pytest.mark.processes
+def test_a_roll_back(server, straight, start, run, tmp_path):
+    """A run in a bucket goes around bad data by itself; what it left can be read, but for its checkpoints."""
+    url = f"{server.bucket()}/runs/spiky"
+    start(tmp_path / "run", QUICK, url=url, patch=spiky(straight, 14, 15)).wait(0)
+    with local_copy(at(url)) as copy:
+        assert [(row["step"], row["applied"]) for row in runs.ledger_rows(copy)] == [(n, True) for n in range(1, 22)]
+        runs.ledger(copy).verify()
+        left = list(Ledger(copy / "branches" / "01" / "ledger", None).steps.rows(13))
+        assert [(row["step"], row["outlier"]) for row in left] == [(13, False), (14, True), (15, True), (16, False)]
+        assert sorted(path.name for path in (copy / "spikes").iterdir()) == ["14-15.json", "18-19.json"]
+    told = run(replay, f"--workdir={url}", "--branch=1", "--step=13")
+    assert "from checkpoint 12" in told and "equal to the ledger" in told

@@ -1,16 +1,21 @@
 """SIGKILL: nothing that a run has computed changes, and nothing half-written is taken for a checkpoint."""
 
 import json
+import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from faults import runs
+from faults.test_preempt import SLOW_STEPS
+from faults.test_storage import reader  # noqa: F401
 from k2jax.errors import StorageError
 
 
+@pytest.mark.fault("A4", "F2")
 def test_kill_and_resume_give_the_same_bits(tiny_data, straight, start, tmp_path):
     """Ledger, chain and metrics of a killed and resumed run are those of an undisturbed one, byte for byte."""
     workdir, overrides = tmp_path / "run", {"data.workers": 1}
@@ -40,8 +45,9 @@ def test_kill_and_resume_give_the_same_bits(tiny_data, straight, start, tmp_path
         time.sleep(0.05)
 
 
+@pytest.mark.fault("A4")
 @pytest.mark.processes
-def test_kills_at_random_moments(straight, start, tmp_path):
+def test_kills_at_random_moments(straight, start, reader, tmp_path):  # noqa: F811
     """Every restart goes on from the newest complete checkpoint, and what the run computes never changes.
 
     Moments: compiling, in the middle of saves and of the steps behind them (fixed seed; timing adds chance of its own).
@@ -62,10 +68,32 @@ def test_kills_at_random_moments(straight, start, tmp_path):
         trainer.signal(signal.SIGKILL)
         trainer.wait(-signal.SIGKILL)
         expected = max(runs.checkpoint_steps(workdir), default=0)
+        reader.restore_all(workdir)
     assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
     assert runs.meta(workdir, 25)["digests"] == runs.meta(straight, 25)["digests"]
     runs.ledger(workdir).verify()
     assert not runs.leftovers(workdir)
+
+
+@pytest.mark.fault("F1")
+@pytest.mark.processes
+def test_a_killed_data_worker_ends_the_run(straight, start, tmp_path):
+    """70 with its name, what was saved stays, and the same command reads on where it was."""
+    workdir, workers = tmp_path / "run", {"data.workers": 2, "data.prefetch": 2, "checkpoint.every_steps": 2}
+    trainer = start(workdir, workers, patch=SLOW_STEPS)
+    trainer.wait_for("saved 2")
+    pid = trainer.process.pid
+    children = [int(pid) for path in Path(f"/proc/{pid}/task").glob("*/children") for pid in path.read_text().split()]
+    spawned = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(spawned) == 2
+    os.kill(spawned[0], signal.SIGKILL)
+    trainer.wait(70)
+    error = trainer.error_lines()[0]  # what follows is Python's own, of memory that the worker shared
+    assert error.startswith("error: the loader failed before step ") and "exit code -9" in error
+    step = runs.checkpoint_steps(workdir)[-1]
+    assert 2 <= step < 20 and not trainer.left_behind()
+    assert f"resuming after step {step} of 25" in start(workdir, workers).wait(0)
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
 
 
 DIES_SAVING = """
@@ -80,6 +108,7 @@ storage._LateJson._save_fn = save
 """
 
 
+@pytest.mark.fault("A4")
 def test_kill_in_the_middle_of_a_save(straight, start, tmp_path):
     """The half-written step is no checkpoint. The run goes on before it, and removes it even if it saves it no more."""
     workdir, every = tmp_path / "run", {"checkpoint.every_steps": 12}
@@ -91,6 +120,7 @@ def test_kill_in_the_middle_of_a_save(straight, start, tmp_path):
     assert not runs.leftovers(workdir)
 
 
+@pytest.mark.fault("S15")
 def test_a_changed_ledger_is_found(straight, tmp_path):
     """`verify` names the record over a changed row, a removed row, and a changed record."""
     bits = runs.ledger_rows(straight)[13]["loss"]

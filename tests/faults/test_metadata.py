@@ -60,6 +60,7 @@ def answer(question):
         return error
 
 
+@pytest.mark.fault("B4")
 @pytest.mark.parametrize("name", FILES)
 def test_wrong_content_is_one_line(run, name):
     before, path = ask(run), run / name
@@ -79,6 +80,7 @@ def test_wrong_content_is_one_line(run, name):
     assert ask(run) == before
 
 
+@pytest.mark.fault("B4", "S15")
 @pytest.mark.parametrize("name", [name for name, count in FILES.items() if count])
 def test_a_digit_or_letter_changed_is_seen_or_means_nothing(run, name):
     """A digit of the manifest would otherwise name other documents, with exit code 0."""
@@ -109,6 +111,7 @@ def test_another_runs_files_are_not_taken_for_ones_own(run, straight, tmp_path):
         open_step(other, 20)
 
 
+@pytest.mark.fault("S4")
 def test_absurd_sizes_are_refused_at_once(run):
     """Sound in itself, digest and all: a manifest of more chunks than could be laid out in memory."""
     path = run / "epochs" / "0001.json"
@@ -129,6 +132,7 @@ def test_absurd_sizes_are_refused_at_once(run):
         open_run(run)
 
 
+@pytest.mark.fault("C9")
 def test_a_run_of_an_older_version_is_one_line(run):
     """Its checkpoints name no epoch, and there are none; nor is it begun anew."""
     path = run / "checkpoints" / "20" / "meta" / "meta.json"
@@ -149,6 +153,20 @@ def test_an_epoch_of_odd_types_is_one_line(run, change):
     path.write_text(json.dumps({**values, "sha256": Epoch(**content).digest}))
     with pytest.raises(ConfigError, match="its after_step, run, config or changes are none"):
         open_run(run)
+
+
+@pytest.mark.fault("S10")
+def test_code_in_a_saved_configuration_is_text(run, tmp_path):
+    """Whole, digests and all: it is read, and nothing of it is run."""
+    code = f"__import__('os').mkdir({str(tmp_path / 'marker')!r})"
+    path = run / "checkpoints" / "20" / "meta" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["meta_sha256"]
+    meta["config"]["name"], meta["config"]["eval"]["prompts"] = code, [f"{{{code}}}", f"!!python/object/apply:{code}"]
+    path.write_text(json.dumps({**meta, "meta_sha256": sha256_json(meta)}))
+    for found in (*ask(run), answer(lambda: open_step(run, 20).config.name)):
+        assert isinstance(found, RunError) or found
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_ledger_is_read_once_however_many_records_it_has(run, monkeypatch):

@@ -3,6 +3,8 @@
 import shutil
 import signal
 
+import pytest
+
 from faults import runs
 
 # JAX looks for the signal once a second, and the tiny runs would be over by then.
@@ -20,6 +22,7 @@ program.step_function = lambda *arguments: (time.sleep(5), step_function(*argume
 """
 
 
+@pytest.mark.fault("A1", "A2")
 def test_sigterm_saves_and_the_run_goes_on_with_the_same_bits(straight, start, tmp_path):
     """Also when the signal comes twice, the second time in the middle of the save."""
     workdir = tmp_path / "run"
@@ -44,6 +47,7 @@ def test_sigterm_saves_and_the_run_goes_on_with_the_same_bits(straight, start, t
     runs.ledger(workdir).verify()
 
 
+@pytest.mark.fault("A3")
 def test_sigterm_before_the_first_step(straight, start, tmp_path):
     """Nothing new to save: 75 without a checkpoint, and an older one stays as it is."""
     fresh = start(tmp_path / "fresh", patch=SLOW_COMPILING)

@@ -93,6 +93,7 @@ def test_two_that_are_alike(pair, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.fault("E4")
 def test_another_version(pair):
     error = wrong(pair(custom=OTHER_VERSION), 78, "versions")
     assert re.search(rf": {HOST} \(process 1\): has optax 0\.9\.9, others have \d", error)

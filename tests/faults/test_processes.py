@@ -1,14 +1,20 @@
 """Two processes over loopback are one run: they save, die, resume and stop together."""
 
 import json
+import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from faults import runs
+from faults.test_preempt import SLOW_STEPS
+
+LOOPBACK = {"0100007F", "0" * 16 + "FFFF0000" + "0100007F", "0" * 24 + "01000000"}
 
 
+@pytest.mark.fault("A5", "C2", "E7", "F7")
 @pytest.mark.processes
 def test_two_processes_are_one_run(straight, start, tmp_path):
     """Both are killed; resumed by two processes, or by one, the run is the undisturbed one of one process, bit for bit.
@@ -52,6 +58,7 @@ def test_two_processes_are_one_run(straight, start, tmp_path):
     assert kept.name.startswith("25-")
 
 
+@pytest.mark.fault("E4")
 def test_drift_ends_both(straight, start, tmp_path):
     """Each refuses by itself: none is left waiting for the other."""
     pair = runs.pair(start, runs.copy_run(straight, tmp_path / "run"), {"seed": 3}, devices=1)
@@ -59,11 +66,25 @@ def test_drift_ends_both(straight, start, tmp_path):
         assert "seed: 22238 -> 3" in trainer.wait_for_error(78)
 
 
+def listening(process):
+    """The addresses that a process listens on, in hexadecimal as the kernel has them."""
+    held, found = {os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()}, set()
+    for kind in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process.pid}/net/{kind}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in held:
+                found.add(local.split(":")[0])
+    return found
+
+
+@pytest.mark.fault("A2", "S11")
 def test_sigterm_to_one_stops_both(start, tmp_path):
-    """Both save the same step and end with 75."""
+    """Both save the same step and end with 75. Seen red without the address that the coordinator is bound to."""
     workdir = tmp_path / "run"
     pair = runs.pair(start, workdir, devices=1)
     pair[0].wait_for("step 11 ")
+    ports = [listening(trainer.process) for trainer in pair]
+    assert ports[0] & LOOPBACK and ports[0] | ports[1] <= LOOPBACK, ports
     pair[1].signal(signal.SIGTERM)
     errors = [trainer.wait_for_error(75) for trainer in pair]
     step = runs.checkpoint_steps(workdir)[-1]
@@ -72,6 +93,49 @@ def test_sigterm_to_one_stops_both(start, tmp_path):
     assert [row["step"] for row in runs.ledger_rows(workdir)] == list(range(1, step + 1))
     runs.ledger(workdir).verify()
     assert not runs.leftovers(workdir)
+
+
+@pytest.mark.fault("A2")
+@pytest.mark.processes
+def test_sigterm_to_both_and_again_while_they_save(straight, start, tmp_path):
+    workdir = tmp_path / "run"
+    pair = runs.pair(start, workdir, devices=1, patch=SLOW_STEPS)
+    pair[0].wait_for("step 6 ")
+    for line in ("step 6 ", "saving "):
+        pair[0].wait_for(line)
+        for trainer in pair:
+            trainer.signal(signal.SIGTERM)
+    errors = [trainer.wait_for_error(75) for trainer in pair]
+    [step] = runs.checkpoint_steps(workdir)
+    assert all(f"step {step} is saved" in error for error in errors)
+    assert f"resuming after step {step} of 25" in start(workdir).wait(0)
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+
+
+DIES_SAVING = """
+import signal
+from k2jax.run import storage
+serialize = storage._Arrays.serialize
+async def dies(self, values, infos, args=None):
+    if "/12." in str(infos[0].parent_dir) and self._part == "moments":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await serialize(self, values, infos, args)
+storage._Arrays.serialize = dies"""
+
+
+@pytest.mark.fault("A5")
+@pytest.mark.processes
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_kill_of_one_while_both_save(straight, start, tmp_path, index):
+    """The other ends, half a step is no checkpoint, and one process alone goes on before it."""
+    workdir, every = tmp_path / "run", {"checkpoint.every_steps": 12}
+    patch = on_one(index, DIES_SAVING)
+    pair = runs.pair(start, workdir, every, devices=1, patch=patch, environment=runs.READ_ONLY_CACHE)
+    pair[index].wait(-signal.SIGKILL)
+    pair[1 - index].wait(70, 60)
+    assert runs.checkpoint_steps(workdir) == [10] and any("/12." in name for name in runs.leftovers(workdir))
+    assert "resuming after step 10 of 25" in start(workdir).wait(0)
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(straight) and not runs.leftovers(workdir)
 
 
 # What one process of two meets, by where: a patch of its program that raises, or damages, there alone.
@@ -121,6 +185,7 @@ def on_one(index: int, patch: str) -> str:
     return ON_ONE.format(index=index, lines=patch.strip().replace("\n", "\n    "))
 
 
+@pytest.mark.fault("E6")
 @pytest.mark.processes
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("fault", FAULTS)
@@ -137,6 +202,7 @@ def test_whoever_fails_ends_both_soon_and_says_why(start, tmp_path, fault, index
     assert f"process {index}" in other.errors.read_text() and said in other.errors.read_text()
 
 
+@pytest.mark.fault("E2", "F3")
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("fault", "index", "at"), [("loader", 1, "data"), ("ledger", 0, "step"), ("report", 1, "evaluate")]
@@ -185,6 +251,7 @@ def of_resumed(soon=None):
     return pytest.mark.parametrize(("place", "index"), cases)
 
 
+@pytest.mark.fault("E2")
 @pytest.mark.processes
 @of_resumed(soon=[("store", 1), ("lock", 0), ("restore", 0)])
 def test_whoever_hangs_ends_both(straight, start, tmp_path, place, index):
@@ -198,6 +265,7 @@ def test_whoever_hangs_ends_both(straight, start, tmp_path, place, index):
     assert runs.checkpoint_steps(workdir) == [10, 20]
 
 
+@pytest.mark.fault("E6")
 @pytest.mark.processes
 @of_resumed(soon=[("store", 0), ("restore", 1)])
 def test_whoever_raises_at_a_resume_ends_both(straight, start, tmp_path, place, index):
@@ -209,6 +277,7 @@ def test_whoever_raises_at_a_resume_ends_both(straight, start, tmp_path, place, 
     assert runs.checkpoint_steps(workdir) == [10, 20]
 
 
+@pytest.mark.fault("E1")
 @pytest.mark.processes
 @of_resumed(soon=[("lock", 0), ("restore", 1)])
 def test_whoever_dies_at_a_resume_ends_the_other(straight, start, tmp_path, place, index):
@@ -219,6 +288,7 @@ def test_whoever_dies_at_a_resume_ends_the_other(straight, start, tmp_path, plac
     assert runs.checkpoint_steps(workdir) == [10, 20]
 
 
+@pytest.mark.fault("E1")
 @pytest.mark.processes
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_dead_process_ends_the_other(start, tmp_path, index):
@@ -234,6 +304,7 @@ def test_a_dead_process_ends_the_other(start, tmp_path, index):
     assert "resuming after step" in str(start(workdir).wait(0))
 
 
+@pytest.mark.fault("E4")
 @pytest.mark.processes
 def test_keys_that_steer_must_agree(start, tmp_path):
     """Also those that a resume may change: with other steps to save at, one process would wait for ever."""
@@ -269,6 +340,7 @@ CheckpointManager.all_steps = lambda self, read=False: [10]"""
     assert "resuming after step 25 of 25" in told and not (workdir / "abandoned").exists()
 
 
+@pytest.mark.fault("B3")
 @pytest.mark.processes
 def test_a_copy_that_is_damaged_on_one_process_is_refused_by_both(straight, start, tmp_path):
     """Two replicas: the digest of each is compared, not of one of them."""
@@ -295,6 +367,7 @@ checkpoint.from_disk = broken"""
     assert entry["at_step"] == 25 and "damaged array" in entry["why"]
 
 
+@pytest.mark.fault("B10")
 @pytest.mark.processes
 def test_a_storage_that_fails_for_a_while_costs_nothing(straight, start, tmp_path):
     """And one that fails for good stops both, and moves nothing."""

@@ -1,5 +1,6 @@
 """SIGINT, SIGHUP, SIGTERM whenever they come: a step is saved or nothing is lost, one line, 75; twice Ctrl-C ends."""
 
+import json
 import os
 import pty
 import signal
@@ -64,6 +65,7 @@ def test_sigterm_while_validating_ends_it_soon(straight, start, tmp_path):
     assert (workdir / "validation.json").exists() and not runs.leftovers(workdir)
 
 
+@pytest.mark.fault("A3")
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, slowly(signal.SIGINT), slowly(signal.SIGHUP)])
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "validate"])
@@ -101,6 +103,7 @@ def test_a_signal_while_importing(tiny_data, tmp_path):
     assert process.returncode == 75
 
 
+@pytest.mark.fault("A7")
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_and_a_closed_terminal_save(straight, start, tmp_path, number):
@@ -115,6 +118,42 @@ def test_ctrl_c_and_a_closed_terminal_save(straight, start, tmp_path, number):
     assert 12 <= step < 25 and "Traceback" not in stopped.told()
     assert f"resuming after step {step} of 25" in start(workdir).wait(0)
     assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+
+
+CELL = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+{cell}
+try:
+    run(sys.executable, "-c", {program!r}, *{arguments!r})
+except KeyboardInterrupt:
+    sys.exit(99)
+"""
+
+
+@pytest.mark.fault("A7")
+@pytest.mark.processes
+def test_a_notebooks_cell_that_is_interrupted(straight, tiny_data, tmp_path):
+    """Jupyter signals the kernel's process group: the cell's user gets KeyboardInterrupt, and the trainer saves."""
+    notebook = json.loads((runs.REPOSITORY / "experiments" / "colab.ipynb").read_text())
+    [cell] = [text for c in notebook["cells"] if "def run(" in (text := "".join(c["source"]))]
+    program = runs.PATCHED.format(patch=SLOW_STEPS)
+    code = CELL.format(cell=cell, program=program, arguments=runs.arguments(tiny_data, tmp_path / "run", {}))
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {runs.QUICKLY_COMPILED}"}
+    environment = {**os.environ, **flags, "PYTHONPATH": str(runs.REPOSITORY)}
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        kernel = subprocess.Popen([sys.executable, "-uc", code], stdout=out, env=environment, start_new_session=True)
+    deadline = time.monotonic() + runs.WAIT_S
+    while "\nstep 12 " not in log.read_text():
+        assert kernel.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    os.killpg(kernel.pid, signal.SIGINT)
+    assert kernel.wait(runs.WAIT_S) == 99, log.read_text()
+    while not (found := [step for step in runs.checkpoint_steps(tmp_path / "run") if step > 10]):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    assert 12 <= found[0] < 20
 
 
 @pytest.mark.processes
@@ -162,6 +201,7 @@ def test_ctrl_c_ends_a_save_that_hangs(start, tmp_path, first):
     assert not runs.leftovers(tmp_path / "run")
 
 
+@pytest.mark.fault("A2")
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, slowly(signal.SIGHUP)])
 def test_a_signal_to_one_stops_both_at_one_step(start, tmp_path, number):

@@ -10,8 +10,9 @@ import jax
 import pytest
 
 from faults import runs
-from k2jax.errors import ConfigError, StorageError
+from k2jax.errors import ConfigError, DamagedError, StorageError
 from k2jax.parallel import sharding
+from k2jax.replay import replay
 from k2jax.run import reading
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.saved import open_step, restore_params
@@ -41,6 +42,13 @@ class Reader:
         with jax.set_mesh(self.mesh):
             return Checkpoints(workdir, [10, 20, 25]).restore(step, self.shardings, self.shapes)
 
+    def restore_all(self, workdir):
+        """Verifies every step that is listed, and changes nothing."""
+        with jax.set_mesh(self.mesh):
+            checkpoints = Checkpoints(workdir)
+            found = {step: checkpoints.restore(step, self.shardings, self.shapes) for step in checkpoints.steps()}
+        assert all(int(state.step) == step for step, state in found.items())
+
     def restore_newest(self, workdir):
         said = []
         with jax.set_mesh(self.mesh):
@@ -66,11 +74,13 @@ def flip(path: Path, byte: int, bit: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.fault("B3", "S15")
 def test_every_flipped_bit_is_found(straight, reader, tmp_path):
     """One bit, in each array file over 10 KB, at both ends and at random places: no flip gives other numbers.
 
     Nearly all are refused by name; the rest lie in what OCDBT has left at the end of its files and reads no more, where
     the state comes back bit for bit. Orbax restores most of them as wrong numbers without a word.
+    Seen red without the comparison of digests.
     """
     workdir, draw = runs.copy_run(straight, tmp_path / "run"), random.Random(3)
     good = as_bytes(reader.restore(workdir, 25))
@@ -139,8 +149,12 @@ def edit_json(path: Path, change: callable) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.fault("B2", "B4")
 def test_damage_is_named_and_gone_around(straight, reader, tmp_path):
-    """Whatever is done to the newest step: it is named, moved to abandoned/, and the step before it is used."""
+    """Whatever is done to the newest step: it is named, moved to abandoned/, and the step before it is used.
+
+    Seen red without the fall-back; without the SHA-256 of the meta.
+    """
     names = list(damages(straight / "checkpoints" / "25"))
     for name in names:
         workdir = runs.copy_run(straight, tmp_path / name)
@@ -156,6 +170,7 @@ def test_damage_is_named_and_gone_around(straight, reader, tmp_path):
         assert kept.name.startswith("25-"), name
 
 
+@pytest.mark.fault("B2", "B7")
 def test_training_goes_on_before_the_damage(straight, tiny_data, command, tmp_path):
     """The two newest steps are bad: the run resumes before them, saves both again, and ends as it would have."""
     workdir = runs.copy_run(straight, tmp_path / "run")
@@ -179,8 +194,12 @@ def test_training_goes_on_before_the_damage(straight, tiny_data, command, tmp_pa
     runs.ledger(workdir).verify()
 
 
+@pytest.mark.fault("B5")
 def test_no_good_checkpoint_stops_the_run(straight, tiny_data, command, tmp_path):
-    """74 with all of them named; nothing is trained, nothing is moved or deleted."""
+    """74 with all of them named; nothing is trained, nothing is moved or deleted.
+
+    Seen red without the end where none is good.
+    """
     workdir = runs.copy_run(straight, tmp_path / "run")
     for step in (10, 20, 25):
         (workdir / "checkpoints" / str(step) / "meta" / "meta.json").write_text("{")
@@ -188,6 +207,26 @@ def test_no_good_checkpoint_stops_the_run(straight, tiny_data, command, tmp_path
     assert all(f"checkpoint {step}: " in error for step in (10, 20, 25))
     assert runs.checkpoint_steps(workdir) == [10, 20, 25]
     assert runs.ledger_rows(workdir) == runs.ledger_rows(straight)
+
+
+@pytest.mark.fault("B7")
+@pytest.mark.parametrize("part", ["params", "moments", "params/d", "meta/meta.json"])
+def test_a_half_deleted_older_step_is_whole_to_nobody(straight, reader, tiny_data, command, tmp_path, part):
+    """As `rm -r` leaves it that was stopped. Resumed, read, replayed or forked from it is named; the newest is used."""
+    workdir = runs.copy_run(straight, tmp_path / "run")
+    gone = workdir / "checkpoints" / "10" / part
+    gone.unlink() if gone.is_file() else shutil.rmtree(gone)
+    assert reader.restore_newest(workdir) == (25, [])
+    with pytest.raises(DamagedError, match="checkpoint 10: "):
+        reader.restore(workdir, 10)
+    if part != "moments":
+        with pytest.raises((ConfigError, StorageError), match="checkpoint.* 10"):
+            restore_params(open_step(workdir, 10), reader.mesh)
+    if part == "params":
+        with pytest.raises(StorageError, match="checkpoint 10: "):
+            replay(workdir, 11, 1, say=lambda line: None)
+        arguments = runs.arguments(tiny_data, tmp_path / "fork", {})
+        assert "checkpoint 10: " in command.refuse(74, *arguments, f"--fork={workdir}@10")
 
 
 # Deletes one file of what it should delete, and dies.
@@ -200,6 +239,7 @@ shutil.rmtree = rmtree
 """
 
 
+@pytest.mark.fault("A6", "B7")
 @pytest.mark.processes
 def test_kill_while_an_old_step_is_deleted(straight, start, reader, tmp_path):
     """No step that is listed is half deleted, and the next start cleans up."""
@@ -229,6 +269,7 @@ lineage._move = dies
 """
 
 
+@pytest.mark.fault("A6")
 @pytest.mark.processes
 @pytest.mark.parametrize("patch", [DIES_THINNING, DIES_DELETING], ids=["before", "within"])
 def test_kill_while_moments_are_taken_away(straight, start, reader, tmp_path, patch):
@@ -272,6 +313,7 @@ train.say = told
 """
 
 
+@pytest.mark.fault("B10")
 @pytest.mark.processes
 def test_a_save_is_tried_again_while_training_goes_on(straight, start, tmp_path):
     """The state is with the host: three steps later it is what it was."""
@@ -295,6 +337,7 @@ from k2jax.run import reading; reading.WRITE_WAITS_S = (0.1, 0.1)
 """
 
 
+@pytest.mark.fault("B1")
 def test_full_disk(straight, start, tmp_path):
     """A limit on file sizes stands for it: 74, one line, earlier checkpoints good, no litter after the restart."""
     workdirs = [tmp_path / name for name in ("start", "row", "save")]

@@ -46,6 +46,7 @@ def world_writable(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in paths if path.stat().st_mode & 0o002]
 
 
+@pytest.mark.fault("S13")
 @pytest.mark.processes
 def test_a_run_in_a_hostile_world(straight, start, tmp_path):
     """It is the undisturbed one, bit for bit, and says what it lacked."""
@@ -138,6 +139,7 @@ def test_a_full_disk_under_all_logs(straight, start, tmp_path):
     assert any("tensorboard is not written any more" in line and "too large" in line for line in trainer.lines())
 
 
+@pytest.mark.fault("B8")
 @pytest.mark.processes
 def test_two_trainers_without_flock(straight, start, tmp_path):
     """The second is refused while the first trains, and may once it was killed."""
@@ -150,6 +152,12 @@ def test_two_trainers_without_flock(straight, start, tmp_path):
     assert any("which is gone" in line for line in told)
 
 
+@pytest.mark.fault("S13")
+def test_a_workdir_is_not_for_others_to_read(straight):
+    """Seen red without the mode that the folder is made with."""
+    assert straight.stat().st_mode & 0o777 == 0o750 and not world_writable(straight)
+
+
 SLOW = """
 import time
 from k2jax.training import metrics
@@ -158,6 +166,7 @@ metrics.Recorder.push = lambda *arguments: (time.sleep(3), push(*arguments))[1]
 """
 
 
+@pytest.mark.fault("S13")
 @pytest.mark.processes
 def test_no_command_leaves_files_for_all_to_write(tiny_data, straight, tmp_path):
     """umask 0: a preparation with worker processes, an export of chunks by two, one to Hugging Face's format."""
