@@ -114,9 +114,10 @@ def _digest_program(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Any:
 # ---- self-test -------------------------------------------------------------------------------------------------------
 
 
-def check_devices(mesh: Mesh, what: str) -> None:
+def check_devices(mesh: Mesh, what: str, doubt: str = "") -> None:
     """Raises NumericsError on every process, naming the device, where one fails the self-test.
 
+    `doubt` ends the line: what it may have spoilt before.
     Its products are of integers, whose answer is known; its exponentials and sums are those of others of its kind.
     """
     answers = of_each("tests its devices", _test_program(mesh)(jnp.int32(0)))
@@ -126,7 +127,7 @@ def check_devices(mesh: Mesh, what: str) -> None:
     if wrong:
         raise NumericsError(
             f"{what}: the self-test of {named(sorted(set(wrong)), answers)} gave another answer than it must: take it "
-            f"out of use; nothing is saved since, and the same command goes on from the newest checkpoint"
+            f"out of use{doubt}"
         )
 
 
