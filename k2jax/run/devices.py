@@ -68,12 +68,12 @@ def check_copies(arrays: Mapping[str, jax.Array], what: str) -> None:
 
     Of arrays that no two devices have a part of in common nothing is read; with one device nothing is done.
     """
-    copied = {name: x for name, x in arrays.items() if len(_holders(x)) < len(x.sharding.device_set)}
+    copied = {name: x for name, x in arrays.items() if len(_holders(x.sharding, x.shape)) < len(x.sharding.device_set)}
     if not copied:
         return
     answers = of_each("digests its copies", _digests(copied))
     for at, (name, x) in enumerate(copied.items()):
-        for devices in _holders(x).values():
+        for devices in _holders(x.sharding, x.shape).values():
             odd = odd_ones({device: answers[device].values[at] for device in devices})
             if odd:
                 others = [device for device in devices if device not in odd]
@@ -85,11 +85,13 @@ def check_copies(arrays: Mapping[str, jax.Array], what: str) -> None:
                 )
 
 
-def _holders(x: jax.Array) -> dict[Any, list[int]]:
-    """{a part of the array: ids of the devices that hold it}."""
+@cache
+def _holders(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Any, list[int]]:
+    """{a part of such an array: ids of the devices that hold it}."""
     found: dict[Any, list[int]] = {}
-    for device, index in x.sharding.devices_indices_map(x.shape).items():
-        found.setdefault(tuple(s.indices(n) for s, n in zip(index, x.shape, strict=True)), []).append(device.id)
+    for device, index in sharding.devices_indices_map(shape).items():
+        part = tuple(s.indices(size) for s, size in zip(index, shape, strict=True))
+        found.setdefault(part, []).append(device.id)
     return found
 
 
@@ -112,9 +114,10 @@ def _digest_program(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Any:
 # ---- self-test -------------------------------------------------------------------------------------------------------
 
 
-def check_devices(mesh: Mesh, what: str) -> None:
+def check_devices(mesh: Mesh, what: str, doubt: str = "") -> None:
     """Raises NumericsError on every process, naming the device, where one fails the self-test.
 
+    `doubt` ends the line: what it may have spoilt before.
     Its products are of integers, whose answer is known; its exponentials and sums are those of others of its kind.
     """
     answers = of_each("tests its devices", _test_program(mesh)(jnp.int32(0)))
@@ -124,7 +127,7 @@ def check_devices(mesh: Mesh, what: str) -> None:
     if wrong:
         raise NumericsError(
             f"{what}: the self-test of {named(sorted(set(wrong)), answers)} gave another answer than it must: take it "
-            f"out of use; nothing is saved since, and the same command goes on from the newest checkpoint"
+            f"out of use{doubt}"
         )
 
 

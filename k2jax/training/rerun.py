@@ -83,20 +83,25 @@ class Rerun:
 
     def _check(self, step: int, plan: StagePlan, state: TrainState, batch: Batch) -> bool:
         """Whether a transient error was found."""
-        devices.check_devices(self._mesh, f"step {step}")
+        tested = step - self._config.stability.rerun_every
+        doubt = (
+            f"; what was made after step {tested} is in doubt: the same command goes on from the newest checkpoint, "
+            f"--fork from an older one"
+        )
+        devices.check_devices(self._mesh, f"step {step}", doubt)
         probe = self._probe(plan)
-        runs = [self._run(step, probe, state, batch) for _ in range(2)]
+        runs = [self._run(step, probe, state, batch, doubt) for _ in range(2)]
         if runs[0] == runs[1]:
             return False
-        runs.append(self._run(step, probe, state, batch))
+        runs.append(self._run(step, probe, state, batch, doubt))
         differing = [name for name, *bits in zip(probe.names, *runs, strict=True) if len(set(bits)) > 1]
         what = f"step {step}, computed {len(runs)} times from the same state and batch, gave {{}} of {differing[0]}"
         what += f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         if sdc.verdict(runs) == "persistent":
             raise NumericsError(
                 f"{what.format('other bits each time')}: hardware that computes wrongly, though each device passes the "
-                f"self-test, or a program that adds up in no fixed order; nothing is saved since. Try other hosts: the "
-                f"same command goes on from the newest checkpoint"
+                f"self-test, or a program that adds up in no fixed order (GPUs: --xla_gpu_deterministic_ops=true in "
+                f"XLA_FLAGS): try other hosts{doubt}"
             )
         self._say(f"{what.format('other bits once')}: a transient error; the step is made, and the run goes on")
         return True
@@ -108,13 +113,13 @@ class Rerun:
             self._say(f"the rerun of {plan.name}'s steps was compiled in {time.perf_counter() - started:.1f} s")
         return self._probes[plan.name]
 
-    def _run(self, step: int, probe: Probe, state: TrainState, batch: Batch) -> tuple[int, ...]:
+    def _run(self, step: int, probe: Probe, state: TrainState, batch: Batch, doubt: str) -> tuple[int, ...]:
         """The bits of its numbers, which every device has alike, or NumericsError names the one that has not."""
         answers = devices.of_each("computes a step again", probe.run(state, batch))
         odd = sdc.odd_ones({device: answer.values for device, answer in answers.items()})
         if odd:
             raise NumericsError(
                 f"step {step}: {devices.named(odd, answers)} ended a sum over all devices with other bits than the "
-                f"rest: take it out of use; the same command goes on from the newest checkpoint"
+                f"rest: take it out of use{doubt}"
             )
         return next(iter(answers.values())).values

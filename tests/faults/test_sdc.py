@@ -143,9 +143,54 @@ def test_a_device_that_always_computes_wrongly_is_named(tiny_data, command, monk
     devices._test_program.cache_clear()
     error = command.refuse(65, *runs.arguments(tiny_data, tmp_path / "run", SHORT))
     devices._test_program.cache_clear()
-    assert "step 4: the self-test of device 6 (process 0 on " in error
+    assert "step 4: the self-test of device 6 (process 0 on " in error and "after step 0 is in doubt" in error
     assert runs.checkpoint_steps(tmp_path / "run") == []
 
 
 def test_the_self_test_has_a_known_answer(mesh):
     devices.check_devices(mesh, "now")
+
+
+BAD_COPY = """
+import jax, numpy as np
+from k2jax.parallel import cluster
+from k2jax.run import checkpoint
+real = checkpoint.Checkpoints.save
+def save(self, state, step, **described):
+    x = state.params["final_norm_D"]
+    if cluster.index() == 1 and step == 10:
+        first, second = (shard.data for shard in x.addressable_shards)
+        bits = np.array(second).view(np.uint32) ^ np.uint32(1)
+        second = jax.device_put(bits.view(np.float32), second.device)
+        x = jax.make_array_from_single_device_arrays(x.shape, x.sharding, [first, second])
+    real(self, state._replace(params={**state.params, "final_norm_D": x}), step, **described)
+checkpoint.Checkpoints.save = save
+"""
+BAD_DEVICE = """
+import jax, jax.numpy as jnp
+from k2jax.run import devices
+real = devices.own_answer
+def own_answer(zero):
+    here = jax.lax.axis_index(("replica", "stage", "fsdp", "context", "tensor"))
+    return real(zero) + jnp.where(here == 3, 1, 0).astype(jnp.uint32)
+devices.own_answer = own_answer
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "patch, told",
+    [
+        (BAD_COPY, r"step 10: device \d+ \(process 1 on \S+\) holds other bits of params/final_norm_D than device 0 "),
+        (BAD_DEVICE, r"step 12: the self-test of device \d+ \(process 1 on \S+\) gave"),
+    ],
+)
+def test_two_processes_end_together(start, tmp_path, patch, told):
+    """What one alone holds or computes wrongly: both say which, and end with 65."""
+    workdir = tmp_path / "run"
+    pair = runs.pair(start, workdir, {"stability.rerun_every": 12}, patch=patch)
+    errors = [trainer.wait_for_error(65) for trainer in pair]
+    assert all(re.search(told, error) for error in errors), errors
+    assert runs.checkpoint_steps(workdir) == ([] if patch == BAD_COPY else [10])
+    records, _ = goodput.read_records(workdir / "goodput.jsonl")
+    assert [(r["processes"], r["ended"]) for r in records] == [(2, "NumericsError")]
