@@ -164,13 +164,14 @@ class Trials:
             state, values = self._probe(state, rows)
             found.append(values)
         own, others = found[0], found[1:]
+        before = after == self.step - 1  # the limits are of that time: a younger state is above them for its age
         return state, {
             "state": after,
             "own": {**own, "unusual": self._unusual(own, others), "finite": _finite(own)},
             "others": {
                 "steps": self.others,
                 **{key: [one[key] for one in others] for key in ("loss", "grad_norm")},
-                "unusual": any(self._above(key, [one[key] for one in others]) for key in ("loss", "grad_norm")),
+                "unusual": any(self._above(key, [one[key] for one in others], before) for key in ("loss", "grad_norm")),
                 "finite": not others or any(map(_finite, others)),
             },
         }
@@ -189,9 +190,9 @@ class Trials:
     def _limit(self, key: str) -> float:
         return self.ranges[key].limit if key in self.ranges else math.inf
 
-    def _above(self, key: str, values: list[float]) -> bool:
-        """Whether most of them are above the run's limit, or not finite."""
-        above = [not math.isfinite(value) or value > self._limit(key) for value in values]
+    def _above(self, key: str, values: list[float], limited: bool) -> bool:
+        """Whether most of them are not finite, or above the run's limit."""
+        above = [not math.isfinite(value) or (limited and value > self._limit(key)) for value in values]
         return sum(above) > len(values) / 2
 
     # ---- the rows of the batch ---------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ def rows_of(number, seed=0, **more):
             "lr": 1e-3,
             "applied": True,
             "outlier": False,
-            "host_memory_peak_bytes": step * 10**9,
+            "host_memory_peak_bytes": step**9,
+            "tokens_per_s_per_device": step**9,
+            "data_wait_s": step**9,
             **more,
         }
         for step in range(1, number + 1)

@@ -18,6 +18,7 @@ ALTERED = 1e-3  # of a norm, relative: beyond what another order of sums does
 MOMENTS = 1e3  # times a moment's norm a checkpoint before
 SOON = 20  # steps after a launch or a new stage in which that may be why
 RATE = r"optimizer\b.*|stages\.\d+\.(lr_|warmup).*"
+NUMBERS = r"loss|grad_norm|param_norm|update_ratio|logit|attention|log_z"  # series of what is computed
 GROWING = r"logit|attention|log_z|param_norm"
 OF_UPDATES = r"update_ratio|param_norm"  # which an update moves before any loss does
 JUMP = 1.5  # of the learning rate, times
@@ -72,7 +73,8 @@ def _part(evidence: Evidence, name: str) -> Any:
 
 
 def _first_crossing(evidence: Evidence) -> int:
-    return min((one["step"] for one in evidence["crossings"]), default=evidence["at"])
+    numbers = [one for one in evidence["crossings"] if re.match(NUMBERS, one["series"])]
+    return min((one["step"] for one in numbers), default=evidence["at"])
 
 
 def _changes(evidence: Evidence, *kinds: str) -> list[dict[str, Any]]:
@@ -204,7 +206,8 @@ def _optimizer(evidence: Evidence) -> Verdict | None:
     rates = [one for one in _changes(evidence, "learning rate") if one["ratio"] >= JUMP]
     keys = [one for one in _changes(evidence, "configuration") if any(re.fullmatch(RATE, key) for key in one["keys"])]
     updates = [one for one in evidence["crossings"] if one["series"].startswith("update_ratio")]
-    others = [one["step"] for one in evidence["crossings"] if not re.match(OF_UPDATES, one["series"])]
+    numbers = [one for one in evidence["crossings"] if re.match(NUMBERS, one["series"])]
+    others = [one["step"] for one in numbers if not re.match(OF_UPDATES, one["series"])]
     first = bool(updates) and updates[0]["step"] < min(others, default=evidence["at"])
     if not (rates or keys or first) or not unusual(evidence):
         return None

@@ -252,6 +252,38 @@ def test_not_finite_again_and_not_again(run, data, tmp_path, monkeypatch):
 
 
 @slow
+def test_a_branch_is_looked_at_as_it_was(run, data, tmp_path, monkeypatch):
+    """Three batches that are not finite roll the run back: the newest spike is in the branch, whose rows they are."""
+    bad = [np.frombuffer(bytes.fromhex(row["batch"]), "<u4") for row in runs.ledger_rows(run)[23:26]]
+    real_step, real_gradients, tracing = step.train_step, step.mean_gradients, []
+
+    def train_step(state, batch, **kwargs):
+        tracing[:] = [batch.digest.reshape(-1, 8).sum(axis=0, dtype=jnp.uint32)]
+        return real_step(state, batch, **kwargs)
+
+    def mean_gradients(*arguments, **kwargs):
+        grads, sums = real_gradients(*arguments, **kwargs)
+        times = jnp.where((tracing[0] == jnp.array(bad)).all(axis=1).any(), jnp.nan, 1.0)
+        return jax.tree.map(lambda g: g * times, grads), sums
+
+    monkeypatch.setattr(program, "train_step", train_step)
+    monkeypatch.setattr(step, "mean_gradients", mean_gradients)
+    ladder = {"most": 1, "how": "skip", "before": 0, "after": 2, "watch": 1}
+    more = {f"stability.rollback.{key}": value for key, value in ladder.items()}
+    workdir = went_on(run, data, tmp_path / "run", **more)
+    assert [row["step"] for row in runs.ledger_rows(workdir)] == list(range(1, 28)), "less three"
+    folder, crossing = doctor.newest_spike(workdir)
+    assert (folder, crossing) == (workdir / "branches" / "01", 24) == doctor.newest_spike(workdir, 1)
+    with jax.set_mesh(mesh_of(settings(data))):  # as in a trainer that has let go of its state
+        found = diagnose(folder, crossing)
+    assert causes(found)[0] == ("numerics (not finite)", "certain") and found["replay"]["from"] == 20
+    assert "other batches are finite from this state" in found["verdict"]["reasons"]
+    found = diagnose(workdir, 24)
+    assert found["verdict"]["cause"] == "nothing unusual" and found["replay"]["first_difference"] is None
+    assert ("journal", 21) in [(one["kind"], one["step"]) for one in found["changes"]]
+
+
+@slow
 def test_an_exploding_update(run, data, tmp_path, monkeypatch):
     """The update leaves its range a step before the loss does; no learning rate has changed."""
     explode(monkeypatch, 24, 300.0)
