@@ -132,6 +132,7 @@ def validate(config: ConfigDict) -> None:
     need(found in ("next", "inside"), "data.label_shift", found, "must be next or inside")
     found = config.data.verify
     need(found in ("sizes", "sha256"), "data.verify", found, "must be sizes or sha256")
+    _validate_remedies(need, config)
     axes = [config.mesh[axis] for axis in config.mesh]
     need(
         all(size == -1 or size > 0 for size in axes) and axes.count(-1) <= 1,
@@ -151,6 +152,13 @@ def validate(config: ConfigDict) -> None:
         _validate_stage(need, f"stages.{i}.", row)
     if problems:
         raise ConfigError(f"{len(problems)} problem(s) in the configuration: " + "; ".join(problems))
+
+
+def _validate_remedies(need: Any, config: ConfigDict) -> None:
+    found = config.data.mask_repeats  # 2 would mask every row that has a token twice in a row
+    need(found == 0 or found >= 3, "data.mask_repeats", found, "must be 0 (off), or 3 and more")
+    found = config.optimizer.adagc.ratio  # below 1, limits would shrink without end
+    need(found == 0 or found >= 1, "optimizer.adagc.ratio", found, "must be 0 (off), or 1 and more")
 
 
 def _validate_stage(need: Any, prefix: str, row: ConfigDict) -> None:

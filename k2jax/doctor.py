@@ -10,10 +10,12 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax import files, paths
@@ -32,7 +34,7 @@ from k2jax.run.saved import steps_so_far
 from k2jax.run.storage import is_thinned
 from k2jax.stability import changes as nearby
 from k2jax.stability import telling
-from k2jax.stability.crossing import FEWEST, LOOK_BACK, crossings, ordinary
+from k2jax.stability.crossing import FEWEST, LOOK_BACK, crossings, layers, ordinary
 from k2jax.stability.verdict import JUDGED, verdicts
 from k2jax.training.optimizer import learning_rate
 from k2jax.trials import Trials
@@ -67,7 +69,7 @@ def diagnose(
     rows = recorded(workdir, step, LOOK_BACK + nearby.NEAR + rules.window)
     changed = nearby.changes(
         step, rows=rows, epochs=epochs, journal=journal, order=order, launches=read_launches(workdir),
-        scheduled=lambda epoch, other: scheduled(epoch, order, other),
+        scheduled=partial(scheduled, order),
     )  # fmt: skip
     stage = order.stage_of_step(step)
     own = [row for row in rows if row["step"] >= stage.first_step]
@@ -110,6 +112,7 @@ def examine(
         },
         "ranges": {name: one._asdict() for name, one in ordinary(rows, step, rules).items()},
         "crossings": [one._asdict() for one in crossed],
+        "layers": [one._asdict() for one in layers(rows, at)],
         "changes": list(changed),
     }
     return _sealed(found)
@@ -138,7 +141,7 @@ def _again(
         rerun = Rerun(workdir, at, stores, say)
         same, launched = same_program(workdir, at), _launched(changed, places)
         return Trials(rerun, at, places, ordinary(rows, at - 1, rerun.config.stability), same, launched).run()
-    except RunError as error:
+    except (RunError, OSError) as error:
         why = {"not_possible": str(error)}
         say(f"not possible: {error}")
         return {"replay": why, "checkpoint": why, "state": why, "data": why}
@@ -194,14 +197,14 @@ def newest_spike(workdir: AnyFolder, branch: int | None = None) -> tuple[AnyFold
     return (workdir, newest) if newest else None
 
 
-def scheduled(epoch: Epoch, order: Order, step: int) -> float | None:
+def scheduled(order: Order, epoch: Epoch, step: int) -> float | None:
     """The learning rate that an epoch's configuration has for a step; None where it has no such stage."""
-    plan, stages = order.stage_of_step(step), configuration.from_dict(epoch.config).stages
-    stage = next((stage for stage in stages if stage.name == plan.name), None)
+    plan = order.stage_of_step(step)
+    stage = next((stage for stage in epoch.config["stages"] if stage["name"] == plan.name), None)
     if stage is None:
         return None
     in_stage = step - (plan.first_step - plan.done) + 1
-    return float(learning_rate(stage, jnp.asarray(in_stage), plan.num_steps))
+    return float(learning_rate(ConfigDict(stage), np.asarray(in_stage), plan.num_steps))
 
 
 def _thinned(workdir: AnyFolder, step: int) -> list[int]:

@@ -29,7 +29,7 @@ from k2jax.run.saved import saved_steps, steps_so_far
 from k2jax.run.state import TrainState
 from k2jax.run.storage import is_thinned, read_meta
 from k2jax.training.launch import Launch
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_batches, place_state
 from k2jax.training.program import StepFunction, compile_step
 from k2jax.training.step import Batch, Metrics
@@ -145,7 +145,7 @@ class Rerun:
         self.config = config_of_step(workdir, epochs[-1], step)
         self.data: Run = open_run(workdir, stores).of_step(step)
         self.mesh: Mesh = mesh_here(self.config)
-        self.shapes = jax.eval_shape(lambda: init_state(self.config.model, self.config.seed))
+        self.shapes = jax.eval_shape(lambda: first_state(self.config))
         self.shardings = place_state(self.config, self.shapes, self.mesh)
         self._compiled: dict[tuple[int, bool], StepFunction] = {}
 

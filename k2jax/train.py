@@ -27,13 +27,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from k2jax import config as configuration
-from k2jax import files, paths
+from k2jax import paths, spikes
 from k2jax.bucket import BucketPath
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step, tokens_before
 from k2jax.data.epochs import check_journal, check_resume, order_of
 from k2jax.data.manifest import describe
 from k2jax.data.order import Order
-from k2jax.doctor import diagnose
 from k2jax.ending import report
 from k2jax.errors import Preempted, run_main
 from k2jax.parallel import cluster, compile_cache
@@ -43,8 +42,6 @@ from k2jax.run.directory import RunDirectory
 from k2jax.run.fork import parse_fork
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
-from k2jax.stability import telling
-from k2jax.stability.detect import Spike
 from k2jax.text import shown
 from k2jax.training import recovery
 from k2jax.training.clock import Clock
@@ -52,9 +49,10 @@ from k2jax.training.guard import Guard, check_parameters, recent_rows
 from k2jax.training.launch import Launch, process_age_s
 from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_state
 from k2jax.training.program import feed_steps
+from k2jax.training.rerun import Rerun
 from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
 
 
@@ -87,11 +85,13 @@ def train_on(
         say(describe(manifest))
         run.check(config, manifest, dict(mesh.shape), launched=not launch.again)
         clock.keep(run.path)
+        if launch.again and not run.mirror:
+            spikes.run_again(run, config.stability.rollback.replay, say)
         launch.did("data")
 
         # ---- the state is restored and verified, or made -----------------------------------------------------------
         watchdog.at("restore")
-        shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+        shapes = jax.eval_shape(lambda: first_state(config))
         shardings = place_state(config, shapes, mesh)
         between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
         # 0: of imported weights
@@ -122,6 +122,7 @@ def train_on(
         work = feed_steps(
             config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say, launch=launch
         )
+        rerun = Rerun(config, mesh, shapes, shardings, manifest, clock, say)
         watchdog.at("data")
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
@@ -129,9 +130,10 @@ def train_on(
                 if cluster.preempted():
                     watchdog.at("save")
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
+                again = rerun.check(step, plan, state, batch)
                 state, metrics = run_step(state, batch._replace(limits=guard.limits(step)))
                 # Reads the metrics of the step before this one, so that the device is not waited for.
-                recorder.push(step, plan, metrics, data_wait_s)
+                recorder.push(step, plan, metrics | again, data_wait_s)
                 clock.stepped(step, recorder.last_row)
                 note_first_step(launch, recorder, run)
                 due = step in save_steps or is_multiple(step, config.checkpoint.every_steps)
@@ -142,7 +144,7 @@ def train_on(
                     watchdog.at("save")
                     recorder.end(checkpoints.wait())
                     checkpoints.close()
-                    examine(run, guard.spike)
+                    spikes.examine(run, guard.spike, say)
                     recovery.roll_back(guard.spike, config, run.path, epochs, journal, checkpoints, say)
                     return False
                 recovery.keep_watch(guard, run.path, journal, checkpoints)
@@ -161,19 +163,6 @@ def train_on(
         report(config, order.stage_of_step(step).index, state, mesh, stores, manifest, run, say)
         run.end()
         return True
-
-
-def examine(run: RunDirectory, spike: Spike) -> None:
-    """What a spike was, as far as the records say: told, and kept in spikes/. `python -m k2jax.doctor` says more."""
-
-    def look() -> list[str]:
-        found = diagnose(run.path, spike.crossing, again=False)
-        files.make_folder(run.path / "spikes")
-        files.write_text(run.path / "spikes" / f"{spike.crossing}-{spike.step}.json", telling.as_json(found) + "\n")
-        return telling.text(found)
-
-    for line in cluster.decide("examines a spike", look):
-        say(line)
 
 
 def open_records(

@@ -115,8 +115,8 @@ class Trials:
         if place:
             checkpoint["params"] = self._params_beside_metrics(place, state)
             checkpoint["moments"] = _moment_norms(self.rerun, state)
-        if place is None or place.step < self.step - 1:
-            state, checkpoint["reading"] = self._read(state, place.step if place else 0)
+        if checkpoint["step"] < self.step - 1:
+            state, checkpoint["reading"] = self._read(state, checkpoint["step"])
         found = []
         for done in self.rerun.steps(state, self.step - 1):
             state = done.state

@@ -88,7 +88,8 @@ MAY_IMPORT = {
     "replay": COMMON | RUN | {"rerun"},
     "trials": COMMON | RUN | {"rerun"},
     "doctor": COMMON | RUN | {"rerun", "trials"},
-    "train": COMMON | RUN | {"ending", "doctor"},
+    "spikes": COMMON | RUN | {"doctor"},
+    "train": COMMON | RUN | {"ending", "spikes"},
     "goodput": COMMON | RUN,
     "experiments": {"config", "k2", "prepare"},
 }

@@ -30,6 +30,9 @@ from k2jax.train import train
 from k2jax.training.metrics import Recorder
 
 
+GROUPS = ("embed", "q", "k", "v", "o", "gate", "up", "down", "norms", "head")
+
+
 @pytest.fixture(scope="module")
 def run(tiny_run: Path) -> Path:
     return tiny_run
@@ -47,12 +50,27 @@ def test_metrics_hold_one_row_a_step_and_pandas_reads_them(metrics: pandas.DataF
         5120 + 512 * i for i in range(1, 6)
     ]
     for kind in ("grad", "param", "update"):
-        groups = metrics[[f"{kind}_norm/{group}" for group in ("embed", "attention", "mlp", "norms", "head")]]
+        groups = metrics[[f"{kind}_norm/{group}" for group in GROUPS]]
         np.testing.assert_allclose((groups**2).sum(axis=1) ** 0.5, metrics[f"{kind}_norm"], rtol=1e-5)
     assert (metrics.applied & (metrics.lr > 0)).all()
     timed = metrics[~metrics.step.isin([1, 21])]  # the first step of each stage has compiling before it
     assert timed.tokens_per_s.notna().all() and metrics[metrics.step.isin([1, 21])].tokens_per_s.isna().all()
     assert (metrics.data_wait_s >= 0).all() and (metrics.host_memory_peak_bytes > 0).all()
+
+
+def test_rows_count_clipped_steps_and_some_have_norms_by_layer(metrics: pandas.DataFrame):
+    """Every ten steps; of the layers' groups alone, whose squares add up to the group's."""
+    assert metrics.clipped_steps.tolist() == metrics.clipped.cumsum().tolist()
+    assert metrics.clipped.equals(metrics.applied & (metrics.grad_norm > 1.0))
+    assert (metrics.log_z > 0).all() and (metrics.logit > 0).all()
+    assert metrics[metrics.layers.notna()].step.tolist() == [10, 20]
+    for row in metrics[metrics.layers.notna()].to_dict("records"):
+        groups = {group for group in GROUPS if group not in ("embed", "head")}
+        assert row["layers"].keys() == {f"{kind}/{group}" for kind in ("grad_norm", "update_ratio") for group in groups}
+        for group in groups - {"norms"}:  # which has the last one besides
+            values = row["layers"][f"grad_norm/{group}"]
+            assert len(values) == 2 and np.hypot(*values) == pytest.approx(row[f"grad_norm/{group}"], rel=1e-3)
+            assert min(row["layers"][f"update_ratio/{group}"]) <= row[f"update_ratio/{group}"]
 
 
 def test_the_loss_is_the_subsets_losses_weighed_by_their_targets(metrics: pandas.DataFrame):
@@ -150,6 +168,7 @@ def test_metrics_are_read_one_step_late(tiny_config, tmp_path: Path, monkeypatch
     recorder = Recorder(tiny_config(), tmp_path, None, ["a"], steps, ledger, guard, lines.append, 0, first_step=1)
     values = {key: np.float32(1) for key in ("loss", "grad_norm", "param_norm", "lr", "applied", "outlier")}
     values |= {key: np.float32(np.inf) for key in ("loss_limit", "grad_norm_limit")}
+    values |= {"clipped": np.bool(False), "log_z": np.float32(1), "logit": np.float32(1), "layers": {}}
     values |= {"batch_digest": np.zeros(8, np.uint32)}
     values |= {"subset_loss": np.ones(1), "subset_targets": np.ones(1)}
     clock = iter([10.0, 17.0])

@@ -19,7 +19,7 @@ from k2jax.plan.chips import GIB, Chip, chip_of
 from k2jax.plan.hlo import Program
 from k2jax.plan.links import Links
 from k2jax.plan.timeline import Timeline
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import mesh_of, place_state, state_bytes
 from k2jax.training.program import batch_shapes, compile_lowered, step_function
 
@@ -156,7 +156,7 @@ def _times(
 def lower(config: ConfigDict, index: int, mesh: jax.sharding.Mesh) -> Any:
     """The training step of a stage as the trainer compiles it, for shapes alone. Under `jax.set_mesh(mesh)`."""
     stage = config.stages[index]
-    shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+    shapes = jax.eval_shape(lambda: first_state(config))
     shardings = place_state(config, shapes, mesh)
     steps = stage.steps_per_chunk * stage.chunks
     row = StagePlan(

@@ -23,7 +23,7 @@ from orbax.checkpoint._src.arrays.subchunking import choose_chunk_shape
 from k2jax.plan.chips import Chip
 from k2jax.run import storage as on_disk
 from k2jax.run.state import flat
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import place_state
 
 DATA_FILE_BYTES = 1 << 31  # to which OCDBT fills one, as Orbax asks of it on a file system
@@ -55,7 +55,7 @@ def cost(
     config: ConfigDict, mesh: Mesh, chip: Chip, stages: dict[str, dict[str, Any]], storage: Storage
 ) -> dict[str, Any]:
     """Of each save and restore; and by stage, with the step times of `estimate.plan`, how often and which share."""
-    shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+    shapes = jax.eval_shape(lambda: first_state(config))
     places = flat(place_state(config, shapes, mesh))
     arrays = {name: (x, pieces(name, x, places[name])) for name, x in flat(shapes).items()}
     by_device, by_host, reads = Counter(), Counter(), Counter()

@@ -4,7 +4,7 @@ What one is on the storage: storage.py; which ones stay: lineage.py.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -22,6 +22,7 @@ from k2jax.model.decoder import LAYOUT_VERSION
 from k2jax.parallel import cluster
 from k2jax.run import digest, storage
 from k2jax.run.bucket_steps import BucketLineage, BucketSteps
+from k2jax.run.devices import check_copies
 from k2jax.run.disk_layout import from_disk
 from k2jax.run.lineage import Lineage, Policy
 from k2jax.run.mirror import Mirror
@@ -104,7 +105,7 @@ class Checkpoints:
         """Starts saving; returns when the arrays are copied and training may go on. Waits for an earlier save.
 
         A write that fails is tried again in the background, for some minutes. Raises StorageError when this or an
-        earlier save fails for good.
+        earlier save fails for good, and NumericsError where devices have different copies of an array.
         """
         self.wait()
         if self._steps and step <= max(self._steps):
@@ -113,6 +114,7 @@ class Checkpoints:
                 f"{self.lineage.abandoned}"
             )
         arrays = flat(state)
+        check_copies(arrays, f"step {step}")
         parent = {key: self.last_meta[key] for key in ("step", "digest")} if self.last_meta else None
         described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
         digests: Future[dict[str, jax.Array]] = Future()
@@ -211,7 +213,7 @@ class Checkpoints:
         found = jax.block_until_ready(jax.jit(digest.tree_digests)(arrays))
         cluster.together(f"verifies checkpoint {step}", lambda: _verify(step, meta, found))
         self.last_meta, self.last_data = meta, data
-        return unflat(arrays if storage.has_moments(meta) else {**arrays, **_zero_moments(shardings, shapes)})
+        return unflat({**_zero_moments(shardings, shapes, arrays), **arrays})
 
     def _read(
         self, step: int, shardings: TrainState, shapes: TrainState
@@ -225,7 +227,9 @@ class Checkpoints:
             )
         storage.check_format(meta, f"checkpoint {step}")
         if not storage.has_moments(meta):
-            shardings, shapes = (state._replace(mu={}, nu={}) for state in (shardings, shapes))
+            shardings, shapes = (state._replace(mu={}, nu={}, clips={}) for state in (shardings, shapes))
+        elif not storage.has_clips(meta["arrays"]):
+            shardings, shapes = (state._replace(clips={}) for state in (shardings, shapes))
         wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(shapes).items()}
         storage.check_arrays(step, meta, wanted)
         data = storage.read_data(folder, meta)
@@ -297,11 +301,13 @@ def _verify(step: int, meta: dict, found: dict[str, jax.Array]) -> None:
         )
 
 
-def _zero_moments(shardings: TrainState, shapes: TrainState) -> dict[str, jax.Array]:
-    """AdamW's moments before the first step."""
-    wanted, places = (
-        {n: x for n, x in flat(s).items() if n.startswith(("mu/", "nu/"))} for s in (shapes, shardings)
-    )
+def _zero_moments(
+    shardings: TrainState, shapes: TrainState, read: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Of the optimizer's arrays, those that the checkpoint has none of, as before the first step."""
+    wanted, places = ({n: x for n, x in flat(s).items() if n not in read} for s in (shapes, shardings))
+    if not wanted:
+        return {}
     return jax.jit(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), wanted), out_shardings=places
     )()

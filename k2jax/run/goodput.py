@@ -28,11 +28,12 @@ CAUSES = {
     "restore": "reading or making the state",
     "data": "waiting for the next batch",
     "save": "waiting for checkpoints",
+    "check": "computing steps again to compare them (stability.rerun_every)",
     "evaluate": "the end of the run: validation, samples",
     "down": "between two launches",
     "unknown": "after a last sign of life, launches without a record, frozen",
 }
-TIMED = ("step", "skipped", "compile", "start", "restore", "data", "save", "evaluate")  # by a record
+TIMED = ("step", "skipped", "compile", "start", "restore", "data", "save", "check", "evaluate")  # by a record
 
 
 class Goodput(NamedTuple):

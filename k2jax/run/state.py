@@ -16,6 +16,7 @@ class TrainState(NamedTuple):
     params: Params  # float32
     mu: Params  # Adam's first moment, float32
     nu: Params  # Adam's second moment, float32
+    clips: Params = {}  # AdaGC's: each tensor's norm, float32 () or (L,), and `updates`, int32; {} where it is off
 
 
 def flat(state: TrainState) -> dict[str, jax.Array]:

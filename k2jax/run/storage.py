@@ -13,7 +13,7 @@ How the arrays are cut: disk_layout.py.
 import asyncio
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +96,9 @@ def check_format(meta: dict[str, Any], what: str) -> None:
 def check_arrays(step: int, meta: dict[str, Any], wanted: Mapping[str, list]) -> None:
     """ConfigError when a checkpoint does not hold {name: [shape, type]}: the configuration needs another."""
     check_format(meta, f"checkpoint {step}")
-    for name in sorted(wanted.keys() | meta["arrays"].keys()):
+    off = not has_clips(wanted)  # AdaGC, whose arrays nobody needs then
+    found = {name for name in meta["arrays"] if not (off and name.startswith("clips/"))}
+    for name in sorted(wanted.keys() | found):
         if wanted.get(name) != meta["arrays"].get(name):
             raise ConfigError(
                 f"checkpoint {step}: array {name} is {meta['arrays'].get(name, 'absent')}, "
@@ -109,13 +111,18 @@ def has_moments(meta: dict[str, Any]) -> bool:
     return any(_is_moment(name) for name in meta["arrays"])
 
 
+def has_clips(names: Iterable[str]) -> bool:
+    """Whether AdaGC was on."""
+    return any(name.startswith("clips/") for name in names)
+
+
 def is_thinned(step_folder: epath.PathLike) -> bool:
     """Whether its moments were taken away to save room: its weights are as good as ever."""
     return (epath.Path(step_folder) / THINNED).exists()
 
 
 def _is_moment(name: str) -> bool:
-    return name.startswith(("mu/", "nu/"))
+    return name.startswith(("mu/", "nu/", "clips/"))
 
 
 def _part(name: str) -> str:

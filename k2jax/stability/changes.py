@@ -113,9 +113,9 @@ def _learning_rates(
         if now["step"] != before["step"] + 1 or not lr or not last:
             continue
         epoch = [epoch for epoch in epochs if epoch.after_step < before["step"]][-1]
-        expected = scheduled(epoch, step)
+        expected, was = scheduled(epoch, step), scheduled(epoch, step - 1)
         new_stage = order.stage_of_step(step).index != order.stage_of_step(step - 1).index
-        if expected and abs(lr / expected - 1) > JUMP:
+        if expected and abs(lr / expected - 1) > JUMP and not (was and abs(last / was - 1) > JUMP):
             what = f"from {last:.3g} to {lr:.3g}, where the configuration before had {expected:.3g}"
             yield Change(step, "learning rate", what, ratio=lr / expected)
         elif new_stage and abs(lr / last - 1) > JUMP:

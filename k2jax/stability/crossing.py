@@ -50,7 +50,7 @@ def limit_of(values: Sequence[float], deviations: float, floor: float) -> tuple[
 
 
 def series_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """{series: value} of a metrics row, update-to-weight ratios made of their norms; what is not finite is inf."""
+    """{series: value} of a metrics row; what is not finite is inf. Ratios of update to weights, where it has none."""
     found: dict[str, float] = {}
     for key, value in row.items():
         if re.fullmatch(OTHERS, key) or isinstance(value, (bool, str)) or key.startswith("update_norm"):
@@ -60,9 +60,11 @@ def series_of(row: Mapping[str, Any]) -> dict[str, float]:
         elif value is None and re.match(r"(loss|grad_norm|param_norm)\b", key) and row.get(f"targets{key[4:]}", 1):
             found[key] = math.inf  # JSON has no NaN
     for key in [key for key in row if key.startswith("update_norm")]:
-        weights, update = row.get(key.replace("update", "param", 1)), row[key]
-        if weights and update is not None and math.isfinite(update) and row.get("applied", True):
-            found[key.replace("update_norm", "update/weight", 1)] = update / weights
+        ratio, weights, update = key.replace("norm", "ratio", 1), row.get(key.replace("update", "param", 1)), row[key]
+        if not row.get("applied", True):
+            found.pop(ratio, None)  # no update is no small one
+        elif ratio not in found and weights and update is not None and math.isfinite(update):
+            found[ratio] = update / weights
     return found
 
 
@@ -86,6 +88,31 @@ def ordinary(rows: Sequence[Mapping[str, Any]], step: int, rules: Mapping[str, A
     """{series: its range at `step`}, of loss and gradient norm."""
     series = _series(rows, step, rules)
     return {name: _walk(name, series[name], step, rules)[1] for name in ("loss", "grad_norm") if name in series}
+
+
+class Layer(NamedTuple):
+    """A layer's number in a step, beside that of the last ordinary step that has it."""
+
+    series: str
+    layer: int  # from 0
+    value: float
+    before: float
+    step: int  # of `before`
+
+
+def layers(rows: Sequence[Mapping[str, Any]], step: int, most: int = 5) -> list[Layer]:
+    """Those whose gradients or updates have grown most by `step`; [] where its row has no layers."""
+    here = [row for row in rows if row["step"] == step and row.get("layers")]
+    known = [row for row in rows if row["step"] < step and row.get("layers") and not row.get("outlier")]
+    if not here or not known:
+        return []
+    found = []
+    for series, values in here[0]["layers"].items():
+        earlier = known[-1]["layers"].get(series, [])
+        for layer, (value, before) in enumerate(zip(values, earlier, strict=False)):
+            if value is not None and before and value > before:
+                found.append(Layer(series, layer, value, before, known[-1]["step"]))
+    return sorted(found, key=lambda one: -one.value / one.before)[:most]
 
 
 def _series(

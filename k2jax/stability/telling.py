@@ -75,6 +75,10 @@ def _crossings(d: Diagnosis) -> list[str]:
         f"{_number(one['limit'])}, median {_number(one['median'])} of {one['values']}"
         for one in d["crossings"]
     ]
+    lines += [
+        f"layer {one['layer']}: {one['series']} {_number(one['value'])}, {_number(one['before'])} at step {one['step']}"
+        for one in d["layers"]
+    ]
     known = [item for item in d["ranges"].items() if item[1]["values"]]
     return lines or [f"none of them: {', '.join(map(_range, known)) or 'too few steps before it for a range'}"]
 

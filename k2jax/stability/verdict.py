@@ -18,8 +18,8 @@ ALTERED = 1e-3  # of a norm, relative: beyond what another order of sums does
 MOMENTS = 1e3  # times a moment's norm a checkpoint before
 SOON = 20  # steps after a launch or a new stage in which that may be why
 RATE = r"optimizer\b.*|stages\.\d+\.(lr_|warmup).*"
-GROWING = r"logit|attention|log_z|max_logit|param_norm"
-OF_UPDATES = r"update/weight|param_norm"  # which an update moves before any loss does
+GROWING = r"logit|attention|log_z|param_norm"
+OF_UPDATES = r"update_ratio|param_norm"  # which an update moves before any loss does
 JUMP = 1.5  # of the learning rate, times
 
 Evidence = Mapping[str, Any]
@@ -107,10 +107,13 @@ def _hardware(evidence: Evidence) -> Verdict | None:
     if first is None:
         return None
     told = f"step {first['step']} of the replay is {first['apart']:.1e} from the ledger"
+    if not first["batch"]:
+        why = f"step {first['step']} read another batch: stores, journal or ledger are not what they were"
+        return Verdict(cause, POSSIBLE, [why])
     if replay["same_program"]:
         why = f"{told}, and two replays are equal: the run's own step went wrong, or the ledger was changed"
         return Verdict(cause, LIKELY, [why])
-    if first["apart"] > replay["close"] or not first["batch"]:
+    if first["apart"] > replay["close"]:
         why = f"{told}: more than {replay['close']:.0e}, which other devices or versions explain"
         return Verdict(cause, POSSIBLE, [why])
     return None
@@ -200,7 +203,7 @@ def _rows(evidence: Evidence) -> list[str]:
 def _optimizer(evidence: Evidence) -> Verdict | None:
     rates = [one for one in _changes(evidence, "learning rate") if one["ratio"] >= JUMP]
     keys = [one for one in _changes(evidence, "configuration") if any(re.fullmatch(RATE, key) for key in one["keys"])]
-    updates = [one for one in evidence["crossings"] if one["series"].startswith("update/weight")]
+    updates = [one for one in evidence["crossings"] if one["series"].startswith("update_ratio")]
     others = [one["step"] for one in evidence["crossings"] if not re.match(OF_UPDATES, one["series"])]
     first = bool(updates) and updates[0]["step"] < min(others, default=evidence["at"])
     if not (rates or keys or first) or not unusual(evidence):

@@ -34,7 +34,8 @@ class Clock:
         self._ticked, self._told = time.perf_counter(), time.perf_counter()
         self._what, self._step = "start", None
         self._causes: dict[str, float] = {}
-        self._frozen_s = self._compiled_s = 0.0  # in this phase; up to now
+        self._beside: dict[str, float] = {}  # seconds of this phase that were something else
+        self._compiled_s = 0.0  # up to this phase
         self._recent: dict[int, float] = {}  # seconds of the last two steps
         self._marks: list[list[float]] = []  # step, seconds of steps and of skipped ones up to it
         self._path: Path | None = None
@@ -64,7 +65,7 @@ class Clock:
             now = time.perf_counter()
             self._tick(now)
             beside, seconds = self._phase(now)
-            self._compiled_s, self._frozen_s = self._launch.compile_s(now), 0.0
+            self._compiled_s, self._beside = self._launch.compile_s(now), {}
             for cause, value in {**beside, self._what: seconds}.items():
                 self._add(cause, value)
             if self._what == "step" and self._step is not None:
@@ -72,6 +73,11 @@ class Clock:
             if what == "save":
                 self._mark()
             self._what, self._since = what, now
+
+    def beside(self, cause: str, seconds: float) -> None:
+        """So much of this phase went to something else."""
+        with self._lock:
+            self._beside[cause] = self._beside.get(cause, 0.0) + seconds
 
     def stepped(self, step: int, last_row: dict[str, Any]) -> None:
         """In the phase "step": it is that of `step`. `last_row`: of the metrics, of the step before it or none."""
@@ -99,10 +105,12 @@ class Clock:
 
     def _phase(self, now: float) -> tuple[dict[str, float], float]:
         """Of the phase up to now: what in it was something else, and its own seconds."""
-        rest = now - self._since
-        frozen_s = min(self._frozen_s, rest)
-        compile_s = min(self._launch.compile_s(now) - self._compiled_s, rest - frozen_s)
-        return {"unknown": frozen_s, "compile": compile_s}, rest - frozen_s - compile_s
+        beside, rest = {}, now - self._since
+        told = {**self._beside, "compile": self._launch.compile_s(now) - self._compiled_s}
+        for cause, value in told.items():
+            beside[cause] = min(value, rest)
+            rest -= beside[cause]
+        return beside, rest
 
     def _add(self, cause: str, seconds: float) -> None:
         self._causes[cause] = max(0.0, self._causes.get(cause, 0.0) + seconds)
@@ -115,7 +123,7 @@ class Clock:
 
     def _tick(self, now: float) -> None:
         if now - self._ticked > FROZEN_S:
-            self._frozen_s += now - self._ticked - TICK_S
+            self._beside["unknown"] = self._beside.get("unknown", 0.0) + now - self._ticked - TICK_S
         self._ticked = now
 
     def _beat(self) -> None:

@@ -23,6 +23,7 @@ from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.stability.detect import Row
 from k2jax.training.guard import Guard
+from k2jax.training.remedies import COUNTS
 from k2jax.training.sinks import open_sinks
 
 
@@ -79,7 +80,7 @@ class Recorder:
     def _record(
         self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float, pushed: float
     ) -> None:
-        layers = metrics.get("layers")  # which only few rows have
+        layers = metrics["layers"]  # which only few rows have
         values = jax.device_get({key: value for key, value in metrics.items() if key != "layers"})
         # On CPU a step is done when its call returns (cluster.initialize).
         now = pushed if jax.default_backend() == "cpu" else time.perf_counter()
@@ -100,7 +101,9 @@ class Recorder:
             **self._clipped(bool(values["clipped"])),
             "loss_limit": float(values["loss_limit"]),
             "grad_norm_limit": float(values["grad_norm_limit"]),
+            **{key: int(values[key]) for key in COUNTS if key in values},
             "tokens_seen": self.tokens_seen,
+            "transient_errors": values.get("transient_errors"),  # of a step that was computed again
             **self._speed(plan, step_s),
             "planned_step_s": self.planned.get(plan.name),
             "data_wait_s": data_wait_s,
@@ -119,7 +122,7 @@ class Recorder:
             )
             self.steps.append(_jsonable(row) | self._layers(row, layers))
         for sink in self.sinks:
-            sink.put(step, row)
+            sink.put(step, _jsonable(row))
         self._tell(step, row)
 
     def _clipped(self, clipped: bool) -> dict[str, Any]:
@@ -127,7 +130,7 @@ class Recorder:
             self.clipped_steps += clipped
         return {"clipped": clipped, "clipped_steps": self.clipped_steps}
 
-    def _layers(self, row: dict[str, Any], layers: dict[str, jax.Array] | None) -> dict[str, Any]:
+    def _layers(self, row: dict[str, Any], layers: dict[str, jax.Array]) -> dict[str, Any]:
         """{"layers": {series: a number of each layer}} every so many steps, and of each that was not as others."""
         every = self.config.log.layers_every
         if row["applied"] and not row["outlier"] and not (every and row["step"] % every == 0):
@@ -156,6 +159,8 @@ class Recorder:
         }
 
     def _tell(self, step: int, row: dict[str, Any]) -> None:
+        if row.get("masked_rows"):
+            self.print_line(f"step {step}: {row['masked_rows']} row(s) masked, of repeated n-grams (data.mask_repeats)")
         if not row["applied"] or row["outlier"]:
             why = "above its limit" if row["outlier"] else "not finite"
             done = "an update was made" if row["applied"] else "no update was made"

@@ -7,9 +7,16 @@ from ml_collections import ConfigDict
 
 from k2jax.model.decoder import Params, init_params, parameter_table
 from k2jax.run.state import TrainState
+from k2jax.training.remedies import first_clips
+
+
+def first_state(config: ConfigDict) -> TrainState:
+    """That of an experiment, with what its optimizer keeps besides the moments."""
+    return init_state(config.model, config.seed)._replace(clips=first_clips(config))
 
 
 def init_state(m: ConfigDict, seed: int) -> TrainState:
+    """Parameters drawn, moments of AdamW zero, and no remedies."""
     params = init_params(m, seed)
 
     def zeros() -> Params:

@@ -15,7 +15,7 @@ from k2jax.model.decoder import Params, parameter_table
 from k2jax.parallel import pipeline, sharding
 from k2jax.parallel.sharding import AnyMesh
 from k2jax.run.state import TrainState
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.step import Batch
 
 
@@ -96,11 +96,11 @@ def place_state(config: ConfigDict, shapes: TrainState, mesh: Mesh) -> TrainStat
         name: NamedSharding(mesh, sharding.optimizer_spec(p.shape, p.axes, mesh)) for name, p in table.items()
     }
     scalar = NamedSharding(mesh, PartitionSpec())
-    return TrainState(scalar, scalar, scalar, params, moments, dict(moments))
+    return TrainState(scalar, scalar, scalar, params, moments, dict(moments), dict.fromkeys(shapes.clips, scalar))
 
 
 def make_state(config: ConfigDict, shardings: TrainState) -> TrainState:
-    return jax.jit(lambda: init_state(config.model, config.seed), out_shardings=shardings)()
+    return jax.jit(lambda: first_state(config), out_shardings=shardings)()
 
 
 def move_params(config: ConfigDict, params: Params, mesh: Mesh) -> Params:
@@ -111,7 +111,7 @@ def move_params(config: ConfigDict, params: Params, mesh: Mesh) -> Params:
 
 def state_bytes(config: ConfigDict, mesh: Mesh) -> int:
     """Of float32 parameters and moments on a device, as they are cut there."""
-    shapes = jax.eval_shape(lambda: init_state(config.model, config.seed))
+    shapes = jax.eval_shape(lambda: first_state(config))
     return sum(
         array.dtype.itemsize * math.prod(place.shard_shape(array.shape))
         for array, place in zip(*map(jax.tree.leaves, (shapes, place_state(config, shapes, mesh))), strict=True)

@@ -26,15 +26,14 @@ from k2jax.training.step import Batch, Metrics, train_step
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def step_function(
-    config: ConfigDict, plan: StagePlan, shardings: TrainState, mesh: Mesh, eos_id: int, num_subsets: int
-) -> Any:
-    """The jitted training step of a stage: the one call site of jit, shardings and donation."""
-    stage = config.stages[plan.index]
-    step = partial(
+def stage_step(
+    config: ConfigDict, plan: StagePlan, shardings: TrainState, eos_id: int, num_subsets: int
+) -> StepFunction:
+    """The training step of a stage, not yet jitted."""
+    return partial(
         train_step,
         config=config,
-        stage=stage,
+        stage=config.stages[plan.index],
         first_step=plan.first_step - plan.done,
         num_steps=plan.num_steps,
         eos_id=eos_id,
@@ -42,10 +41,22 @@ def step_function(
         compute_dtype=compute_dtype(config),
         moment_shardings=shardings.mu,
     )
+
+
+def step_shardings(shardings: TrainState, mesh: Mesh) -> tuple[tuple[TrainState, Batch], NamedSharding]:
+    """(of what a step is given, of the numbers that it gives back)."""
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    return (shardings, Batch(rows, rows, rows, everywhere)), everywhere
+
+
+def step_function(
+    config: ConfigDict, plan: StagePlan, shardings: TrainState, mesh: Mesh, eos_id: int, num_subsets: int
+) -> Any:
+    """The jitted training step of a stage: the one call site of jit, shardings and donation."""
+    given, everywhere = step_shardings(shardings, mesh)
     return jax.jit(
-        step,
-        in_shardings=(shardings, Batch(rows, rows, rows, everywhere)),
+        stage_step(config, plan, shardings, eos_id, num_subsets),
+        in_shardings=given,
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )

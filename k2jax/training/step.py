@@ -17,6 +17,7 @@ from k2jax.parallel import context, replicas, sharding
 from k2jax.parallel.sharding import shard
 from k2jax.run.state import TrainState
 from k2jax.training.optimizer import adamw, learning_rate
+from k2jax.training.remedies import adagc, rows_without_repeats, update_scales
 
 Metrics = dict[str, Any]  # of arrays; "layers" is one of them, too
 NO_LIMITS = np.full(2, np.inf, np.float32)
@@ -41,13 +42,14 @@ class Sums(NamedTuple):
     logit: jax.Array  # the largest magnitude, of which microbatches have the maximum
     subset_loss: jax.Array  # (subsets,)
     subset_targets: jax.Array  # (subsets,)
+    masked_rows: jax.Array | None = None  # where data.mask_repeats is on
 
     def plus(self, other: "Sums") -> "Sums":
-        return Sums(*map(jnp.add, self, other))._replace(logit=jnp.maximum(self.logit, other.logit))
+        return jax.tree.map(jnp.add, self, other)._replace(logit=jnp.maximum(self.logit, other.logit))
 
     def total(self) -> "Sums":
         """Of arrays that have one more dimension, the first."""
-        return Sums(*(x.sum(axis=0) for x in self))._replace(logit=self.logit.max(axis=0))
+        return jax.tree.map(lambda x: x.sum(axis=0), self)._replace(logit=self.logit.max(axis=0))
 
 
 class Rows(NamedTuple):
@@ -78,18 +80,23 @@ def loss_sums(
     compute_dtype: jnp.dtype,
 ) -> tuple[jax.Array, Sums]:
     """The loss summed over the targets of (R, T+1) tokens, and its parts; nothing is divided yet."""
+    times = config.data.mask_repeats
+    kept_B = rows_without_repeats(tokens, times) if times else None
     loss, rows = row_losses(
-        params, tokens, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype
+        params, tokens, kept_B, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype
     )
     subset_BX = jax.nn.one_hot(subset, num_subsets, dtype=jnp.float32)
     # Sums of products, not a product of matrices, which TPUs round to bfloat16 unless told.
     by_subset = [(value_B[:, None] * subset_BX).sum(axis=0) for value_B in (rows.nats, rows.targets)]
-    return loss, Sums(rows.nats.sum(), rows.targets.sum(), rows.log_z.sum(), rows.logit.max(), *by_subset)
+    masked_rows = None if kept_B is None else (1.0 - kept_B).sum()
+    sums = rows.nats.sum(), rows.targets.sum(), rows.log_z.sum(), rows.logit.max()
+    return loss, Sums(*sums, *by_subset, masked_rows)
 
 
 def row_losses(
     params: Params,
     tokens: jax.Array,
+    kept_B: jax.Array | None = None,
     *,
     config: ConfigDict,
     stage: ConfigDict,
@@ -99,12 +106,14 @@ def row_losses(
     """The loss of (R, T+1) tokens, to be differentiated, and what is told of each row.
 
     The loss is the sum of the cross-entropies, and of z-loss where that is on.
+    Rows weigh as `kept_B` (float32) says; None: all the same.
     """
     inputs_BT = tokens[:, :-1] if config.data.label_shift == "next" else tokens
     masked = config.model.mask_documents
     inputs_BT, targets_BT, weights_BT = targets_and_weights(
         tokens, config.data.label_shift, inputs_BT == eos_id if masked else None
     )
+    weights_BT = weights_BT if kept_B is None else weights_BT * kept_B[:, None]
     rows = inputs_BT, targets_BT, weights_BT, document_ids(inputs_BT, eos_id) if masked else None
     inputs_BT, targets_BT, weights_BT, document_BT = jax.tree.map(
         lambda x_BT: shard(context.in_order(x_BT, 1), "tokens_BT"), rows
@@ -183,6 +192,8 @@ def train_step(
     if moment_shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, moment_shardings)
     loss = sums.loss / jnp.maximum(sums.targets, 1.0)
+    if config.data.mask_repeats:
+        loss = jnp.where(sums.targets > 0, loss, jnp.nan)  # of nothing: no update
     grad_squares = squares(config, grads)
     grad_norm = jnp.sqrt(sum(grad_squares.groups.values()))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -190,7 +201,7 @@ def train_step(
     applied = finite & ~outlier if config.stability.skip else finite
 
     lr = learning_rate(stage, state.step + 1 - first_step + 1, num_steps)
-    new, update = updated(state, grads, grad_norm, lr, applied, config)
+    new, update, counts = updated(state, grads, grad_norm, lr, applied, config)
     new = new._replace(skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1))
     metrics = {
         "loss": loss,
@@ -205,6 +216,8 @@ def train_step(
         "targets": sums.targets,
         "log_z": sums.log_z / jnp.maximum(sums.targets, 1.0),
         "logit": sums.logit,
+        **({} if sums.masked_rows is None else {"masked_rows": sums.masked_rows}),
+        **counts,
         "subset_loss": sums.subset_loss / jnp.maximum(sums.subset_targets, 1.0),
         "subset_targets": sums.subset_targets,
         "batch_digest": batch.digest.reshape(-1, batch.digest.shape[-1]).sum(axis=0, dtype=jnp.uint32),
@@ -215,10 +228,18 @@ def train_step(
 
 def updated(
     state: TrainState, grads: Params, grad_norm: jax.Array, lr: jax.Array, applied: jax.Array, config: ConfigDict
-) -> tuple[TrainState, Params]:
-    """(the next state, what was added to its parameters), of a step that is counted whether `applied` or not."""
-    clip = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
-    direction, mu, nu = adamw(config, state, jax.tree.map(lambda g: g * clip, grads))
+) -> tuple[TrainState, Params, Metrics]:
+    """(the next state, what was added to its parameters, what remedies did), counted whether `applied` or not."""
+    clips, counts = state.clips, {}
+    if config.optimizer.adagc.ratio:
+        grads, clips, counts["clipped_tensors"] = adagc(config, clips, grads, grad_norm)
+    else:
+        clip = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
+        grads = jax.tree.map(lambda g: g * clip, grads)
+    direction, mu, nu = adamw(config, state, grads)
+    if config.optimizer.update_clip:
+        scales, counts["clipped_updates"] = update_scales(config, state.updates + 1, grads, nu)
+        direction = {name: d * scales[name] for name, d in direction.items()}
     update = jax.tree.map(lambda d: jnp.where(applied, -lr * d, 0.0), direction)
 
     def keep(new: Params, old: Params) -> Params:
@@ -230,8 +251,9 @@ def updated(
         params=keep(jax.tree.map(jnp.add, state.params, update), state.params),
         mu=keep(mu, state.mu),
         nu=keep(nu, state.nu),
+        clips=keep(clips, state.clips),
     )
-    return new, update
+    return new, update, counts
 
 
 def squares(config: ConfigDict, tree: Params) -> Squares:

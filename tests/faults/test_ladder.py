@@ -75,6 +75,8 @@ def test_a_spike_in_the_data_is_gone_around(gone_around, straight):
     assert len(told) == 2 and "back to step 12" in told[0] and "branches/01" in told[0]
     runs.ledger(workdir).verify()
     assert not runs.leftovers(workdir)
+    diagnosis = json.loads((workdir / "spikes" / "14-15.json").read_text())
+    assert diagnosis["verdict"]["cause"] == "data" and diagnosis["replay"], "steps were run again, and the batch tried"
     assert rows[:12] == runs.ledger_rows(straight)[:12]
 
 
@@ -93,7 +95,7 @@ def test_readers_take_a_branch(gone_around, straight, monkeypatch, capsys):
     """A replay of it begins at the run's own checkpoint, reads what the branch read, and decides as it did."""
     workdir, _ = gone_around
     monkeypatch.setattr(step, "mean_gradients", step.mean_gradients)
-    exec(spiky(straight, 14, 15))  # noqa: S102
+    exec(spiky(straight, 14, 15), {})
     monkeypatch.setattr(cluster, "initialize", lambda: None)
     monkeypatch.setattr(sys, "argv", ["replay", f"--workdir={workdir}", "--branch=1", "--step=13", "--steps=4"])
     replay.main()
