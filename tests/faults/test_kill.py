@@ -17,7 +17,10 @@ from k2jax.errors import StorageError
 
 @pytest.mark.fault("A4", "F2")
 def test_kill_and_resume_give_the_same_bits(tiny_data, straight, start, tmp_path):
-    """Ledger, chain and metrics of a killed and resumed run are those of an undisturbed one, byte for byte."""
+    """Ledger, chain and metrics of a killed and resumed run are those of an undisturbed one, byte for byte.
+
+    Seen red without the cut of the metrics at a resume.
+    """
     workdir, overrides = tmp_path / "run", {"data.workers": 1}
     killed = start(workdir, overrides, environment=runs.READ_ONLY_CACHE)
     killed.wait_for("saved 10")
@@ -127,7 +130,10 @@ def test_kill_in_the_middle_of_a_save(straight, start, tmp_path):
 
 @pytest.mark.fault("S15")
 def test_a_changed_ledger_is_found(straight, tmp_path):
-    """`verify` names the record over a changed row, a removed row, and a changed record."""
+    """`verify` names the record over a changed row, a removed row, and a changed record.
+
+    Seen red without the recomputation of the chain.
+    """
     bits = runs.ledger_rows(straight)[13]["loss"]
     changes = {
         "a loss": ("chunk-00002.jsonl", bits, f"{int(bits, 16) ^ 1:08x}", "record of step 20"),
