@@ -241,6 +241,7 @@ def most_repeats(row):
     return most
 
 
+@pytest.mark.fault("F9")
 def test_rows_with_repeats_are_those_that_counting_finds():
     draw = np.random.default_rng(0)
     rows = draw.integers(3, 500, (48, 440))
@@ -267,6 +268,7 @@ def repeating_batch(microbatches=1):
     return batch._replace(**dict(zip(("tokens", "subset", "digest"), map(jnp.asarray, parts), strict=True)))
 
 
+@pytest.mark.fault("F9")
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_masked_rows_are_as_if_they_were_not_there(microbatches):
     c = changed(**{"data.mask_repeats": 6})
@@ -283,6 +285,7 @@ def test_masked_rows_are_as_if_they_were_not_there(microbatches):
         np.testing.assert_allclose(gradients[name], g, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.fault("F9")
 def test_a_batch_of_nothing_but_repeats_makes_no_update():
     c = changed(**{"data.mask_repeats": 3})
     state = begin(c)

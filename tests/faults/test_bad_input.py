@@ -40,7 +40,10 @@ def test_keys(tiny_data, command, tmp_path, name):
 
 @pytest.mark.fault("C3")
 def test_mesh_that_does_not_divide_a_dimension(tiny_data, command, tmp_path):
-    """Names the parameter, its dimension, its size and the mesh axis, before anything is compiled."""
+    """Names the parameter, its dimension, its size and the mesh axis, before anything is compiled.
+
+    Seen red without the check of the mesh.
+    """
     overrides = {"mesh.fsdp": 2, "mesh.tensor": 4, "model.num_heads": 6, "model.num_kv_heads": 6}
     error = command.refuse(78, *runs.arguments(tiny_data, tmp_path / "run", overrides))
     assert all(word in error for word in ("wq_LDNH", "'heads' of 6", "mesh.tensor=4")), error

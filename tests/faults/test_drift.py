@@ -288,7 +288,7 @@ CHANGED_METAS = {
 def test_another_layout_is_refused(tiny_data, stopped, command, tmp_path, name):
     """A checkpoint that is whole but of other arrays or another version: 78, no cast, no fall-back.
 
-    Seen red without the comparison of shapes and types.
+    Seen red without the comparison of shapes and types; without the format number.
     """
     workdir = runs.copy_run(stopped, tmp_path / "run")
     path = workdir / "checkpoints" / "10" / "meta" / "meta.json"

@@ -24,7 +24,10 @@ program.step_function = lambda *arguments: (time.sleep(5), step_function(*argume
 
 @pytest.mark.fault("A1", "A2")
 def test_sigterm_saves_and_the_run_goes_on_with_the_same_bits(straight, start, tmp_path):
-    """Also when the signal comes twice, the second time in the middle of the save."""
+    """Also when the signal comes twice, the second time in the middle of the save.
+
+    Seen red without the question whether to stop.
+    """
     workdir = tmp_path / "run"
     stopped = start(workdir, patch=SLOW_STEPS)
     stopped.wait_for("step 12 ")

@@ -40,6 +40,7 @@ def mesh():
     return Mesh(np.array(jax.devices()).reshape(4, 2), ("replica", "fsdp"))
 
 
+@pytest.mark.fault("D10")
 @pytest.mark.parametrize(
     "spec, odd",
     [
@@ -88,6 +89,7 @@ def flip(monkeypatch):
     return flip
 
 
+@pytest.mark.fault("D8", "D10")
 def test_a_bad_copy_is_not_saved_and_a_transient_error_is_counted(tiny_data, command, flip, monkeypatch, tmp_path):
     """65 at the save of step 10, before which nothing is wrong; the run goes on from step 5. In the second computation
     of step 8 a bit flips: the run goes on, and its steps are those of the run that computed nothing twice.
@@ -117,6 +119,7 @@ def test_a_bad_copy_is_not_saved_and_a_transient_error_is_counted(tiny_data, com
     assert goodput.read_goodput(workdir).seconds["check"] > 0
 
 
+@pytest.mark.fault("D9")
 @pytest.mark.parametrize(
     "bits, device, told",
     [
@@ -130,6 +133,7 @@ def test_a_persistent_error_ends_the_run(tiny_data, command, flip, tmp_path, bit
     assert runs.checkpoint_steps(tmp_path / "run") == []
 
 
+@pytest.mark.fault("D9")
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_device_that_always_computes_wrongly_is_named(tiny_data, command, monkeypatch, tmp_path, part):
     """The same wrong bits in every computation: only the self-test sees it. Red with `check_devices` made to return."""

@@ -339,7 +339,10 @@ from k2jax.run import reading; reading.WRITE_WAITS_S = (0.1, 0.1)
 
 @pytest.mark.fault("B1")
 def test_full_disk(straight, start, tmp_path):
-    """A limit on file sizes stands for it: 74, one line, earlier checkpoints good, no litter after the restart."""
+    """A limit on file sizes stands for it: 74, one line, earlier checkpoints good, no litter after the restart.
+
+    Seen red without the errors of saves.
+    """
     workdirs = [tmp_path / name for name in ("start", "row", "save")]
     for workdir in workdirs[1:]:
         runs.copy_run(straight, workdir, last_step=20)
