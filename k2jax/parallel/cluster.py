@@ -193,6 +193,16 @@ def agree(what: str, values: dict[str, Any]) -> None:
     together(f"compares its {what}", compare)
 
 
+def post(name: str, value: Any) -> None:
+    """Says something of this process, in JSON's types, in the place of what it said under that name before."""
+    _set(f"{ROOT}{name}/{index()}", value)
+
+
+def posted(name: str) -> dict[int, Any]:
+    """{process: what it said last}, of those that have said anything; nobody is waited for."""
+    return _all(f"{name}/")
+
+
 def _outcome(f: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"value": f()}

@@ -92,7 +92,7 @@ def _check_same(begun: dict[str, Any] | None, source: Path, step: int, workdir: 
 
 
 def _copy_rows(source: Path, workdir: Path, meta: dict[str, Any]) -> None:
-    """Ledger, metrics and held-out losses, which the resume cuts to the step; of the journal what the checkpoint knew."""
+    """Ledger, metrics, held-out losses, which the resume cuts to the step; of the journal what the checkpoint knew."""
     for name in ("ledger", "metrics", "held_out"):
         if (source / name).is_dir():
             with files.whole_folder(workdir / name) as folder:

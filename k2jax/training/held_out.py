@@ -1,4 +1,4 @@
-"""The held-out loss by subset at each checkpoint, on a few windows: rows in `held_out/`, cut on resume as metrics are."""
+"""The held-out loss by subset at each checkpoint, on a few windows: rows in `held_out/`, cut on resume like metrics."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -24,6 +24,7 @@ from k2jax.parallel import cluster
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.stability.detect import Row
 from k2jax.training.guard import Guard
+from k2jax.training.hosts import Hosts, columns, slow
 from k2jax.training.remedies import COUNTS
 from k2jax.training.sinks import open_sinks
 
@@ -51,6 +52,7 @@ class Recorder:
         self.sinks = open_sinks(config, workdir, first_step, print_line) if self.is_main else []
         self.planned = planned_step_seconds(workdir, print_line)
         self.last_row: dict[str, Any] = {}
+        self.hosts = Hosts(config.log.every_steps)
         self.clipped_steps = clipped_before(steps, first_step) if self.is_main else 0  # None: not known
         self.first_done: float | None = None  # when this launch's first step was, by time.perf_counter()
         self._pending: tuple[int, StagePlan, dict[str, jax.Array], float, float] | None = None
@@ -82,9 +84,11 @@ class Recorder:
         self, step: int, plan: StagePlan, metrics: dict[str, jax.Array], data_wait_s: float, pushed: float
     ) -> None:
         layers = metrics["layers"]  # which only few rows have
+        asked = time.monotonic()
         values = jax.device_get({key: value for key, value in metrics.items() if key != "layers"})
-        # On CPU a step is done when its call returns (cluster.initialize).
-        now = pushed if jax.default_backend() == "cpu" else time.perf_counter()
+        # On CPU a step is done when its call returns (cluster.initialize), and that waits for other processes, too.
+        on_cpu, waited_s = jax.default_backend() == "cpu", time.monotonic() - asked
+        now = pushed if on_cpu else time.perf_counter()
         self.first_done = self.first_done or now
         step_s = now - self._last[1] if self._last and self._last[0] is plan else None  # no compiling in it
         self._last = plan, now
@@ -108,6 +112,8 @@ class Recorder:
             "data_wait_s": data_wait_s,
             **_memory(),
         }
+        own_s = data_wait_s if on_cpu or step_s is None else step_s - waited_s
+        hosts = self.hosts.note(step, step_s, data_wait_s, own_s, row)
         self.last_row = row
         self.guard.add(Row(step, row["loss"], row["grad_norm"], row["applied"], row["outlier"]))
         if self.is_main:
@@ -119,10 +125,13 @@ class Recorder:
                 bool(values["applied"]),
                 bool(values["outlier"]),
             )
-            self.steps.append(_jsonable(row) | self._layers(row, layers))
+            of_all = {"hosts": columns(hosts)} if hosts else {}
+            self.steps.append(_jsonable(row) | self._layers(row, layers) | of_all)
         for sink in self.sinks:
             sink.put(step, _jsonable(row))
         self._tell(step, row)
+        for line in slow(hosts):
+            self.print_line(line)
 
     def _clipped(self, clipped: bool) -> dict[str, Any]:
         if self.clipped_steps is not None:

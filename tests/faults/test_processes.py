@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,33 @@ def test_drift_ends_both(straight, start, tmp_path):
     pair = runs.pair(start, runs.copy_run(straight, tmp_path / "run"), {"seed": 3}, devices=1)
     for trainer in pair:
         assert "seed: 22238 -> 3" in trainer.wait_for_error(78)
+
+
+SLOW_READER = """
+import os, time
+from k2jax.training import program
+make_loader = program.make_loader
+def slow(*arguments, **others):
+    for batch in make_loader(*arguments, **others):
+        time.sleep(0.3 * int(os.environ["JAX_PROCESS_ID"]))
+        yield batch
+program.make_loader = slow
+"""
+
+
+@pytest.mark.processes
+def test_a_slow_host_has_a_name(start, tmp_path):
+    """The second waits for its data. Both have the same step time, in the rows of metrics as on the clock."""
+    short = {"stages.0.chunks": 1, "stages.0.steps_per_chunk": 10, "stages.1.steps_per_chunk": 1, "log.every_steps": 3}
+    workdir = tmp_path / "run"
+    told, _ = (trainer.wait(0) for trainer in runs.pair(start, workdir, short, devices=1, patch=SLOW_READER))
+    named = [line for line in told if line.startswith("slow: ")]
+    assert named and all(line.startswith(f"slow: process 1 on {socket.gethostname()} takes 0.3") for line in named)
+    rows = [row["hosts"] for row in runs.metric_rows(workdir) if "hosts" in row]
+    known = rows[-1]
+    assert known["process"] == [0, 1] and known["host"] == [socket.gethostname()] * 2
+    assert known["data_wait_s"][0] < 0.2 < known["data_wait_s"][1] <= known["own_s"][1]
+    assert min(known["step_s"]) > 0.2 and min(known["host_gib"]) > 0
 
 
 def listening(process):
