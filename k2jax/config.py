@@ -157,6 +157,8 @@ def validate(config: ConfigDict) -> None:
 def _validate_remedies(need: Any, config: ConfigDict) -> None:
     found = config.data.mask_repeats  # 2 would mask every row that has a token twice in a row
     need(found == 0 or found >= 3, "data.mask_repeats", found, "must be 0 (off), or 3 and more")
+    normed = config.model.qk_norm and config.optimizer.qk_clip  # what wq is multiplied by would be divided out again
+    need(not normed, "optimizer.qk_clip", config.optimizer.qk_clip, "must be 0 (off) where model.qk_norm is on")
     found = config.optimizer.adagc.ratio  # below 1, limits would shrink without end
     need(found == 0 or found >= 1, "optimizer.adagc.ratio", found, "must be 0 (off), or 1 and more")
 

@@ -76,6 +76,7 @@ def base() -> ConfigDict:
     c.optimizer.adagc.beta = 0.98         # of the moving mean
     c.optimizer.adagc.warmup_updates = 100 # first, in which clip_norm clips, and after them no more
     c.optimizer.update_clip = 0.0         # largest RMS of g / sqrt(v) in a tensor, else smaller steps; 1.0; 0: off
+    c.optimizer.qk_clip = 0.0             # largest attention logit of a head, else its wq and wk shrink; 100.0; 0: off
     c.optimizer.max_skips_in_a_row = 3    # non-finite steps that are a spike: see stability
 
     c.stability = ConfigDict()            # outliers, spikes and what is done about them: stability/detect.py
@@ -193,7 +194,7 @@ RANGES = {
         stability.rollback.before stability.rerun_every
         stages.*.lr_peak stages.*.lr_final stages.*.lr_start stages.*.warmup_steps""",
     "[0, 1000000000)": """optimizer.adagc.ratio optimizer.adagc.warmup_updates optimizer.update_clip
-        data.mask_repeats""",
+        optimizer.qk_clip data.mask_repeats""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.
     "(0, inf)": """optimizer.clip_norm optimizer.eps model.norm_eps model.init_std model.rope_scaling.low_freq_factor
         model.rope_scaling.high_freq_factor model.rope_scaling.original_context stages.*.mix.*

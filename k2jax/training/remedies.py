@@ -1,16 +1,20 @@
 """What a run may take against loss spikes, each by a key of its own, and off by default.
 
-Axes: B rows, T tokens, L layers. A tensor is a parameter, and of stacked ones (L, ...) a layer's part.
+Axes: A microbatches, R rows of one, B rows, T tokens, L layers, N query heads. A tensor is a parameter, and of stacked
+ones (L, ...) a layer's part.
 """
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from k2jax.model.decoder import Params, parameter_table
+from k2jax.model.attention_logits import largest_logits
+from k2jax.model.decoder import Params, document_ids, parameter_table
+from k2jax.parallel import sharding
 
 PERIODS = range(1, 14)  # tokens: OLMo's
-COUNTS = ("masked_rows", "clipped_tensors", "clipped_updates")  # in the metrics of a step, where they are on
+# In the metrics of a step, where they are on.
+COUNTS = ("masked_rows", "clipped_tensors", "clipped_updates", "clipped_heads")
 
 # ---- rows with repeated n-grams ------------------------------------------------------------------------------------
 
@@ -52,7 +56,7 @@ def first_clips(config: ConfigDict) -> Params:
 
 
 def adagc(config: ConfigDict, clips: Params, grads: Params, grad_norm: jax.Array) -> tuple[Params, Params, jax.Array]:
-    """(clipped gradients, the next `clips`, number of tensors clipped by their own limit): AdaGC, arXiv:2502.11034.
+    """(clipped gradients, the next `clips`, number of tensors that were clipped): AdaGC, arXiv:2502.11034.
 
     For `warmup_updates` the whole gradient is clipped to `clip_norm`, and each tensor notes the smallest norm that it
     had then; afterwards each is clipped to `ratio` times the moving average of its own clipped norm, and the whole is
@@ -70,7 +74,7 @@ def adagc(config: ConfigDict, clips: Params, grads: Params, grad_norm: jax.Array
         average = jnp.where(warm, jnp.minimum(seen, norm), o.adagc.beta * seen + (1.0 - o.adagc.beta) * norm)
         new[name] = jnp.where(norm > 0, jnp.where(seen > 0, average, norm), seen)
         clipped[name] = g * _spread(scale, g)
-        count += jnp.sum(jnp.where(warm, 0, own < 1.0), dtype=jnp.int32)
+        count += jnp.sum(jnp.broadcast_to(scale, norm.shape) < 1.0, dtype=jnp.int32)
     return clipped, new, count
 
 
@@ -91,6 +95,38 @@ def update_scales(
         scales[name] = _spread(scale, g)
         count += jnp.sum(scale < 1.0, dtype=jnp.int32)
     return scales, count
+
+
+# ---- by head -------------------------------------------------------------------------------------------------------
+
+
+def logits_of_some_rows(
+    config: ConfigDict, params: Params, batch_ART: jax.Array, rope_base: float, eos_id: int, compute_dtype: jnp.dtype
+) -> jax.Array:
+    """float32 (L, N): the largest attention logits in one row of each group of devices that has rows: the first that
+    it has in the first microbatch (A, R, T+1)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = batch_ART.shape[1] // (1 if mesh.empty else sharding.row_parts(mesh))
+    tokens_BT = batch_ART[0, ::rows]
+    tokens_BT = sharding.shard(tokens_BT[:, :-1] if config.data.label_shift == "next" else tokens_BT, "tokens_BT")
+    document_BT = document_ids(tokens_BT, eos_id) if config.model.mask_documents else None
+    return largest_logits(config.model, params, tokens_BT, rope_base, document_BT, compute_dtype)
+
+
+def qk_clip(config: ConfigDict, params: Params, logits_LN: jax.Array) -> tuple[Params, jax.Array]:
+    """The parameters, in which heads whose largest logit is above `qk_clip` get smaller wq and wk; how many heads.
+
+    QK-Clip of MuonClip (Kimi K2, arXiv:2507.20534, algorithm 1): the logit is multiplied by limit / logit, half of it
+    by each of the two. Keys that several heads share stay as they are, and wq has it all, as that paper does with the
+    part of its keys that is shared. There the logits are of all rows, here of some: see `logits_of_some_rows`.
+    """
+    scale_LN = jnp.minimum(1.0, config.optimizer.qk_clip / jnp.maximum(logits_LN, 1e-30))
+    shared = config.model.num_kv_heads < config.model.num_heads
+    scale_L1N1 = (scale_LN if shared else jnp.sqrt(scale_LN))[:, None, :, None]
+    new = {**params, "layers.wq_LDNH": params["layers.wq_LDNH"] * scale_L1N1}
+    if not shared:
+        new["layers.wk_LDKH"] = params["layers.wk_LDKH"] * scale_L1N1
+    return new, jnp.sum(scale_LN < 1.0, dtype=jnp.int32)
 
 
 def _is_stacked(name: str) -> bool:

@@ -17,7 +17,7 @@ from k2jax.parallel import context, replicas, sharding
 from k2jax.parallel.sharding import shard
 from k2jax.run.state import TrainState
 from k2jax.training.optimizer import adamw, learning_rate
-from k2jax.training.remedies import adagc, rows_without_repeats, update_scales
+from k2jax.training.remedies import adagc, logits_of_some_rows, qk_clip, rows_without_repeats, update_scales
 
 Metrics = dict[str, Any]  # of arrays; "layers" is one of them, too
 NO_LIMITS = np.full(2, np.inf, np.float32)
@@ -202,13 +202,17 @@ def train_step(
 
     lr = learning_rate(stage, state.step + 1 - first_step + 1, num_steps)
     new, update, counts = updated(state, grads, grad_norm, lr, applied, config)
+    if config.optimizer.qk_clip:
+        some = {name: loss_arguments[name] for name in ("eos_id", "compute_dtype")}
+        logits_LN = logits_of_some_rows(config, state.params, batch.tokens, stage.rope_base, **some)
+        params, counts["clipped_heads"] = qk_clip(config, new.params, jnp.where(applied, logits_LN, 0.0))
+        new = new._replace(params=params)
     new = new._replace(skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1))
     metrics = {
         "loss": loss,
         "finite": finite,
         "outlier": outlier,
         "applied": applied,
-        "clipped": applied & (grad_norm > config.optimizer.clip_norm),
         "loss_limit": batch.limits[0],
         "grad_norm_limit": batch.limits[1],
         "skips_in_a_row": new.skips_in_a_row,
@@ -230,9 +234,10 @@ def updated(
     state: TrainState, grads: Params, grad_norm: jax.Array, lr: jax.Array, applied: jax.Array, config: ConfigDict
 ) -> tuple[TrainState, Params, Metrics]:
     """(the next state, what was added to its parameters, what remedies did), counted whether `applied` or not."""
-    clips, counts = state.clips, {}
+    clips, counts = state.clips, {"clipped": applied & (grad_norm > config.optimizer.clip_norm)}
     if config.optimizer.adagc.ratio:
         grads, clips, counts["clipped_tensors"] = adagc(config, clips, grads, grad_norm)
+        counts["clipped"] = applied & (counts["clipped_tensors"] > 0)
     else:
         clip = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
         grads = jax.tree.map(lambda g: g * clip, grads)

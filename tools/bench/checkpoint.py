@@ -29,7 +29,7 @@ from k2jax.parallel import sharding
 from k2jax.run import digest
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.state import flat
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, place_state
 
 
@@ -52,7 +52,7 @@ def main() -> None:
         c.model.update(vocab_size=32000, dim=args.dim, num_layers=args.layers, num_heads=8, num_kv_heads=8)
         c.model.update(head_dim=args.dim // 8, ffn_dim=args.dim * 43 // 16)
     mesh = sharding.make_mesh(c.mesh)
-    shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
+    shapes = jax.eval_shape(lambda: first_state(c))
     shardings = place_state(c, shapes, mesh)
     touch = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0, out_shardings=shardings)
     product, x = jax.jit(lambda x: x @ x @ x), jnp.ones((args.product, args.product))

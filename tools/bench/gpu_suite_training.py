@@ -17,7 +17,7 @@ from k2jax.data.manifest import build_manifest
 from k2jax.data.order import Order, StagePlan
 from k2jax.model import flops
 from k2jax.parallel import sharding
-from k2jax.training.optimizer import init_state
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, place_batches, place_state
 from k2jax.training.program import step_function
 
@@ -44,7 +44,7 @@ class Training:
         self.mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
         rows = stage.rows_per_step
         plan = StagePlan("bench", 0, stage.sequence_length, rows, 100_000, 1, 0, 100_000 * rows, 1, 100_000)
-        shardings = place_state(c, jax.eval_shape(lambda: init_state(c.model, c.seed)), self.mesh)
+        shardings = place_state(c, jax.eval_shape(lambda: first_state(c)), self.mesh)
         with jax.set_mesh(self.mesh):
             self.step = step_function(c, plan, shardings, self.mesh, eos_id=2, num_subsets=1)
             self.state = make_state(c, shardings)

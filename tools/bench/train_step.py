@@ -63,7 +63,7 @@ def bare_steps(dtype: str) -> Iterator[None]:
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the trainer does
     from k2jax.data.order import StagePlan
     from k2jax.parallel import sharding
-    from k2jax.training.optimizer import init_state
+    from k2jax.training.optimizer import first_state
     from k2jax.training.placement import make_state, place_batches, place_state
     from k2jax.training.program import step_function
 
@@ -71,7 +71,7 @@ def bare_steps(dtype: str) -> Iterator[None]:
     c.precision.compute = DTYPES[dtype]
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     plan = StagePlan("bench", 0, SEQUENCE, ROWS, 100_000, 1, 0, 100_000 * ROWS, 1, 100_000)
-    shapes = jax.eval_shape(lambda: init_state(c.model, c.seed))
+    shapes = jax.eval_shape(lambda: first_state(c))
     shardings = place_state(c, shapes, mesh)
     rows = {
         "tokens": np.random.default_rng(0).integers(3, 32000, (ROWS, SEQUENCE + 1)).astype(np.int32),
