@@ -170,7 +170,7 @@ def evidence(**more):
         "row": {"finite": True, "applied": True, "outlier": False},
         "crossings": [crossing],
         "changes": [],
-        "replay": {"again": True, "first_difference": None, "same_program": True, "close": 1e-3},
+        "replay": {"again": True, "first_difference": None, "first_norm": None, "same_program": True, "close": 1e-3},
         "checkpoint": {"step": 290, "params": [], "moments": [], "through": None},
         "state": [reading],
         "data": {"rows": [], "swapped": None},
@@ -219,7 +219,8 @@ def test_verdict(name):
 
 def test_other_devices_explain_rounding_and_no_more():
     def hardware(apart, same):
-        replay = {"again": True, "same_program": same, "close": 1e-3, "first_difference": {**DIFFERS, "apart": apart}}
+        differs = {"first_difference": {**DIFFERS, "apart": apart}, "first_norm": None}
+        replay = {"again": True, "same_program": same, "close": 1e-3, **differs}
         return [one.confidence for one in verdicts(evidence(replay=replay)) if one.cause.startswith("hardware")]
 
     assert [hardware(1e-6, True), hardware(1e-6, False), hardware(0.5, False)] == [["likely"], [], ["possible"]]

@@ -28,7 +28,6 @@ SIZES = {
     "checkpoint.keep_between": 20, "log.every_steps": 100, "eval.windows": 1,
 }  # fmt: skip
 BEFORE = 20  # the checkpoint from which runs go on with a fault
-PLANTED = "a document of one n-gram over and over"
 
 
 def settings(data, **more):
@@ -36,10 +35,8 @@ def settings(data, **more):
     return configuration.load(str(data / "tiny.py"), overrides)
 
 
-@pytest.fixture(scope="module")
-def data(tiny_data, tmp_path_factory):
-    """The tiny stores, one of them with a planted document of 300 tokens in its midst."""
-    root = tmp_path_factory.mktemp("data") / "planted"
+def planted(tiny_data, root, planted_tokens):
+    """The tiny stores under one stage's experiment, "code" with one document more in its midst."""
     shutil.copytree(tiny_data, root)
     text = (root / "tiny.py").read_text().replace(str(tiny_data), str(root))
     (root / "tiny.py").write_text(text.replace("    return c\n", "    c.stages = c.stages[:1]\n    return c\n"))
@@ -52,9 +49,21 @@ def data(tiny_data, tmp_path_factory):
             [tokens] = old.read([found["start"]], found["num_tokens"] - 1)
             writer.add(tokens, id=found["id"], source=found["source"])
             if index == 30:
-                writer.add(np.tile([7, 9], 150), id="f" * 64, source="planted\x1b[2J<b>.txt")
+                writer.add(planted_tokens, id="f" * 64, source="planted\x1b[2J<b>.txt")
         writer.finish(validation_fraction=0.1)
     return root
+
+
+def read_whole(workdir):
+    """The first step after BEFORE that reads a row of nothing but the planted document."""
+    [document] = which_steps(open_run(workdir), "f" * 64)
+    return next(read.step for read in document.reads if read.step > BEFORE and read.in_row == (0, 65))
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data, tmp_path_factory):
+    """An n-gram of two tokens, 150 times."""
+    return planted(tiny_data, tmp_path_factory.mktemp("data") / "planted", np.tile([7, 9], 150))
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +159,7 @@ def causes(found):
 
 def test_a_repeated_ngram_is_the_data(run):
     """Named with its document; nothing of the run is touched."""
-    [document] = which_steps(open_run(run), "f" * 64)
-    at = next(read.step for read in document.reads if read.step > BEFORE and read.in_row[1] - read.in_row[0] == 65)
+    at = read_whole(run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     found = diagnose(run, at)
     assert causes(found)[0][0] == "data" and found["verdict"]["confidence"] != "possible"
@@ -204,6 +212,35 @@ def test_command(run, tmp_path, monkeypatch, capsys):
 # ---- faults that a run is given from BEFORE on -----------------------------------------------------------------------
 
 slow = pytest.mark.slow
+
+
+@slow
+def test_shuffled_tokens_are_the_data(tiny_data, tmp_path):
+    """No n-gram is repeated: the row's loss says it, and the batch without it."""
+    tokens = np.random.default_rng(3).integers(3, 512, 300)
+    data = planted(tiny_data, tmp_path / "planted", tokens)
+    train(settings(data), tmp_path / "run")
+    found = diagnose(tmp_path / "run", read_whole(tmp_path / "run"))
+    row = found["data"]["rows"][0]
+    assert found["verdict"]["cause"] == "data" and row["repeat"] is None and row["documents"][0]["id"] == "f" * 64
+
+
+@slow
+def test_a_bit_flipped_in_memory(run, data, tmp_path, monkeypatch):
+    """Once, in a run that nothing else is wrong with: the step after differs from two replays that agree."""
+    with monkeypatch.context() as patch:
+        real = program.train_step
+
+        def train_step(state, batch, **kwargs):
+            new, metrics = real(state, batch, **kwargs)
+            head = new.params["head_DV"].at[3, 40].add(jnp.where(new.step == 23, 8.0, 0.0))
+            return new._replace(params={**new.params, "head_DV": head}), metrics
+
+        patch.setattr(program, "train_step", train_step)
+        workdir = went_on(run, data, tmp_path / "run")
+    found = diagnose(workdir, 25)
+    assert causes(found)[0] == ("hardware or nondeterminism", "likely")
+    assert found["replay"]["first_difference"]["step"] == 24 and found["replay"]["again"]
 
 
 @slow
