@@ -64,6 +64,14 @@ def test_the_series_that_left_first_is_first():
     assert examine(rows, 300, RULES)["at"] == 300 and examine(rows, 299, RULES)["verdict"]["cause"] == "nothing unusual"
 
 
+def test_a_jump_early_in_a_run_is_seen():
+    """The loss is at what it was ten steps before, which it has long left."""
+    rows = rows_of(22)
+    assert rows[11]["loss"] > 3
+    rows[21]["loss"] = 3.0
+    assert [one.series for one in crossings(rows, 22, RULES)] == ["loss"]
+
+
 def test_what_is_not_finite_has_left_and_what_is_absent_has_not():
     rows = rows_of(50)
     rows[-1] |= {"loss": None, "loss/web": None, "targets/web": 0, "loss/code": None, "targets/code": 8, "logit": None}

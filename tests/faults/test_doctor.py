@@ -15,6 +15,7 @@ from k2jax.data.provenance import open_run, which_steps
 from k2jax.data.store import Store, StoreWriter
 from k2jax.errors import ConfigError, NumericsError, run_main
 from k2jax.parallel import cluster
+from k2jax.replay import replay
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.stability import telling
 from k2jax.train import train
@@ -286,6 +287,16 @@ def test_not_finite_again_and_not_again(run, data, tmp_path, monkeypatch):
     assert ("numerics (not finite)", "possible") in causes(found)
     assert doctor.newest_spike(workdir) == (workdir, 24)
     assert causes(diagnose(workdir, 24, again=False)) == [("numerics (not finite)", "likely")]
+
+
+@slow
+def test_a_skipped_outlier_is_skipped_again(run, data, tmp_path, monkeypatch):
+    """A replay makes an update or none as the run did, whatever limits it had."""
+    poison(monkeypatch, 24, 50.0)
+    more = {"stability.window": 8, "allow_drift": "('stability',)"}
+    workdir = went_on(run, data, tmp_path / "run", **more)
+    assert [row["step"] for row in runs.ledger_rows(workdir) if row["outlier"] and not row["applied"]] == [24]
+    assert [step.bits for step in replay(workdir, 24, 3, say=lambda line: None)] == [True] * 3
 
 
 @slow
