@@ -105,6 +105,7 @@ class Trials:
             "close": CLOSE,
             "apart": max(one.apart for one in first),
             "first_difference": different and different._asdict(),
+            "first_norm": next((_widest(one) for one in first if _widest(one)), None),
         }
 
     def _replay_and_look(self) -> tuple[list[Replayed], dict, dict, dict]:
@@ -301,6 +302,14 @@ def _baselines(subsets: np.ndarray, losses: np.ndarray, deviations: float) -> di
         if len(values) >= FEWEST_ROWS:
             found[subset] = limit_of(values.tolist(), deviations, FLOOR)
     return found
+
+
+def _widest(one: Replayed) -> dict[str, Any] | None:
+    """Of a replayed step the norm that is furthest from the recorded one; None where all are equal."""
+    if not one.differing:
+        return None
+    norm = max(one.differing, key=one.differing.get)
+    return {"step": one.step, "norm": norm, "apart": one.differing[norm]}
 
 
 def _finite(values: dict[str, float]) -> bool:

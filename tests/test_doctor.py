@@ -64,6 +64,14 @@ def test_the_series_that_left_first_is_first():
     assert examine(rows, 300, RULES)["at"] == 300 and examine(rows, 299, RULES)["verdict"]["cause"] == "nothing unusual"
 
 
+def test_a_jump_early_in_a_run_is_seen():
+    """The loss is at what it was ten steps before, which it has long left."""
+    rows = rows_of(22)
+    assert rows[11]["loss"] > 3
+    rows[21]["loss"] = 3.0
+    assert [one.series for one in crossings(rows, 22, RULES)] == ["loss"]
+
+
 def test_what_is_not_finite_has_left_and_what_is_absent_has_not():
     rows = rows_of(50)
     rows[-1] |= {"loss": None, "loss/web": None, "targets/web": 0, "loss/code": None, "targets/code": 8, "logit": None}
@@ -170,7 +178,7 @@ def evidence(**more):
         "row": {"finite": True, "applied": True, "outlier": False},
         "crossings": [crossing],
         "changes": [],
-        "replay": {"again": True, "first_difference": None, "same_program": True, "close": 1e-3},
+        "replay": {"again": True, "first_difference": None, "first_norm": None, "same_program": True, "close": 1e-3},
         "checkpoint": {"step": 290, "params": [], "moments": [], "through": None},
         "state": [reading],
         "data": {"rows": [], "swapped": None},
@@ -219,7 +227,8 @@ def test_verdict(name):
 
 def test_other_devices_explain_rounding_and_no_more():
     def hardware(apart, same):
-        replay = {"again": True, "same_program": same, "close": 1e-3, "first_difference": {**DIFFERS, "apart": apart}}
+        differs = {"first_difference": {**DIFFERS, "apart": apart}, "first_norm": None}
+        replay = {"again": True, "same_program": same, "close": 1e-3, **differs}
         return [one.confidence for one in verdicts(evidence(replay=replay)) if one.cause.startswith("hardware")]
 
     assert [hardware(1e-6, True), hardware(1e-6, False), hardware(0.5, False)] == [["likely"], [], ["possible"]]

@@ -73,6 +73,7 @@ def _crossings(d: Diagnosis) -> list[str]:
     lines = [
         f"{one['series']}: at step {one['step']}, {one['lead']} before: {_number(one['value'])}, limit "
         f"{_number(one['limit'])}, median {_number(one['median'])} of {one['values']}"
+        + (f"; up to step {one['last']}" if one["last"] < d["step"] else "")
         for one in d["crossings"]
     ]
     lines += [

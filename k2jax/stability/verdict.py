@@ -114,11 +114,16 @@ def _hardware(evidence: Evidence) -> Verdict | None:
         return Verdict(cause, POSSIBLE, [why])
     if replay["same_program"]:
         why = f"{told}, and two replays are equal: the run's own step went wrong, or the ledger was changed"
-        return Verdict(cause, LIKELY, [why])
+        return Verdict(cause, LIKELY, [why, *_first_norm(replay)])
     if first["apart"] > replay["close"]:
         why = f"{told}: more than {replay['close']:.0e}, which other devices or versions explain"
         return Verdict(cause, POSSIBLE, [why])
     return None
+
+
+def _first_norm(replay: Mapping[str, Any]) -> list[str]:
+    one = replay["first_norm"]
+    return [f"{one['norm']} of step {one['step']} is {one['apart']:.1e} from the recorded one"] if one else []
 
 
 def _altered(evidence: Evidence) -> Verdict | None:

@@ -15,6 +15,7 @@ from k2jax.data.provenance import open_run, which_steps
 from k2jax.data.store import Store, StoreWriter
 from k2jax.errors import ConfigError, NumericsError, run_main
 from k2jax.parallel import cluster
+from k2jax.replay import replay
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.stability import telling
 from k2jax.train import train
@@ -28,7 +29,6 @@ SIZES = {
     "checkpoint.keep_between": 20, "log.every_steps": 100, "eval.windows": 1,
 }  # fmt: skip
 BEFORE = 20  # the checkpoint from which runs go on with a fault
-PLANTED = "a document of one n-gram over and over"
 
 
 def settings(data, **more):
@@ -36,10 +36,8 @@ def settings(data, **more):
     return configuration.load(str(data / "tiny.py"), overrides)
 
 
-@pytest.fixture(scope="module")
-def data(tiny_data, tmp_path_factory):
-    """The tiny stores, one of them with a planted document of 300 tokens in its midst."""
-    root = tmp_path_factory.mktemp("data") / "planted"
+def planted(tiny_data, root, planted_tokens):
+    """The tiny stores under one stage's experiment, "code" with one document more in its midst."""
     shutil.copytree(tiny_data, root)
     text = (root / "tiny.py").read_text().replace(str(tiny_data), str(root))
     (root / "tiny.py").write_text(text.replace("    return c\n", "    c.stages = c.stages[:1]\n    return c\n"))
@@ -52,9 +50,21 @@ def data(tiny_data, tmp_path_factory):
             [tokens] = old.read([found["start"]], found["num_tokens"] - 1)
             writer.add(tokens, id=found["id"], source=found["source"])
             if index == 30:
-                writer.add(np.tile([7, 9], 150), id="f" * 64, source="planted\x1b[2J<b>.txt")
+                writer.add(planted_tokens, id="f" * 64, source="planted\x1b[2J<b>.txt")
         writer.finish(validation_fraction=0.1)
     return root
+
+
+def read_whole(workdir):
+    """The first step after BEFORE that reads a row of nothing but the planted document."""
+    [document] = which_steps(open_run(workdir), "f" * 64)
+    return next(read.step for read in document.reads if read.step > BEFORE and read.in_row == (0, 65))
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data, tmp_path_factory):
+    """An n-gram of two tokens, 150 times."""
+    return planted(tiny_data, tmp_path_factory.mktemp("data") / "planted", np.tile([7, 9], 150))
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +160,7 @@ def causes(found):
 
 def test_a_repeated_ngram_is_the_data(run):
     """Named with its document; nothing of the run is touched."""
-    [document] = which_steps(open_run(run), "f" * 64)
-    at = next(read.step for read in document.reads if read.step > BEFORE and read.in_row[1] - read.in_row[0] == 65)
+    at = read_whole(run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     found = diagnose(run, at)
     assert causes(found)[0][0] == "data" and found["verdict"]["confidence"] != "possible"
@@ -207,6 +216,35 @@ slow = pytest.mark.slow
 
 
 @slow
+def test_shuffled_tokens_are_the_data(tiny_data, tmp_path):
+    """No n-gram is repeated: the row's loss says it, and the batch without it."""
+    tokens = np.random.default_rng(3).integers(3, 512, 300)
+    data = planted(tiny_data, tmp_path / "planted", tokens)
+    train(settings(data), tmp_path / "run")
+    found = diagnose(tmp_path / "run", read_whole(tmp_path / "run"))
+    row = found["data"]["rows"][0]
+    assert found["verdict"]["cause"] == "data" and row["repeat"] is None and row["documents"][0]["id"] == "f" * 64
+
+
+@slow
+def test_a_bit_flipped_in_memory(run, data, tmp_path, monkeypatch):
+    """Once, in a run that nothing else is wrong with: the step after differs from two replays that agree."""
+    with monkeypatch.context() as patch:
+        real = program.train_step
+
+        def train_step(state, batch, **kwargs):
+            new, metrics = real(state, batch, **kwargs)
+            head = new.params["head_DV"].at[3, 40].add(jnp.where(new.step == 23, 8.0, 0.0))
+            return new._replace(params={**new.params, "head_DV": head}), metrics
+
+        patch.setattr(program, "train_step", train_step)
+        workdir = went_on(run, data, tmp_path / "run")
+    found = diagnose(workdir, 25)
+    assert causes(found)[0] == ("hardware or nondeterminism", "likely")
+    assert found["replay"]["first_difference"]["step"] == 24 and found["replay"]["again"]
+
+
+@slow
 def test_a_wrong_learning_rate(run, data, tmp_path):
     more = {"stages.0.lr_peak": 1.0, "allow_drift": "('stages',)"}
     found = diagnose(went_on(run, data, tmp_path / "run", **more), 25)
@@ -249,6 +287,16 @@ def test_not_finite_again_and_not_again(run, data, tmp_path, monkeypatch):
     assert ("numerics (not finite)", "possible") in causes(found)
     assert doctor.newest_spike(workdir) == (workdir, 24)
     assert causes(diagnose(workdir, 24, again=False)) == [("numerics (not finite)", "likely")]
+
+
+@slow
+def test_a_skipped_outlier_is_skipped_again(run, data, tmp_path, monkeypatch):
+    """A replay makes an update or none as the run did, whatever limits it had."""
+    poison(monkeypatch, 24, 50.0)
+    more = {"stability.window": 8, "allow_drift": "('stability',)"}
+    workdir = went_on(run, data, tmp_path / "run", **more)
+    assert [row["step"] for row in runs.ledger_rows(workdir) if row["outlier"] and not row["applied"]] == [24]
+    assert [step.bits for step in replay(workdir, 24, 3, say=lambda line: None)] == [True] * 3
 
 
 @slow
