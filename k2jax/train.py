@@ -54,7 +54,7 @@ from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_state
 from k2jax.training.probe import Probe
 from k2jax.training.program import feed_steps
-from k2jax.training.rerun import Rerun
+from k2jax.training.recompute import Recompute
 from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
 
 
@@ -127,7 +127,7 @@ def train_on(
         work = feed_steps(
             config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say, launch=launch
         )
-        rerun = Rerun(config, mesh, shapes, shardings, manifest, clock, say)
+        recompute = Recompute(config, mesh, shapes, shardings, manifest, clock, say)
         watchdog.at("data")
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
@@ -135,7 +135,7 @@ def train_on(
                 if cluster.preempted():
                     watchdog.at("save")
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
-                again = rerun.check(step, plan, state, batch)
+                again = recompute.check(step, plan, state, batch)
                 state, metrics = run_step(state, batch._replace(limits=guard.limits(step)))
                 metrics = probe.added(metrics, step, plan, state.params, batch)
                 # Reads the metrics of the step before this one, so that the device is not waited for.

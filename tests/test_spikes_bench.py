@@ -1,4 +1,4 @@
-"""tools/bench/spikes.py, small: faults are planted and found in real runs, and the other rule is as its formula says."""
+"""tools/bench/spikes.py, small: faults planted in real runs are found, and the other rule is as its formula says."""
 
 import json
 import sys

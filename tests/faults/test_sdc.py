@@ -12,7 +12,7 @@ from faults import runs
 from k2jax.errors import NumericsError
 from k2jax.run import checkpoint, devices, goodput
 from k2jax.stability import sdc
-from k2jax.training import rerun
+from k2jax.training import recompute
 
 SHORT = {"stages.0.chunks": 1, "stages.1.steps_per_chunk": 1, "stability.rerun_every": 4}
 
@@ -69,7 +69,7 @@ def flip(monkeypatch):
     """`flip({2: 0, 5: 3}, device)`: these bits of the 2nd and 5th computation of a step, there or all over."""
 
     def flip(bits, device=None):
-        real, count = rerun.compile_probe, [0]
+        real, count = recompute.compile_probe, [0]
 
         def compile_probe(*args):
             probe = real(*args)
@@ -84,7 +84,7 @@ def flip(monkeypatch):
 
             return probe._replace(run=run)
 
-        monkeypatch.setattr(rerun, "compile_probe", compile_probe)
+        monkeypatch.setattr(recompute, "compile_probe", compile_probe)
 
     return flip
 

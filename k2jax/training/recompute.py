@@ -51,7 +51,7 @@ def compile_probe(
     return Probe(names, compile_lowered(lowered, config))
 
 
-class Rerun:
+class Recompute:
     """`check` before each step; nothing where `stability.rerun_every` is 0, or the step is none of those."""
 
     def __init__(
