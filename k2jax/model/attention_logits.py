@@ -1,71 +1,116 @@
 """The largest attention logit of every head: what grows before attention collapses to one position.
 
-Kernels never hold the logits as a whole, so this is a forward pass of its own, without gradients, on rows of its own.
-
-Axes: B batch, T query positions, S key positions, D width, N query heads, K key and value heads, G = N/K, H head dim,
-L layers, C query positions at a time.
+Kernels never hold the logits as a whole, so this is a forward pass of its own, without gradients, on a few rows.
+Axes as in decoder.py; G = N/K; C and S positions of a block of queries and of keys.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from k2jax.model.attention import attend_causally
-from k2jax.model.decoder import Block, Params, dense, rope_table
-from k2jax.parallel.fsdp import lookup
-from k2jax.parallel.sharding import shard
+from k2jax.model.attention import MASKED, attend_causally
+from k2jax.model.decoder import Decoder, Params, dense, document_ids, rope_table
+from k2jax.parallel import context, fsdp, sharding
+from k2jax.parallel.sharding import num_stages, shard
 
-QUERIES = 128  # positions whose logits are there at a time
+BLOCK = 512  # queries, and keys, whose logits a device holds at a time
 
 
-def largest_logits(
-    m: ConfigDict,
-    params: Params,
-    tokens_BT: jax.Array,
-    rope_base: float,
-    document_BT: jax.Array | None,
-    compute_dtype: jnp.dtype,
+def attention_logits(
+    config: ConfigDict, params: Params, tokens: jax.Array, *, rope_base: float, eos_id: int, compute_dtype: jnp.dtype
 ) -> jax.Array:
-    """float32 (L, N): over all rows and the pairs that attention sees, of q . k / sqrt(H).
+    """(L, N) float32: the maximum over positions of the scaled product of a query and a key that it sees.
 
-    For meshes that split neither layers nor positions.
+    Of one row of the first microbatch of `tokens` (A, R, T+1) on each device that has rows of its own.
     """
-    rope, rings = rope_table(m, rope_base, tokens_BT.shape[1]), tuple(m.rings)
-    arrays = {name.removeprefix("layers."): x for name, x in params.items() if name.startswith("layers.")}
-    graph, stacked = nnx.split(Block(m, arrays))
+    mesh, m = jax.sharding.get_abstract_mesh(), config.model
+    parts = 1 if mesh.empty else sharding.row_parts(mesh) * num_stages()
+    rows_BT = tokens[0].reshape(parts, -1, tokens.shape[-1])[:, 0]
+    inputs_BT = rows_BT[:, :-1] if config.data.label_shift == "next" else rows_BT
+    document_BT = document_ids(inputs_BT, eos_id) if m.mask_documents else jnp.zeros_like(inputs_BT)
+    inputs_BT, document_BT = (shard(context.in_order(x, 1), "tokens_BT") for x in (inputs_BT, document_BT))
+    place_T = context.in_order(jnp.arange(inputs_BT.shape[1]), 0)
+    rope = tuple(context.in_order(t, 0) for t in rope_table(m, rope_base, inputs_BT.shape[1]))
+    decoder, rings = Decoder(m, params, compute_dtype), tuple(m.rings)
+    x_BTD = shard(fsdp.lookup(decoder.embed_VD[...], inputs_BT, compute_dtype, rings), "x_BTD")
+    graph, stacked = nnx.split(decoder.layers)
 
-    def layer(x_BTD: jax.Array, arrays: nnx.State) -> tuple[jax.Array, jax.Array]:
-        found = []
+    def layers(x_BTD: jax.Array, stacked: nnx.State, rope: tuple, document_BT: jax.Array, place_T: jax.Array) -> tuple:
+        def layer(x_BTD: jax.Array, arrays: nnx.State) -> tuple[jax.Array, jax.Array]:
+            found = []
 
-        def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-            found.append(_largest(q_BTNH, k_BTKH, document_BT))
-            return attend_causally(q_BTNH, k_BTKH, v_BTKH, document_BT, m.attention.implementation)
+            def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+                found.append(largest(q_BTNH, k_BTKH, document_BT, place_T))
+                masked = document_BT if m.mask_documents else None
+                return attend_causally(q_BTNH, k_BTKH, v_BTKH, masked, m.attention.implementation)
 
-        return nnx.merge(graph, arrays)(x_BTD, rope, attend, partial(dense, rings=rings)), found[0]
+            return nnx.merge(graph, arrays)(x_BTD, rope, attend, partial(dense, rings=rings)), found[0]
 
-    x_BTD = shard(lookup(params["embed_VD"], tokens_BT, compute_dtype, rings), "x_BTD")
-    return jax.lax.scan(layer, x_BTD, stacked)[1]
+        return jax.lax.scan(layer, x_BTD, stacked)
+
+    if num_stages() > 1:
+        return _over_stages(layers)(x_BTD, stacked, rope, document_BT, place_T)
+    return layers(x_BTD, stacked, rope, document_BT, place_T)[1]
 
 
-def _largest(q_BTNH: jax.Array, k_BSKH: jax.Array, document_BS: jax.Array | None) -> jax.Array:
-    """(N,) of one layer."""
+def _over_stages(layers: Callable) -> Callable:
+    """All rows at once from stage to stage: in turn t stage t has them, and what the others compute is dropped."""
+
+    def on_stage(x_BTD: jax.Array, *arrays: jax.Array) -> jax.Array:
+        stages = jax.lax.axis_size("stage")
+
+        def turn(x_BTD: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x_BTD, logit_LN = layers(x_BTD, *arrays)
+            ring = [(stage, (stage + 1) % stages) for stage in range(stages)]
+            return shard(jax.lax.ppermute(x_BTD, "stage", ring), "x_BTD"), logit_LN
+
+        return jax.lax.scan(turn, x_BTD, jnp.arange(stages))[1][jax.lax.axis_index("stage")]
+
+    all_of_it, own = PartitionSpec(), PartitionSpec("stage")
+    specs = all_of_it, own, all_of_it, all_of_it, all_of_it
+    return jax.shard_map(on_stage, in_specs=specs, out_specs=own, axis_names={"stage"}, check_vma=False)
+
+
+def largest(q_BTNH: jax.Array, k_BTKH: jax.Array, document_BT: jax.Array, place_T: jax.Array) -> jax.Array:
+    """(N,) float32, over all rows; `place_T` says where in a row a position is."""
+    heads = fsdp.rows(fsdp.TENSOR)
+    here = partial(_largest, axes=fsdp.reading())
+    specs = heads, heads, fsdp.tokens_spec(), PartitionSpec("context")
+    return fsdp.on_each_device(here, specs, PartitionSpec(fsdp.TENSOR))(q_BTNH, k_BTKH, document_BT, place_T)
+
+
+def _largest(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, document_BT: jax.Array, place_T: jax.Array, axes: tuple[str, ...]
+) -> jax.Array:
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    C = next(size for size in range(min(QUERIES, T), 0, -1) if T % size == 0)
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    keys = k_BTKH, document_BT, place_T
+    if context.size() > 1:
+        keys = [jax.lax.all_gather(x, "context", axis=x.ndim > 1, tiled=True) for x in keys]
+    queries = (q_BTNH * H**-0.5).reshape(B, T, k_BTKH.shape[2], -1, H), document_BT, place_T
+    queries, keys = (tuple(_blocks(x, axis=x.ndim > 1) for x in arrays) for arrays in (queries, keys))
 
-    def block(most_KG: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
-        q_BCKGH = jax.lax.dynamic_slice_in_dim(q_BTKGH, first, C, axis=1)
-        scores_BKGCS = jnp.einsum("BCKGH,BSKH->BKGCS", q_BCKGH, k_BSKH, preferred_element_type=jnp.float32)
-        allowed_BCS = (jnp.arange(T)[None, :] <= (first + jnp.arange(C))[:, None])[None]
-        if document_BS is not None:
-            own_BC = jax.lax.dynamic_slice_in_dim(document_BS, first, C, axis=1)
-            allowed_BCS = allowed_BCS & (own_BC[:, :, None] == document_BS[:, None, :])
-        seen_BKGCS = jnp.where(allowed_BCS[:, None, None], scores_BKGCS, -jnp.inf)
-        return jnp.maximum(most_KG, seen_BKGCS.max(axis=(0, 3, 4))), None
+    def of_queries(block: tuple) -> jax.Array:
+        q_BCKGH, document_BC, place_C = block
 
-    start = jnp.full((K, N // K), -jnp.inf, jnp.float32)
-    return jax.lax.scan(block, start, jnp.arange(0, T, C))[0].reshape(N) * H**-0.5
+        def of_keys(block: tuple) -> jax.Array:
+            k_BSKH, document_BS, place_S = block
+            att_BKGCS = jnp.einsum("BCKGH,BSKH->BKGCS", q_BCKGH, k_BSKH, preferred_element_type=jnp.float32)
+            sees_BCS = (document_BC[:, :, None] == document_BS[:, None]) & (place_C[:, None] >= place_S)
+            return jnp.where(sees_BCS[:, None, None], att_BKGCS, MASKED).max(axis=(0, 3, 4))
+
+        return jax.lax.map(of_keys, keys).max(axis=0)
+
+    return fsdp.largest(jax.lax.map(of_queries, queries).max(axis=0).reshape(N), axes)
+
+
+def _blocks(x: jax.Array, axis: int) -> jax.Array:
+    """Cut along an axis of positions, the blocks first."""
+    axis = int(axis)
+    size = math.gcd(x.shape[axis], BLOCK)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)

@@ -40,11 +40,6 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
     if rings and math.prod(rings) != mesh.shape["fsdp"]:
         raise ConfigError(f"model.rings={rings} must multiply to mesh.fsdp={mesh.shape['fsdp']}, or be ()")
     pipeline.check(config, mesh)
-    if config.optimizer.qk_clip and mesh.shape["stage"] * mesh.shape["context"] > 1:
-        raise ConfigError(
-            f"optimizer.qk_clip={config.optimizer.qk_clip} runs where neither layers nor rows are split, this is "
-            f"mesh.stage={mesh.shape['stage']}, mesh.context={mesh.shape['context']}: set both to 1, or qk_clip to 0"
-        )
 
 
 def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,27 +1,19 @@
 """The largest attention logit of each layer, every so many steps: a forward pass over a few rows, beside the step.
 
 Inside attention no kernel tells it. Queries and keys that grow show here long before the loss does.
-Axes as in model/decoder.py; C positions of a block.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax.data.order import StagePlan
-from k2jax.model.attention import MASKED, attend_causally
-from k2jax.model.decoder import Decoder, Params, compute_dtype, dense, document_ids, rope_table
-from k2jax.parallel import context, fsdp, sharding
-from k2jax.parallel.sharding import num_stages, shard
+from k2jax.model.attention_logits import attention_logits
+from k2jax.model.decoder import Params, compute_dtype
 from k2jax.training.step import Batch, Metrics
-
-BLOCK = 512  # queries, and keys, whose logits a device holds at a time
 
 
 class Probe:
@@ -43,109 +35,15 @@ class Probe:
         if index not in self._programs:
             run = partial(
                 attention_logits,
-                config=self.config,
-                stage=self.config.stages[index],
+                self.config,
+                rope_base=self.config.stages[index].rope_base,
                 eos_id=self.eos_id,
-                dtype=compute_dtype(self.config),
+                compute_dtype=compute_dtype(self.config),
             )
 
             def both(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-                logit_L = run(params, tokens)
-                return logit_L.max(), logit_L
+                logit_LN = run(params, tokens)
+                return logit_LN.max(), logit_LN.max(axis=1)
 
             self._programs[index] = jax.jit(both, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         return self._programs[index]
-
-
-def attention_logits(
-    params: Params, tokens: jax.Array, *, config: ConfigDict, stage: ConfigDict, eos_id: int, dtype: jnp.dtype
-) -> jax.Array:
-    """(L,) float32: the maximum over heads and positions of the scaled product of a query and a key that it sees.
-
-    Of one row of the first microbatch of `tokens` (A, R, T+1) on each device that has rows of its own.
-    """
-    mesh, m = jax.sharding.get_abstract_mesh(), config.model
-    parts = 1 if mesh.empty else sharding.row_parts(mesh) * num_stages()
-    rows_BT = tokens[0].reshape(parts, -1, tokens.shape[-1])[:, 0]
-    inputs_BT = rows_BT[:, :-1] if config.data.label_shift == "next" else rows_BT
-    document_BT = document_ids(inputs_BT, eos_id) if m.mask_documents else jnp.zeros_like(inputs_BT)
-    inputs_BT, document_BT = (shard(context.in_order(x, 1), "tokens_BT") for x in (inputs_BT, document_BT))
-    place_T = context.in_order(jnp.arange(inputs_BT.shape[1]), 0)
-    rope = tuple(context.in_order(t, 0) for t in rope_table(m, stage.rope_base, inputs_BT.shape[1]))
-    decoder, rings = Decoder(m, params, dtype), tuple(m.rings)
-    x_BTD = shard(fsdp.lookup(decoder.embed_VD[...], inputs_BT, dtype, rings), "x_BTD")
-    graph, stacked = nnx.split(decoder.layers)
-
-    def layers(x_BTD: jax.Array, stacked: nnx.State, rope: tuple, document_BT: jax.Array, place_T: jax.Array) -> tuple:
-        def layer(x_BTD: jax.Array, arrays: nnx.State) -> tuple[jax.Array, jax.Array]:
-            found = []
-
-            def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-                found.append(largest_logit(q_BTNH, k_BTKH, document_BT, place_T))
-                masked = document_BT if m.mask_documents else None
-                return attend_causally(q_BTNH, k_BTKH, v_BTKH, masked, m.attention.implementation)
-
-            return nnx.merge(graph, arrays)(x_BTD, rope, attend, partial(dense, rings=rings)), found[0]
-
-        return jax.lax.scan(layer, x_BTD, stacked)
-
-    if num_stages() > 1:
-        return _over_stages(layers)(x_BTD, stacked, rope, document_BT, place_T)
-    return layers(x_BTD, stacked, rope, document_BT, place_T)[1]
-
-
-def _over_stages(layers: Callable) -> Callable:
-    """All rows at once from stage to stage: in turn t stage t has them, and what the others compute is dropped."""
-
-    def on_stage(x_BTD: jax.Array, *arrays: jax.Array) -> jax.Array:
-        stages = jax.lax.axis_size("stage")
-
-        def turn(x_BTD: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-            x_BTD, logit_L = layers(x_BTD, *arrays)
-            ring = [(stage, (stage + 1) % stages) for stage in range(stages)]
-            return shard(jax.lax.ppermute(x_BTD, "stage", ring), "x_BTD"), logit_L
-
-        return jax.lax.scan(turn, x_BTD, jnp.arange(stages))[1][jax.lax.axis_index("stage")]
-
-    all_of_it, own = PartitionSpec(), PartitionSpec("stage")
-    specs = all_of_it, own, all_of_it, all_of_it, all_of_it
-    return jax.shard_map(on_stage, in_specs=specs, out_specs=own, axis_names={"stage"}, check_vma=False)
-
-
-def largest_logit(q_BTNH: jax.Array, k_BTKH: jax.Array, document_BT: jax.Array, place_T: jax.Array) -> jax.Array:
-    """Float32, over all rows; `place_T` says where in a row a position is."""
-    axes = (*fsdp.reading(), fsdp.TENSOR)
-    specs = fsdp.rows(fsdp.TENSOR), fsdp.rows(fsdp.TENSOR), fsdp.tokens_spec(), PartitionSpec("context")
-    here = fsdp.on_each_device(partial(_largest, axes=axes), specs, PartitionSpec())
-    return here(q_BTNH, k_BTKH, document_BT, place_T)
-
-
-def _largest(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, document_BT: jax.Array, place_T: jax.Array, axes: tuple[str, ...]
-) -> jax.Array:
-    B, T, N, H = q_BTNH.shape
-    keys = k_BTKH, document_BT, place_T
-    if context.size() > 1:
-        keys = [jax.lax.all_gather(x, "context", axis=x.ndim > 1, tiled=True) for x in keys]
-    queries = (q_BTNH * H**-0.5).reshape(B, T, k_BTKH.shape[2], -1, H), document_BT, place_T
-    queries, keys = (tuple(_blocks(x, axis=x.ndim > 1) for x in arrays) for arrays in (queries, keys))
-
-    def of_queries(block: tuple) -> jax.Array:
-        q_BCKGH, document_BC, place_C = block
-
-        def of_keys(block: tuple) -> jax.Array:
-            k_BSKH, document_BS, place_S = block
-            att_BKGCS = jnp.einsum("BCKGH,BSKH->BKGCS", q_BCKGH, k_BSKH, preferred_element_type=jnp.float32)
-            sees_BCS = (document_BC[:, :, None] == document_BS[:, None]) & (place_C[:, None] >= place_S)
-            return jnp.where(sees_BCS[:, None, None], att_BKGCS, MASKED).max()
-
-        return jax.lax.map(of_keys, keys).max()
-
-    return fsdp.largest(jax.lax.map(of_queries, queries).max(), axes)
-
-
-def _blocks(x: jax.Array, axis: int) -> jax.Array:
-    """Cut along an axis of positions, the blocks first."""
-    axis = int(axis)
-    size = math.gcd(x.shape[axis], BLOCK)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)

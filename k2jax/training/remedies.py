@@ -1,6 +1,6 @@
 """What a run may take against loss spikes, each by a key of its own, and off by default.
 
-Axes: A microbatches, R rows of one, B rows, T tokens, L layers, N query heads. A tensor is a parameter, and of stacked
+Axes: B rows, T tokens, L layers, N query heads. A tensor is a parameter, and of stacked
 ones (L, ...) a layer's part.
 """
 
@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from k2jax.model.attention_logits import largest_logits
-from k2jax.model.decoder import Params, document_ids, parameter_table
-from k2jax.parallel import sharding
+from k2jax.model.decoder import Params, parameter_table
 
 PERIODS = range(1, 14)  # tokens: OLMo's
 # In the metrics of a step, where they are on.
@@ -100,25 +98,12 @@ def update_scales(
 # ---- by head -------------------------------------------------------------------------------------------------------
 
 
-def logits_of_some_rows(
-    config: ConfigDict, params: Params, batch_ART: jax.Array, rope_base: float, eos_id: int, compute_dtype: jnp.dtype
-) -> jax.Array:
-    """float32 (L, N): the largest attention logits in one row of each group of devices that has rows: the first that
-    it has in the first microbatch (A, R, T+1)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = batch_ART.shape[1] // (1 if mesh.empty else sharding.row_parts(mesh))
-    tokens_BT = batch_ART[0, ::rows]
-    tokens_BT = sharding.shard(tokens_BT[:, :-1] if config.data.label_shift == "next" else tokens_BT, "tokens_BT")
-    document_BT = document_ids(tokens_BT, eos_id) if config.model.mask_documents else None
-    return largest_logits(config.model, params, tokens_BT, rope_base, document_BT, compute_dtype)
-
-
 def qk_clip(config: ConfigDict, params: Params, logits_LN: jax.Array) -> tuple[Params, jax.Array]:
     """The parameters, in which heads whose largest logit is above `qk_clip` get smaller wq and wk; how many heads.
 
     QK-Clip of MuonClip (Kimi K2, arXiv:2507.20534, algorithm 1): the logit is multiplied by limit / logit, half of it
     by each of the two. Keys that several heads share stay as they are, and wq has it all, as that paper does with the
-    part of its keys that is shared. There the logits are of all rows, here of some: see `logits_of_some_rows`.
+    part of its keys that is shared. There the logits are of all rows, here of some (model/attention_logits.py).
     """
     scale_LN = jnp.minimum(1.0, config.optimizer.qk_clip / jnp.maximum(logits_LN, 1e-30))
     shared = config.model.num_kv_heads < config.model.num_heads

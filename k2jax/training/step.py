@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from k2jax.model.attention_logits import attention_logits
 from k2jax.model.decoder import Decoder, Params, document_ids, parameter_table
 from k2jax.model.loss import LossOptions, head_loss, targets_and_weights
 from k2jax.parallel import context, replicas, sharding
 from k2jax.parallel.sharding import shard
 from k2jax.run.state import TrainState
 from k2jax.training.optimizer import adamw, learning_rate
-from k2jax.training.remedies import adagc, logits_of_some_rows, qk_clip, rows_without_repeats, update_scales
+from k2jax.training.remedies import adagc, qk_clip, rows_without_repeats, update_scales
 
 Metrics = dict[str, Any]  # of arrays; "layers" is one of them, too
 NO_LIMITS = np.full(2, np.inf, np.float32)
@@ -204,7 +205,7 @@ def train_step(
     new, update, counts = updated(state, grads, grad_norm, lr, applied, config)
     if config.optimizer.qk_clip:
         some = {name: loss_arguments[name] for name in ("eos_id", "compute_dtype")}
-        logits_LN = logits_of_some_rows(config, state.params, batch.tokens, stage.rope_base, **some)
+        logits_LN = attention_logits(config, state.params, batch.tokens, rope_base=stage.rope_base, **some)
         params, counts["clipped_heads"] = qk_clip(config, new.params, jnp.where(applied, logits_LN, 0.0))
         new = new._replace(params=params)
     new = new._replace(skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1))
