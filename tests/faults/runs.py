@@ -30,7 +30,8 @@ READ_ONLY_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000000"}
 # Half of the time to compile, and no slower steps. Without any optimization (conftest.py) what many starts read from
 # the cache would run longer than is saved.
 QUICKLY_COMPILED = (
-    "--xla_backend_optimization_level=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    "--xla_backend_optimization_level=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # see conftest.py
 )
 WAIT_S = 120  # for a line or an end; the machine may be busy
 # `patch` runs before the real main, in the program's own process.
