@@ -219,9 +219,9 @@ def test_the_tool_reports(tokenizer, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     told = json.loads(run("--out", str(tmp_path / "a"), "--json"))
-    mlp = [w.astype(np.float64) for name, w in theirs.items() if ".mlp." in name]
-    assert told["groups"]["mlp"]["norm"] == pytest.approx(np.sqrt(sum((w**2).sum() for w in mlp)), rel=1e-6)
-    assert told["groups"]["mlp"]["parameters"] == sum(w.size for w in mlp)
+    down = [w.astype(np.float64) for name, w in theirs.items() if "down_proj" in name]
+    assert told["groups"]["down"]["norm"] == pytest.approx(np.sqrt(sum((w**2).sum() for w in down)), rel=1e-6)
+    assert told["groups"]["down"]["parameters"] == sum(w.size for w in down)
     assert told["parameters"] == sum(w.size for w in theirs.values())
     assert told["digest"] == open_step(tmp_path / "a").digest
     text = run("--out", str(tmp_path / "b"))

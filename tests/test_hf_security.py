@@ -377,7 +377,7 @@ def test_s5_weights_that_are_not_finite_are_counted_and_refused(tokenizer, tmp_p
     words = ("1 tensor(s)", "model.layers.1.mlp.up_proj.weight has 2", "--allow-non-finite")
     expect_refusal(folder, tmp_path, *words, error=NumericsError)
     done = importing(folder, tmp_path / "run", allow_nonfinite=True)
-    assert {group: sums.num_nonfinite for group, (_, sums) in done.groups.items() if sums.num_nonfinite} == {"mlp": 2}
+    assert {group: sums.num_nonfinite for group, (_, sums) in done.groups.items() if sums.num_nonfinite} == {"up": 2}
 
 
 # ---- S6: code --------------------------------------------------------------------------------------------------------

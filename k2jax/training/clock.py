@@ -50,7 +50,7 @@ class Clock:
             self._path = path / goodput.NAME
             lines = files.read_bytes(self._path, 1 << 30).splitlines(keepends=True) if self._path.exists() else []
             self._others = [line if line.endswith(b"\n") else line + b"\n" for line in lines]
-            self._write()
+            self._write(self._record())
             self._thread.start()
 
     def goes_on_from(self, step: int) -> None:
@@ -89,7 +89,7 @@ class Clock:
                 self._add("skipped", seconds)
         if time.perf_counter() - self._told > TELL_S:
             self._told = time.perf_counter()
-            self._say()
+            self._say(self._record())
 
     def __enter__(self) -> "Clock":
         return self
@@ -100,8 +100,9 @@ class Clock:
         if self._thread.is_alive():
             self._thread.join()
         if self._path:
-            self._write(kind.__name__ if kind else done)
-            self._say()
+            record = self._record(kind.__name__ if kind else done)
+            self._write(record)
+            self._say(record)
 
     def _phase(self, now: float) -> tuple[dict[str, float], float]:
         """Of the phase up to now: what in it was something else, and its own seconds."""
@@ -133,7 +134,7 @@ class Clock:
                 self._tick(time.perf_counter())
             if time.perf_counter() - written > goodput.BEAT_S:
                 written = time.perf_counter()
-                self._write()
+                self._write(self._record())
 
     def _record(self, ended: str | None = None) -> dict[str, Any]:
         with self._lock:
@@ -156,8 +157,8 @@ class Clock:
                 "ended": ended,
             }
 
-    def _write(self, ended: str | None = None) -> None:
-        line = json.dumps(self._record(ended)).encode() + b"\n"
+    def _write(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record).encode() + b"\n"
         try:
             files.write_bytes(self._path, b"".join([*self._others, line]))
         except (OSError, RunError) as error:  # what needs the disk to train will say so itself
@@ -165,8 +166,8 @@ class Clock:
                 self._tell(f"the goodput of this launch is not kept: {error}")
             self._failed = True
 
-    def _say(self) -> None:
+    def _say(self, record: dict[str, Any]) -> None:
         """What goodput is up to now, of all launches."""
         if self._path:
             earlier = [record for record in map(goodput.parse, self._others) if record]
-            self._tell(goodput.describe(goodput.add_up([*earlier, self._record()])))
+            self._tell(goodput.describe(goodput.add_up([*earlier, record])))

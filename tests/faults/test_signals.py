@@ -33,7 +33,7 @@ PLACES = {
     "restore": "from k2jax.run.checkpoint import Checkpoints; waits(Checkpoints, '_read')",
     "compile": "from k2jax.training import program; waits(program, 'step_function')",
     "loader": "from k2jax.data import loader; waits(loader.BatchSource, '__getitem__')",
-    "validate": "from k2jax import train as t; waits(t, 'validate')",
+    "validate": "from k2jax import ending; waits(ending, 'validate')",
 }
 SAVING_HANGS = """
 import time
