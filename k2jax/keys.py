@@ -87,7 +87,7 @@ def base() -> ConfigDict:
     c.stability.skip = True               # a step above a limit makes no update; False: it is only noted
     c.stability.max_skips = 8             # steps without an update in a window that make it a spike
     c.stability.persistence = 100         # steps in a row above a limit that do
-    c.stability.drift = 0.02              # of the loss: median of 50 over that of 2,000, as a share, that does
+    c.stability.drift = 0.02              # of the loss: median of 50 over that of 200 or 2,000, as a share, that does
     c.stability.attention_every = 100     # steps between measurements of attention's largest logits; 0: none
     c.stability.rerun_every = 0           # steps of which one is computed again, and devices are tested; 0: none
     c.stability.rollback = ConfigDict()   # of a spike, by the run itself: stability/ladder.py

@@ -235,7 +235,17 @@ def test_the_loss_of_marins_fatal_spike_is_a_drift():
     rows, [spike] = judged(losses)
     assert not any(row.outlier for row in rows)  # none that skipping could have cured
     assert spike.kind == "drift" and 2480 <= spike.crossing <= 2510 and spike.step <= 2560
-    assert "over 1.96 " in spike.why
+    assert f"over {np.median([row.loss for row in rows[-RECENT - 200 : -RECENT]]):.4g} of the 200 before" in spike.why
+
+
+@pytest.mark.fault("D4")
+def test_a_loss_that_rises_while_it_is_lower_than_long_before_is_a_drift():
+    """As one does whose learning rate is ten times too high, late in a short run. Red without the shorter BEFORE."""
+    losses = falling(1000)[0]
+    losses[700:] *= 1.08
+    rows, [spike] = judged(losses)
+    assert not any(row.outlier for row in rows)
+    assert spike.kind == "drift" and 690 <= spike.crossing <= 715 and spike.step <= 750
 
 
 def test_a_slow_rise_is_a_drift_and_a_slow_fall_is_none():
@@ -259,14 +269,15 @@ def test_a_rise_of_less_than_the_share_is_no_drift():
 
 
 def test_a_drift_needs_a_level_to_rise_from():
-    losses = np.concatenate([flat(300), flat(200, level=2.08)])  # under the outliers' limit
+    losses = np.concatenate([flat(170), flat(79, level=2.08)])  # under the outliers' limit
     assert not judged(losses)[1]
+    assert judged(np.concatenate([losses, flat(1, level=2.08)]))[1]
 
 
 @given(st.integers(0, 2**32 - 1))
 def test_a_constant_series_is_quiet_whatever_it_is(seed):
     level = float(np.random.default_rng(seed).uniform(0, 5))
-    rows = [Row(step, level, level, True, False) for step in range(1, RECENT + BEFORE + 1)]
+    rows = [Row(step, level, level, True, False) for step in range(1, RECENT + max(BEFORE) + 1)]
     assert limits_of(rows, RULES).loss >= level
     assert spike_of(rows, RULES, IN_A_ROW) is None
 

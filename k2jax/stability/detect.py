@@ -15,8 +15,8 @@ import numpy as np
 HISTORY = 2_100  # newest rows that are looked at: more change no answer
 LAG = 2  # steps between a row and the first limits that it has a part in
 FEWEST = 64  # accepted rows before there are limits
-RECENT, BEFORE = 50, 2_000  # accepted rows whose medians tell a drift
-FEWEST_BEFORE = 500  # that are enough of BEFORE
+RECENT, BEFORE = 50, (200, 2_000)  # accepted rows whose medians tell a drift
+FEWEST_BEFORE = 500  # that are enough of the longer one
 DRIFT_EVERY = 10  # steps between two looks for it
 TINY = 1e-30  # instead of a loss or gradient of zero
 TO_SIGMA = 1.4826  # times the MAD: the standard deviation, of a normal distribution
@@ -102,14 +102,20 @@ def spike_of(rows: Sequence[Row], rules: Mapping[str, Any], nonfinite_in_a_row: 
 
 
 def _drift(rows: Sequence[Row], rules: Mapping[str, Any]) -> Spike | None:
-    """A loss that rises too slowly for limits that follow it: the median of RECENT against that of BEFORE.
+    """A loss that rises too little, or too slowly, for its limit: the median of RECENT against those of BEFORE.
 
     By more than the share `drift`, and than `deviations` standard errors of the median of RECENT. Marin's fatal one
-    was 0.06 nat of 1.96, with no step that an outlier's limit would have seen.
+    was 0.06 nat of 1.96, with no step that an outlier's limit would have seen. The short time is for a loss that has
+    been falling, so that it is still below what it was long before; the long one for what creeps.
     """
-    accepted = _accepted(rows, RECENT + BEFORE)
-    if len(accepted) < RECENT + FEWEST_BEFORE:
-        return None
+    accepted = _accepted(rows, RECENT + max(BEFORE))
+    enough = [before for before in BEFORE if len(accepted) >= RECENT + min(before, FEWEST_BEFORE)]
+    found = (_rise(accepted[: RECENT + before], rows[-1].step, rules) for before in enough)
+    return next((spike for spike in found if spike), None)
+
+
+def _rise(accepted: Sequence[Row], newest: int, rules: Mapping[str, Any]) -> Spike | None:
+    """Of RECENT of them over the others."""
     losses = np.array([row.loss for row in accepted])  # newest first
     level = float(np.median(losses[RECENT:]))
     deviation = TO_SIGMA * float(np.median(np.abs(losses[RECENT:] - level)))
@@ -121,7 +127,7 @@ def _drift(rows: Sequence[Row], rules: Mapping[str, Any]) -> Spike | None:
     # Where a level ends and one higher by `margin` begins is most likely where this sum is largest.
     crossing = accepted[int(np.argmax(np.cumsum(losses - (level + margin / 2))))].step
     why = f"loss {level + rise:.4g}, median of {RECENT} steps, over {level:.4g} of the {len(losses) - RECENT} before"
-    return Spike("drift", crossing, rows[-1].step, why)
+    return Spike("drift", crossing, newest, why)
 
 
 def _finite(row: Row) -> bool:
