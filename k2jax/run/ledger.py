@@ -6,6 +6,7 @@ by removing whole files and cutting one.
 """
 
 import hashlib
+import io
 import itertools
 import json
 import operator
@@ -196,7 +197,7 @@ class Ledger:
 def _first_step(path: Path) -> int | None:
     """Of the file's first row; None where it has no whole one."""
     with path.open("rb") as file:
-        line = file.readline()
+        line = io.BufferedReader(file).readline()  # a stream out of a bucket has no lines of its own
     return _parse(line, path)["step"] if line.endswith(b"\n") else None
 
 

@@ -232,10 +232,14 @@ def ledger_rows(workdir: Path) -> list[dict[str, Any]]:
 
 def metric_rows(workdir: Path) -> list[dict[str, Any]]:
     """The rows of metrics/ less what a clock or the machine decides."""
-    measured = ("_s", "_bytes", "per_s", "per_device", "mfu_causal", "mfu_noncausal")
-    files = sorted((workdir / "metrics").glob("*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    measured = ("_s", "_bytes", "per_s", "per_device", "mfu_causal", "mfu_noncausal", "hosts")
+    rows = whole_metric_rows(workdir)
     return [{key: value for key, value in row.items() if not key.endswith(measured)} for row in rows]
+
+
+def whole_metric_rows(workdir: Path) -> list[dict[str, Any]]:
+    files = sorted((workdir / "metrics").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def checkpoint_steps(workdir: Path) -> list[int]:

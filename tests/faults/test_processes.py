@@ -87,7 +87,7 @@ def test_a_slow_host_has_a_name(start, tmp_path):
     told, _ = (trainer.wait(0) for trainer in runs.pair(start, workdir, short, devices=1, patch=SLOW_READER))
     named = [line for line in told if line.startswith("slow: ")]
     assert named and all(line.startswith(f"slow: process 1 on {socket.gethostname()} takes 0.3") for line in named)
-    rows = [row["hosts"] for row in runs.metric_rows(workdir) if "hosts" in row]
+    rows = [row["hosts"] for row in runs.whole_metric_rows(workdir) if "hosts" in row]
     known = rows[-1]
     assert known["process"] == [0, 1] and known["host"] == [socket.gethostname()] * 2
     assert known["data_wait_s"][0] < 0.2 < known["data_wait_s"][1] <= known["own_s"][1]

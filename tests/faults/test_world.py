@@ -129,8 +129,8 @@ def test_a_full_disk_under_all_logs(straight, start, tmp_path):
     limit = "import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
     overrides = {"log.tensorboard": True, "log.every_steps": 100}
     patch = f"{limit}\nfrom k2jax.training import sinks; sinks.FLUSH_S = 0.0"
-    patch += "\nfrom k2jax.run import reading; reading.WRITE_WAITS_S = (0.1,)"
-    patch += "\nwrite = sinks.TensorBoard.write\ndef often(self, *a):\n    for _ in range(200): write(self, *a)"
+    patch += "\nfrom k2jax.run import reading; reading.WRITE_WAITS_S = (6.0,)"  # in which tensorboardX imports torch
+    patch += "\nwrite = sinks.TensorBoard.write\ndef often(self, *a):\n    for _ in range(20): write(self, *a)"
     patch += "\nsinks.TensorBoard.write = often"
     workdir = runs.copy_run(straight, tmp_path / "run", last_step=20)
     trainer = start(workdir, overrides, patch=patch, environment=runs.READ_ONLY_CACHE)
