@@ -27,6 +27,7 @@ QUICK = {  # a window that is full after eight steps, and two steps without an u
     "checkpoint.every_steps": 4,
     "checkpoint.keep_between": 1,
 }
+PLAIN = QUICK | {"stability.rollback.replay": 0}  # without the doctor's trials, which take most of the time
 PATCH = """
 import jax.numpy as jnp
 from k2jax.training import step
@@ -166,8 +167,8 @@ def test_a_kill_in_a_roll_back_leaves_the_old_or_the_new(
     was not killed. Seen red with the branch's mark written before the checkpoints were moved."""
     workdir, (whole, _) = tmp_path / "run", gone_around
     patch = spiky(straight, 14, 15)
-    start(workdir, QUICK, patch=patch + KILLED.format(number=number, after=after)).wait(-9)
-    start(workdir, QUICK, patch=patch).wait(0)
+    start(workdir, PLAIN, patch=patch + KILLED.format(number=number, after=after)).wait(-9)
+    start(workdir, PLAIN, patch=patch).wait(0)
     assert runs.ledger_rows(workdir) == runs.ledger_rows(whole)
     assert [e["ranges"] for e in branches.rollbacks(read_journal(workdir / "journal.jsonl"))] == [
         e["ranges"] for e in branches.rollbacks(read_journal(whole / "journal.jsonl"))
@@ -185,11 +186,11 @@ def test_a_run_that_is_cut_short_decides_as_the_other(gone_around, straight, tin
     outliers, the same place is gone around. Seen red with a guard that begins without rows."""
     workdir, (whole, _) = tmp_path / "run", gone_around
     patch = spiky(straight, 14, 15)
-    trainer = start(workdir, QUICK, patch=patch)
+    trainer = start(workdir, PLAIN, patch=patch)
     trainer.wait_for("saved 12")
     trainer.signal(9)
     trainer.wait(-9)
-    start(workdir, QUICK, patch=patch).wait(0)
+    start(workdir, PLAIN, patch=patch).wait(0)
     assert runs.ledger_rows(workdir) == runs.ledger_rows(whole)
     limits = [(row["step"], row["loss_limit"]) for row in runs.metric_rows(workdir)]
     assert limits == [(row["step"], row["loss_limit"]) for row in runs.metric_rows(whole)]
@@ -199,7 +200,7 @@ def test_a_run_that_is_cut_short_decides_as_the_other(gone_around, straight, tin
 def test_processes_go_back_together(gone_around, straight, tiny_data, start, tmp_path):
     """Two processes with a device each: both restart in place, from one decision; the order is that of one process."""
     workdir, (whole, _) = tmp_path / "run", gone_around
-    for trainer in runs.pair(start, workdir, QUICK, patch=spiky(straight, 14, 15), devices=1):
+    for trainer in runs.pair(start, workdir, PLAIN, patch=spiky(straight, 14, 15), devices=1):
         trainer.wait(0)
     found, expected = ([(r["step"], r["batch"], r["applied"]) for r in runs.ledger_rows(w)] for w in (workdir, whole))
     assert found == expected
@@ -211,7 +212,7 @@ def test_the_checkpoint_before_stays(straight, tiny_data, start, tmp_path):
     """Bad data at 14 and 19: what was saved at 12 is still there at 19, though no checkpoint in between is kept.
     Seen red without pins."""
     workdir = tmp_path / "run"
-    start(workdir, {**QUICK, "checkpoint.keep_between": 0}, patch=spiky(straight, 14, 19)).wait(0)
+    start(workdir, {**PLAIN, "checkpoint.keep_between": 0}, patch=spiky(straight, 14, 19)).wait(0)
     first, *_ = branches.rollbacks(read_journal(workdir / "journal.jsonl"))
     assert (first["crossing"], first["seen_at"], first["at_step"]) == (14, 19, 12)
     assert runs.checkpoint_steps(workdir / "branches" / "01") == [16]
@@ -232,7 +233,7 @@ def test_what_does_not_help_ends_with_65(straight, tiny_data, command, monkeypat
     always = []
     monkeypatch.setattr(step, "mean_gradients", mean_gradients)
     monkeypatch.setattr(program, "train_step", train_step)
-    rules = {**QUICK, "stability.rollback.watch": 10, "stability.rollback.most": 2, "checkpoint.every_steps": 2}
+    rules = {**PLAIN, "stability.rollback.watch": 10, "stability.rollback.most": 2, "checkpoint.every_steps": 2}
     error = command.refuse(65, *runs.arguments(tiny_data, workdir, {**rules, "checkpoint.keep_between": 20}))
     assert "2 roll-back(s) did not help" in error and "k2jax.doctor" in error
     first, second = branches.rollbacks(read_journal(workdir / "journal.jsonl"))
