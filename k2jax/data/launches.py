@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from k2jax import files
+from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError
 
 Launch = dict[str, Any]
@@ -18,6 +19,8 @@ def read_launches(workdir: Path) -> list[Launch]:
     launches = values.get("launches") if isinstance(values, dict) else None
     if not isinstance(launches, list) or not all(map(_is_one, launches)):
         raise ConfigError(f"{path} is damaged: it holds no list of launches: restore it from a copy")
+    if values.get("sha256", sha256_json(launches)) != sha256_json(launches):  # older files have none
+        raise ConfigError(f"{path} is damaged: its launches are not those of its digest: restore it from a copy")
     return launches
 
 
@@ -29,4 +32,5 @@ def _is_one(launch: Any) -> bool:
 
 
 def write_launches(workdir: Path, launches: list[Launch]) -> None:
-    files.write_json(workdir / "environment.json", {"launches": launches}, sort_keys=True, end="")
+    found = {"launches": launches, "sha256": sha256_json(launches)}
+    files.write_json(workdir / "environment.json", found, sort_keys=True, end="")

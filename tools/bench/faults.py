@@ -130,6 +130,8 @@ class Bench:
         if trainer.wait_for(line):
             resource.prlimit(trainer.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
         code, error = trainer.end(), trainer.error()
+        if not error and len(trainer.told().encode()) >= limit:  # what it said is in a file, too
+            error = "File too large"
         if code not in (0, 74) or (code and "File too large" not in error):
             return "wrong", f"files of {limit} bytes at most: ended with {code}: {error or trainer.told()[-300:]}"
         wrong = self.as_it_was(workdir)
