@@ -165,6 +165,13 @@ class BucketSteps:
         (self.workdir / "committed" / str(step)).unlink()
         self.delete_unfinished()
 
+    def move(self, step: int, target: BucketPath) -> None:
+        """Takes a step out of the listing to the folder `target`, which is complete once its meta is there."""
+        self._check()
+        folder = self.directory / str(step)
+        keep_writing(f"a copy of checkpoint {step}", lambda: folder.copy_tree(target, META), self._log)
+        self.delete(step)
+
     def abandon(self, step: int, target: BucketPath, why: str) -> None:
         """Takes a bad step out of the listing. Without renaming: its arrays lie where they are, until the run saves
         that step again; its meta goes to the folder `target`, so that no copy of it looks complete."""

@@ -110,8 +110,8 @@ class InBucket:
         cluster.together("fetches the run", lambda: None if cluster.is_main() else self.mirror.fetch())
 
     def put_away(self, step: int, target: BucketPath) -> None:
-        """Takes a checkpoint out of the listing; its arrays lie where they are until that step is saved again."""
-        BucketSteps(self.place, self.mirror, self._say).abandon(step, target, "rolled back")
+        """Moves a checkpoint out of the listing, whole: the store copies it."""
+        BucketSteps(self.place, self.mirror, self._say).move(step, target)
 
     def leave(self, error: BaseException | None) -> None:
         """With the last rows put; where a run ends with an error, that is the one told, whatever becomes of them."""

@@ -42,6 +42,7 @@ class Mirror:
         names = [
             n for n in self.workdir.keys(CHECKPOINTS) if "/" not in n or n.split("/")[0] not in NOT_FETCHED
         ]
+        names = [n for n in names if f"/{CHECKPOINTS}/" not in n]  # of branches
 
         def bring(name: str) -> None:
             data, self._generations[name] = (self.workdir / name).read()

@@ -14,13 +14,14 @@ import pytest
 from conftest import REPOSITORY, serve
 
 from faults import runs
-from faults.test_ladder import QUICK, spiky
+from faults.test_ladder import PLAIN, QUICK, spiky
 from k2jax import evaluate, generate, replay
 from k2jax.bucket import at
 from k2jax.errors import run_main
 from k2jax.parallel import cluster
 from k2jax.run.bucket_steps import committed_steps
 from k2jax.run.ledger import Ledger
+from k2jax.run.saved import open_step
 from k2jax.upload import local_copy
 
 SHORT_LEASE = "from k2jax import lease; lease.LEASE_S, lease.RENEW_S = 3.0, 0.3"
@@ -203,7 +204,7 @@ def test_four_processes_killed_twelve_times(server, straight, start, tmp_path):
 
 @pytest.mark.processes
 def test_a_roll_back(server, straight, start, run, tmp_path):
-    """A run in a bucket goes around bad data by itself; what it left can be read, but for its checkpoints."""
+    """A run in a bucket goes around bad data by itself; what it left can be read."""
     url = f"{server.bucket()}/runs/spiky"
     start(tmp_path / "run", QUICK, url=url, patch=spiky(straight, 14, 15)).wait(0)
     with local_copy(at(url)) as copy:
@@ -214,3 +215,20 @@ def test_a_roll_back(server, straight, start, run, tmp_path):
         assert sorted(path.name for path in (copy / "spikes").iterdir()) == ["14-15.json", "18-19.json"]
     told = run(replay, f"--workdir={url}", "--branch=1", "--step=13")
     assert "from checkpoint 12" in told and "step 13: the same batches, on other devices" in told
+
+
+@pytest.mark.processes
+def test_a_branch_has_its_checkpoints(server, straight, start, run, tmp_path):
+    """Bad data at 14 and 19: of what was saved at 16 the branch has every byte, and the run another one."""
+    url, disk = f"{server.bucket()}/runs/spiky", tmp_path / "disk"
+    for workdir, place in ((tmp_path / "run", url), (disk, None)):
+        start(workdir, PLAIN, url=place, patch=spiky(straight, 14, 19)).wait(0)
+    left = at(url) / "branches" / "01" / "checkpoints"
+    assert committed_steps(left.parent) == [16] == runs.checkpoint_steps(disk / "branches" / "01")
+    assert open_step(left.parent, 16).meta["digests"] == open_step(disk / "branches" / "01", 16).meta["digests"]
+    arguments = ("--branch=1", "--step=16", "--prompt=the", "--max-new-tokens=4", "--json")
+    assert run(generate, f"--workdir={url}", *arguments) == run(generate, f"--workdir={disk}", *arguments)
+    with local_copy(at(url)) as copy:
+        assert runs.ledger_rows(copy) == runs.ledger_rows(disk)
+    start(tmp_path / "run", PLAIN, url=url).wait(0)  # that finds nothing to do, and nothing that is not its own
+    assert committed_steps(left.parent) == [16]
