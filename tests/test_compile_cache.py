@@ -59,6 +59,7 @@ def first_step(workdir: Path) -> dict:
 
 
 @pytest.mark.fault("S12")
+@pytest.mark.processes
 def test_a_run_out_of_the_cache_is_the_same_run(own_cache, tiny_data, tmp_path, capsys, monkeypatch):
     """Bit for bit, in every step and in the checkpoints; and each launch says what its first step waited for.
 

@@ -117,6 +117,7 @@ storage._LateJson._save_fn = save
 
 
 @pytest.mark.fault("A4")
+@pytest.mark.processes
 def test_kill_in_the_middle_of_a_save(straight, start, tmp_path):
     """The half-written step is no checkpoint. The run goes on before it, and removes it even if it saves it no more."""
     workdir, every = tmp_path / "run", {"checkpoint.every_steps": 12}

@@ -18,6 +18,8 @@ from k2jax.run import branches
 from k2jax.run.ledger import bits_float
 from k2jax.training import program, step
 
+pytestmark = pytest.mark.processes  # half a minute each
+
 QUICK = {  # a window that is full after eight steps, and two steps without an update are a spike
     "stability.window": 8,
     "stability.max_skips": 2,
@@ -157,7 +159,6 @@ recovery.roll_back = roll_back
 """
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("number", range(1, 7))
 @pytest.mark.parametrize("after", [False, True])
 def test_a_kill_in_a_roll_back_leaves_the_old_or_the_new(
@@ -196,7 +197,6 @@ def test_a_run_that_is_cut_short_decides_as_the_other(gone_around, straight, tin
     assert limits == [(row["step"], row["loss_limit"]) for row in runs.metric_rows(whole)]
 
 
-@pytest.mark.processes
 def test_processes_go_back_together(gone_around, straight, tiny_data, start, tmp_path):
     """Two processes with a device each: both restart in place, from one decision; the order is that of one process."""
     workdir, (whole, _) = tmp_path / "run", gone_around
