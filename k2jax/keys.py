@@ -83,7 +83,7 @@ def base() -> ConfigDict:
     c.stability.window = 128              # accepted steps from whose median the limits are computed
     c.stability.deviations = 6.0          # above the median, in standard deviations as the MAD gives them
     c.stability.loss_floor = 0.05         # but no lower than this share of the median above it
-    c.stability.grad_norm_floor = 1.0     # the same of the gradient norm
+    c.stability.grad_norm_floor = 2.0     # the same of the gradient norm, which small batches spread by more than twice
     c.stability.skip = True               # a step above a limit makes no update; False: it is only noted
     c.stability.max_skips = 8             # steps without an update in a window that make it a spike
     c.stability.persistence = 100         # steps in a row above a limit that do
