@@ -115,11 +115,11 @@ def main() -> None:
     parser.add_argument("--topology", help="of a TPU, for its compiler; else it is timed on this CPU")
     paths.add(parser, "--config", default=str(REPO / "experiments/k2_1b.py"), metavar="FILE", help="its experiment")
     args = parser.parse_args()
+    use_huge_pages()  # as k2jax.train does; here, since it begins this program anew
+    keep_freed_memory()
     found = by_compiler(args.config, args.topology) if args.topology else on_cpu(args.steps)
     print(json.dumps({"date": time.strftime("%Y-%m-%d"), **found}))
 
 
 if __name__ == "__main__":
-    use_huge_pages()
-    keep_freed_memory()
     run_main(main)
