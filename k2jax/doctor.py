@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,12 +25,13 @@ from k2jax.data.epochs import Epoch, order_of, read_epochs
 from k2jax.data.journal import in_force, read_journal
 from k2jax.data.launches import read_launches
 from k2jax.data.order import Order
-from k2jax.errors import ConfigError, RunError, run_main
+from k2jax.errors import ConfigError, DamagedError, RunError, run_main
 from k2jax.parallel import cluster
 from k2jax.rerun import Rerun, checkpoints_before, ledger_rows, metrics_rows
 from k2jax.run import branches
 from k2jax.run.directory import ENVIRONMENT, environment
 from k2jax.run.ledger import Ledger, bits_float
+from k2jax.run.reading import one_line
 from k2jax.run.saved import steps_so_far
 from k2jax.run.storage import is_thinned
 from k2jax.stability import changes as nearby
@@ -141,10 +143,17 @@ def _again(
         rerun = Rerun(workdir, at, stores, say)
         same, launched = same_program(workdir, at), _launched(changed, places)
         return Trials(rerun, at, places, ordinary(rows, at - 1, rerun.config.stability), same, launched).run()
-    except (RunError, OSError) as error:
-        why = {"not_possible": str(error)}
-        say(f"not possible: {error}")
+    except (RunError, OSError, jax.errors.JaxRuntimeError) as error:  # the last: the devices have no room for it
+        if not is_of_all(error):
+            raise
+        why = {"not_possible": str(error) if isinstance(error, RunError) else one_line(error)}
+        say(f"not possible: {why['not_possible']}")
         return {"replay": why, "checkpoint": why, "state": why, "data": why}
+
+
+def is_of_all(error: Exception) -> bool:
+    """Whether every process has met it: else others may wait for this one, and must learn that it is gone."""
+    return cluster.count() == 1 or isinstance(error, (ConfigError, DamagedError, jax.errors.JaxRuntimeError))
 
 
 def same_program(workdir: AnyFolder, step: int) -> bool:

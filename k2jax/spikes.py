@@ -5,7 +5,8 @@ from typing import Any
 
 from k2jax import files
 from k2jax.data.journal import read_journal
-from k2jax.doctor import diagnose
+from k2jax.doctor import diagnose, is_of_all
+from k2jax.errors import RunError
 from k2jax.parallel import cluster
 from k2jax.run import branches
 from k2jax.run.directory import RunDirectory
@@ -21,18 +22,33 @@ def examine(run: RunDirectory, spike: Spike, say: Callable[[str], None]) -> None
         _keep(run, spike.crossing, spike.step, found)
         return telling.text(found)
 
-    for line in cluster.decide("examines a spike", look):
+    for line in _spared(lambda: cluster.decide("examines a spike", look), say):
         say(line)
 
 
 def run_again(run: RunDirectory, most_steps: int, say: Callable[[str], None]) -> None:
     """The whole diagnosis of the spike that the run was rolled back for, while the devices are free."""
     entry = branches.rollbacks(read_journal(run.path / "journal.jsonl"))[-1]
-    if entry["crossing"] - entry["at_step"] <= most_steps:
+
+    def look() -> list[str]:
         found = diagnose(branches.branch_folder(run.path, entry["branch"]), entry["crossing"], say=say)
         cluster.decide("keeps a diagnosis", lambda: _keep(run, entry["crossing"], entry["seen_at"], found))
-        for line in telling.text(found):
+        return telling.text(found)
+
+    if entry["crossing"] - entry["at_step"] <= most_steps:
+        for line in _spared(look, say):
             say(line)
+
+
+def _spared(look: Callable[[], list[str]], say: Callable[[str], None]) -> list[str]:
+    """A spike that cannot be explained is answered all the same: why it cannot be is said."""
+    try:
+        return look()
+    except (RunError, OSError) as error:
+        if not is_of_all(error):
+            raise
+        say(f"the spike cannot be explained: {error}")
+        return []
 
 
 def _keep(run: RunDirectory, crossing: int, seen_at: int, found: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def run_step():
 # ---- AdamW ---------------------------------------------------------------------------------------------------------
 
 
-def step_and_gradients(state, batch):
+def step_and_gradients(state, batch, c=None):
     """A step and the gradients that it took: those of a program of their own are rounded otherwise, which Adam's first
     steps make much of where they are nearly 0."""
     taken = []
@@ -71,7 +71,7 @@ def step_and_gradients(state, batch):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(k2jax.training.step, "mean_gradients", keep)
-        new, metrics = train_step(state, batch, first_step=1, num_steps=20, **loss_arguments(experiment()))
+        new, metrics = train_step(state, batch, first_step=1, num_steps=20, **loss_arguments(c or experiment()))
     return new, metrics, taken[0][0]
 
 

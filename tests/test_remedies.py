@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_model import initial_params, logits_of, small_model
-from test_optimizer import EOS, batch_of, experiment, loss_arguments, numpy_rate, start, step_of
+from test_optimizer import (
+    EOS,
+    batch_of,
+    experiment,
+    loss_arguments,
+    numpy_rate,
+    start,
+    step_and_gradients,
+    step_of,
+)
 
 import k2jax.training.step
 from k2jax.data.order import StagePlan
@@ -32,7 +41,7 @@ from k2jax.training.placement import (
     place_state,
 )
 from k2jax.training.program import step_function
-from k2jax.training.step import mean_gradients, train_step
+from k2jax.training.step import train_step
 
 
 def changed(**keys):
@@ -53,20 +62,7 @@ def begin(c):
 
 def stepping(c):
     """The jitted step of an experiment, and the gradients that it took: (state, metrics, gradients)."""
-
-    def run(state, batch):
-        taken = []
-
-        def keep(params, batch, **arguments):
-            taken.append(mean_gradients(params, batch, **arguments))
-            return taken[0]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(k2jax.training.step, "mean_gradients", keep)
-            new, metrics = train_step(state, batch, first_step=1, num_steps=20, **loss_arguments(c))
-        return new, metrics, taken[0][0]
-
-    return jax.jit(run)
+    return jax.jit(partial(step_and_gradients, c=c))
 
 
 def tensors(tree):

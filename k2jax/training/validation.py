@@ -60,8 +60,7 @@ def validate(
         max_windows: of each subset, evenly spaced; None for all.
         on_batch: is given every batch as it is done.
     """
-    texts = [json.dumps(to_dict(x), sort_keys=True) for x in (config, stage)]
-    losses_of = _program(*texts, jnp.dtype(compute_dtype), eos_id, mesh)
+    losses_of = _losses_of(config, stage, compute_dtype, eos_id, mesh)
     found = {}
     for name in stage.mix:
         store, shift = stores[name], config.data.label_shift
@@ -96,8 +95,7 @@ def few_losses(
 
     Windows of all subsets share batches: a few of each fill one.
     """
-    texts = [json.dumps(to_dict(x), sort_keys=True) for x in (config, stage)]
-    losses_of = _program(*texts, jnp.dtype(compute_dtype), eos_id, mesh)
+    losses_of = _losses_of(config, stage, compute_dtype, eos_id, mesh)
     length, shift = stage.sequence_length, config.data.label_shift
     starts = {name: validation_starts(stores[name], length, shift, max_windows) for name in stage.mix}
     starts = {name: found for name, found in starts.items() if len(found)}
@@ -110,6 +108,13 @@ def few_losses(
     ends = np.cumsum([len(found) for found in starts.values()])[:-1]
     sums = zip(starts, np.split(losses, ends), np.split(targets, ends), strict=True)
     return {name: (float(loss.sum() / max(of.sum(), 1)), int(of.sum())) for name, loss, of in sums}
+
+
+def _losses_of(
+    config: ConfigDict, stage: ConfigDict, compute_dtype: jnp.dtype, eos_id: int, mesh: Mesh
+) -> Callable:
+    texts = [json.dumps(to_dict(x), sort_keys=True) for x in (config, stage)]
+    return _program(*texts, jnp.dtype(compute_dtype), eos_id, mesh)
 
 
 @lru_cache(maxsize=4)

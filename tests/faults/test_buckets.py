@@ -232,3 +232,32 @@ def test_a_branch_has_its_checkpoints(server, straight, start, run, tmp_path):
         assert runs.ledger_rows(copy) == runs.ledger_rows(disk)
     start(tmp_path / "run", PLAIN, url=url).wait(0)  # that finds nothing to do, and nothing that is not its own
     assert committed_steps(left.parent) == [16]
+
+
+KILLED = """
+import os, signal
+from k2jax.bucket import BucketPath
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def half(self, target, last):
+    for key in self.keys()[::2]:
+        (target / key).put((self / key).read_bytes())
+    die()
+def whole(self, target, last, real=BucketPath.copy_tree):
+    real(self, target, last)
+    die()
+BucketPath.copy_tree = {copied}
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("copied", ["half", pytest.param("whole", marks=pytest.mark.slow)])
+def test_a_kill_while_a_branchs_checkpoints_are_copied(server, straight, start, run, tmp_path, copied):
+    """With half of its objects there, and with all of them and the old ones, too: the next start completes it."""
+    url, patch = f"{server.bucket()}/runs/spiky", spiky(straight, 14, 19)
+    start(tmp_path / "run", PLAIN, url=url, patch=patch + KILLED.format(copied=copied)).wait(-signal.SIGKILL)
+    branch = at(url) / "branches" / "01"
+    assert not (branch / "branch.json").exists() and 16 in committed_steps(at(url))
+    start(tmp_path / "run", PLAIN, url=url, patch=patch).wait(0)
+    assert (branch / "branch.json").exists() and committed_steps(branch) == [16]
+    run(generate, f"--workdir={url}", "--branch=1", "--step=16", "--prompt=the", "--max-new-tokens=4")

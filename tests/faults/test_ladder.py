@@ -198,14 +198,25 @@ def test_a_run_that_is_cut_short_decides_as_the_other(gone_around, straight, tin
 
 
 def test_processes_go_back_together(gone_around, straight, tiny_data, start, tmp_path):
-    """Two processes with a device each: both restart in place, from one decision; the order is that of one process."""
+    """Two processes with a device each, which try the spike out together, too: both restart in place, from one
+    decision; the order is that of one process."""
     workdir, (whole, _) = tmp_path / "run", gone_around
-    for trainer in runs.pair(start, workdir, PLAIN, patch=spiky(straight, 14, 15), devices=1):
+    for trainer in runs.pair(start, workdir, QUICK, patch=spiky(straight, 14, 15), devices=1):
         trainer.wait(0)
     found, expected = ([(r["step"], r["batch"], r["applied"]) for r in runs.ledger_rows(w)] for w in (workdir, whole))
     assert found == expected
     assert len(branches.rollbacks(read_journal(workdir / "journal.jsonl"))) == 2
     assert sorted(p.name for p in (workdir / "branches").iterdir()) == ["01", "02"]
+
+
+def test_a_spike_that_cannot_be_explained_is_gone_around_all_the_same(gone_around, straight, start, tmp_path):
+    """Neither the look at the records nor the trials are possible. Seen red with their errors left to end the run."""
+    workdir, (whole, _) = tmp_path / "run", gone_around
+    patch = "from k2jax import spikes\nfrom k2jax.errors import StorageError\n"
+    patch += "def diagnose(*a, **k): raise StorageError('the records are gone')\nspikes.diagnose = diagnose\n"
+    told = start(workdir, QUICK, patch=spiky(straight, 14, 15) + patch).wait(0)
+    assert told.count("the spike cannot be explained: the records are gone") == 4
+    assert runs.ledger_rows(workdir) == runs.ledger_rows(whole)
 
 
 def test_the_checkpoint_before_stays(straight, tiny_data, start, tmp_path):
