@@ -8,6 +8,7 @@ import pytest
 
 from faults import runs
 from k2jax.data.epochs import Epoch
+from k2jax.data.launches import read_launches
 from k2jax.data.manifest import sha256_json
 from k2jax.data.provenance import open_run, which_docs
 from k2jax.errors import ConfigError, RunError
@@ -94,6 +95,17 @@ def test_a_digit_or_letter_changed_is_seen_or_means_nothing(run, name):
             assert isinstance(found, RunError) or found == expected
             refused += isinstance(found, RunError)
     assert refused
+
+
+@pytest.mark.fault("B4")
+def test_a_launch_that_was_changed_is_seen(run):
+    """Seen red without the digest: which step a launch began from would be another one."""
+    path = run / "environment.json"
+    values = json.loads(path.read_text())
+    values["launches"][0]["newest_step"] = 7
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="its launches are not those of its digest: restore it"):
+        read_launches(run)
 
 
 def test_another_runs_files_are_not_taken_for_ones_own(run, straight, tmp_path):
