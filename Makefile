@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The lock constrains rather than requires: each set-up takes the part of it that it needs.
 INSTALL := $(PIP) install -qq --progress-bar off --constraint requirements.lock
 PINS := setup.py requirements.lock
-TEST_EXTRAS := $(if $(filter 0,$(PARITY)),test,test,parity,eval,ray,sentencepiece)
+TEST_EXTRAS := report,release,$(if $(filter 0,$(PARITY)),test,test,parity,eval,ray,sentencepiece)
 BASE_DONE := $(VENV)/.installed
 TEST_DONE := $(VENV)/.installed-$(if $(filter 0,$(PARITY)),test,test-parity)
 
@@ -50,7 +50,7 @@ lint: $(TEST_DONE)
 
 # Takes the newest versions that setup.py allows. torch's CUDA packages are left out: torch pins them itself, and a
 # CPU wheel of torch needs none of them.
-LOCK := uv pip compile --universal --python-version 3.11 --extra test --extra parity --extra eval --extra tpu --extra data --extra langid --extra ray --extra sentencepiece --extra seqio --no-emit-index-url \
+LOCK := uv pip compile --universal --python-version 3.11 --extra test --extra parity --extra report --extra release --extra eval --extra tpu --extra data --extra langid --extra ray --extra sentencepiece --extra seqio --no-emit-index-url \
 	--no-header --annotation-style line --quiet
 lock: $(BIN)/pip
 	$(PIP) install --quiet "uv>=0.9,<1"
@@ -69,7 +69,7 @@ clean:
 $(BASE_DONE): $(PINS) | $(BIN)/pip
 	@echo "installing k2jax into $(VENV)"
 	@$(INSTALL) setuptools
-	@$(INSTALL) --no-build-isolation --editable ".[data]"
+	@$(INSTALL) --no-build-isolation --editable ".[data,report]"
 	@touch $@
 
 $(TEST_DONE): $(PINS) $(BASE_DONE)

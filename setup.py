@@ -34,6 +34,9 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "hf": [TRANSFORMERS],
+    "report": ["plotly>=7.1,<8"],
+    # For releases: the cards' metadata, uploads; the signature's manifest, and signatures.
+    "release": ["huggingface_hub>=1,<3", "model-signing>=1.1.1,<2"],
     "wandb": ["wandb>=0.19,<1"],
     # datatrove's own extras bring more than is used here, and lack lxml_html_clean, which trafilatura imports.
     "data": [
@@ -63,6 +66,10 @@ EXTRAS = {
         "flask>=3,<4",
         "flask-cors>=6,<7",
         "gcp-storage-emulator>=2026.7,<2027",
+        "selenium>=4.40,<5",  # drives Debian's chromium; brings none
+        # What others check releases with.
+        "mlcroissant>=1.1.1,<2",
+        "cyclonedx-python-lib[json-validation]>=11.12,<12",
         "nbclient>=0.10,<0.12",  # experiments/colab.ipynb, which these run and which draws with matplotlib
         "nbformat>=5.10,<6",
         "ipykernel>=7,<8",
