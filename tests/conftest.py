@@ -32,6 +32,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]
 )
+os.environ["NPROC"] = "64"  # XLA's threads: see cluster.initialize
 # Compiled programs are shared by tests, workers, subprocesses and later sessions; `make clean` removes them.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

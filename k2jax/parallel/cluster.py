@@ -64,6 +64,10 @@ def initialize() -> None:
     place = find_place(START_S) or alone()
     bypass_proxies(place.address.rpartition(":")[0])
     jax.config.update("jax_check_proxy_envs", False)  # it warns of those that were just set
+    if place.count > 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # On a CPU a collective holds a thread until its peers come, and XLA has no more threads than devices: a few
+        # that each device begins in another order would wait for one another for ever. XLA reads this variable.
+        os.environ.setdefault("NPROC", str(max(64, os.cpu_count() or 1)))
     # Alone there is no peer to miss, and a process stopped for a while (Ctrl-Z) would end itself when it goes on.
     heartbeat_s = HEARTBEAT_S if place.count > 1 else ALONE_S
     bind = {"coordinator_bind_address": place.address} if place.bind else {}
