@@ -213,6 +213,8 @@ def test_a_roll_back(server, straight, start, run, tmp_path):
         left = list(Ledger(copy / "branches" / "01" / "ledger", None).steps.rows(13))
         assert [(row["step"], row["outlier"]) for row in left] == [(13, False), (14, True), (15, True), (16, False)]
         assert sorted(path.name for path in (copy / "spikes").iterdir()) == ["14-15.json", "18-19.json"]
+        diagnosis = json.loads((copy / "spikes" / "14-15.json").read_text())
+        assert diagnosis["verdict"]["cause"] == "data" and diagnosis["replay"], "tried, not only read"
     told = run(replay, f"--workdir={url}", "--branch=1", "--step=13")
     assert "from checkpoint 12" in told and "step 13: the same batches, on other devices" in told
 
