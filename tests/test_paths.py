@@ -104,6 +104,7 @@ COMMANDS = {
     "k2jax.replay": "--workdir=. --step=1",
     "k2jax.doctor": "--workdir=. --step=1 --out=.",
     "k2jax.goodput": "--workdir=.",
+    "k2jax.costs": "--workdir=.",
     "k2jax.preflight": "--config=. --workdir=.",
     "tools/convert_from_hf.py": "--hf=. --out=.",
     "tools/convert_to_hf.py": "--workdir=. --out=.",
