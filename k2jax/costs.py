@@ -41,9 +41,7 @@ def main() -> None:
         prog="python -m k2jax.costs",
         description="Prints what a run has cost so far, each number with its formula.",
     )
-    paths.add(
-        parser, "--workdir", buckets=True, required=True, metavar="DIR", help="run directory; it is only read"
-    )
+    paths.add(parser, "--workdir", buckets=True, required=True, metavar="DIR", help="run directory; it is only read")
     parser.add_argument("--watts", type=positive, help="power of one device, for its energy (default: counted by NVML, "
                         "else as its maker states)")  # fmt: skip
     parser.add_argument("--price", type=positive, metavar="USD", help="of one device for an hour")
