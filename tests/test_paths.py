@@ -111,6 +111,7 @@ COMMANDS = {
     "tools/export_chunks.py": "--workdir=. --out=.",
     "tools/journal.py": "--workdir=. --list",
     "tools/launch.py": "--config=. --out=. --plan=. --workdir=/x --topology=cpu:1x1 --on=ssh",
+    "tools/predict.py": "--config=. --workdir=. --ladder=. --plan=.",
     "tools/plan.py": "--config=. --workdir=. --topology=v5e:2x2",
     "tools/prepare_data.py": "--config=. --out=.",
     "tools/which_docs.py": "--workdir=. --step=1",
