@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -154,10 +155,14 @@ def test_a_run_with_a_prediction(tiny_data, tiny_config, tmp_path, monkeypatch, 
     train.train(tiny_config(), workdir)
     assert [entry["kind"] for entry in read_journal(workdir / "journal.jsonl")] == ["predict"]
     found = outcome(workdir)
-    assert found["same_config"] and found["steps"] == 25 and found["loss"]["actual"] < 7
+    assert found["differs"] == [] and found["steps"] == 25 and found["loss"]["actual"] < 7
     assert found["loss"]["predicted"] == pytest.approx(printed["loss"]["final"])
     with pytest.raises(ConfigError, match="has begun"):
-        write_prediction(workdir, {})
+        write_prediction(tmp_path / "run", {})
+    other = tmp_path / "other"
+    write_prediction(other, predict(tiny_config(seed=3), law="besiroglu2024", say=lambda line: None))
+    shutil.copytree(workdir / "epochs", other / "epochs")
+    assert outcome(other)["differs"] == ["seed"], "of another experiment"
     (workdir / NAME).write_text((workdir / NAME).read_text().replace('"tokens"', '"token"'))
     with pytest.raises(ConfigError, match="not in the journal"):
         outcome(workdir)

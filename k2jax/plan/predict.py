@@ -8,7 +8,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
-from k2jax.data.manifest import sha256_json
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.plan.scaling import FRACTIONS, PUBLISHED, Size, check_ladder, extrapolate, read_rung, size_of
@@ -40,7 +39,7 @@ def predict(
     say(f"{size.params:,} parameters, {size.tokens:,} tokens, {size.flops:.4g} FLOP")
     loss = by_ladder(config, size, steps, ladder) if ladder else by_published(size, steps, law) if law else None
     return {
-        "config_digest": sha256_json(configuration.to_dict(config)),
+        "config": configuration.to_dict(config),
         "experiment": config.name,
         "params": size.params,
         "tokens": size.tokens,

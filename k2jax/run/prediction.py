@@ -16,7 +16,7 @@ from k2jax.data.epochs import has_epochs, read_epochs
 from k2jax.data.journal import read_journal
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError
-from k2jax.run import goodput
+from k2jax.run import drift, goodput
 from k2jax.run.ledger import Ledger, bits_float
 
 NAME = "prediction.json"
@@ -57,15 +57,15 @@ def read_prediction(workdir: Path | BucketPath) -> dict[str, Any] | None:
 def outcome(workdir: Path | BucketPath) -> dict[str, Any] | None:
     """Prediction beside outcome, {what: {"predicted", "actual"}}; None where none was made.
 
-    "loss" at the last step made so far, "wall_s" of a finished run; "same_config" says whether the run has the
-    configuration that the prediction was made for.
+    "loss" at the last step made so far, "wall_s" of a finished run; "differs" names the keys in which the run is not
+    the experiment that the prediction was made for.
     """
     prediction = read_prediction(workdir)
     if prediction is None:
         return None
     rows = [row for row in Ledger(workdir / "ledger", None).steps.rows() if row["applied"]]
     found: dict[str, Any] = {
-        "same_config": sha256_json(read_epochs(workdir)[0].config) == prediction["config_digest"],
+        "differs": sorted(drift.differences(prediction["config"], read_epochs(workdir)[0].config)),
         "steps": rows[-1]["step"] if rows else 0,
     }
     if rows and prediction.get("loss"):
