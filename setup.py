@@ -36,7 +36,7 @@ EXTRAS = {
     "hf": [TRANSFORMERS],
     "report": ["plotly>=7.1,<8"],
     # For releases: the cards' metadata, uploads; the signature's manifest, and signatures.
-    "release": ["huggingface_hub>=1,<3", "model-signing>=1.1.1,<2"],
+    "release": ["huggingface_hub>=2.4,<3", "model-signing>=1.1.1,<2", "pyopenssl>=25,<27"],  # it imports the third
     "wandb": ["wandb>=0.19,<1"],
     # datatrove's own extras bring more than is used here, and lack lxml_html_clean, which trafilatura imports.
     "data": [
