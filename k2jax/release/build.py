@@ -30,7 +30,7 @@ from k2jax.release.licences import Found, licences_text, read_licences
 from k2jax.release.openness import openness
 from k2jax.release.record import Record, read_record
 from k2jax.release.retrospective import retrospective
-from k2jax.release.scratch import FILES, SIGNATURE, Scratch, check_free, opened, place_of
+from k2jax.release.scratch import FILES, SIGNATURE, Scratch, check_free, clear_renamed, opened, place_of
 from k2jax.release.signing import sign, signer
 from k2jax.release.source import ARCHIVE, LOCK, read_source
 from k2jax.run import branches, storage
@@ -103,6 +103,7 @@ def release(
     errors.keep_files_ours()
     signing = signer(sign_key) if sign_key else None
     checks.check_places(at(workdir), out)
+    clear_renamed(out)
     check_free(out)
     with checks.still(at(workdir)):
         planned = plan(workdir, options)

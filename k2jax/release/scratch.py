@@ -144,6 +144,13 @@ def place_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
+def clear_renamed(out: Path) -> None:
+    """Takes away what a kill between the renaming and the end left: a scratch folder whose release is `out` by now."""
+    folder = place_of(out)
+    if (folder / "state.json").is_file() and not (folder / "release").exists() and (out / FILES).is_file():
+        shutil.rmtree(folder)
+
+
 @contextmanager
 def opened(out: Path, identity: dict[str, Any], made: str) -> Iterator[Scratch]:
     """The scratch folder of a release to `out`, new or gone on with; `made` counts where it is new.
