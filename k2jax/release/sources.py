@@ -85,7 +85,7 @@ def below(path: AnyPath, name: str) -> Iterator[Source]:
     Raises ConfigError for a link, a device, or a name that a release cannot hold.
     """
     if STRANGE.search(name):
-        raise ConfigError(f"{path}: a name with control characters, backslashes or no text: rename or remove it")
+        raise ConfigError(f"{str(path)!r}: a name with control characters, backslashes or no text: rename or remove it")
     if isinstance(path, BucketPath):
         yield from _in_bucket(path, name)
         return
@@ -112,5 +112,5 @@ def _in_bucket(path: BucketPath, name: str) -> Iterator[Source]:
         yield Source(name, path, path.stat().st_size, 0)
     for key in keys:
         if STRANGE.search(key):
-            raise ConfigError(f"{path}/{key}: a name with control characters or backslashes: rename or remove it")
+            raise ConfigError(f"{str(path / key)!r}: a name with control characters or backslashes: rename or remove it")
         yield Source(f"{name}/{key}", path / key, (path / key).stat().st_size, 0)
