@@ -112,6 +112,7 @@ COMMANDS = {
     "tools/launch.py": "--config=. --out=. --plan=. --workdir=/x --topology=cpu:1x1 --on=ssh",
     "tools/plan.py": "--config=. --workdir=. --topology=v5e:2x2",
     "tools/prepare_data.py": "--config=. --out=.",
+    "tools/publish.py": "--release=. --repo=me/run",
     "tools/release.py": "--workdir=. --out=. --sign-key=.",
     "tools/which_docs.py": "--workdir=. --step=1",
     "tools/which_steps.py": "--workdir=. --doc=0",

@@ -112,5 +112,5 @@ def _in_bucket(path: BucketPath, name: str) -> Iterator[Source]:
         yield Source(name, path, path.stat().st_size, 0)
     for key in keys:
         if STRANGE.search(key):
-            raise ConfigError(f"{str(path / key)!r}: a name with control characters or backslashes: rename or remove it")
+            raise ConfigError(f"{str(path / key)!r}: a name with control characters or backslashes: rename it")
         yield Source(f"{name}/{key}", path / key, (path / key).stat().st_size, 0)
