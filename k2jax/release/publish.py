@@ -1,7 +1,8 @@
 """A release to a Hugging Face hub: the whole of it as `main`, each export as a branch of its revision's name.
 
 The library uploads in many commits, and goes on where an earlier call ended: what is there is not sent again.
-files.json and model.sig come last, so that what is half there does not look whole. In the end the hub is asked what it has.
+files.json and model.sig come last, so that what is half there does not look whole. In the end the hub
+is asked what it has.
 """
 
 import hashlib
@@ -63,7 +64,7 @@ def open_package(folder: Path) -> Package:
     exports = {export["revision"]: export["path"] for export in told["exports"]}
     for revision, place in exports.items():
         if not re.fullmatch(r"step\d+-tokens\d+", revision) or place != f"exports/{revision}":
-            raise ConfigError(f"--release={folder}: release.json names an export {revision!r} in {place!r}: none of ours")
+            raise ConfigError(f"--release={folder}: release.json names an export {revision!r} in {place!r}")
     return Package(folder, hashlib.sha256(text).hexdigest(), {**listed, **own}, exports)
 
 
