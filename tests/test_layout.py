@@ -93,6 +93,7 @@ MAY_IMPORT = {
     "spikes": COMMON | RUN | {"doctor"},
     "train": COMMON | RUN | {"ending", "spikes"},
     "goodput": COMMON | RUN,
+    "costs": COMMON | RUN,
     "experiments": {"config", "k2", "prepare"},
 }
 
