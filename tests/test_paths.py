@@ -112,6 +112,7 @@ COMMANDS = {
     "tools/launch.py": "--config=. --out=. --plan=. --workdir=/x --topology=cpu:1x1 --on=ssh",
     "tools/plan.py": "--config=. --workdir=. --topology=v5e:2x2",
     "tools/prepare_data.py": "--config=. --out=.",
+    "tools/release.py": "--workdir=. --out=. --sign-key=.",
     "tools/which_docs.py": "--workdir=. --step=1",
     "tools/which_steps.py": "--workdir=. --doc=0",
     "tools/bench/checkpoint.py": "--folder=.",
@@ -125,7 +126,8 @@ IN_BUCKETS = {
     ("tools/convert_to_hf.py", "--out"),
     ("tools/export_chunks.py", "--out"),
 }
-WITH_STORES = ["k2jax.evaluate", "tools/export_chunks.py", "tools/which_docs.py", "tools/which_steps.py"]
+WITH_STORES = ["k2jax.evaluate", "tools/export_chunks.py", "tools/release.py", "tools/which_docs.py"]
+WITH_STORES += ["tools/which_steps.py"]
 
 
 @pytest.fixture

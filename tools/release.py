@@ -1,0 +1,64 @@
+"""Hands a run over whole: a folder with everything of it, which a stranger can check without this code.
+
+    tools/release.py --workdir runs/smoke --out releases/smoke --checkpoints last --exports last
+    tools/release.py --workdir runs/k2 --out /mnt/k2-360 --optimizer-state --dry-run
+
+Checkpoints, Hugging Face exports with their certificates, the data sequence or its digests, journal, ledger, metrics,
+evaluations, cards. It is made in OUT.partial and renamed when it is whole; after a stop or a full disk the same command
+goes on. The last line has the digest of the release: publish it elsewhere, too.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # it is reading and writing; accelerators are left to who needs them
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # a product that waits would hold its weights
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from k2jax import paths
+from k2jax.errors import run_main
+from k2jax.parallel.host_memory import keep_freed_memory
+
+WHICH = "last, all, every:N (of the chunks', and the last) or none"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    paths.add(parser, "--workdir", buckets=True, required=True, metavar="DIR", help="the run; it is only read")
+    paths.add(parser, "--out", required=True, metavar="DIR", help="the release; new, or empty")
+    add("--checkpoints", default="all", metavar="WHICH", help=f"{WHICH} (default: all)")
+    add("--optimizer-state", action="store_true", help="with the moments, so that training can go on from them")
+    add("--exports", default="last", metavar="WHICH", help=f"in Hugging Face's format: {WHICH} (default: last)")
+    add("--data", choices=("tokens", "digests"), default="tokens", help="what every step read, or what it hashes to")
+    paths.add(parser, "--stores", urls=True, metavar="DIR", help="where the stores are, by name, if they moved")
+    paths.add(parser, "--sign-key", metavar="FILE", help="private EC key (PEM) to sign with: model.sig")
+    add("--dry-run", action="store_true", help="say how large it will be, by part, and write nothing")
+    add("--json", action="store_true", help="print the result as one JSON object")
+    args = parser.parse_args()
+    keep_freed_memory()  # before the imports below, some of which start threads
+    started = time.perf_counter()
+
+    from k2jax.release.build import Options, release
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    options = Options(args.checkpoints, args.optimizer_state, args.exports, args.data)
+    done = release(args.workdir, args.out, options, stores=args.stores, sign_key=args.sign_key, say=say)
+    if args.json:
+        result = {"out": str(args.out), **done._asdict(), "seconds": round(time.perf_counter() - started, 3)}
+        print(json.dumps(result))
+        return
+    print(f"released to {args.out}: {done.files:,} files, {done.bytes / 1e6:,.1f} MB, digest {done.digest}")
+
+
+if __name__ == "__main__":
+    run_main(main)
