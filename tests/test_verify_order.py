@@ -1,0 +1,150 @@
+"""The verifier's own order, a second implementation from the specification, gives what training reads."""
+
+import hashlib
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_order import defer, manifests, tiny_manifest
+from test_order_change import histories
+from verifier import SPECIFICATION, verifier
+
+from k2jax.data.chunks import checkpoint_steps, tokens_before
+from k2jax.data.loader import batch_digest, row_digests
+from k2jax.data.manifest import manifest_digest
+from k2jax.data.order import Order
+from k2jax.data.permutation import derive_key, permute
+
+
+def assert_the_same(part, order):
+    """All that both say of every step."""
+    assert (part.digest, part.last) == (order.digest(), order.num_steps)
+    assert [last for _, last in part.chunks()] == checkpoint_steps(order)
+    for step in range(1, order.num_steps + 1):
+        assert (part.positions(step) == order.positions(step)).all()
+        ours, theirs = order.of_step(step).rows(order.positions(step)), part.rows(step)
+        assert [column.tolist() for column in theirs] == [column.tolist() for column in ours[1:]]
+        assert part.stage_of(step).name == order.stage_of_step(step).name
+        assert part.tokens(step) == tokens_before(order, step + 1)
+
+
+def ranges(draw, order):
+    """Entries of a journal that fit what is still read of an order."""
+    entries, now = [], order
+    for _ in range(draw(st.integers(0, 3))):
+        steps = range(now.after_step + 1, now.num_steps + 1)
+        if not steps:
+            break
+        positions = now.positions(draw(st.sampled_from(steps)))
+        entries.append(defer(int(positions[0]), int(positions[-1]) + 1, draw(st.sampled_from(["skip", "defer"]))))
+        now = Order(order.manifest, entries, order.past, order.after_step)
+    return entries, now
+
+
+def decided(entries):
+    return [(e["kind"], *e["positions"]) for e in entries]
+
+
+@settings(max_examples=60)
+@given(manifests(), st.data())
+def test_one_manifest_with_a_journal(manifest, data):
+    entries, order = ranges(data.draw, Order(manifest))
+    assert_the_same(verifier.Part(manifest, decided(entries)), order)
+
+
+@settings(max_examples=120)
+@given(histories(), st.data())
+def test_manifests_that_take_over(changing, data):
+    part = order = None
+    for manifest in changing:
+        after = 0
+        if order:
+            if order.after_step == order.num_steps:
+                break
+            after = data.draw(st.integers(order.after_step + 1, order.num_steps))
+        entries, new = ranges(data.draw, Order(manifest, (), order, after))
+        part, order = verifier.Part(manifest, decided(entries), part, after), new
+        assert_the_same(part, order)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_permutations(n, key):
+    found = verifier.permute(np.arange(n), n, key)
+    assert sorted(found.tolist()) == list(range(n))
+    assert found.tolist() == permute(np.arange(n), n, key).tolist()
+
+
+@pytest.mark.parametrize("n", [2**48, 2**48 - 1, 2**47 + 12345, 10**12])
+def test_large_permutations(n):
+    some = np.array([0, 1, n // 2, n - 1])
+    assert verifier.permute(some, n, 2**64 - 1).tolist() == [permute(int(x), n, 2**64 - 1) for x in some]
+
+
+def test_batches(rng=np.random.default_rng(0)):
+    tokens = rng.integers(0, 2**31, (9, 33)).astype(np.uint32)
+    assert verifier.batch_digest(tokens) == batch_digest(row_digests(np.arange(9), tokens))
+
+
+# ---- the specification's own numbers, by k2jax: what a stranger would check a third implementation with -------------
+
+
+def vectors(name):
+    """The lines of a block of SPECIFICATION.md, each split at its equals sign."""
+    [block] = re.findall(rf"```vectors {name}\n(.*?)```", SPECIFICATION.read_text(), re.S)
+    return [[part.strip() for part in line.split("=", 1)] for line in block.splitlines()]
+
+
+def test_the_specification_has_the_keys_and_permutations_of_training():
+    for left, right in vectors("keys"):
+        assert derive_key(*eval_list(left)) == int(right, 16)
+    for left, right in vectors("permutation"):
+        x, n, key = (int(number, 0) for number in left.removeprefix("permute(").rstrip(")").split(","))
+        assert permute(x, n, key) == int(right)
+
+
+def eval_list(text):
+    import json
+
+    return json.loads(text)
+
+
+def test_the_specification_has_the_worked_example_of_training():
+    manifest = example_manifest()
+    order = Order(manifest)
+    found = dict(vectors("example"))
+    assert found.pop("manifest digest") == manifest_digest(manifest)
+    assert found.pop("order digest") == order.digest()
+    names = sorted(manifest["stores"])
+    for step in range(1, order.num_steps + 1):
+        rows = order.rows(order.positions(step))
+        told = " ".join(f"{names[s]}/{e}/{w}" for _, s, e, w in zip(*rows, strict=True))
+        assert found.pop(f"step {step}") == told
+    assert not found
+
+
+def example_manifest():
+    import json
+
+    [block] = re.findall(r"```json example\n(.*?)```", SPECIFICATION.read_text(), re.S)
+    return json.loads(block)
+
+
+def test_the_specification_has_the_batch_digest_of_training():
+    found = dict(vectors("batch"))
+    tokens = np.array(eval_list(found["rows"]), np.uint32)
+    lanes = row_digests(np.arange(len(tokens)), tokens)
+    for i, row in enumerate(lanes):
+        assert found[f"row {i}"] == row.astype("<u4").tobytes().hex()
+        assert found[f"row {i}"] == hashlib.sha256(i.to_bytes(8, "little") + tokens[i].astype("<u4").tobytes()).hexdigest()
+    assert found["batch"] == batch_digest(lanes)
+
+
+def test_a_hostile_manifest_is_refused_before_it_takes_memory():
+    huge = tiny_manifest([(1 << 40, 1, 1, {"a": (7, 1)})])
+    with pytest.raises(verifier.Wrong, match="chunks"):
+        verifier.Part(huge, [])
+    many = tiny_manifest([(1, 1 << 40, 1, {"a": (1, 1)})])
+    with pytest.raises(verifier.Wrong, match="epochs"):
+        verifier.Part(many, [])
