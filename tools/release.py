@@ -28,6 +28,12 @@ from k2jax.parallel.host_memory import keep_freed_memory
 WHICH = "last, all, every:N (of the chunks', and the last) or none"
 
 
+def table(sizes: dict[str, int]) -> str:
+    """Megabytes by part, the largest first, and in all."""
+    rows = [*sorted(sizes.items(), key=lambda part: -part[1]), ("in all, about", sum(sizes.values()))]
+    return "\n".join(f"{name:<26}{size / 1e6:>16,.1f} MB" for name, size in rows)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,12 +52,16 @@ def main() -> None:
     keep_freed_memory()  # before the imports below, some of which start threads
     started = time.perf_counter()
 
-    from k2jax.release.build import Options, release
+    from k2jax.release.build import Options, plan, release
 
     def say(line: str) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     options = Options(args.checkpoints, args.optimizer_state, args.exports, args.data)
+    if args.dry_run:
+        sizes = plan(args.workdir, options).sizes
+        print(json.dumps({"dry_run": True, "bytes": sizes, "all": sum(sizes.values())}) if args.json else table(sizes))
+        return
     done = release(args.workdir, args.out, options, stores=args.stores, sign_key=args.sign_key, say=say)
     if args.json:
         result = {"out": str(args.out), **done._asdict(), "seconds": round(time.perf_counter() - started, 3)}

@@ -4,8 +4,6 @@ Large parts come first, each as soon as it is read; what tells of them comes aft
 record and what is there; files.json last.
 """
 
-import csv
-import io
 import json
 import os
 import time
@@ -16,21 +14,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2jax import __version__, errors
+from k2jax import __version__, errors, files
 from k2jax.bucket import BucketPath, at
 from k2jax.data.export_chunks import WORK, export_chunks
 from k2jax.data.manifest import canonical_json
 from k2jax.errors import ConfigError, StorageError
-from k2jax.release import choice, sources
+from k2jax.release import checks, choice, sources
+from k2jax.release.bom import bom
+from k2jax.release.cards import model_card
 from k2jax.release.choice import Options
-from k2jax.release.record import Checkpoint, Record, read_record
-from k2jax.release.scratch import Scratch, opened
+from k2jax.release.croissant import croissant
+from k2jax.release.datacard import data_card
+from k2jax.release.facts import checkpoints_csv, facts, last_results, revision, sizes
+from k2jax.release.licences import Found, licences_text, read_licences
+from k2jax.release.openness import openness
+from k2jax.release.record import Record, read_record
+from k2jax.release.retrospective import retrospective
+from k2jax.release.scratch import FILES, SIGNATURE, Scratch, check_free, opened, place_of
+from k2jax.release.signing import sign, signer
+from k2jax.release.source import ARCHIVE, LOCK, read_source
 from k2jax.run import branches, storage
 from k2jax.run.ledger import Ledger
 from k2jax.run.saved import open_step, saved_steps
 
-FORMAT = 1
 EXPORT_DTYPE, SHARD_BYTES = "bfloat16", 5 * 10**9
+SPECIFICATION = Path(__file__).with_name("SPECIFICATION.md")
 Say = Callable[[str], None]
 
 
@@ -40,6 +48,42 @@ class Released(NamedTuple):
     digest: str  # SHA-256 of files.json: what one publishes elsewhere
     bytes: int
     files: int
+
+
+class Plan(NamedTuple):
+    """What a release of a run is going to hold."""
+
+    record: Record
+    options: Options
+    steps: list[int]  # with their checkpoints
+    exports: list[int]
+    files: list[sources.Source]  # copied as they are
+    cut: list[sources.Source]  # rows, up to the last checkpoint
+    thinned: list[str]  # what says of checkpoints that their moments are not there
+    sizes: dict[str, int]  # by part, in bytes
+
+
+def plan(workdir: str | os.PathLike | BucketPath, options: Options) -> Plan:
+    """Reads the run, and writes nothing. ConfigError or StorageError where it is not whole."""
+    workdir = at(workdir)
+    record = read_record(workdir if isinstance(workdir, BucketPath) else workdir.resolve())
+    checks.check_rows(record)
+    checks.check_secrets(record)
+    steps, exports = (choice.steps(record, getattr(options, n), f"--{n}") for n in ("checkpoints", "exports"))
+    copied, cut = sources.run_files(record)
+    thinned = []
+    places = [(record.workdir, step, None) for step in steps]
+    for number in record.branches:
+        folder = branches.branch_folder(record.workdir, number)
+        places += [(folder, step, number) for step in saved_steps(folder)]
+    for folder, step, branch in places:
+        folder, name = folder / "checkpoints" / str(step), sources.checkpoint_name(step, branch)
+        found = sources.checkpoint_files(folder, name, options.optimizer_state)
+        copied += found
+        if sources.loses_moments(found, name, options.optimizer_state, storage.read_meta(folder)):
+            thinned.append(f"{name}/{storage.THINNED}")
+    weights = sizes(record, options, [*copied, *cut], exports)
+    return Plan(record, options, steps, exports, copied, cut, thinned, weights)
 
 
 def release(
@@ -57,69 +101,47 @@ def release(
     or written: what is finished stays in OUT.partial for the next call.
     """
     errors.keep_files_ours()
-    workdir = at(workdir)
-    workdir = workdir if isinstance(workdir, BucketPath) else workdir.resolve()
-    record = read_record(workdir)
-    chosen = {name: choice.steps(record, getattr(options, name), f"--{name}") for name in ("checkpoints", "exports")}
-    plan = run_plan(record, options, chosen["checkpoints"])
-    identity = {"run": record.run, "record": record.head, "k2jax": __version__, **options._asdict()}
-    with _writing(out), opened(out, identity, _now()) as scratch:
-        for source in plan.files:
-            scratch.copy(source)
-        for name, text in plan.thinned.items():
-            scratch.write(name, _thinned(scratch.made, text))
-        say(f"run: {len(plan.files):,} files, {scratch.size('run/') / 1e6:,.1f} MB")
-        _data(scratch, record, options, stores, say)
-        exports = [_export(scratch, record, step, say) for step in chosen["exports"]]
-        facts = _facts(scratch, record, options, chosen["checkpoints"], exports)
-        scratch.write("checkpoints.csv", _csv(scratch, record, facts))
-        scratch.write("release.json", json.dumps(facts, indent=1) + "\n")
-        digest = scratch.close_with_list()
-        done = Released(digest, scratch.size(""), len(scratch.names()) + 1)
-        scratch.become(out)
-    return done
+    signing = signer(sign_key) if sign_key else None
+    checks.check_places(at(workdir), out)
+    check_free(out)
+    with checks.still(at(workdir)):
+        planned = plan(workdir, options)
+        record = planned.record
+        identity = {"run": record.run, "record": record.head, "k2jax": __version__, **options._asdict()}
+        checks.check_room(out, sum(planned.sizes.values()), _there(place_of(out)))
+        with _writing(out), opened(out, identity, _now()) as scratch:
+            _copy(scratch, planned)
+            say(f"run: {len(scratch.names('run/')):,} files, {scratch.size('run/') / 1e6:,.1f} MB")
+            _data(scratch, record, options, stores, say)
+            for step in planned.exports:
+                _export(scratch, record, step, say)
+            _tell(scratch, planned, stores)
+            _check_same(planned, plan(workdir, options))
+            digest = scratch.close_with_list()
+            count, size = len(scratch.names()) + 1, scratch.size("") + (scratch.root / FILES).stat().st_size
+            if signing:
+                sign(signing, scratch.root, scratch.root / SIGNATURE)
+                say("signed: model.sig")
+            scratch.become(out)
+    return Released(digest, size, count)
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
-
-
-class Plan(NamedTuple):
-    """What is copied, and what says of checkpoints that their moments are not there."""
-
-    files: list[sources.Source]
-    thinned: dict[str, str]  # {name of the file: why}
-
-
-def run_plan(record: Record, options: Options, steps: list[int]) -> Plan:
-    """Of run/: all the small files, the checkpoints of `steps`, and those that roll-backs left in branches."""
-    plan = Plan(sources.run_files(record), {})
-    places = [(record.workdir, step, None) for step in steps]
-    for number in record.branches:
-        folder = branches.branch_folder(record.workdir, number)
-        places += [(folder, step, number) for step in saved_steps(folder)]
-    for workdir, step, branch in places:
-        folder, name = workdir / "checkpoints" / str(step), sources.checkpoint_name(step, branch)
-        found = sources.checkpoint_files(folder, name, options.optimizer_state)
-        plan.files.extend(found)
-        if sources.loses_moments(found, name, options.optimizer_state, storage.read_meta(folder)):
-            plan.thinned[f"{name}/{storage.THINNED}"] = "released without optimizer state"
-    return plan
-
-
-def _thinned(made: str, why: str) -> str:
-    return json.dumps({"time": made, "by": "k2jax.release", "why": why}, indent=1) + "\n"
-
-
-# ---- data and exports ------------------------------------------------------------------------------------------------
+def _copy(scratch: Scratch, planned: Plan) -> None:
+    for source in planned.files:
+        scratch.copy(source)
+    for source in planned.cut:
+        scratch.stream(source.name, sources.rows_up_to(source, planned.record.step))
+    for name in planned.thinned:
+        said = {"time": scratch.made, "by": "k2jax.release", "why": "released without optimizer state"}
+        scratch.write(name, _json(said))
 
 
 def _data(scratch: Scratch, record: Record, options: Options, stores: Any, say: Say) -> None:
     if options.data == "digests":
         rows = Ledger(record.workdir / "ledger", None).steps.rows(last_step=record.step)
-        scratch.stream(
-            "data/digests.jsonl", (canonical_json({k: r[k] for k in ("step", "batch")}) + b"\n" for r in rows)
-        )
-        scratch.write("data/stores.json", json.dumps(_stores(record), indent=1) + "\n")
+        lines = (canonical_json({key: row[key] for key in ("step", "batch")}) + b"\n" for row in rows)
+        scratch.stream("data/digests.jsonl", lines)
+        scratch.write("data/stores.json", _json(_stores(record)))
         return
 
     def told(entry: dict[str, Any], was_there: bool) -> None:
@@ -131,74 +153,85 @@ def _data(scratch: Scratch, record: Record, options: Options, stores: Any, say: 
 
 
 def _stores(record: Record) -> dict[str, Any]:
+    """What data/stores.json holds: what a run with these digests read from, and how much of each."""
     keys = ("root_digest", "num_tokens", "num_train_tokens", "num_documents")
     parts, order = [], record.order
     while order is not None:
         stores = {name: {key: store[key] for key in keys} for name, store in order.manifest["stores"].items()}
         parts.insert(0, {"after_step": order.after_step, "stores": stores, "stages": order.manifest["stages"]})
         order = order.past
-    return {"format": FORMAT, "parts": parts}
+    return {"format": 1, "parts": parts}
 
 
-def _export(scratch: Scratch, record: Record, step: int, say: Say) -> dict[str, Any]:
+def _export(scratch: Scratch, record: Record, step: int, say: Say) -> None:
     from k2jax.hf.export import export
 
-    [tokens] = [checkpoint.tokens for checkpoint in record.checkpoints if checkpoint.step == step]
-    revision = f"step{step}-tokens{tokens}"
+    name = f"exports/{revision(record, step)}"
     saved = open_step(record.workdir, step)
     make = partial(export, saved, dtype=EXPORT_DTYPE, shard_bytes=SHARD_BYTES, progress=lambda size: None)
-    scratch.make(f"exports/{revision}", make, whole=True)
-    say(f"export: {revision}, {scratch.size(f'exports/{revision}/') / 1e6:,.1f} MB")
-    return {"step": step, "revision": revision, "path": f"exports/{revision}"}
+    scratch.make(name, make, whole=True)
+    say(f"export: {name}, {scratch.size(f'{name}/') / 1e6:,.1f} MB")
 
 
-# ---- what tells of it ------------------------------------------------------------------------------------------------
+def _tell(scratch: Scratch, planned: Plan, stores: Any) -> None:
+    """Everything that is made from the record, and what is there by now."""
+    record = planned.record
+    told = facts(record, planned.options, planned.steps, planned.exports, scratch.made)
+    scratch.write("release.json", _json(told))
+    scratch.write("checkpoints.csv", checkpoints_csv(scratch, record, told))
+    source = read_source(record)
+    scratch.write(ARCHIVE, source.archive)
+    scratch.write(LOCK, source.lock)
+    if SPECIFICATION.exists():
+        scratch.write(SPECIFICATION.name, SPECIFICATION.read_bytes())
+    for page in sources.below(record.workdir / "report.html", "report.html"):
+        scratch.copy(page)
+    licences = _licences(record, planned.options, stores)
+    results = last_results(record)
+    scratch.write("LICENSES.md", licences_text(record.name, licences))
+    scratch.write("RETROSPECTIVE.md", retrospective(record))
+    scratch.write("DATA.md", data_card(record, told, _rows(scratch, record, planned.options)))
+    scratch.write("croissant.json", _json(croissant(record, told, scratch)))
+    scratch.write("bom.cdx.json", _json(bom(record, told, scratch, results)))
+    scratch.write("README.md", b"")  # which openness.json counts, and which tells of openness.json
+    open_to = openness(record, told, scratch, licences)
+    scratch.write("openness.json", _json(open_to))
+    scratch.write("README.md", model_card(record, told, scratch, results, source.said, open_to["mof"]["means"]))
 
 
-def _facts(
-    scratch: Scratch, record: Record, options: Options, steps: list[int], exports: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What release.json holds."""
-
-    def entry(checkpoint: Checkpoint) -> dict[str, Any]:
-        path = sources.checkpoint_name(checkpoint.step) if checkpoint.step in steps else None
-        moments = path is not None and checkpoint.moments and options.optimizer_state
-        fields = {key: getattr(checkpoint, key) for key in ("step", "tokens", "stage", "digest")}
-        return {**fields, "optimizer_state": moments, "path": path}
-
-    return {
-        "format": FORMAT,
-        "name": record.name,
-        "run": record.run,
-        "made": scratch.made,
-        "k2jax": __version__,
-        "commit": next((launch["commit"] for launch in reversed(record.launches) if launch.get("commit")), None),
-        "options": options._asdict(),
-        "step": record.step,
-        "num_steps": record.order.num_steps,
-        "tokens": record.tokens,
-        "chunks": len(record.chunks),
-        "checkpoints": [entry(checkpoint) for checkpoint in record.checkpoints],
-        "exports": exports,
-        "branches": record.branches,
-        "data": options.data,
-    }
+def _licences(record: Record, options: Options, stores: Any) -> Found | None:
+    """None where the stores are not there, which a release of digests does not need."""
+    try:
+        return read_licences(record, stores)
+    except (ConfigError, StorageError):
+        if options.data == "tokens":
+            raise
+        return None
 
 
-COLUMNS = ("stage", "step", "tokens", "loss", "digest", "bytes", "optimizer_state")
+def _rows(scratch: Scratch, record: Record, options: Options) -> int:
+    if options.data == "digests":
+        return record.step
+    return sum(chunk["rows"] for chunk in files.read_json(scratch.root / "data" / "chunks.json")["chunks"])
 
 
-def _csv(scratch: Scratch, record: Record, facts: dict[str, Any]) -> str:
-    """checkpoints.csv: every checkpoint of the run; those that are not in the release have no bytes."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for checkpoint, entry in zip(record.checkpoints, facts["checkpoints"], strict=True):
-        size = scratch.size(f"{entry['path']}/") if entry["path"] else ""
-        loss = "" if checkpoint.loss is None else repr(checkpoint.loss)
-        state = "true" if entry["optimizer_state"] else "false"
-        writer.writerow([entry["stage"] or "", entry["step"], entry["tokens"], loss, entry["digest"], size, state])
-    return text.getvalue()
+def _check_same(before: Plan, now: Plan) -> None:
+    """StorageError where the run has changed under the release."""
+    was, found = ({*p.files, *p.cut} for p in (before, now))
+    if changed := sorted(source.name for source in was ^ found):
+        raise StorageError(
+            f"--workdir={before.record.workdir} has changed while it was released ({changed[0]}"
+            f"{', ...' if changed[1:] else ''}): end what writes it, and run the same command again"
+        )
+
+
+def _there(folder: Path) -> int:
+    """Bytes that an earlier call left."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
 
 
 def _now() -> str:
@@ -215,6 +248,6 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"--out={out}: {error.strerror or error} ({error.filename or 'no file named'}): nothing looks finished; "
-            f"make room or access, then run the same command, which goes on"
+            f"--out={out}: {error.filename or 'a file'}: {error.strerror or error}; nothing looks finished: make room "
+            f"or access, then run the same command, which goes on"
         ) from error

@@ -4,12 +4,14 @@ Bytes are copied as they are: epochs and launches are chained by digests. Only r
 record closes over, stay behind.
 """
 
+import io
 import os
 import re
 import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from k2jax import files
 from k2jax.bucket import BucketPath
 from k2jax.errors import ConfigError, StorageError
 from k2jax.release.record import AnyPath, Record
@@ -33,14 +35,32 @@ class Source(NamedTuple):
     changed: int  # mtime in ns; 0 in a bucket, which has none
 
 
-def run_files(record: Record) -> list[Source]:
-    """Everything but checkpoints, those of branches included: small beside them."""
-    found = [source for name in (*SMALL, *ROWS) for source in below(record.workdir / name, f"run/{name}")]
+def run_files(record: Record) -> tuple[list[Source], list[Source]]:
+    """(copied as they are, cut): all but checkpoints, those of branches included: small beside them.
+
+    Cut are the rows of the last chunk, in which steps may stand that no checkpoint closes over.
+    """
+    copied = [source for name in SMALL for source in below(record.workdir / name, f"run/{name}")]
+    cut, last = [], len(record.chunks)
+    for source in (source for name in ROWS for source in below(record.workdir / name, f"run/{name}")):
+        chunk = re.fullmatch(r"chunk-(\d{5,})\.jsonl", source.path.name)
+        if chunk is None or int(chunk[1]) < last:
+            copied.append(source)
+        elif int(chunk[1]) == last:
+            cut.append(source)
     for number in record.branches:
         folder = branches.branch_folder(record.workdir, number)
         for name in OF_A_BRANCH:
-            found += below(folder / name, f"run/branches/{number:02d}/{name}")
-    return found
+            copied += below(folder / name, f"run/branches/{number:02d}/{name}")
+    return copied, cut
+
+
+def rows_up_to(source: Source, step: int) -> Iterator[bytes]:
+    """The whole lines of a file of rows, up to a step."""
+    with source.path.open("rb") as file:
+        for line in io.BufferedReader(file):
+            if line.endswith(b"\n") and files.parse_json(line, str(source.path))["step"] <= step:
+                yield line
 
 
 def checkpoint_files(folder: AnyPath, name: str, moments: bool) -> list[Source]:
