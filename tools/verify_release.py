@@ -415,7 +415,7 @@ class Part:
             stood, made = before.stage_of(after), after
             first, _ = before.steps_of(stood)
             names = [stage["name"] for stage in stages]
-            must(stood.name in names, f"stage {shown(stood.name)}, in which the run stands, is not in the next manifest")
+            must(stood.name in names, f"stage {shown(stood.name)}, where the run stands, is not in the next manifest")
             at, done = names.index(stood.name), before.done.get(stood.name, 0) + made - first + 1
         self.done = {stages[at]["name"]: done}
         carried, salt = before.left_over(after) if before else {}, (after,) if before else ()
@@ -863,7 +863,7 @@ def read_journal(release: Release) -> Orders:
 
 
 def check_journal(release: Release) -> int:
-    """the data order before and after every decision in the journal, computed from seed and manifest, with its digests"""
+    """data order before and after every decision of the journal, computed from seed and manifest, with its digests"""
     return len(release.fact("journal").journal)
 
 
@@ -976,7 +976,7 @@ def stops(key: str) -> list[int]:
 
 
 def check_checkpoints(release: Release) -> int:
-    """every checkpoint's meta: its own digests; with the ledger's record, epoch, configuration, order, tokens, parent"""
+    """every checkpoint's meta: its digests; with the ledger's record, epoch, configuration, order, tokens, parent"""
     orders, metas = release.fact("journal"), release.fact("checkpoints")
     for folder, meta in metas.items():
         branch = re.match(r"run/branches/\d+", folder)
@@ -985,7 +985,8 @@ def check_checkpoints(release: Release) -> int:
         records = [r for r in ledger.records if r["last_step"] <= step]
         record = records[-1] if records and records[-1]["last_step"] == step else None
         must(record, f"{where}: the ledger has no record of step {step}")
-        belongs = {"checkpoint": meta["digest"], "order": meta["data"].get("order"), "config": meta.get("config_digest")}
+        belongs = {"checkpoint": meta["digest"], "order": meta["data"].get("order")}
+        belongs["config"] = meta.get("config_digest")
         for key, value in belongs.items():
             same(record[key], value, f"{where}: {key} in the ledger's record")
         before = records[-2] if len(records) > 1 else None
@@ -1013,7 +1014,7 @@ CSV = ["stage", "step", "tokens", "loss", "digest", "bytes", "optimizer_state"]
 
 
 def check_release(release: Release) -> int:
-    """release.json and checkpoints.csv with manifest, journal, ledger and folders: chunks, steps, tokens, checkpoints"""
+    """release.json and checkpoints.csv with manifest, journal, ledger, folders: chunks, steps, tokens, checkpoints"""
     about, ledger, order = release.json("release.json"), release.fact("ledger"), release.fact("journal").now
     where, epochs = "release.json", release.fact("epochs")
     last = ledger.records[-1]["last_step"]
@@ -1444,8 +1445,8 @@ def compare_array(release: Release, folder: str, arrays: Arrays, meta: dict, our
 
 
 def check_evaluations(release: Release) -> int:
-    """every evaluation's name with its content, its checkpoint's digest with the ledger's, its samples with its digest"""
-    names = release.below("run/evals")
+    """every evaluation's name with its content, its checkpoint with the ledger's, its samples with their digest"""
+    names = [name for name in release.below("run/evals") if name != "lock"]
     results = [name for name in names if name.endswith(".json")]
     samples = set()
     for name in results:
@@ -1457,7 +1458,8 @@ def check_evaluations(release: Release) -> int:
         task = re.sub(r"[^A-Za-z0-9_-]", "_", get(result, "task", str, where))
         same(match[2], f"{task}-{digest_of(identity)[:12]}", f"{where}: its name")
         same(number(result, "step", where), int(match[1]), f"{where}: step")
-        same(sha(result, "checkpoint", where), release.fact("ledger").checkpoint(result["step"]), f"{where}: checkpoint")
+        known = sha(result, "checkpoint", where) in recorded(release, result["step"])
+        must(known, f"{where}: {result['checkpoint'][:12]} is no checkpoint of step {result['step']}")
         of = get(result, "samples", dict, where)
         same(of.get("file"), f"{match[2]}.samples.jsonl", f"{where}: its samples")
         path = f"run/evals/{match[1]}/{match[2]}.samples.jsonl"
@@ -1470,17 +1472,26 @@ def check_evaluations(release: Release) -> int:
 
 
 def check_gallery(release: Release) -> int:
-    """every row of the gallery: its checkpoint's digest with the ledger's"""
+    """every text of the gallery: its checkpoint's digest with the ledger's"""
     count = 0
     for name in release.below("run/gallery"):
-        path = f"run/gallery/{name}"
-        lines = release.lines(path) if name.endswith(".jsonl") else [(path, release.bytes(path))]
-        for where, line in lines:
-            row = parse(line, where)
-            step = number(row, "step", where)
-            same(sha(row, "checkpoint", where), release.fact("ledger").checkpoint(step), f"{where}: checkpoint")
-            count += 1
+        if name == "lock":
+            continue
+        where = f"run/gallery/{name}"
+        match, values = re.fullmatch(r"(\d+)\.json", name), release.json(where, LARGE)
+        must(match, f"{where}: its name")
+        same([values.get("format"), values.get("step")], [1, int(match[1])], f"{where}: format and step")
+        for checkpoint, entries in get(values, "checkpoints", dict, where).items():
+            must(checkpoint in recorded(release, int(match[1])), f"{where}: {shown(checkpoint)} is no checkpoint of it")
+            must(type(entries) is list, f"{where}: its texts")
+            count += len(entries)
     return count
+
+
+def recorded(release: Release, step: int) -> set[str]:
+    """The digests of the checkpoints of a step: the run's, and those that roll-backs left in branches."""
+    ledgers = [release.fact("ledger"), *release.fact("branches").values()]
+    return {r["checkpoint"] for ledger in ledgers for r in ledger.records if r["last_step"] == step}
 
 
 def check_metrics(release: Release) -> int:
@@ -1584,13 +1595,15 @@ NEVER = (
 
 def verify(release: Release, published: str | None = None, replay: int = 0, say: Callable = print) -> list[Result]:
     """All checks, in order."""
-    checks = {**CHECKS, "digest": lambda r: check_digest(r, published), "replay": lambda r: check_replay(r, replay, say)}
+    checks = {**CHECKS, "digest": lambda r: check_digest(r, published)}
+    checks["replay"] = lambda r: check_replay(r, replay, say)
     words = {"digest": check_digest, "replay": check_replay}
     results = []
     for name, check in checks.items():
         compared = (words.get(name, check).__doc__ or "").strip()
         try:
-            result = Result(name, OK, compared, check(release), "")
+            count = check(release)
+            result = Result(name, OK if count else UNCHECKED, compared, count, "" if count else "there is none")
         except Unchecked as error:
             result = Result(name, UNCHECKED, compared, 0, says(error))
         except Needs as error:
