@@ -172,7 +172,7 @@ class Rerun:
             run_step = self.compiled(plan)
             placement = place_batches(self.config.stages[plan.index], self.mesh)
             batches = make_loader(
-                self.order, self.data.stores, label_shift=self.config.data.label_shift, first_step=begin,
+                self.order, self.data.rows, label_shift=self.config.data.label_shift, first_step=begin,
                 last_step=end, local_rows=placement.local_rows, threads=self.config.data.threads,
                 prefetch=self.config.data.prefetch,
             )  # fmt: skip
@@ -199,7 +199,7 @@ class Rerun:
     def rows(self, step: int) -> dict[str, np.ndarray]:
         """What a step reads, all rows of it on each process, as BatchSource has them."""
         shift = self.config.data.label_shift
-        return BatchSource(self.order, self.data.stores, label_shift=shift, first_step=step, last_step=step)[0]
+        return BatchSource(self.order, self.data.rows, label_shift=shift, first_step=step, last_step=step)[0]
 
     def batch(self, step: int, rows: dict[str, np.ndarray]) -> Batch:
         """Rows of a step's shape, on the devices."""
