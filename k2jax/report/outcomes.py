@@ -96,7 +96,7 @@ def _validation(found: Evaluations) -> list[Any]:
         traces += [_points(name, results, lambda m, n=name: m["subsets"][n]["loss"]) for name in names]
         note = "On all held-out windows that were asked for; the checkpoint's digest is in the labels."
         title = "Validation loss" + _setting(found, "validation", settings)
-        parts += _chart(title, traces, "nats a token", note, "wide")
+        parts += _chart(title, traces, "nats a token", note, "wide", marks=True)
         bits = [_points(name, results, lambda m, n=name: m["subsets"][n]["bits_per_byte"]) for name in names]
         parts += _chart(title.replace("loss", "bits a byte"), bits, "bits a byte")
     return parts
@@ -183,8 +183,8 @@ def _memorization(found: Evaluations) -> list[Any]:
         chunks = sorted({int(c) for r in results for c in r["metrics"].get("chunks") or {} if str(c).isdigit()})
         if chunks:
             z = [[_score(result, chunk) for result in results] for chunk in chunks]
-            choices = [{"label": "share of tokens recited", "y": chunks, "z": z}]
-            spec = {"kind": "heat", "x": [r["step"] for r in results], "choices": choices, "log": False, "even": True}
+            choices = [{"label": "share of tokens recited", "x": [r["step"] for r in results], "y": chunks, "z": z}]
+            spec = {"kind": "heat", "choices": choices, "log": False, "even": True}
             spec |= {"xtitle": "checkpoint", "ytitle": "chunk of the data"}
             parts.append(Chart(f"{title} by chunk and checkpoint", spec))
     return parts

@@ -9,6 +9,7 @@ import base64
 import gzip
 import hashlib
 import html
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -91,7 +92,10 @@ def page(title: str, said: str, sections: Sequence[Section], data: dict[str, Any
 
 
 def _section(section: Section, charts: list[dict[str, Any]]) -> str:
-    parts = "".join(_part(part, charts) for part in section.parts)
+    parts = ""
+    for small, group in itertools.groupby(section.parts, lambda part: isinstance(part, Chart) and part.size == "small"):
+        inside = "".join(_part(part, charts) for part in group)
+        parts += f'<div class="multiples">{inside}</div>' if small else inside
     return f'<section id="{section.key}"><h2>{escaped(section.title)}</h2><div class="parts">{parts}</div></section>\n'
 
 

@@ -48,7 +48,7 @@ def _newest(subject: Subject, name: str) -> float | None:
     """Mean of the last bucket that has one."""
     series = subject.rows.series
     found = [v for v in (series.mean(name) if series.count(name) else []) if math.isfinite(v)]
-    return found[-1] if found else None
+    return float(found[-1]) if found else None
 
 
 def _params(subject: Subject) -> float | None:

@@ -4,7 +4,7 @@ Steps are gathered in buckets of one width. Of each series a bucket keeps the me
 at which steps these two were. When there are too many buckets, each two become one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,8 @@ class Thinned:
         self.last = max(self.last, int(at[-1])) if len(at) else self.last
         while self.buckets > self.most:
             self._halve()
-        known = [name for name in columns if self._column(name) is not None]
+        self._know(columns)
+        known = [name for name in columns if name in self._columns]
         if not known or not len(at):
             return
         values = np.stack([np.asarray(columns[name], float)[order] for name in known], axis=1)
@@ -96,19 +97,20 @@ class Thinned:
             np.concatenate([a[0::2] + a[1::2], np.zeros_like(a[0::2])]) for a in (self._sum, self._count)
         )
 
-    def _column(self, name: str) -> int | None:
-        if name not in self._columns:
-            if len(self._columns) >= self.most_series:
-                self.left_out += 1
-                return None
-            self._columns[name] = len(self._columns)
-            missing, zeros = np.full((self.most, 1), np.nan), np.zeros((self.most, 1), np.int64)
-            self._low, self._high = np.hstack([self._low, missing]), np.hstack([self._high, missing])
-            self._sum = np.hstack([self._sum, zeros])
-            self._count, self._low_at, self._high_at = (
-                np.hstack([a, zeros]) for a in (self._count, self._low_at, self._high_at)
-            )
-        return self._columns[name]
+    def _know(self, names: Iterable[str]) -> None:
+        """Makes room for series that are new."""
+        new = [name for name in names if name not in self._columns]
+        room = new[: self.most_series - len(self._columns)]
+        self.left_out += len(new) - len(room)
+        if not room:
+            return
+        self._columns |= {name: len(self._columns) + i for i, name in enumerate(room)}
+        missing, zeros = np.full((self.most, len(room)), np.nan), np.zeros((self.most, len(room)), np.int64)
+        self._low, self._high = np.hstack([self._low, missing]), np.hstack([self._high, missing])
+        self._sum = np.hstack([self._sum, zeros])
+        self._count, self._low_at, self._high_at = (
+            np.hstack([a, zeros]) for a in (self._count, self._low_at, self._high_at)
+        )
 
     # ---- what is there -------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from k2jax.run.branches import rollbacks
 from k2jax.stability import telling
 
 MOST_SPIKES = 40
+MAP_COLUMNS = 240
+GROUPS = ("embed", "q", "k", "v", "o", "gate", "up", "down", "norms", "head")  # as a token meets them
 DONE = {"defer": "deferred", "skip": "skipped"}
 NORMS = {
     "grad_norm": "gradient norm, before clipping",
@@ -94,9 +96,16 @@ def loss(subject: Subject, predicted: dict[str, Any]) -> Section:
 
 
 def _prediction(predicted: dict[str, Any]) -> list[dict[str, Any]]:
-    curve = predicted.get("loss", {}).get("curve") or []
-    x, y = [step for step, _ in curve], [float(value) for _, value in curve]
-    return [{"run": 0, "label": "predicted before step 1", "x": x, "y": y, "dash": "dash"}] if curve else []
+    """Its curve; at the curve's end the band."""
+    if not predicted or not (curve := predicted["loss"]["curve"]):
+        return []
+    x, y = (list(column) for column in zip(*curve, strict=True))
+    traces = [{"run": 0, "label": "predicted before step 1", "x": x, "y": y, "dash": "dash"}]
+    if band := predicted["loss"]["band"]:
+        low, high = band[0] - y[-1], band[1] - y[-1]
+        bars = {"x": x[-1:], "y": y[-1:], "up": [high], "down": [-low], "points": True}
+        traces.append({"run": 0, "label": "predicted band of the end", **bars})
+    return traces
 
 
 def _held_out(subject: Subject) -> list[dict[str, Any]]:
@@ -195,14 +204,14 @@ def learning(subject: Subject) -> Section:
 
 def _group_maps(subject: Subject) -> list[Chart]:
     series, choices = subject.rows.series, []
-    every = max(1, -(-series.buckets // 240))
+    every = max(1, -(-series.buckets // MAP_COLUMNS))
     for prefix, title in NORMS.items():
         names = [name for name in series.names if name.startswith(f"{prefix}/") and series.count(name)]
+        names.sort(key=lambda name: GROUPS.index(name.partition("/")[2]) if name.partition("/")[2] in GROUPS else 99)
         if names:
-            z = [short(_columns(series.high(name), every), 3) for name in names]
-            choices.append({"label": title, "y": [name.partition("/")[2] for name in names], "z": z})
-    x = series.first_steps[::every].tolist()
-    return _map("Norms by layer group", x, choices)
+            values = [_columns(series.high(name), every) for name in names]
+            choices.append((title, [name.partition("/")[2] for name in names], values))
+    return _map("Norms by layer group", series.first_steps[::every], choices, first=True)
 
 
 def _layer_maps(subject: Subject) -> list[Chart]:
@@ -213,16 +222,23 @@ def _layer_maps(subject: Subject) -> list[Chart]:
     for group, names in groups.items():
         label, _, what = group.partition("/")
         said = {**NORMS, "attention_logit": "largest attention logit"}.get(label, label)
-        z = [short(series.high(name), 3) for name in names]
-        choices.append({"label": f"{said}: {what}" if what else said, "y": list(range(len(names))), "z": z})
-    return _map("By layer", series.first_steps.tolist(), choices)
+        values = [series.high(name) for name in names]
+        choices.append((f"{said}: {what}" if what else said, list(range(len(names))), values))
+    return _map("By layer", series.first_steps, choices)
 
 
-def _map(title: str, x: list[int], choices: list[dict[str, Any]]) -> list[Chart]:
-    if not choices:
+def _map(title: str, steps: np.ndarray, choices: list[tuple[str, list, list[np.ndarray]]], **more: Any) -> list[Chart]:
+    """Of (label, names of rows, a row of values each); columns in which no row has a value are left out."""
+    found = []
+    for label, y, values in choices:
+        matrix = np.stack(values)
+        there = np.isfinite(matrix).any(axis=0)
+        x = steps[there].tolist()
+        found.append({"label": label, "x": x, "y": y, "z": [short(row, 3) for row in matrix[:, there]]})
+    if not found:
         return []
     note = "The greatest value of each column's steps; colours by its logarithm."
-    return [Chart(title, {"kind": "heat", "x": x, "choices": choices, "log": True, "axis": "step"}, note, "wide")]
+    return [Chart(title, {"kind": "heat", "choices": found, "log": True, "axis": "step", **more}, note, "wide")]
 
 
 def _columns(values: np.ndarray, every: int) -> np.ndarray:
@@ -255,9 +271,9 @@ def speed(subject: Subject) -> Section:
         parts.append(Chart("Memory", _lines(traces, "GiB", scale=2**-30)))
     series = subject.rows.processes
     if series.buckets:
-        z = [short(series.high(name), 3) for name in series.names]
-        choices = [{"label": "seconds of its own in a step", "y": series.names, "z": z}]
-        parts += _map("By process", series.first_steps.tolist(), choices)
+        values = [series.high(name) for name in series.names]
+        choices = [("seconds of its own in a step", series.names, values)]
+        parts += _map("By process", series.first_steps, choices, first=True)
     return Section("speed", "Speed and time", parts)
 
 

@@ -5,7 +5,11 @@ const DATA = JSON.parse(document.getElementById("page-data").textContent);
 const AXES = {step: "step", tokens: "tokens", flops: "FLOPs, causal attention", hours: "hours of steps"};
 const MARKS = {stage: "stage begins", spike: "spike", "roll-back": "rolled back", decision: "decision", change: "configuration"};
 const STATE = {axis: "step", smoothing: 0.6, marks: true};
-const CONFIG = {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"]};
+// Of plotly's buttons those that stay on this page: one of the others sends a chart to plotly's own site.
+const CONFIG = {
+  displaylogo: false, responsive: true, displayModeBar: "hover", plotlyServerURL: "", topojsonURL: "none:",
+  modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]],
+};
 
 // Plotly takes some markup in names and labels.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -94,7 +98,7 @@ function curve(trace, spec, axis, i) {
     const texts = trace.names && trace.names.map((text) => plain(text));
     const hover = texts ? {text: texts, hovertemplate: "%{y:.5~g} (%{text})"} : {};
     const mode = trace.points ? "lines+markers" : "lines";
-    const bars = trace.up ? {error_y: {type: "data", array: trace.up, arrayminus: trace.down, color: line.color}} : {};
+    const bars = trace.up ? {error_y: {type: "data", symmetric: false, array: trace.up, arrayminus: trace.down, color: line.color}} : {};
     return [{...common, ...hover, ...bars, mode, x: onAxis(key, trace.x, axis), y: trace.y, line, marker: {size: 6}}];
   }
   const found = series(key, trace.series || trace.of);
@@ -106,7 +110,7 @@ function curve(trace, spec, axis, i) {
     return [{...common, mode: "markers", x: onAxis(key, steps, axis), y: steps.map((step) => at.get(step)), marker}];
   }
   const raw = extremes(found), middle = means(found);
-  const drawn = {...common, mode: "lines", line, connectgaps: false};
+  const drawn = {...common, mode: "lines", line, connectgaps: true};
   if (!spec.smooth || !STATE.smoothing) {
     return [{...drawn, x: onAxis(key, raw.x, axis), y: scaled(raw.y, spec.scale)}];
   }
@@ -168,9 +172,9 @@ function lines(spec, small) {
 // ---- heat maps --------------------------------------------------------------------------------------------------------
 
 function heat(spec, chosen) {
-  const {y, z} = spec.choices[chosen], axis = spec.axis ? axisFor(["0"]) : "step";
+  const {x: steps, y, z} = spec.choices[chosen], axis = spec.axis ? axisFor(["0"]) : "step";
   const shown = spec.log ? z.map((row) => row.map((v) => (v === null || v <= 0 ? null : Math.log10(v)))) : z;
-  const x = spec.even ? spec.x.map((step) => `${step}`) : onAxis("0", spec.x, axis);
+  const x = spec.even ? steps.map((step) => `${step}`) : onAxis("0", steps, axis);
   const flat = shown.flat().filter((v) => v !== null);
   const low = Math.floor(Math.min(...flat)), high = Math.ceil(Math.max(...flat));
   const ticks = Array.from({length: Math.max(high - low + 1, 1)}, (_, i) => low + i);
@@ -180,10 +184,11 @@ function heat(spec, chosen) {
     type: "heatmap", x, y: y.map((name) => plain(name)), z: shown, customdata: z, colorscale: "Viridis", colorbar: bar, hoverongaps: false,
     hovertemplate: "%{y}, %{x}: %{customdata:.3~g}<extra></extra>",
   };
+  const first = spec.first ? {autorange: "reversed"} : {};
   const layout = {
     ...base(false), hovermode: "closest",
     xaxis: {...axisStyle(), title: {text: spec.xtitle || AXES[axis], standoff: 6}, type: spec.even ? "category" : "linear", exponentformat: "SI", showgrid: false},
-    yaxis: {...axisStyle(), title: {text: spec.ytitle || ""}, type: "category", automargin: true, showgrid: false},
+    yaxis: {...axisStyle(), title: {text: spec.ytitle || ""}, type: "category", automargin: true, showgrid: false, ...first},
   };
   return {traces: [trace], layout};
 }
@@ -201,7 +206,7 @@ function base(small) {
     paper_bgcolor: paper, plot_bgcolor: paper, font: {family: css("--font"), size: 12, color: ink},
     margin: small ? {l: 34, r: 10, t: 6, b: 26} : {l: 52, r: 14, t: 8, b: 44}, autosize: true, dragmode: "zoom",
     hoverlabel: {bgcolor: css("--card"), bordercolor: css("--grid"), font: {color: ink, size: 12}, namelength: 40},
-    legend: {orientation: "h", x: 0, y: -0.16, yanchor: "top", font: {size: 11}, bgcolor: paper},
+    legend: {orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom", font: {size: 11}, bgcolor: paper},
     modebar: {bgcolor: paper, color: css("--dim"), activecolor: ink},
   };
 }

@@ -5,6 +5,7 @@ const drawn = new Set();
 function draw(div) {
   const {traces, layout} = figure(div);
   drawn.add(div);
+  document.documentElement.dataset.drawn ||= performance.now().toFixed(0); // ms from the start to the first chart
   return Plotly.react(div, traces, {...layout, uirevision: `${STATE.axis} ${div.dataset.choice || 0} ${div.dataset.log || ""}`}, CONFIG);
 }
 
@@ -33,7 +34,8 @@ function addControls(div) {
 
 async function unpack() {
   const packed = atob(document.getElementById("page-plotly").textContent.trim());
-  const bytes = Uint8Array.from(packed, (character) => character.charCodeAt(0));
+  const bytes = new Uint8Array(packed.length);
+  for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const script = document.createElement("script");
   script.textContent = await new Response(stream).text();
