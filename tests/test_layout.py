@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "evals": COMMON | RUN,
     "hf": COMMON | RUN,
     "plan": COMMON | RUN,
-    "release": COMMON | RUN | {"hf", "evals", "report", "costs"},
+    "release": COMMON | RUN | {"hf", "evals", "report"},
     "launch": COMMON | RUN | {"plan"},
     "preflight": COMMON | RUN | {"launch"},
     "generate": COMMON | RUN,

@@ -73,7 +73,8 @@ def test_every_file_is_listed_with_its_digest_and_no_other(whole):
     assert text == canonical_json(json.loads(text)) + b"\n"
     assert not [p for p in whole.rglob("*") if p.is_symlink() or p.name.startswith(".export") or ".new-" in p.name]
     expected = "README.md DATA.md LICENSES.md RETROSPECTIVE.md checkpoints.csv release.json croissant.json bom.cdx.json"
-    expected += " openness.json source/k2jax.tar.gz source/requirements.lock data/chunks.json run/tokenizer.json"
+    expected += " report.html SPECIFICATION.md openness.json"
+    expected += " source/k2jax.tar.gz source/requirements.lock data/chunks.json run/tokenizer.json"
     assert set(expected.split()) <= set(entries)
     assert not whole.with_name("release.partial").exists()
 
@@ -139,6 +140,11 @@ def test_which_checkpoints(tiny_run):
     assert [steps(text) for text in ("none", "last", "all", "every:1", "every:2", "every:9")] == [
         [], [25], [10, 20, 25], [10, 20, 25], [20, 25], [25],
     ]  # fmt: skip
+
+
+def test_no_folder_of_the_release_is_named_in_it(whole):
+    for name in listed(whole):
+        assert str(whole.parent).encode() not in (whole / name).read_bytes(), name
 
 
 # ---- as others read it -----------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_a_run_at_work(run):
 
 
 def test_a_run_that_changes_meanwhile(run, monkeypatch):
-    def tell(scratch, planned, stores):
+    def tell(*_):
         (run / "evals").mkdir(exist_ok=True)
         (run / "evals" / "new.json").write_text("{}")
 

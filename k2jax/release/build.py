@@ -33,6 +33,8 @@ from k2jax.release.retrospective import retrospective
 from k2jax.release.scratch import FILES, SIGNATURE, Scratch, check_free, clear_renamed, opened, place_of
 from k2jax.release.signing import sign, signer
 from k2jax.release.source import ARCHIVE, LOCK, read_source
+from k2jax.report import page
+from k2jax.report.build import Report
 from k2jax.run import branches, storage
 from k2jax.run.ledger import Ledger
 from k2jax.run.saved import open_step, saved_steps
@@ -102,6 +104,7 @@ def release(
     """
     errors.keep_files_ours()
     signing = signer(sign_key) if sign_key else None
+    page.plotly()  # if it is missing, that is said before anything is written
     checks.check_places(at(workdir), out)
     clear_renamed(out)
     check_free(out)
@@ -116,7 +119,7 @@ def release(
             _data(scratch, record, options, stores, say)
             for step in planned.exports:
                 _export(scratch, record, step, say)
-            _tell(scratch, planned, stores)
+            _tell(scratch, planned, stores, say)
             _check_same(planned, plan(workdir, options))
             digest = scratch.close_with_list()
             count, size = len(scratch.names()) + 1, scratch.size("") + (scratch.root / FILES).stat().st_size
@@ -174,7 +177,7 @@ def _export(scratch: Scratch, record: Record, step: int, say: Say) -> None:
     say(f"export: {name}, {scratch.size(f'{name}/') / 1e6:,.1f} MB")
 
 
-def _tell(scratch: Scratch, planned: Plan, stores: Any) -> None:
+def _tell(scratch: Scratch, planned: Plan, stores: Any, say: Say) -> None:
     """Everything that is made from the record, and what is there by now."""
     record = planned.record
     told = facts(record, planned.options, planned.steps, planned.exports, scratch.made)
@@ -183,10 +186,8 @@ def _tell(scratch: Scratch, planned: Plan, stores: Any) -> None:
     source = read_source(record)
     scratch.write(ARCHIVE, source.archive)
     scratch.write(LOCK, source.lock)
-    if SPECIFICATION.exists():
-        scratch.write(SPECIFICATION.name, SPECIFICATION.read_bytes())
-    for page in sources.below(record.workdir / "report.html", "report.html"):
-        scratch.copy(page)
+    scratch.write(SPECIFICATION.name, SPECIFICATION.read_bytes())
+    scratch.write("report.html", _report(scratch, say))
     licences = _licences(record, planned.options, stores)
     results = last_results(record)
     scratch.write("LICENSES.md", licences_text(record.name, licences))
@@ -198,6 +199,18 @@ def _tell(scratch: Scratch, planned: Plan, stores: Any) -> None:
     open_to = openness(record, told, scratch, licences)
     scratch.write("openness.json", _json(open_to))
     scratch.write("README.md", model_card(record, told, scratch, results, source.said, open_to["mof"]["means"]))
+
+
+def _report(scratch: Scratch, say: Say) -> bytes:
+    """Of what others get. The folder is not this machine's any more: the same release gives the same page."""
+    folder = scratch.root / "run"
+    report = Report(folder)
+    text = report.html(f"Made {scratch.made} for this release.")
+    for form in (page.as_json(str(folder))[1:-1], page.escaped(folder), str(folder)):
+        text = text.replace(form, "run")
+    for line in report.subject.notes.lines:
+        say(f"report: not read: {line}")
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _licences(record: Record, options: Options, stores: Any) -> Found | None:

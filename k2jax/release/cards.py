@@ -11,6 +11,7 @@ import yaml
 from k2jax import config as configuration
 from k2jax.data.manifest import manifest_digest
 from k2jax.model.decoder import num_params
+from k2jax.release.outcome import cost_table, prediction
 from k2jax.release.record import Record
 from k2jax.release.scratch import Scratch
 from k2jax.text import as_code, for_markdown, printable
@@ -67,6 +68,7 @@ def model_card(
     later = {"files.json", "README.md", "openness.json"}
     lines += [f"| `{path}` | {says} |" for path, says in FOLDERS if path in later or scratch.names(path)]
     lines += ["", *_left_out(record, facts), "", *_checkpoints(record), "", *_stages(config), ""]
+    lines += ["## Prediction and outcome", "", *prediction(record), "", "## Costs", "", *cost_table(record), ""]
     lines += [*_evaluations(record, results, bool(scratch.names("run/evals/"))), *_environment(record, source)]
     lines += ["## Licence", "", "See LICENSES.md.", ""]
     return front_matter(record, config, results) + "\n".join(lines)

@@ -22,8 +22,8 @@ class Report:
         page.plotly()  # if it is missing, that is said before anything is read
         self.subject, self.others = Subject(workdir), [Subject(other) for other in others]
 
-    def html(self) -> str:
-        """The whole file."""
+    def html(self, said: str = "") -> str:
+        """The whole file; `said` of itself, where it is not to name its folder and the time."""
         subject, subjects = self.subject, [self.subject, *self.others]
         predicted = record.read_prediction(subject)
         found = outcomes.Evaluations(subject)
@@ -52,7 +52,7 @@ class Report:
             "samples": sample_data,
         }
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        said = f"Made {now} from {subject.workdir}, at step {subject.last_step:,}."
+        said = said or f"Made {now} from {subject.workdir}, at step {subject.last_step:,}."
         warnings = [line for one in subjects for line in one.notes.lines]
         return page.page(f"{subject.name}: report of a run", said, sections, data, warnings)
 
