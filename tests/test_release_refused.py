@@ -129,6 +129,25 @@ def test_a_run_that_is_not_whole(run, spoil, kind, says):
     assert "hunter2" not in refused(run, kind, says)
 
 
+@pytest.mark.parametrize("part", ["params", "moments"])
+def test_a_damaged_array_is_found_before_it_is_handed_over(run, part):
+    """A bit in the data, which Orbax restores in silence or TensorStore refuses."""
+    largest = max((run / "checkpoints" / "25" / part).rglob("d/*"), key=lambda path: path.stat().st_size)
+    good, times = largest.read_bytes(), largest.stat()
+    data = bytearray(good)
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    os.utime(largest, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(StorageError, match=r"checkpoint 25: array \S+ (cannot be read|is damaged)") as error:
+        release(run, run.parent / "out", SMALL._replace(optimizer_state=True))
+    assert "\n" not in str(error.value) and not (run.parent / "out").exists()
+    if part == "moments":
+        release(run, run.parent / "without", SMALL)
+    largest.write_bytes(good)  # from a copy, with its old time
+    os.utime(largest, ns=(times.st_atime_ns, times.st_mtime_ns))
+    release(run, run.parent / "out", SMALL._replace(optimizer_state=True))
+
+
 def test_a_branch_half_there(tiny_run, tmp_path):
     workdir = rolled_back(tiny_run, tmp_path / "run")
     (workdir / "branches" / "01" / "branch.json").unlink()

@@ -20,6 +20,7 @@ from k2jax.data.export_chunks import WORK, export_chunks
 from k2jax.data.manifest import canonical_json
 from k2jax.errors import ConfigError, StorageError
 from k2jax.release import checks, choice, sources
+from k2jax.release.arrays import check_arrays
 from k2jax.release.bom import bom
 from k2jax.release.cards import model_card
 from k2jax.release.choice import Options
@@ -61,6 +62,7 @@ class Plan(NamedTuple):
     exports: list[int]
     files: list[sources.Source]  # copied as they are
     cut: list[sources.Source]  # rows, up to the last checkpoint
+    checkpoints: list[str]  # all folders of steps, those of branches included
     thinned: list[str]  # what says of checkpoints that their moments are not there
     sizes: dict[str, int]  # by part, in bytes
 
@@ -73,7 +75,7 @@ def plan(workdir: str | os.PathLike | BucketPath, options: Options) -> Plan:
     checks.check_secrets(record)
     steps, exports = (choice.steps(record, getattr(options, n), f"--{n}") for n in ("checkpoints", "exports"))
     copied, cut = sources.run_files(record)
-    thinned = []
+    thinned, checkpoints = [], []
     places = [(record.workdir, step, None) for step in steps]
     for number in record.branches:
         folder = branches.branch_folder(record.workdir, number)
@@ -82,10 +84,11 @@ def plan(workdir: str | os.PathLike | BucketPath, options: Options) -> Plan:
         folder, name = folder / "checkpoints" / str(step), sources.checkpoint_name(step, branch)
         found = sources.checkpoint_files(folder, name, options.optimizer_state)
         copied += found
+        checkpoints.append(name)
         if sources.loses_moments(found, name, options.optimizer_state, storage.read_meta(folder)):
             thinned.append(f"{name}/{storage.THINNED}")
     weights = sizes(record, options, [*copied, *cut], exports)
-    return Plan(record, options, steps, exports, copied, cut, thinned, weights)
+    return Plan(record, options, steps, exports, copied, cut, checkpoints, thinned, weights)
 
 
 def release(
@@ -138,6 +141,8 @@ def _copy(scratch: Scratch, planned: Plan) -> None:
     for name in planned.thinned:
         said = {"time": scratch.made, "by": "k2jax.release", "why": "released without optimizer state"}
         scratch.write(name, _json(said))
+    for name in planned.checkpoints:
+        scratch.check(name, check_arrays)
 
 
 def _data(scratch: Scratch, record: Record, options: Options, stores: Any, say: Say) -> None:

@@ -93,6 +93,18 @@ class Scratch:
                 self._note(f"{name}/{inside}", path.stat().st_size, digest, None)
         files.append_line(self._journal, canonical_json({"name": mark}) + b"\n")
 
+    def check(self, name: str, check: Callable[[Path], object]) -> None:
+        """Of a folder that was copied, once and for all calls; one that fails goes, and is copied again by the next."""
+        mark = f"checked {name}"
+        if mark in self._done:
+            return
+        try:
+            check(self.root / name)
+        except StorageError:
+            shutil.rmtree(self.root / name)
+            raise
+        files.append_line(self._journal, canonical_json({"name": mark}) + b"\n")
+
     def size(self, prefix: str) -> int:
         """Bytes of all finished files whose names begin so."""
         return sum(self._done[name]["bytes"] for name in self._names if name.startswith(prefix))
