@@ -99,6 +99,10 @@ def no_last(run: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "25")
 
 
+def no_launch(run: Path) -> None:
+    (run / "environment.json").unlink()
+
+
 def secret(run: Path) -> None:
     launches = read_launches(run)
     launches[0]["stores"] = {"x": "https://me:hunter2@host/x"}
@@ -121,6 +125,7 @@ def secret(run: Path) -> None:
         (nothing_saved, ConfigError, r"nothing was saved yet"),
         (no_epochs, ConfigError, r"no run, there is no epochs/0001\.json in it"),
         (no_last, ConfigError, r"--checkpoints=last: none of those is on the storage: .* of steps 10, 20"),
+        (no_launch, ConfigError, r"no environment\.json says"),
         (secret, ConfigError, r"environment\.json holds credentials in a URL"),
     ],
 )
