@@ -275,6 +275,7 @@ def test_killed_at_many_points_it_ends_with_the_same_bytes(tiny_run, tmp_path, m
         done = (tmp_path / "killed.partial" / "done.jsonl").read_bytes()
         assert len(done) >= len(kept.get("done", b"")), "what was finished is kept"
         kept = {"done": done}
+    (tmp_path / "killed.partial" / "release" / "data" / "chunk_00002.parquet").write_bytes(b"of a bad disk")
     assert killed_release("renamed", *arguments) == -9
     assert (out / "files.json").read_bytes() == (tmp_path / "straight" / "files.json").read_bytes()
     assert files_below(out) == files_below(tmp_path / "straight")

@@ -99,6 +99,15 @@ def no_last(run: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "25")
 
 
+def late_prediction(run: Path) -> None:
+    (run / "prediction.json").write_text('{"loss": {"final": 1.0}}')
+
+
+def torn_evaluation(run: Path) -> None:
+    (run / "evals" / "25").mkdir(parents=True)
+    (run / "evals" / "25" / "gsm8k-0123456789ab.json").write_text('{"task": "gsm8k", ')
+
+
 def no_launch(run: Path) -> None:
     (run / "environment.json").unlink()
 
@@ -125,7 +134,9 @@ def secret(run: Path) -> None:
         (nothing_saved, ConfigError, r"nothing was saved yet"),
         (no_epochs, ConfigError, r"no run, there is no epochs/0001\.json in it"),
         (no_last, ConfigError, r"--checkpoints=last: none of those is on the storage: .* of steps 10, 20"),
-        (no_launch, ConfigError, r"no environment\.json says"),
+        (late_prediction, ConfigError, r"its digest is not in the journal"),
+        (torn_evaluation, StorageError, r"gsm8k-0123456789ab\.json is damaged"),
+        (no_launch, ConfigError, r"no environment\.json says on what it ran"),
         (secret, ConfigError, r"environment\.json holds credentials in a URL"),
     ],
 )
@@ -223,6 +234,15 @@ def test_another_release_is_not_mixed_in(run, monkeypatch):
         release(run, run.parent / "out", SMALL)
     with pytest.raises(ConfigError, match=r'is the beginning of another release: its data is "digests", this one\'s'):
         release(run, run.parent / "out", SMALL._replace(data="tokens"))
+
+
+def test_one_process_at_a_time(run):
+    (run.parent / "out.partial").mkdir()
+    with (run.parent / "out.partial" / "lock").open("w") as held:
+        held.write("host b, pid 8")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused(run, ConfigError, r"another process \(host b, pid 8\) is making it")
 
 
 @pytest.mark.parametrize("text", [b"", b"no key", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"])

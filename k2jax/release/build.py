@@ -43,6 +43,7 @@ from k2jax.run.saved import open_step, saved_steps
 EXPORT_DTYPE, SHARD_BYTES = "bfloat16", 5 * 10**9
 SPECIFICATION = Path(__file__).with_name("SPECIFICATION.md")
 Say = Callable[[str], None]
+Progress = Callable[[int], object]
 
 
 class Released(NamedTuple):
@@ -73,6 +74,7 @@ def plan(workdir: str | os.PathLike | BucketPath, options: Options) -> Plan:
     record = read_record(workdir if isinstance(workdir, BucketPath) else workdir.resolve())
     checks.check_rows(record)
     checks.check_secrets(record)
+    checks.check_told(record)
     steps, exports = (choice.steps(record, getattr(options, n), f"--{n}") for n in ("checkpoints", "exports"))
     copied, cut = sources.run_files(record)
     thinned, checkpoints = [], []
@@ -99,13 +101,24 @@ def release(
     stores: str | os.PathLike | None = None,
     sign_key: Path | None = None,
     say: Say = lambda line: None,
+    progress: Progress = lambda size: None,
 ) -> Released:
     """Writes the folder `out`, whole or not at all; what an earlier call of the same left of it is gone on with.
+
+    Args:
+        workdir: the run directory.
+        out: a new folder, or an empty one.
+        options: what is in it.
+        stores: where the stores are, by name, if they have moved.
+        sign_key: a file with a private key, where there is to be a model.sig.
+        say: is told of each part that is done.
+        progress: is told of the bytes of checkpoints and exports, as they come.
 
     Raises ConfigError where the run or the folder is not what it should be, StorageError where something cannot be read
     or written: what is finished stays in OUT.partial for the next call.
     """
     errors.keep_files_ours()
+    out = Path(os.path.abspath(out))
     signing = signer(sign_key) if sign_key else None
     page.plotly()  # if it is missing, that is said before anything is written
     checks.check_places(at(workdir), out)
@@ -117,15 +130,15 @@ def release(
         identity = {"run": record.run, "record": record.head, "k2jax": __version__, **options._asdict()}
         checks.check_room(out, sum(planned.sizes.values()), _there(place_of(out)))
         with _writing(out), opened(out, identity, _now()) as scratch:
-            _copy(scratch, planned)
-            say(f"run: {len(scratch.names('run/')):,} files, {scratch.size('run/') / 1e6:,.1f} MB")
+            _copy(scratch, planned, progress)
+            say(f"run: {len(scratch.names('run/')):,} files, {scratch.size_below('run/') / 1e6:,.1f} MB")
             _data(scratch, record, options, stores, say)
             for step in planned.exports:
-                _export(scratch, record, step, say)
+                _export(scratch, record, step, say, progress)
             _tell(scratch, planned, stores, say)
             _check_same(planned, plan(workdir, options))
             digest = scratch.close_with_list()
-            count, size = len(scratch.names()) + 1, scratch.size("") + (scratch.root / FILES).stat().st_size
+            count, size = len(scratch.names()) + 1, scratch.size_below("") + (scratch.root / FILES).stat().st_size
             if signing:
                 sign(signing, scratch.root, scratch.root / SIGNATURE)
                 say("signed: model.sig")
@@ -133,9 +146,9 @@ def release(
     return Released(digest, size, count)
 
 
-def _copy(scratch: Scratch, planned: Plan) -> None:
+def _copy(scratch: Scratch, planned: Plan, progress: Progress) -> None:
     for source in planned.files:
-        scratch.copy(source)
+        scratch.copy(source, progress)
     for source in planned.cut:
         scratch.stream(source.name, sources.rows_up_to(source, planned.record.step))
     for name in planned.thinned:
@@ -172,14 +185,14 @@ def _stores(record: Record) -> dict[str, Any]:
     return {"format": 1, "parts": parts}
 
 
-def _export(scratch: Scratch, record: Record, step: int, say: Say) -> None:
+def _export(scratch: Scratch, record: Record, step: int, say: Say, progress: Progress) -> None:
     from k2jax.hf.export import export
 
     name = f"exports/{revision(record, step)}"
     saved = open_step(record.workdir, step)
-    make = partial(export, saved, dtype=EXPORT_DTYPE, shard_bytes=SHARD_BYTES, progress=lambda size: None)
+    make = partial(export, saved, dtype=EXPORT_DTYPE, shard_bytes=SHARD_BYTES, progress=progress)
     scratch.make(name, make, whole=True)
-    say(f"export: {name}, {scratch.size(f'{name}/') / 1e6:,.1f} MB")
+    say(f"export: {name}, {scratch.size_below(f'{name}/') / 1e6:,.1f} MB")
 
 
 def _tell(scratch: Scratch, planned: Plan, stores: Any, say: Say) -> None:

@@ -4,6 +4,7 @@ Names, texts and paths in it are whatever a run says: each goes through for_mark
 YAML, so that none becomes markup.
 """
 
+import math
 from typing import Any
 
 import yaml
@@ -114,7 +115,7 @@ def _model_index(result: dict[str, Any]) -> dict[str, Any] | None:
 
 def numbers(metrics: Any) -> list[tuple[str, float]]:
     found = metrics.items() if isinstance(metrics, dict) else ()
-    return sorted((str(k), v) for k, v in found if isinstance(v, (int, float)) and not isinstance(v, bool))
+    return sorted((str(k), v) for k, v in found if type(v) in (int, float) and math.isfinite(v))
 
 
 def table(rows: dict[str, Any]) -> list[str]:
@@ -146,8 +147,10 @@ def _use(facts: dict[str, Any]) -> list[str]:
         return ["No checkpoint is here in Hugging Face's format; `tools/convert_to_hf.py --workdir=run` makes one."]
     lines = [EXAMPLE.format(path=facts["exports"][-1]["path"]), ""]
     if len(facts["exports"]) > 1:
-        lines += ["Revisions: " + ", ".join(f"`{export['revision']}`" for export in facts["exports"]) + ".", ""]
-    return [*lines, "No token goes before a text (there is no BOS)."]
+        lines += ["Others: " + ", ".join(f"`{export['revision']}`" for export in facts["exports"][:-1]) + ".", ""]
+    last = facts["exports"][-1]["revision"]
+    said = f'Where this is on a hub, each is a branch, too: `revision="{last}"`. No token goes before a text (no BOS).'
+    return [*lines, said]
 
 
 def _left_out(record: Record, facts: dict[str, Any]) -> list[str]:
