@@ -52,6 +52,10 @@ def pipe(run: Path) -> None:
     os.mkfifo(run / "evals" / "25" / "x.json")
 
 
+def pipe_for_a_journal(run: Path) -> None:
+    os.mkfifo(run / "journal.jsonl")
+
+
 def strange_name(run: Path) -> None:
     (run / "evals").mkdir(exist_ok=True)
     (run / "evals" / "a\nb").write_text("x")
@@ -124,6 +128,7 @@ def secret(run: Path) -> None:
         (link, ConfigError, r"params is a link: .*put the file itself there"),
         (link_out, ConfigError, r"validation\.json is a link"),
         (pipe, ConfigError, r"x\.json is a device, pipe or socket"),
+        (pipe_for_a_journal, ConfigError, r"journal\.jsonl is a device, pipe or socket"),
         (strange_name, ConfigError, r"a name with control characters"),
         (backslash, ConfigError, r"a name with control characters, backslashes"),
         (no_metrics, ConfigError, r"metrics/ lacks chunk-00002\.jsonl"),

@@ -71,7 +71,9 @@ class Plan(NamedTuple):
 def plan(workdir: str | os.PathLike | BucketPath, options: Options) -> Plan:
     """Reads the run, and writes nothing. ConfigError or StorageError where it is not whole."""
     workdir = at(workdir)
-    record = read_record(workdir if isinstance(workdir, BucketPath) else workdir.resolve())
+    workdir = workdir if isinstance(workdir, BucketPath) else workdir.resolve()
+    sources.check_plain(workdir)
+    record = read_record(workdir)
     checks.check_rows(record)
     checks.check_secrets(record)
     checks.check_told(record)
