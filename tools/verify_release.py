@@ -88,6 +88,7 @@ def same(found: Any, expected: Any, what: str) -> None:
 # ---- 2 reading: sizes are limited before anything is read, and types looked at before they are used ------------------
 
 SMALL, LARGE, LINE = 1 << 26, 1 << 28, 1 << 22  # bytes: of a JSON file, of files.json, of a line
+STRANGE = "{} is a link, a device or a socket: nothing is read"
 HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -144,7 +145,7 @@ class Release:
         self.root, self.steps, self.seed = root, steps, seed
         self.sizes: dict[str, int] = {}
         self.strange: list[str] = []  # what is neither file nor folder
-        self._facts: dict[str, tuple[Any, str | None]] = {}
+        self._facts: dict[str, tuple[Any, Exception | None]] = {}
         folders = [""]
         while folders:
             here = folders.pop()
@@ -160,19 +161,23 @@ class Release:
                         self.strange.append(path)
 
     def fact(self, name: str) -> Any:
-        """What FACTS[name] reads; Needs where that does not hold."""
+        """What FACTS[name] reads; Needs where that, or what it needs in turn, does not hold."""
         if name not in self._facts:
             try:
                 self._facts[name] = FACTS[name](self), None
+            except (Needs, Unchecked) as error:
+                self._facts[name] = None, error
             except Exception as error:  # whatever hostile content makes of it, it is this fact that does not hold
-                self._facts[name] = None, says(error)
+                self._facts[name] = None, Needs(name, says(error))
         value, problem = self._facts[name]
         if problem is not None:
-            raise Needs(name, problem)
+            raise problem
         return value
 
     def open(self, path: str) -> io.BufferedReader:
-        must(path in self.sizes and not self.strange, f"{path} is not there")
+        if self.strange:
+            raise Needs("files", STRANGE.format(shown(self.strange[0])))
+        must(path in self.sizes, f"{shown(path)} is not there")
         number = os.open(self.root / path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
         return os.fdopen(number, "rb")
 
@@ -211,7 +216,7 @@ def says(error: BaseException) -> str:
 
 def read_files(release: Release) -> dict[str, tuple[int, str]]:
     """§2: {path: (bytes, SHA-256)} of files.json; the folder has these files and no others."""
-    must(not release.strange, f"{shown(release.strange[:1])} is a link, a device or a socket")
+    must(not release.strange, STRANGE.format(shown("".join(release.strange[:1]))))
     values = release.json("files.json", LARGE)
     same(get(values, "format", int, "files.json"), 1, "files.json: format")
     listed = {}
@@ -1024,6 +1029,12 @@ def check_release(release: Release) -> int:
     expected |= {"num_steps": order.last, "tokens": order.tokens(last), "chunks": len(chunks), "branches": branches}
     for key, value in expected.items():
         same(about.get(key), value, f"{where}: {key}")
+    if about.get("data") == "digests":
+        rows = [(row.get("step"), row.get("batch")) for row in read_lines(release, "data/digests.jsonl")]
+        known = [(step, row["batch"]) for step, row in sorted(ledger.rows.items()) if step <= last]
+        must(rows == known, "data/digests.jsonl has not the ledger's digests")
+    else:
+        same(about.get("data"), "tokens", f"{where}: data")
     listed = get(about, "checkpoints", list, where)
     same([one.get("step") for one in listed], [r["last_step"] for r in ledger.records], f"{where}: its checkpoints")
     metas, there = release.fact("checkpoints"), set()
@@ -1065,12 +1076,12 @@ def read_branches(release: Release) -> dict[str, Ledger]:
     entries = [e for e in release.fact("journal").journal if e["kind"] == "rollback"]
     folders = sorted({path.split("/")[2] for path in release.sizes if path.startswith("run/branches/")})
     same(folders, sorted(f"{number(e, 'branch', 'journal', 1):02d}" for e in entries), "run/branches: the folders")
-    found, lines = {}, [line for _, line in release.lines("run/journal.jsonl")] if entries else []
+    found, journal = {}, release.fact("journal").journal
     for entry in entries:
         folder = f"run/branches/{entry['branch']:02d}"
         same(release.json(f"{folder}/branch.json"), entry, f"{folder}/branch.json")
-        known = [line for _, line in release.lines(f"{folder}/journal.jsonl")]
-        same(known, lines[: release.fact("journal").journal.index(entry)], f"{folder}/journal.jsonl: its lines")
+        known = read_lines(release, f"{folder}/journal.jsonl")
+        same(known, journal[: journal.index(entry)], f"{folder}/journal.jsonl: its entries")
         pieces, last = [], None
         for later in entries:
             if later["branch"] >= entry["branch"] and (last is None or later["at_step"] < last):
@@ -1253,8 +1264,8 @@ def look_at_documents(data: Data, step: int, table: pa.Table, tokens: np.ndarray
 
 def of_data(release: Release, name: str, count: str) -> int:
     """What one check found in the pass over the rows."""
-    if "data/chunks.json" not in release.sizes:
-        raise Unchecked("no rows are released, only their digests in the ledger")
+    if release.json("release.json").get("data") == "digests":
+        raise Unchecked("no rows are released, only the digests that the ledger has")
     data = release.fact("rows")
     must(name not in data.wrong, data.wrong.get(name, ""))
     return getattr(data, count)
