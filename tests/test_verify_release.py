@@ -90,3 +90,41 @@ def test_what_only_a_published_digest_or_a_replay_shows(forger, whole, name):
     assert failed(forger.root) == set() and failed(forger.root, published=published) == {"digest"}
     assert failed(whole, published=published) == set()
     assert by in ("digest", "replay")
+
+
+# ---- steps that are run again ----------------------------------------------------------------------------------------
+
+
+def again(root, first, count, say=lambda line: None):
+    """Steps of a release, run again here, where the run was made: no store is opened, all bits are the same."""
+    from k2jax.replay import replay
+
+    return replay(root / "run", first, count, say=say)
+
+
+def test_a_release_is_run_again_without_its_stores(whole, monkeypatch):
+    """Over a change of data, and a decision that makes a stage shorter: its learning rate, too, is as it was."""
+    from k2jax.data.store import Store
+
+    monkeypatch.setattr(Store, "open", None)
+    found = again(whole, 9, 16)
+    assert [one.step for one in found] == [*range(9, 25)]
+    assert all(one.batch and one.bits for one in found), found
+    assert {one.step: one.arrays for one in found if one.arrays is not None} == {10: True, 20: True, 24: True}
+
+
+def test_what_a_replay_shows(forger):
+    """A loss, a token, and the weights of a checkpoint, each changed with all digests that hang on it."""
+    UNSEEN["losses_edited_everywhere"][0](forger)
+    assert [one.bits for one in again(forger.root, 14, 2)] == [True, False]
+
+
+def test_a_replay_shows_other_tokens(forger):
+    UNSEEN["tokens_of_a_row_changed_with_the_ledger"][0](forger)
+    [one] = again(forger.root, 15, 1)
+    assert one.batch and not one.bits and one.apart > 1e-6
+
+
+def test_a_replay_shows_other_weights(forger):
+    UNSEEN["weights_of_the_last_checkpoint_changed_everywhere"][0](forger)
+    assert [one.arrays for one in again(forger.root, 21, 4)] == [None, None, None, False]
