@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks a release of a training run, and says what it proves and what not. For strangers: it trusts nobody.
 
-    python verify_release.py RELEASE [--digest SHA256] [--steps all|N] [--seed S] [--replay N] [--json]
+    python verify_release.py RELEASE [--digest SHA256] [--steps all|N] [--replay N] [--replay-chunks N] [--json]
 
 It needs Python 3.11, numpy and pyarrow, and nothing of k2jax, of which it shares no line: it is written from
 SPECIFICATION.md, whose sections it names (§). Take it from where you trust, never from the release. It reads, and
@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import signal
 import stat
 import struct
 import subprocess
@@ -766,7 +767,7 @@ def check_manifest(manifest: Any, config: dict, where: str) -> None:
     same(get(manifest, "format", int, where), 1, f"{where}: format")
     number(manifest, "vocab_size", where, 1)
     number(manifest, "eos_id", where)
-    same(number(manifest, "seed", where, 0, 1 << 64), config.get("seed"), f"{where}: seed")
+    same(number(manifest, "seed", where, 0, 1 << 64), get(config, "seed", int, where), f"{where}: seed")
     sha(manifest, "tokenizer_sha256", where)
     shift = get(manifest, "label_shift", str, where)
     must(shift in ("next", "inside"), f"{where}: label_shift {shown(shift)}")
@@ -781,7 +782,8 @@ def check_manifest(manifest: Any, config: dict, where: str) -> None:
     for stage, plan in zip(stages, planned, strict=True):
         get(stage, "name", str, where)
         for key in ("name", "sequence_length", "rows_per_step", "steps_per_chunk", "chunks"):
-            same(stage.get(key), plan.get(key), f"{where}: {key} of a stage")
+            must(key in stage and key in plan, f"{where}: a stage has no {key}")
+            same(stage[key], plan[key], f"{where}: {key} of a stage")
         length, rows, _, _ = (
             number(stage, key, where, 1) for key in ("sequence_length", "rows_per_step", "steps_per_chunk", "chunks")
         )
@@ -1541,34 +1543,53 @@ def check_launches(release: Release) -> int:
 CLOSE = 1e-3  # relative: on other devices sums are added in another order, and that explains no more
 
 
-def drawn(digest: str, seed: int, n: int, last: int) -> list[int]:
-    """§9: the steps that a release is challenged to run again: nobody can choose them who makes it."""
+def drawn(text: str, n: int, of: int) -> list[int]:
+    """§9: numbers of [0, of) that nobody can choose who makes the release."""
     found: list[int] = []
     for i in range(100 * n):
-        number = hashlib.sha256(f"{digest} {seed} {i}".encode()).digest()[:8]
-        step = int.from_bytes(number, "big") % last + 1
-        found += [step] if step not in found and len(found) < min(n, last) else []
+        number = hashlib.sha256(f"{text} {i}".encode()).digest()[:8]
+        one = int.from_bytes(number, "big") % of
+        found += [one] if one not in found and len(found) < min(n, of) else []
     return sorted(found)
 
 
-def check_replay(release: Release, n: int, say: Callable[[str], None]) -> int:
-    """steps drawn after the release's digest, run again by k2jax: batch, loss and gradient norm with the ledger's"""
-    if not n:
-        raise Unchecked("not asked for: --replay=N, with k2jax installed")
-    steps = drawn(release.digest, release.seed, n, release.fact("ledger").records[-1]["last_step"])
-    for step in steps:
-        say(f"running step {step} again")
+def challenges(release: Release, steps: int, chunks: int) -> list[tuple[int, int]]:
+    """§9: (first step, how many): single steps, and whole stretches between two checkpoints that are released."""
+    ledger, metas, text = release.fact("ledger"), release.fact("checkpoints"), f"{release.digest} {release.seed}"
+    last = ledger.records[-1]["last_step"]
+    found = [(step + 1, 1) for step in drawn(f"{text} steps", steps, last)]
+    whole = []
+    for record in ledger.records:
+        before, after = (f"run/checkpoints/{step}" for step in (record["first_step"] - 1, record["last_step"]))
+        begins = record["first_step"] == 1 and before not in metas or release.below(f"{before}/moments")
+        whole += [(record["first_step"], record["num_rows"])] if begins and after in metas else []
+    must(whole or not chunks, "no two checkpoints with optimizer state are released that follow each other")
+    return found + [whole[i] for i in drawn(f"{text} chunks", chunks, len(whole) or 1)]
+
+
+def check_replay(release: Release, steps: int, chunks: int, say: Callable[[str], None]) -> int:
+    """steps drawn after the release's digest, run again by k2jax: batch, loss, gradient norm, arrays of checkpoints"""
+    if not steps and not chunks:
+        raise Unchecked("not asked for: --replay=N for steps, --replay-chunks=N for checkpoints, with k2jax installed")
+    count = 0
+    for first, number in challenges(release, steps, chunks):
+        say(f"running again: {number} step(s) from {first}")
         # -P: a release that one stands in brings no modules.
-        command = [sys.executable, "-P", "-m", "k2jax.replay", f"--workdir={release.root / 'run'}"]
-        child = subprocess.run([*command, f"--step={step}", "--json"], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-P", "-m", "k2jax.replay", f"--workdir={release.root / 'run'}", f"--step={first}"]
+        child = subprocess.run([*command, f"--steps={number}", "--json"], capture_output=True, text=True, check=False)
         told = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
         if "No module named" in told:
             raise Unchecked("k2jax is not installed here")
-        must(child.returncode == 0, f"step {step}: {told}")
-        found = parse(child.stdout.strip().splitlines()[-1].encode(), "what k2jax.replay says")
-        same([found.get("step"), found.get("batch")], [step, True], f"step {step}: its batch")
-        must(found.get("bits") is True or get(found, "apart", float, "replay") < CLOSE, f"step {step}: {shown(found)}")
-    return len(steps)
+        must(child.returncode == 0, f"steps from {first}: {told}")
+        lines = [line for line in child.stdout.splitlines() if line.startswith("{")]
+        found = [parse(line.encode(), "what k2jax.replay says") for line in lines]
+        same([one.get("step") for one in found], [*range(first, first + number)], "the steps that were run again")
+        for one in found:
+            near = one.get("bits") is True or get(one, "apart", float, "replay") < CLOSE
+            must(one.get("batch") is True and near, f"step {one['step']}: {shown(one)}")
+        must(number == 1 or found[-1].get("arrays") is not None, f"steps from {first}: no arrays were compared")
+        count += number
+    return count
 
 
 def check_digest(release: Release, published: str | None) -> int:
@@ -1593,7 +1614,7 @@ CHECKS: dict[str, Callable[[Release], int]] = {
 NEVER = (
     "that losses and gradient norms are what training gave: whoever computes the whole chain anew is found by a "
     "published digest or by --replay alone",
-    "that a checkpoint came of the steps before it: --replay shows it for the steps that it runs",
+    "that a checkpoint came of the steps before it: --replay-chunks shows it for those that it runs to",
     "evaluation scores, gallery texts, samples and logits of certificates: run them again; that they name the right "
     "checkpoint and were not changed since is what is checked",
     "held-out losses, metrics other than loss and gradient norm, goodput, launches, costs, prediction, spikes, cards: "
@@ -1604,10 +1625,12 @@ NEVER = (
 )
 
 
-def verify(release: Release, published: str | None = None, replay: int = 0, say: Callable = print) -> list[Result]:
-    """All checks, in order."""
+def verify(
+    release: Release, published: str | None = None, steps: int = 0, chunks: int = 0, say: Callable = print
+) -> list[Result]:
+    """All checks, in order; the last runs so many steps and chunks again."""
     checks = {**CHECKS, "digest": lambda r: check_digest(r, published)}
-    checks["replay"] = lambda r: check_replay(r, replay, say)
+    checks["replay"] = lambda r: check_replay(r, steps, chunks, say)
     words = {"digest": check_digest, "replay": check_replay}
     results = []
     for name, check in checks.items():
@@ -1663,17 +1686,21 @@ def main() -> None:
                         help="rebuild the batches of N steps drawn at random (default: all)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn, beside the release's digest")
     parser.add_argument("--replay", type=int, default=0, metavar="N", help="run N drawn steps again; needs k2jax")
+    parser.add_argument("--replay-chunks", type=int, default=0, metavar="N",
+                        help="run all between two drawn checkpoints again, N times, and compare arrays")  # fmt: skip
     parser.add_argument("--memory", type=float, default=16, metavar="GIB", help="to use at most (default: 16)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as of `| head`
     if not (args.release / "files.json").is_file() or not (args.release / "release.json").is_file():
         print(f"error: {shown(args.release)} is no release: there is no files.json or no release.json", file=sys.stderr)
         raise SystemExit(78)
-    if not args.replay:
+    if not (args.replay or args.replay_chunks):
         limit_memory(args.memory)  # which a child would inherit
     say: Callable[..., None] = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
     release = Release(args.release, args.steps, args.seed)
-    results = verify(release, args.digest, args.replay, say)
+    results = verify(release, args.digest, args.replay, args.replay_chunks, say)
     failed, unproven = [r for r in results if r.state == FAILED], not_proven(release, results)
     if args.json:
         values = {"format": 1, "holds": not failed, "checks": [r._asdict() for r in results], "not_proven": unproven}
