@@ -89,7 +89,7 @@ def same(found: Any, expected: Any, what: str) -> None:
 # ---- 2 reading: sizes are limited before anything is read, and types looked at before they are used ------------------
 
 SMALL, LARGE, LINE = 1 << 26, 1 << 28, 1 << 22  # bytes: of a JSON file, of files.json, of a line
-STRANGE = "{} is a link, a device or a socket: nothing is read"
+STRANGE = "{} is a link, a device, a socket, or no folder that can be read: nothing is read"
 HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -130,6 +130,11 @@ def parse(text: bytes, where: str) -> Any:
         raise Wrong(f"{where} is no JSON: {error}") from None
 
 
+def an_object(value: Any, where: str) -> dict:
+    must(type(value) is dict, f"{where}: expected an object, found {shown(value, 60)}")
+    return value
+
+
 def canonical(value: Any) -> bytes:
     """§1: the one text of a value of JSON."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
@@ -145,21 +150,27 @@ class Release:
     def __init__(self, root: Path, steps: int | None = None, seed: int = 0):
         self.root, self.steps, self.seed = root, steps, seed
         self.sizes: dict[str, int] = {}
-        self.strange: list[str] = []  # what is neither file nor folder
+        self.strange: list[str] = []  # what is neither file nor folder that can be read
         self._facts: dict[str, tuple[Any, Exception | None]] = {}
         folders = [""]
         while folders:
             here = folders.pop()
-            with os.scandir(root / here) as entries:
-                for entry in entries:
-                    path = f"{here}/{entry.name}" if here else entry.name
-                    found = entry.stat(follow_symlinks=False)
-                    if stat.S_ISDIR(found.st_mode):
-                        folders.append(path)
-                    elif stat.S_ISREG(found.st_mode):
-                        self.sizes[path] = found.st_size
-                    else:
-                        self.strange.append(path)
+            try:
+                with os.scandir(root / here) as entries:
+                    folders += [path for entry in entries if (path := self._note(here, entry))]
+            except OSError:
+                self.strange.append(here)
+
+    def _note(self, folder: str, entry: os.DirEntry) -> str | None:
+        """Keeps a file; the path of a folder."""
+        path, found = f"{folder}/{entry.name}" if folder else entry.name, entry.stat(follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode):
+            return path
+        if stat.S_ISREG(found.st_mode):
+            self.sizes[path] = found.st_size
+        else:
+            self.strange.append(path)
+        return None
 
     def fact(self, name: str) -> Any:
         """What FACTS[name] reads; Needs where that, or what it needs in turn, does not hold."""
@@ -187,8 +198,8 @@ class Release:
         with self.open(path) as file:
             return file.read(most)
 
-    def json(self, path: str, most: int = SMALL) -> Any:
-        return parse(self.bytes(path, most), path)
+    def json(self, path: str, most: int = SMALL) -> dict:
+        return an_object(parse(self.bytes(path, most), path), path)
 
     def lines(self, path: str) -> Iterator[tuple[str, bytes]]:
         """(where, line) of a file of lines, each with its end."""
@@ -542,7 +553,8 @@ def manifest_digest(manifest: dict) -> str:
 # ---- 4 arrays: §6, what a checkpoint holds ---------------------------------------------------------------------------
 
 WEIGHT = 0x9E3779B1
-MAX_NODE, MAX_CHUNK, MAX_DEPTH = 1 << 26, 1 << 30, 8  # bytes of a node and of a chunk, decoded; levels of the tree
+MAX_NODE, MAX_CHUNK = 1 << 26, 1 << 28  # bytes, decoded
+MAX_KEY, MAX_NODES, MAX_DEPTH = 1 << 10, 1 << 16, 8  # bytes of a name; nodes of an index, and levels
 
 
 def weighted_sum(values: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) -> int:
@@ -591,6 +603,7 @@ class Cursor:
         columns = [self.varints(n) for _ in range(middle)]
         found: list[bytes] = []
         for same_as_before, more in zip(kept, rest, strict=False):
+            must(same_as_before + more <= MAX_KEY, "a name in the checkpoint's index is too long")
             found.append((found[-1][:same_as_before] if found else b"") + self.take(more))
         return found, columns
 
@@ -607,7 +620,8 @@ class Arrays:
     """§6.3: the arrays of a part of a checkpoint: chunks of Zarr 2, by key in a B+tree of TensorStore's (OCDBT)."""
 
     def __init__(self, release: Release, folder: str):
-        self.release, self.folder, self.places = release, folder, {}
+        self.release, self.folder, self.nodes = release, folder, 0
+        self.places: dict[str, bytes | tuple[str, int, int]] = {}  # values, or (file, offset, bytes)
         body = self._node(f"{folder}/manifest.ocdbt", 0, None, 0x0CDB3A2A)
         body.take(16)
         kind, _, _ = body.varints(3)
@@ -642,7 +656,8 @@ class Arrays:
         return [(base + p.decode(), base + p[:k].decode()) for p, k in zip(paths, bases, strict=True)]
 
     def _walk(self, files: list, i: int, offset: int, length: int, prefix: bytes, height: int) -> None:
-        must(height < MAX_DEPTH, f"{self.folder}: the index is too deep")
+        self.nodes += 1
+        must(height < MAX_DEPTH and self.nodes < MAX_NODES, f"{self.folder}: the index is too large")
         path, base = files[i]
         body = self._node(f"{self.folder}/{path}", offset, length, 0x0CDB20DE)
         same(body.take(1)[0], height, f"{self.folder}: the height of a node")
@@ -733,7 +748,7 @@ def check_arrays(release: Release) -> int:
 
 EPOCH = {"number": int, "after_step": int, "run": str, "config": dict, "changes": dict, "time": str}
 EPOCH_KEYS = {*EPOCH, "manifest", "origin", "previous", "format", "sha256"}
-GENESIS = "0" * 64
+GENESIS, MAX_ENTRIES = "0" * 64, 10_000  # entries of a journal
 FREE = """mesh log watchdog checkpoint eval allow_drift data.root data.tokenizer data.eos data.verify data.threads
     data.workers data.prefetch compiler stability.rollback stability.rerun_every stability.attention_every model.remat
     model.rings model.unroll model.attention model.pipeline loss.block stages.*.microbatches""".split()
@@ -848,12 +863,14 @@ class Orders:
 
 
 def read_lines(release: Release, path: str) -> list[dict]:
-    return [parse(line, where) for where, line in release.lines(path)] if path in release.sizes else []
+    lines = release.lines(path) if path in release.sizes else ()
+    return [an_object(parse(line, where), where) for where, line in lines]
 
 
 def read_journal(release: Release) -> Orders:
     """§5: the journal, and the orders that its decisions lead from and to."""
     epochs, entries = release.fact("epochs"), read_lines(release, "run/journal.jsonl")
+    must(len(entries) <= MAX_ENTRIES, f"run/journal.jsonl has {len(entries):,} entries")
     orders = Orders(epochs, entries)
     for i, entry in enumerate(entries):
         where = f"journal, entry {i + 1}"
@@ -897,7 +914,7 @@ def read_rows(release: Release, folder: str, first: int, last: int | None) -> di
             same(name, "records.jsonl", f"{folder}/ledger: a file")
             continue
         for where, line in release.lines(f"{folder}/ledger/{name}"):
-            row = parse(line, where)
+            row = an_object(parse(line, where), where)
             same({key: type(value) for key, value in row.items()}, ROW_KEYS, f"{where}: its keys and types")
             must(HEX.fullmatch(row["batch"]), f"{where}: batch {shown(row['batch'])}")
             for key in ("loss", "grad_norm"):
@@ -947,7 +964,7 @@ def read_checkpoints(release: Release) -> dict[str, dict]:
         if not match:
             continue
         folder, meta = match[1], release.json(path)
-        recorded = meta.pop("meta_sha256", None) if isinstance(meta, dict) else None
+        recorded = meta.pop("meta_sha256", None)
         same(recorded, digest_of(meta), f"{path}: its SHA-256")
         same([meta.get("format"), meta.get("layout")], [2, 1], f"{path}: format and layout")
         same(number(meta, "step", path), int(match[2]), f"{path}: step")
@@ -1196,6 +1213,8 @@ def check_chunk_list(listed: dict, chunks: dict[int, dict], order: Part, last: i
     expected |= {"num_chunks": len(order.chunks()), "num_steps": order.last}
     expected |= {key: manifest[key] for key in ("tokenizer_sha256", "vocab_size", "eos_id", "label_shift")}
     expected["subsets"] = {name: store["root_digest"] for name, store in manifest["stores"].items()}
+    sizes = ("name", "sequence_length", "rows_per_step")
+    expected["stages"] = [{key: stage[key] for key in sizes} for stage in manifest["stages"]]
     for key, value in expected.items():
         same(listed.get(key), value, f"data/chunks.json: {key}")
     for i, (first, end) in enumerate(order.chunks()):
@@ -1207,7 +1226,7 @@ def check_chunk_list(listed: dict, chunks: dict[int, dict], order: Part, last: i
         ids = rows * (stage.length + (order.of(first).manifest["label_shift"] == "next"))
         size, digest = release.fact("files")[path]
         about = {"file": path[5:], "bytes": size, "sha256": digest, "stage": stage.name, "first_step": first}
-        about |= {"last_step": end, "rows": rows, "token_ids": ids}
+        about |= {"last_step": end, "rows": rows, "token_ids": ids, "steps_in_ledger": min(end, last) - first + 1}
         for key, value in about.items():
             same(chunks[first].get(key), value, f"data/chunks.json, chunk {i}: {key}")
 
@@ -1360,7 +1379,7 @@ def read_exports(release: Release) -> dict[str, dict]:
         tokens = release.fact("journal").now.tokens(step)
         same([one.get("revision"), folder], [f"step{step}-tokens{tokens}", f"exports/{one['revision']}"], "exports")
         parity = release.json(f"{folder}/parity.json")
-        recorded = parity.pop("certificate_sha256", None) if isinstance(parity, dict) else None
+        recorded = parity.pop("certificate_sha256", None)
         same(recorded, digest_of(parity), f"{folder}/parity.json: its SHA-256")
         of, where = get(parity, "checkpoint", dict, folder), f"{folder}/parity.json: its checkpoint"
         same(number(of, "step", where), step, f"{where}'s step")
@@ -1612,6 +1631,8 @@ CHECKS: dict[str, Callable[[Release], int]] = {
     "evaluations": check_evaluations, "gallery": check_gallery, "launches": check_launches,
 }  # fmt: skip
 NEVER = (
+    "that weights are those that were saved, beyond 32-bit sums of each array, which find damage and can be forged: a "
+    "published digest shows it, and --replay of a step that begins from them",
     "that losses and gradient norms are what training gave: whoever computes the whole chain anew is found by a "
     "published digest or by --replay alone",
     "that a checkpoint came of the steps before it: --replay-chunks shows it for those that it runs to",
@@ -1654,8 +1675,12 @@ def verify(
 
 def not_proven(release: Release, results: list[Result]) -> list[str]:
     """What a reader must not take from this, however well all of it holds."""
-    found = [f"{r.name}: {r.found}" for r in results if r.state != OK]
-    data = release.fact("rows") if any(r.name == "batches" and r.state == OK for r in results) else None
+    found, states = [f"{r.name}: {r.found}" for r in results if r.state != OK], {r.name: r.state for r in results}
+    if states["ledger"] == OK:
+        ledger = release.fact("ledger")
+        if loose := max(ledger.rows, default=0) - ledger.records[-1]["last_step"]:
+            found.append(f"{loose:,} rows of the ledger after its last record: no record closes over them")
+    data = release.fact("rows") if states["batches"] == OK else None
     if data and data.steps < data.of_all:
         share = (1 - data.steps / data.of_all) * 100
         found.append(f"rows of {data.of_all - data.steps:,} of {data.of_all:,} steps: one changed step is missed with "
@@ -1691,6 +1716,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=16, metavar="GIB", help="to use at most (default: 16)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as of `| head`
     if not (args.release / "files.json").is_file() or not (args.release / "release.json").is_file():
