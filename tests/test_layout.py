@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "evals": COMMON | RUN,
     "hf": COMMON | RUN,
     "plan": COMMON | RUN,
-    "release": COMMON | RUN | {"hf", "evals", "report", "costs"},
+    "release": COMMON | RUN | {"hf", "evals", "report"},
     "launch": COMMON | RUN | {"plan"},
     "preflight": COMMON | RUN | {"launch"},
     "generate": COMMON | RUN,
@@ -94,6 +94,7 @@ MAY_IMPORT = {
     "spikes": COMMON | RUN | {"doctor"},
     "train": COMMON | RUN | {"ending", "spikes"},
     "goodput": COMMON | RUN,
+    "costs": COMMON | RUN,
     "experiments": {"config", "k2", "prepare"},
 }
 

@@ -52,17 +52,22 @@ def main() -> None:
     keep_freed_memory()  # before the imports below, some of which start threads
     started = time.perf_counter()
 
+    from tqdm import tqdm
+
     from k2jax.release.build import Options, plan, release
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+        tqdm.write(line, file=sys.stderr if args.json else sys.stdout)
+        sys.stdout.flush()
 
     options = Options(args.checkpoints, args.optimizer_state, args.exports, args.data)
     if args.dry_run:
         sizes = plan(args.workdir, options).sizes
         print(json.dumps({"dry_run": True, "bytes": sizes, "all": sum(sizes.values())}) if args.json else table(sizes))
         return
-    done = release(args.workdir, args.out, options, stores=args.stores, sign_key=args.sign_key, say=say)
+    with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        more = {"stores": args.stores, "sign_key": args.sign_key, "say": say, "progress": bar.update}
+        done = release(args.workdir, args.out, options, **more)
     if args.json:
         result = {"out": str(args.out), **done._asdict(), "seconds": round(time.perf_counter() - started, 3)}
         print(json.dumps(result))

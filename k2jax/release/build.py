@@ -20,6 +20,7 @@ from k2jax.data.export_chunks import WORK, export_chunks
 from k2jax.data.manifest import canonical_json
 from k2jax.errors import ConfigError, StorageError
 from k2jax.release import checks, choice, sources
+from k2jax.release.arrays import check_arrays
 from k2jax.release.bom import bom
 from k2jax.release.cards import model_card
 from k2jax.release.choice import Options
@@ -30,9 +31,11 @@ from k2jax.release.licences import Found, licences_text, read_licences
 from k2jax.release.openness import openness
 from k2jax.release.record import Record, read_record
 from k2jax.release.retrospective import retrospective
-from k2jax.release.scratch import FILES, SIGNATURE, Scratch, check_free, opened, place_of
+from k2jax.release.scratch import FILES, SIGNATURE, Scratch, check_free, clear_renamed, opened, place_of
 from k2jax.release.signing import sign, signer
 from k2jax.release.source import ARCHIVE, LOCK, read_source
+from k2jax.report import page
+from k2jax.report.build import Report
 from k2jax.run import branches, storage
 from k2jax.run.ledger import Ledger
 from k2jax.run.saved import open_step, saved_steps
@@ -40,6 +43,7 @@ from k2jax.run.saved import open_step, saved_steps
 EXPORT_DTYPE, SHARD_BYTES = "bfloat16", 5 * 10**9
 SPECIFICATION = Path(__file__).with_name("SPECIFICATION.md")
 Say = Callable[[str], None]
+Progress = Callable[[int], object]
 
 
 class Released(NamedTuple):
@@ -59,6 +63,7 @@ class Plan(NamedTuple):
     exports: list[int]
     files: list[sources.Source]  # copied as they are
     cut: list[sources.Source]  # rows, up to the last checkpoint
+    checkpoints: list[str]  # all folders of steps, those of branches included
     thinned: list[str]  # what says of checkpoints that their moments are not there
     sizes: dict[str, int]  # by part, in bytes
 
@@ -66,12 +71,15 @@ class Plan(NamedTuple):
 def plan(workdir: str | os.PathLike | BucketPath, options: Options) -> Plan:
     """Reads the run, and writes nothing. ConfigError or StorageError where it is not whole."""
     workdir = at(workdir)
-    record = read_record(workdir if isinstance(workdir, BucketPath) else workdir.resolve())
+    workdir = workdir if isinstance(workdir, BucketPath) else workdir.resolve()
+    sources.check_plain(workdir)
+    record = read_record(workdir)
     checks.check_rows(record)
     checks.check_secrets(record)
+    checks.check_told(record)
     steps, exports = (choice.steps(record, getattr(options, n), f"--{n}") for n in ("checkpoints", "exports"))
     copied, cut = sources.run_files(record)
-    thinned = []
+    thinned, checkpoints = [], []
     places = [(record.workdir, step, None) for step in steps]
     for number in record.branches:
         folder = branches.branch_folder(record.workdir, number)
@@ -80,10 +88,11 @@ def plan(workdir: str | os.PathLike | BucketPath, options: Options) -> Plan:
         folder, name = folder / "checkpoints" / str(step), sources.checkpoint_name(step, branch)
         found = sources.checkpoint_files(folder, name, options.optimizer_state)
         copied += found
+        checkpoints.append(name)
         if sources.loses_moments(found, name, options.optimizer_state, storage.read_meta(folder)):
             thinned.append(f"{name}/{storage.THINNED}")
     weights = sizes(record, options, [*copied, *cut], exports)
-    return Plan(record, options, steps, exports, copied, cut, thinned, weights)
+    return Plan(record, options, steps, exports, copied, cut, checkpoints, thinned, weights)
 
 
 def release(
@@ -94,15 +103,28 @@ def release(
     stores: str | os.PathLike | None = None,
     sign_key: Path | None = None,
     say: Say = lambda line: None,
+    progress: Progress = lambda size: None,
 ) -> Released:
     """Writes the folder `out`, whole or not at all; what an earlier call of the same left of it is gone on with.
+
+    Args:
+        workdir: the run directory.
+        out: a new folder, or an empty one.
+        options: what is in it.
+        stores: where the stores are, by name, if they have moved.
+        sign_key: a file with a private key, where there is to be a model.sig.
+        say: is told of each part that is done.
+        progress: is told of the bytes of checkpoints and exports, as they come.
 
     Raises ConfigError where the run or the folder is not what it should be, StorageError where something cannot be read
     or written: what is finished stays in OUT.partial for the next call.
     """
     errors.keep_files_ours()
+    out = Path(os.path.abspath(out))
     signing = signer(sign_key) if sign_key else None
+    page.plotly()  # if it is missing, that is said before anything is written
     checks.check_places(at(workdir), out)
+    clear_renamed(out)
     check_free(out)
     with checks.still(at(workdir)):
         planned = plan(workdir, options)
@@ -110,15 +132,15 @@ def release(
         identity = {"run": record.run, "record": record.head, "k2jax": __version__, **options._asdict()}
         checks.check_room(out, sum(planned.sizes.values()), _there(place_of(out)))
         with _writing(out), opened(out, identity, _now()) as scratch:
-            _copy(scratch, planned)
-            say(f"run: {len(scratch.names('run/')):,} files, {scratch.size('run/') / 1e6:,.1f} MB")
+            _copy(scratch, planned, progress)
+            say(f"run: {len(scratch.names('run/')):,} files, {scratch.size_below('run/') / 1e6:,.1f} MB")
             _data(scratch, record, options, stores, say)
             for step in planned.exports:
-                _export(scratch, record, step, say)
-            _tell(scratch, planned, stores)
+                _export(scratch, record, step, say, progress)
+            _tell(scratch, planned, stores, say)
             _check_same(planned, plan(workdir, options))
             digest = scratch.close_with_list()
-            count, size = len(scratch.names()) + 1, scratch.size("") + (scratch.root / FILES).stat().st_size
+            count, size = len(scratch.names()) + 1, scratch.size_below("") + (scratch.root / FILES).stat().st_size
             if signing:
                 sign(signing, scratch.root, scratch.root / SIGNATURE)
                 say("signed: model.sig")
@@ -126,14 +148,16 @@ def release(
     return Released(digest, size, count)
 
 
-def _copy(scratch: Scratch, planned: Plan) -> None:
+def _copy(scratch: Scratch, planned: Plan, progress: Progress) -> None:
     for source in planned.files:
-        scratch.copy(source)
+        scratch.copy(source, progress)
     for source in planned.cut:
         scratch.stream(source.name, sources.rows_up_to(source, planned.record.step))
     for name in planned.thinned:
         said = {"time": scratch.made, "by": "k2jax.release", "why": "released without optimizer state"}
         scratch.write(name, _json(said))
+    for name in planned.checkpoints:
+        scratch.check(name, check_arrays)
 
 
 def _data(scratch: Scratch, record: Record, options: Options, stores: Any, say: Say) -> None:
@@ -163,17 +187,17 @@ def _stores(record: Record) -> dict[str, Any]:
     return {"format": 1, "parts": parts}
 
 
-def _export(scratch: Scratch, record: Record, step: int, say: Say) -> None:
+def _export(scratch: Scratch, record: Record, step: int, say: Say, progress: Progress) -> None:
     from k2jax.hf.export import export
 
     name = f"exports/{revision(record, step)}"
     saved = open_step(record.workdir, step)
-    make = partial(export, saved, dtype=EXPORT_DTYPE, shard_bytes=SHARD_BYTES, progress=lambda size: None)
+    make = partial(export, saved, dtype=EXPORT_DTYPE, shard_bytes=SHARD_BYTES, progress=progress)
     scratch.make(name, make, whole=True)
-    say(f"export: {name}, {scratch.size(f'{name}/') / 1e6:,.1f} MB")
+    say(f"export: {name}, {scratch.size_below(f'{name}/') / 1e6:,.1f} MB")
 
 
-def _tell(scratch: Scratch, planned: Plan, stores: Any) -> None:
+def _tell(scratch: Scratch, planned: Plan, stores: Any, say: Say) -> None:
     """Everything that is made from the record, and what is there by now."""
     record = planned.record
     told = facts(record, planned.options, planned.steps, planned.exports, scratch.made)
@@ -182,10 +206,8 @@ def _tell(scratch: Scratch, planned: Plan, stores: Any) -> None:
     source = read_source(record)
     scratch.write(ARCHIVE, source.archive)
     scratch.write(LOCK, source.lock)
-    if SPECIFICATION.exists():
-        scratch.write(SPECIFICATION.name, SPECIFICATION.read_bytes())
-    for page in sources.below(record.workdir / "report.html", "report.html"):
-        scratch.copy(page)
+    scratch.write(SPECIFICATION.name, SPECIFICATION.read_bytes())
+    scratch.write("report.html", _report(scratch, say))
     licences = _licences(record, planned.options, stores)
     results = last_results(record)
     scratch.write("LICENSES.md", licences_text(record.name, licences))
@@ -197,6 +219,18 @@ def _tell(scratch: Scratch, planned: Plan, stores: Any) -> None:
     open_to = openness(record, told, scratch, licences)
     scratch.write("openness.json", _json(open_to))
     scratch.write("README.md", model_card(record, told, scratch, results, source.said, open_to["mof"]["means"]))
+
+
+def _report(scratch: Scratch, say: Say) -> bytes:
+    """Of what others get. The folder is not this machine's any more: the same release gives the same page."""
+    folder = scratch.root / "run"
+    report = Report(folder)
+    text = report.html(f"Made {scratch.made} for this release.")
+    for form in (page.as_json(str(folder))[1:-1], page.escaped(folder), str(folder)):
+        text = text.replace(form, "run")
+    for line in report.subject.notes.lines:
+        say(f"report: not read: {line}")
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _licences(record: Record, options: Options, stores: Any) -> Found | None:

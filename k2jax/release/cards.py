@@ -4,6 +4,7 @@ Names, texts and paths in it are whatever a run says: each goes through for_mark
 YAML, so that none becomes markup.
 """
 
+import math
 from typing import Any
 
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from k2jax import config as configuration
 from k2jax.data.manifest import manifest_digest
 from k2jax.model.decoder import num_params
+from k2jax.release.outcome import cost_table, prediction
 from k2jax.release.record import Record
 from k2jax.release.scratch import Scratch
 from k2jax.text import as_code, for_markdown, printable
@@ -67,6 +69,7 @@ def model_card(
     later = {"files.json", "README.md", "openness.json"}
     lines += [f"| `{path}` | {says} |" for path, says in FOLDERS if path in later or scratch.names(path)]
     lines += ["", *_left_out(record, facts), "", *_checkpoints(record), "", *_stages(config), ""]
+    lines += ["## Prediction and outcome", "", *prediction(record), "", "## Costs", "", *cost_table(record), ""]
     lines += [*_evaluations(record, results, bool(scratch.names("run/evals/"))), *_environment(record, source)]
     lines += ["## Licence", "", "See LICENSES.md.", ""]
     return front_matter(record, config, results) + "\n".join(lines)
@@ -112,7 +115,7 @@ def _model_index(result: dict[str, Any]) -> dict[str, Any] | None:
 
 def numbers(metrics: Any) -> list[tuple[str, float]]:
     found = metrics.items() if isinstance(metrics, dict) else ()
-    return sorted((str(k), v) for k, v in found if isinstance(v, (int, float)) and not isinstance(v, bool))
+    return sorted((str(k), v) for k, v in found if type(v) in (int, float) and math.isfinite(v))
 
 
 def table(rows: dict[str, Any]) -> list[str]:
@@ -144,8 +147,10 @@ def _use(facts: dict[str, Any]) -> list[str]:
         return ["No checkpoint is here in Hugging Face's format; `tools/convert_to_hf.py --workdir=run` makes one."]
     lines = [EXAMPLE.format(path=facts["exports"][-1]["path"]), ""]
     if len(facts["exports"]) > 1:
-        lines += ["Revisions: " + ", ".join(f"`{export['revision']}`" for export in facts["exports"]) + ".", ""]
-    return [*lines, "No token goes before a text (there is no BOS)."]
+        lines += ["Others: " + ", ".join(f"`{export['revision']}`" for export in facts["exports"][:-1]) + ".", ""]
+    last = facts["exports"][-1]["revision"]
+    said = f'Where this is on a hub, each is a branch, too: `revision="{last}"`. No token goes before a text (no BOS).'
+    return [*lines, said]
 
 
 def _left_out(record: Record, facts: dict[str, Any]) -> list[str]:

@@ -10,7 +10,9 @@ from typing import Any
 
 from k2jax.bucket import BucketPath
 from k2jax.errors import ConfigError, StorageError
+from k2jax.evals.results import Results
 from k2jax.release.record import AnyPath, Record
+from k2jax.run.prediction import read_prediction
 from k2jax.text import redacted
 
 
@@ -55,6 +57,12 @@ def check_rows(record: Record) -> None:
             f"--workdir={record.workdir}: metrics/ lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''}, of "
             f"which the ledger has the steps: restore it from a copy"
         )
+
+
+def check_told(record: Record) -> None:
+    """What the cards tell of holds: the prediction by its digest in the journal, evaluations by their names."""
+    read_prediction(record.workdir)
+    Results(record.workdir).all()
 
 
 def check_secrets(record: Record) -> None:

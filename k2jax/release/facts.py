@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from typing import Any
 
 from k2jax import __version__
@@ -61,8 +62,11 @@ def checkpoints_csv(scratch: Scratch, record: Record, released: dict[str, Any]) 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
+    sizes: Counter[str] = Counter()
+    for name in scratch.names("run/checkpoints/"):
+        sizes["/".join(name.split("/")[:3])] += scratch.size(name)
     for checkpoint, entry in zip(record.checkpoints, released["checkpoints"], strict=True):
-        size = scratch.size(f"{entry['path']}/") if entry["path"] else ""
+        size = sizes[entry["path"]] if entry["path"] else ""
         loss = "" if checkpoint.loss is None else repr(checkpoint.loss)
         state = "true" if entry["optimizer_state"] else "false"
         writer.writerow([entry["stage"] or "", entry["step"], entry["tokens"], loss, entry["digest"], size, state])

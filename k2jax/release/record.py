@@ -85,7 +85,8 @@ def read_record(workdir: AnyPath) -> Record:
         raise ConfigError(f"--workdir={workdir}: nothing was saved yet: there is nothing to release")
     checkpoints = _checkpoints(workdir, order, {record["last_step"]: record["checkpoint"] for record in records})
     tokens = tokens_before(order, records[-1]["last_step"] + 1)
-    launches = read_launches(workdir)
+    if not (launches := read_launches(workdir)):
+        raise ConfigError(f"--workdir={workdir}: no environment.json says on what it ran: restore it from a copy")
     return Record(workdir, epochs, journal, launches, order, checkpoints, found, records[-1]["record"], tokens)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from k2jax import files
 from k2jax.data.journal import Entry
 from k2jax.errors import RunError
+from k2jax.release.outcome import prediction
 from k2jax.release.record import Record
 from k2jax.text import for_markdown
 
@@ -27,7 +28,11 @@ def retrospective(record: Record) -> str:
         "",
         f"{record.order.num_steps:,} steps in {len(record.manifest['stages'])} stages; {record.step:,} were made.",
         "",
-        f"{TO_FILL}why this model, these data, these settings; what was expected (prediction: report.html).",
+        f"{TO_FILL}why this model, these data, these settings.",
+        "",
+        "## What was expected, and what came",
+        "",
+        *prediction(record),
         "",
         "## What happened",
         "",

@@ -38,10 +38,11 @@ class Scratch:
         self._names: set[str] = set()  # of the files that this release has
         files.make_folder(self.root)
 
-    def copy(self, source: Source) -> None:
-        """A file of the run, in blocks; StorageError where it is no longer what was planned with."""
+    def copy(self, source: Source, progress: Callable[[int], object]) -> None:
+        """A file of the run, in blocks, of which `progress` is told; StorageError where it is not as planned."""
         origin = [source.bytes, source.changed]
         if self._is_done(source.name, origin):
+            progress(source.bytes)
             return
         digest, size = hashlib.sha256(), 0
         with files.whole_file(self.root / source.name) as target, source.path.open("rb") as data:
@@ -49,6 +50,7 @@ class Scratch:
                 digest.update(block)
                 target.write(block)
                 size += len(block)
+                progress(len(block))
             if size != source.bytes:
                 raise StorageError(
                     f"{source.path} has changed while it was copied ({source.bytes:,} bytes, then {size:,}): end what "
@@ -74,15 +76,13 @@ class Scratch:
         self._note(name, size, digest.hexdigest(), None, keep=False)
 
     def make(self, name: str, make: Callable[[Path], object], *, whole: bool, but: str = "") -> None:
-        """A folder that `make` fills; where it makes it `whole` or not at all, what is left of one is removed before.
-
-        `but` names what `make` keeps in it for itself, which no release has.
-        """
+        """A folder that `make` fills: `whole` or not at all, or bit by bit, going on with what it notes in `but` there,
+        which no release has."""
         folder, mark = self.root / name, f"{name}/"
         listed = [entry for entry in self._done if entry.startswith(mark) and entry != mark]
         if mark in self._done and all(self._is_done(entry, None) for entry in listed):
             return
-        if whole:
+        if whole or not (folder / but).is_dir():  # what it cannot go on with
             shutil.rmtree(folder, ignore_errors=True)
         make(folder)
         for path in sorted(folder.rglob("*")):
@@ -93,9 +93,25 @@ class Scratch:
                 self._note(f"{name}/{inside}", path.stat().st_size, digest, None)
         files.append_line(self._journal, canonical_json({"name": mark}) + b"\n")
 
-    def size(self, prefix: str) -> int:
-        """Bytes of all finished files whose names begin so."""
-        return sum(self._done[name]["bytes"] for name in self._names if name.startswith(prefix))
+    def check(self, name: str, check: Callable[[Path], object]) -> None:
+        """Of a folder that was copied, once and for all calls; one that fails goes, and is copied again by the next."""
+        mark = f"checked {name}"
+        if mark in self._done:
+            return
+        try:
+            check(self.root / name)
+        except StorageError:
+            shutil.rmtree(self.root / name)
+            raise
+        files.append_line(self._journal, canonical_json({"name": mark}) + b"\n")
+
+    def size(self, name: str) -> int:
+        """Bytes of a finished file."""
+        return self._done[name]["bytes"]
+
+    def size_below(self, prefix: str) -> int:
+        """Of all whose names begin so."""
+        return sum(self.size(name) for name in self._names if name.startswith(prefix))
 
     def digest(self, name: str) -> str:
         return self._done[name]["sha256"]
@@ -142,6 +158,13 @@ class Scratch:
 
 def place_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
+
+
+def clear_renamed(out: Path) -> None:
+    """Takes away what a kill between the renaming and the end left: a scratch folder whose release is `out` by now."""
+    folder = place_of(out)
+    if (folder / "state.json").is_file() and not (folder / "release").exists() and (out / FILES).is_file():
+        shutil.rmtree(folder)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 The library makes a manifest with the SHA-256 of every file, reading each again, and signs it. Anyone checks it with
 
-    model_signing verify key DIR --signature DIR/model.sig --public_key KEY.pub --ignore-paths DIR/model.sig
+    model_signing verify key DIR --signature DIR/model.sig --public_key KEY.pub
 """
 
 from pathlib import Path

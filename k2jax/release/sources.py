@@ -35,6 +35,16 @@ class Source(NamedTuple):
     changed: int  # mtime in ns; 0 in a bucket, which has none
 
 
+def check_plain(workdir: AnyPath) -> None:
+    """Before anything is read, which would wait for ever at a pipe: all that is read at once are plain files."""
+    if isinstance(workdir, BucketPath):
+        return
+    places = [workdir / name for name in (*SMALL, *ROWS, "branches")]
+    for place in [*places, *workdir.glob("checkpoints/*/meta")]:
+        for _ in below(place, place.relative_to(workdir).as_posix()):
+            pass
+
+
 def run_files(record: Record) -> tuple[list[Source], list[Source]]:
     """(copied as they are, cut): all but checkpoints, those of branches included: small beside them.
 
@@ -85,7 +95,7 @@ def below(path: AnyPath, name: str) -> Iterator[Source]:
     Raises ConfigError for a link, a device, or a name that a release cannot hold.
     """
     if STRANGE.search(name):
-        raise ConfigError(f"{path}: a name with control characters, backslashes or no text: rename or remove it")
+        raise ConfigError(f"{str(path)!r}: a name with control characters, backslashes or no text: rename or remove it")
     if isinstance(path, BucketPath):
         yield from _in_bucket(path, name)
         return
@@ -112,5 +122,5 @@ def _in_bucket(path: BucketPath, name: str) -> Iterator[Source]:
         yield Source(name, path, path.stat().st_size, 0)
     for key in keys:
         if STRANGE.search(key):
-            raise ConfigError(f"{path}/{key}: a name with control characters or backslashes: rename or remove it")
+            raise ConfigError(f"{str(path / key)!r}: a name with control characters or backslashes: rename it")
         yield Source(f"{name}/{key}", path / key, (path / key).stat().st_size, 0)
