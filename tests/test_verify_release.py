@@ -229,7 +229,7 @@ FLIPPED = {
 
 @pytest.mark.parametrize("pattern", FLIPPED)
 def test_flipped_bytes_are_a_line(forger, pattern):
-    """Of indices, pages, headers: whatever a library makes of them, it is an exception, which a check makes a line of."""
+    """Of indices, pages, headers: whatever a library makes of them is an exception, of which a check makes a line."""
     draw = random.Random(pattern)
     paths = [p for p in sorted(forger.root.glob(pattern)) if p.is_file() and p.stat().st_size]
     seen = 0
