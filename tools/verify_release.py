@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks a release of a training run, and says what it proves and what not. For strangers: it trusts nobody.
 
-    python verify_release.py RELEASE [--digest SHA256] [--steps all|N] [--seed S] [--replay N] [--json]
+    python verify_release.py RELEASE [--digest SHA256] [--steps all|N] [--replay N] [--replay-chunks N] [--json]
 
 It needs Python 3.11, numpy and pyarrow, and nothing of k2jax, of which it shares no line: it is written from
 SPECIFICATION.md, whose sections it names (§). Take it from where you trust, never from the release. It reads, and
@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import signal
 import stat
 import struct
 import subprocess
@@ -88,6 +89,7 @@ def same(found: Any, expected: Any, what: str) -> None:
 # ---- 2 reading: sizes are limited before anything is read, and types looked at before they are used ------------------
 
 SMALL, LARGE, LINE = 1 << 26, 1 << 28, 1 << 22  # bytes: of a JSON file, of files.json, of a line
+STRANGE = "{} is a link, a device, a socket, or no folder that can be read: nothing is read"
 HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -128,6 +130,11 @@ def parse(text: bytes, where: str) -> Any:
         raise Wrong(f"{where} is no JSON: {error}") from None
 
 
+def an_object(value: Any, where: str) -> dict:
+    must(type(value) is dict, f"{where}: expected an object, found {shown(value, 60)}")
+    return value
+
+
 def canonical(value: Any) -> bytes:
     """§1: the one text of a value of JSON."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
@@ -143,36 +150,46 @@ class Release:
     def __init__(self, root: Path, steps: int | None = None, seed: int = 0):
         self.root, self.steps, self.seed = root, steps, seed
         self.sizes: dict[str, int] = {}
-        self.strange: list[str] = []  # what is neither file nor folder
-        self._facts: dict[str, tuple[Any, str | None]] = {}
+        self.strange: list[str] = []  # what is neither file nor folder that can be read
+        self._facts: dict[str, tuple[Any, Exception | None]] = {}
         folders = [""]
         while folders:
             here = folders.pop()
-            with os.scandir(root / here) as entries:
-                for entry in entries:
-                    path = f"{here}/{entry.name}" if here else entry.name
-                    found = entry.stat(follow_symlinks=False)
-                    if stat.S_ISDIR(found.st_mode):
-                        folders.append(path)
-                    elif stat.S_ISREG(found.st_mode):
-                        self.sizes[path] = found.st_size
-                    else:
-                        self.strange.append(path)
+            try:
+                with os.scandir(root / here) as entries:
+                    folders += [path for entry in entries if (path := self._note(here, entry))]
+            except OSError:
+                self.strange.append(here)
+
+    def _note(self, folder: str, entry: os.DirEntry) -> str | None:
+        """Keeps a file; the path of a folder."""
+        path, found = f"{folder}/{entry.name}" if folder else entry.name, entry.stat(follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode):
+            return path
+        if stat.S_ISREG(found.st_mode):
+            self.sizes[path] = found.st_size
+        else:
+            self.strange.append(path)
+        return None
 
     def fact(self, name: str) -> Any:
-        """What FACTS[name] reads; Needs where that does not hold."""
+        """What FACTS[name] reads; Needs where that, or what it needs in turn, does not hold."""
         if name not in self._facts:
             try:
                 self._facts[name] = FACTS[name](self), None
+            except (Needs, Unchecked) as error:
+                self._facts[name] = None, error
             except Exception as error:  # whatever hostile content makes of it, it is this fact that does not hold
-                self._facts[name] = None, says(error)
+                self._facts[name] = None, Needs(name, says(error))
         value, problem = self._facts[name]
         if problem is not None:
-            raise Needs(name, problem)
+            raise problem
         return value
 
     def open(self, path: str) -> io.BufferedReader:
-        must(path in self.sizes and not self.strange, f"{path} is not there")
+        if self.strange:
+            raise Needs("files", STRANGE.format(shown(self.strange[0])))
+        must(path in self.sizes, f"{shown(path)} is not there")
         number = os.open(self.root / path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
         return os.fdopen(number, "rb")
 
@@ -181,8 +198,8 @@ class Release:
         with self.open(path) as file:
             return file.read(most)
 
-    def json(self, path: str, most: int = SMALL) -> Any:
-        return parse(self.bytes(path, most), path)
+    def json(self, path: str, most: int = SMALL) -> dict:
+        return an_object(parse(self.bytes(path, most), path), path)
 
     def lines(self, path: str) -> Iterator[tuple[str, bytes]]:
         """(where, line) of a file of lines, each with its end."""
@@ -211,7 +228,7 @@ def says(error: BaseException) -> str:
 
 def read_files(release: Release) -> dict[str, tuple[int, str]]:
     """§2: {path: (bytes, SHA-256)} of files.json; the folder has these files and no others."""
-    must(not release.strange, f"{shown(release.strange[:1])} is a link, a device or a socket")
+    must(not release.strange, STRANGE.format(shown("".join(release.strange[:1]))))
     values = release.json("files.json", LARGE)
     same(get(values, "format", int, "files.json"), 1, "files.json: format")
     listed = {}
@@ -536,7 +553,8 @@ def manifest_digest(manifest: dict) -> str:
 # ---- 4 arrays: §6, what a checkpoint holds ---------------------------------------------------------------------------
 
 WEIGHT = 0x9E3779B1
-MAX_NODE, MAX_CHUNK, MAX_DEPTH = 1 << 26, 1 << 30, 8  # bytes of a node and of a chunk, decoded; levels of the tree
+MAX_NODE, MAX_CHUNK = 1 << 26, 1 << 28  # bytes, decoded
+MAX_KEY, MAX_NODES, MAX_DEPTH = 1 << 10, 1 << 16, 8  # bytes of a name; nodes of an index, and levels
 
 
 def weighted_sum(values: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) -> int:
@@ -585,6 +603,7 @@ class Cursor:
         columns = [self.varints(n) for _ in range(middle)]
         found: list[bytes] = []
         for same_as_before, more in zip(kept, rest, strict=False):
+            must(same_as_before + more <= MAX_KEY, "a name in the checkpoint's index is too long")
             found.append((found[-1][:same_as_before] if found else b"") + self.take(more))
         return found, columns
 
@@ -601,7 +620,8 @@ class Arrays:
     """§6.3: the arrays of a part of a checkpoint: chunks of Zarr 2, by key in a B+tree of TensorStore's (OCDBT)."""
 
     def __init__(self, release: Release, folder: str):
-        self.release, self.folder, self.places = release, folder, {}
+        self.release, self.folder, self.nodes = release, folder, 0
+        self.places: dict[str, bytes | tuple[str, int, int]] = {}  # values, or (file, offset, bytes)
         body = self._node(f"{folder}/manifest.ocdbt", 0, None, 0x0CDB3A2A)
         body.take(16)
         kind, _, _ = body.varints(3)
@@ -636,7 +656,8 @@ class Arrays:
         return [(base + p.decode(), base + p[:k].decode()) for p, k in zip(paths, bases, strict=True)]
 
     def _walk(self, files: list, i: int, offset: int, length: int, prefix: bytes, height: int) -> None:
-        must(height < MAX_DEPTH, f"{self.folder}: the index is too deep")
+        self.nodes += 1
+        must(height < MAX_DEPTH and self.nodes < MAX_NODES, f"{self.folder}: the index is too large")
         path, base = files[i]
         body = self._node(f"{self.folder}/{path}", offset, length, 0x0CDB20DE)
         same(body.take(1)[0], height, f"{self.folder}: the height of a node")
@@ -727,7 +748,7 @@ def check_arrays(release: Release) -> int:
 
 EPOCH = {"number": int, "after_step": int, "run": str, "config": dict, "changes": dict, "time": str}
 EPOCH_KEYS = {*EPOCH, "manifest", "origin", "previous", "format", "sha256"}
-GENESIS = "0" * 64
+GENESIS, MAX_ENTRIES = "0" * 64, 10_000  # entries of a journal
 FREE = """mesh log watchdog checkpoint eval allow_drift data.root data.tokenizer data.eos data.verify data.threads
     data.workers data.prefetch compiler stability.rollback stability.rerun_every stability.attention_every model.remat
     model.rings model.unroll model.attention model.pipeline loss.block stages.*.microbatches""".split()
@@ -761,7 +782,7 @@ def check_manifest(manifest: Any, config: dict, where: str) -> None:
     same(get(manifest, "format", int, where), 1, f"{where}: format")
     number(manifest, "vocab_size", where, 1)
     number(manifest, "eos_id", where)
-    same(number(manifest, "seed", where, 0, 1 << 64), config.get("seed"), f"{where}: seed")
+    same(number(manifest, "seed", where, 0, 1 << 64), get(config, "seed", int, where), f"{where}: seed")
     sha(manifest, "tokenizer_sha256", where)
     shift = get(manifest, "label_shift", str, where)
     must(shift in ("next", "inside"), f"{where}: label_shift {shown(shift)}")
@@ -776,7 +797,8 @@ def check_manifest(manifest: Any, config: dict, where: str) -> None:
     for stage, plan in zip(stages, planned, strict=True):
         get(stage, "name", str, where)
         for key in ("name", "sequence_length", "rows_per_step", "steps_per_chunk", "chunks"):
-            same(stage.get(key), plan.get(key), f"{where}: {key} of a stage")
+            must(key in stage and key in plan, f"{where}: a stage has no {key}")
+            same(stage[key], plan[key], f"{where}: {key} of a stage")
         length, rows, _, _ = (
             number(stage, key, where, 1) for key in ("sequence_length", "rows_per_step", "steps_per_chunk", "chunks")
         )
@@ -841,12 +863,14 @@ class Orders:
 
 
 def read_lines(release: Release, path: str) -> list[dict]:
-    return [parse(line, where) for where, line in release.lines(path)] if path in release.sizes else []
+    lines = release.lines(path) if path in release.sizes else ()
+    return [an_object(parse(line, where), where) for where, line in lines]
 
 
 def read_journal(release: Release) -> Orders:
     """§5: the journal, and the orders that its decisions lead from and to."""
     epochs, entries = release.fact("epochs"), read_lines(release, "run/journal.jsonl")
+    must(len(entries) <= MAX_ENTRIES, f"run/journal.jsonl has {len(entries):,} entries")
     orders = Orders(epochs, entries)
     for i, entry in enumerate(entries):
         where = f"journal, entry {i + 1}"
@@ -890,7 +914,7 @@ def read_rows(release: Release, folder: str, first: int, last: int | None) -> di
             same(name, "records.jsonl", f"{folder}/ledger: a file")
             continue
         for where, line in release.lines(f"{folder}/ledger/{name}"):
-            row = parse(line, where)
+            row = an_object(parse(line, where), where)
             same({key: type(value) for key, value in row.items()}, ROW_KEYS, f"{where}: its keys and types")
             must(HEX.fullmatch(row["batch"]), f"{where}: batch {shown(row['batch'])}")
             for key in ("loss", "grad_norm"):
@@ -940,7 +964,7 @@ def read_checkpoints(release: Release) -> dict[str, dict]:
         if not match:
             continue
         folder, meta = match[1], release.json(path)
-        recorded = meta.pop("meta_sha256", None) if isinstance(meta, dict) else None
+        recorded = meta.pop("meta_sha256", None)
         same(recorded, digest_of(meta), f"{path}: its SHA-256")
         same([meta.get("format"), meta.get("layout")], [2, 1], f"{path}: format and layout")
         same(number(meta, "step", path), int(match[2]), f"{path}: step")
@@ -1024,6 +1048,12 @@ def check_release(release: Release) -> int:
     expected |= {"num_steps": order.last, "tokens": order.tokens(last), "chunks": len(chunks), "branches": branches}
     for key, value in expected.items():
         same(about.get(key), value, f"{where}: {key}")
+    if about.get("data") == "digests":
+        rows = [(row.get("step"), row.get("batch")) for row in read_lines(release, "data/digests.jsonl")]
+        known = [(step, row["batch"]) for step, row in sorted(ledger.rows.items()) if step <= last]
+        must(rows == known, "data/digests.jsonl has not the ledger's digests")
+    else:
+        same(about.get("data"), "tokens", f"{where}: data")
     listed = get(about, "checkpoints", list, where)
     same([one.get("step") for one in listed], [r["last_step"] for r in ledger.records], f"{where}: its checkpoints")
     metas, there = release.fact("checkpoints"), set()
@@ -1065,12 +1095,12 @@ def read_branches(release: Release) -> dict[str, Ledger]:
     entries = [e for e in release.fact("journal").journal if e["kind"] == "rollback"]
     folders = sorted({path.split("/")[2] for path in release.sizes if path.startswith("run/branches/")})
     same(folders, sorted(f"{number(e, 'branch', 'journal', 1):02d}" for e in entries), "run/branches: the folders")
-    found, lines = {}, [line for _, line in release.lines("run/journal.jsonl")] if entries else []
+    found, journal = {}, release.fact("journal").journal
     for entry in entries:
         folder = f"run/branches/{entry['branch']:02d}"
         same(release.json(f"{folder}/branch.json"), entry, f"{folder}/branch.json")
-        known = [line for _, line in release.lines(f"{folder}/journal.jsonl")]
-        same(known, lines[: release.fact("journal").journal.index(entry)], f"{folder}/journal.jsonl: its lines")
+        known = read_lines(release, f"{folder}/journal.jsonl")
+        same(known, journal[: journal.index(entry)], f"{folder}/journal.jsonl: its entries")
         pieces, last = [], None
         for later in entries:
             if later["branch"] >= entry["branch"] and (last is None or later["at_step"] < last):
@@ -1183,6 +1213,8 @@ def check_chunk_list(listed: dict, chunks: dict[int, dict], order: Part, last: i
     expected |= {"num_chunks": len(order.chunks()), "num_steps": order.last}
     expected |= {key: manifest[key] for key in ("tokenizer_sha256", "vocab_size", "eos_id", "label_shift")}
     expected["subsets"] = {name: store["root_digest"] for name, store in manifest["stores"].items()}
+    sizes = ("name", "sequence_length", "rows_per_step")
+    expected["stages"] = [{key: stage[key] for key in sizes} for stage in manifest["stages"]]
     for key, value in expected.items():
         same(listed.get(key), value, f"data/chunks.json: {key}")
     for i, (first, end) in enumerate(order.chunks()):
@@ -1194,7 +1226,7 @@ def check_chunk_list(listed: dict, chunks: dict[int, dict], order: Part, last: i
         ids = rows * (stage.length + (order.of(first).manifest["label_shift"] == "next"))
         size, digest = release.fact("files")[path]
         about = {"file": path[5:], "bytes": size, "sha256": digest, "stage": stage.name, "first_step": first}
-        about |= {"last_step": end, "rows": rows, "token_ids": ids}
+        about |= {"last_step": end, "rows": rows, "token_ids": ids, "steps_in_ledger": min(end, last) - first + 1}
         for key, value in about.items():
             same(chunks[first].get(key), value, f"data/chunks.json, chunk {i}: {key}")
 
@@ -1253,8 +1285,8 @@ def look_at_documents(data: Data, step: int, table: pa.Table, tokens: np.ndarray
 
 def of_data(release: Release, name: str, count: str) -> int:
     """What one check found in the pass over the rows."""
-    if "data/chunks.json" not in release.sizes:
-        raise Unchecked("no rows are released, only their digests in the ledger")
+    if release.json("release.json").get("data") == "digests":
+        raise Unchecked("no rows are released, only the digests that the ledger has")
     data = release.fact("rows")
     must(name not in data.wrong, data.wrong.get(name, ""))
     return getattr(data, count)
@@ -1347,7 +1379,7 @@ def read_exports(release: Release) -> dict[str, dict]:
         tokens = release.fact("journal").now.tokens(step)
         same([one.get("revision"), folder], [f"step{step}-tokens{tokens}", f"exports/{one['revision']}"], "exports")
         parity = release.json(f"{folder}/parity.json")
-        recorded = parity.pop("certificate_sha256", None) if isinstance(parity, dict) else None
+        recorded = parity.pop("certificate_sha256", None)
         same(recorded, digest_of(parity), f"{folder}/parity.json: its SHA-256")
         of, where = get(parity, "checkpoint", dict, folder), f"{folder}/parity.json: its checkpoint"
         same(number(of, "step", where), step, f"{where}'s step")
@@ -1530,34 +1562,53 @@ def check_launches(release: Release) -> int:
 CLOSE = 1e-3  # relative: on other devices sums are added in another order, and that explains no more
 
 
-def drawn(digest: str, seed: int, n: int, last: int) -> list[int]:
-    """§9: the steps that a release is challenged to run again: nobody can choose them who makes it."""
+def drawn(text: str, n: int, of: int) -> list[int]:
+    """§9: numbers of [0, of) that nobody can choose who makes the release."""
     found: list[int] = []
     for i in range(100 * n):
-        number = hashlib.sha256(f"{digest} {seed} {i}".encode()).digest()[:8]
-        step = int.from_bytes(number, "big") % last + 1
-        found += [step] if step not in found and len(found) < min(n, last) else []
+        number = hashlib.sha256(f"{text} {i}".encode()).digest()[:8]
+        one = int.from_bytes(number, "big") % of
+        found += [one] if one not in found and len(found) < min(n, of) else []
     return sorted(found)
 
 
-def check_replay(release: Release, n: int, say: Callable[[str], None]) -> int:
-    """steps drawn after the release's digest, run again by k2jax: batch, loss and gradient norm with the ledger's"""
-    if not n:
-        raise Unchecked("not asked for: --replay=N, with k2jax installed")
-    steps = drawn(release.digest, release.seed, n, release.fact("ledger").records[-1]["last_step"])
-    for step in steps:
-        say(f"running step {step} again")
+def challenges(release: Release, steps: int, chunks: int) -> list[tuple[int, int]]:
+    """§9: (first step, how many): single steps, and whole stretches between two checkpoints that are released."""
+    ledger, metas, text = release.fact("ledger"), release.fact("checkpoints"), f"{release.digest} {release.seed}"
+    last = ledger.records[-1]["last_step"]
+    found = [(step + 1, 1) for step in drawn(f"{text} steps", steps, last)]
+    whole = []
+    for record in ledger.records:
+        before, after = (f"run/checkpoints/{step}" for step in (record["first_step"] - 1, record["last_step"]))
+        begins = record["first_step"] == 1 and before not in metas or release.below(f"{before}/moments")
+        whole += [(record["first_step"], record["num_rows"])] if begins and after in metas else []
+    must(whole or not chunks, "no two checkpoints with optimizer state are released that follow each other")
+    return found + [whole[i] for i in drawn(f"{text} chunks", chunks, len(whole) or 1)]
+
+
+def check_replay(release: Release, steps: int, chunks: int, say: Callable[[str], None]) -> int:
+    """steps drawn after the release's digest, run again by k2jax: batch, loss, gradient norm, arrays of checkpoints"""
+    if not steps and not chunks:
+        raise Unchecked("not asked for: --replay=N for steps, --replay-chunks=N for checkpoints, with k2jax installed")
+    count = 0
+    for first, number in challenges(release, steps, chunks):
+        say(f"running again: {number} step(s) from {first}")
         # -P: a release that one stands in brings no modules.
-        command = [sys.executable, "-P", "-m", "k2jax.replay", f"--workdir={release.root / 'run'}"]
-        child = subprocess.run([*command, f"--step={step}", "--json"], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-P", "-m", "k2jax.replay", f"--workdir={release.root / 'run'}", f"--step={first}"]
+        child = subprocess.run([*command, f"--steps={number}", "--json"], capture_output=True, text=True, check=False)
         told = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
         if "No module named" in told:
             raise Unchecked("k2jax is not installed here")
-        must(child.returncode == 0, f"step {step}: {told}")
-        found = parse(child.stdout.strip().splitlines()[-1].encode(), "what k2jax.replay says")
-        same([found.get("step"), found.get("batch")], [step, True], f"step {step}: its batch")
-        must(found.get("bits") is True or get(found, "apart", float, "replay") < CLOSE, f"step {step}: {shown(found)}")
-    return len(steps)
+        must(child.returncode == 0, f"steps from {first}: {told}")
+        lines = [line for line in child.stdout.splitlines() if line.startswith("{")]
+        found = [parse(line.encode(), "what k2jax.replay says") for line in lines]
+        same([one.get("step") for one in found], [*range(first, first + number)], "the steps that were run again")
+        for one in found:
+            near = one.get("bits") is True or get(one, "apart", float, "replay") < CLOSE
+            must(one.get("batch") is True and near, f"step {one['step']}: {shown(one)}")
+        must(number == 1 or found[-1].get("arrays") is not None, f"steps from {first}: no arrays were compared")
+        count += number
+    return count
 
 
 def check_digest(release: Release, published: str | None) -> int:
@@ -1580,9 +1631,11 @@ CHECKS: dict[str, Callable[[Release], int]] = {
     "evaluations": check_evaluations, "gallery": check_gallery, "launches": check_launches,
 }  # fmt: skip
 NEVER = (
+    "that weights are those that were saved, beyond 32-bit sums of each array, which find damage and can be forged: a "
+    "published digest shows it, and --replay of a step that begins from them",
     "that losses and gradient norms are what training gave: whoever computes the whole chain anew is found by a "
     "published digest or by --replay alone",
-    "that a checkpoint came of the steps before it: --replay shows it for the steps that it runs",
+    "that a checkpoint came of the steps before it: --replay-chunks shows it for those that it runs to",
     "evaluation scores, gallery texts, samples and logits of certificates: run them again; that they name the right "
     "checkpoint and were not changed since is what is checked",
     "held-out losses, metrics other than loss and gradient norm, goodput, launches, costs, prediction, spikes, cards: "
@@ -1593,10 +1646,12 @@ NEVER = (
 )
 
 
-def verify(release: Release, published: str | None = None, replay: int = 0, say: Callable = print) -> list[Result]:
-    """All checks, in order."""
+def verify(
+    release: Release, published: str | None = None, steps: int = 0, chunks: int = 0, say: Callable = print
+) -> list[Result]:
+    """All checks, in order; the last runs so many steps and chunks again."""
     checks = {**CHECKS, "digest": lambda r: check_digest(r, published)}
-    checks["replay"] = lambda r: check_replay(r, replay, say)
+    checks["replay"] = lambda r: check_replay(r, steps, chunks, say)
     words = {"digest": check_digest, "replay": check_replay}
     results = []
     for name, check in checks.items():
@@ -1620,8 +1675,12 @@ def verify(release: Release, published: str | None = None, replay: int = 0, say:
 
 def not_proven(release: Release, results: list[Result]) -> list[str]:
     """What a reader must not take from this, however well all of it holds."""
-    found = [f"{r.name}: {r.found}" for r in results if r.state != OK]
-    data = release.fact("rows") if any(r.name == "batches" and r.state == OK for r in results) else None
+    found, states = [f"{r.name}: {r.found}" for r in results if r.state != OK], {r.name: r.state for r in results}
+    if states["ledger"] == OK:
+        ledger = release.fact("ledger")
+        if loose := max(ledger.rows, default=0) - ledger.records[-1]["last_step"]:
+            found.append(f"{loose:,} rows of the ledger after its last record: no record closes over them")
+    data = release.fact("rows") if states["batches"] == OK else None
     if data and data.steps < data.of_all:
         share = (1 - data.steps / data.of_all) * 100
         found.append(f"rows of {data.of_all - data.steps:,} of {data.of_all:,} steps: one changed step is missed with "
@@ -1652,17 +1711,22 @@ def main() -> None:
                         help="rebuild the batches of N steps drawn at random (default: all)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn, beside the release's digest")
     parser.add_argument("--replay", type=int, default=0, metavar="N", help="run N drawn steps again; needs k2jax")
+    parser.add_argument("--replay-chunks", type=int, default=0, metavar="N",
+                        help="run all between two drawn checkpoints again, N times, and compare arrays")  # fmt: skip
     parser.add_argument("--memory", type=float, default=16, metavar="GIB", help="to use at most (default: 16)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as of `| head`
     if not (args.release / "files.json").is_file() or not (args.release / "release.json").is_file():
         print(f"error: {shown(args.release)} is no release: there is no files.json or no release.json", file=sys.stderr)
         raise SystemExit(78)
-    if not args.replay:
+    if not (args.replay or args.replay_chunks):
         limit_memory(args.memory)  # which a child would inherit
     say: Callable[..., None] = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
     release = Release(args.release, args.steps, args.seed)
-    results = verify(release, args.digest, args.replay, say)
+    results = verify(release, args.digest, args.replay, args.replay_chunks, say)
     failed, unproven = [r for r in results if r.state == FAILED], not_proven(release, results)
     if args.json:
         values = {"format": 1, "holds": not failed, "checks": [r._asdict() for r in results], "not_proven": unproven}
