@@ -74,7 +74,12 @@ def _evaluations(to: Path, checkpoints: list[tuple[int, str]], hostile: str) -> 
 def _gallery(to: Path, checkpoints: list[tuple[int, str]], hostile: str) -> None:
     for step, digest in checkpoints:
         entries = [
-            {"prompt": f"Once {n} {hostile}", "suffix": hostile if n else None, "settings": {}, "text": f"at {step} {hostile}"}
+            {
+                "prompt": f"Once {n} {hostile}",
+                "suffix": hostile if n else None,
+                "settings": {},
+                "text": f"at {step} {hostile}",
+            }
             for n in range(2)
         ]
         path = to / "gallery" / f"{step}.json"

@@ -104,6 +104,7 @@ COMMANDS = {
     "k2jax.replay": "--workdir=. --step=1",
     "k2jax.doctor": "--workdir=. --step=1 --out=.",
     "k2jax.goodput": "--workdir=.",
+    "k2jax.gallery": "--workdir=. --prompts=.",
     "k2jax.preflight": "--config=. --workdir=.",
     "tools/convert_from_hf.py": "--hf=. --out=.",
     "tools/convert_to_hf.py": "--workdir=. --out=.",
@@ -112,6 +113,7 @@ COMMANDS = {
     "tools/launch.py": "--config=. --out=. --plan=. --workdir=/x --topology=cpu:1x1 --on=ssh",
     "tools/plan.py": "--config=. --workdir=. --topology=v5e:2x2",
     "tools/prepare_data.py": "--config=. --out=.",
+    "tools/report.py": "--workdir=. --out=. --compare=.",
     "tools/which_docs.py": "--workdir=. --step=1",
     "tools/which_steps.py": "--workdir=. --doc=0",
     "tools/bench/checkpoint.py": "--folder=.",
@@ -124,6 +126,8 @@ IN_BUCKETS = {
     *[(name, "--workdir") for name in COMMANDS if "--workdir" in COMMANDS[name]],
     ("tools/convert_to_hf.py", "--out"),
     ("tools/export_chunks.py", "--out"),
+    ("tools/report.py", "--out"),
+    ("tools/report.py", "--compare"),
 }
 WITH_STORES = ["k2jax.evaluate", "tools/export_chunks.py", "tools/which_docs.py", "tools/which_steps.py"]
 

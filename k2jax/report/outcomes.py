@@ -120,7 +120,7 @@ def _suite(found: Evaluations) -> list[Any]:
             traces.append(_points(label, results, lambda m, k=metric.key: 100 * m[k], main=True))
         levels = [
             {"label": "K2", "y": metric.k2, "dash": "dash"},
-            {"label": "K2, stage 1", "y": metric.k2_stage1, "dash": "dot"},
+            {"label": "stage 1", "y": metric.k2_stage1, "dash": "dot"},
         ]
         chart = _chart(metric.name, traces, "%", "", "small", levels=levels)
         parts += chart
@@ -133,7 +133,8 @@ def _suite(found: Evaluations) -> list[Any]:
     head = ("percent", "newest here", "K2", "K2, stage 1", "few-shot examples", "which are")
     note = "K2's values are those that LLM360 published; beside ours they are not the same measurement, see the README."
     note += f" Not measured here: {', '.join(missing)}." if missing else ""
-    return [Text(["K2's suite of 22 metrics, by checkpoint."]), *parts, Table(head, last, note)]
+    said = "K2's suite of 22 metrics, by checkpoint. Dashed: K2-65B at its end; dotted: after its stage 1."
+    return [Text([said]), *parts, Table(head, last, note)]
 
 
 def _is_of(metric: Any, result: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ def overview(subject: Subject) -> Section:
     """What the run is, in tiles, and its stages and configuration."""
     series = subject.rows.series
     loss = _newest(subject, "loss")
-    spent = subject.notes.trying("goodput", lambda: goodput.read_goodput(subject.workdir), None)
+    spent = subject.goodput
     steps = f"{subject.last_step:,}" + (f" of {subject.num_steps:,}" if subject.num_steps else "")
     tiles = [
         ("step", steps),
@@ -232,7 +232,7 @@ def prediction(subject: Subject, predicted: dict[str, Any]) -> Section:
     if not predicted:
         return Section("prediction", "Prediction", [Text(["None was made before the run."], "note")])
     loss, band = predicted["loss"], predicted["loss"]["band"]
-    spent = subject.notes.trying("goodput", lambda: goodput.read_goodput(subject.workdir), None)
+    spent = subject.goodput
     newest, step_s = _newest(subject, "loss"), subject.rows.series
     took = step_s.total("step_s") / step_s.count("step_s") if step_s.count("step_s") else None
     rows = [

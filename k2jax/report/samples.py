@@ -25,13 +25,13 @@ class Samples:
     def __init__(self, subject: Subject):
         self.subject, self.tasks, self._size, self._full = subject, [], 0, False
         path = subject.workdir / "tokenizer.json"
-        self._tokenizer = subject.notes.trying(f"{path}", lambda: load_tokenizer(path), None)
+        self._tokenizer = subject.notes.trying(f"{path}", lambda: load_tokenizer(path), None) if path.exists() else None
 
     @property
     def said(self) -> str:
         text = (
-            f"Up to {DOCUMENTS} documents of each task, the same ones at up to {CHECKPOINTS} checkpoints; texts of over "
-            f"{MOST_TEXT:,} characters are cut. All of them are in evals/."
+            f"Up to {DOCUMENTS} documents of each task, the same ones at up to {CHECKPOINTS} checkpoints; texts of "
+            f"over {MOST_TEXT:,} characters are cut. All of them are in evals/."
         )
         return text + (" What did not fit on this page is left out." if self._full else "")
 

@@ -15,6 +15,7 @@ from k2jax.run.branches import rollbacks
 from k2jax.stability import telling
 
 MOST_SPIKES = 40
+OUTLIERS = "Where a few values are far from all others, the axis begins without them: a double click shows all."
 MAP_COLUMNS = 240
 GROUPS = ("embed", "q", "k", "v", "o", "gate", "up", "down", "norms", "head")  # as a token meets them
 DONE = {"defer": "deferred", "skip": "skipped"}
@@ -80,10 +81,10 @@ def loss(subject: Subject, predicted: dict[str, Any]) -> Section:
         if subject.rows.no_update:
             traces.append({"run": 0, "label": "no update was made", "at": subject.rows.no_update, "of": "loss"})
         traces += _prediction(predicted)
-        parts.append(Chart("Training loss", _lines(traces, "nats a token", smooth=True), size="wide"))
+        parts.append(Chart("Training loss", _lines(traces, "nats a token", smooth=True), OUTLIERS, "wide"))
     if names := _subsets(subject):
         traces = [_line(name, name.removeprefix("loss/")) for name in names if subject.rows.series.count(name)]
-        note = "Each subset of the data, over the tokens of it that a step read."
+        note = "Each subset of the data, over the tokens of it that a step read. With smoothing 0: every extreme."
         parts.append(Chart("Training loss by subset", _lines(traces, "nats a token", smooth=True), note, "wide"))
     if held := _held_out(subject):
         note = "Text that no step reads, at checkpoints."
@@ -286,7 +287,7 @@ def _planned_mfu(subject: Subject) -> list[dict[str, Any]]:
 
 
 def _goodput(subject: Subject) -> Any:
-    found = subject.notes.trying("goodput", lambda: goodput.read_goodput(subject.workdir), None)
+    found = subject.goodput
     if found is None:
         return Text(["Where the time went is not recorded."], "note")
     parts = [(cause, value, goodput.CAUSES[cause]) for cause, value in found.seconds.items() if value > 0]

@@ -51,7 +51,7 @@ function setTheme(name, remember) {
   const button = document.getElementById("theme");
   if (name === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
-  button.textContent = `theme: ${name}`;
+  button.textContent = PHONE.matches ? name : `theme: ${name}`;
   button.dataset.now = name;
   if (remember) { try { localStorage.setItem("k2jax-theme", name); } catch { /* a file's page may have no storage */ } }
   if (window.Plotly) redraw();
