@@ -27,23 +27,25 @@ class Report:
         subject, subjects = self.subject, [self.subject, *self.others]
         predicted = record.read_prediction(subject)
         found = outcomes.Evaluations(subject)
-        samples, sample_data = outcomes.samples(subject, found)
         gallery, gallery_data = outcomes.gallery(subject)
-        sections = [
-            record.overview(subject),
-            *([compare.comparison(subjects)] if self.others else []),
-            training.loss(subject, predicted),
-            training.stability(subject),
-            training.learning(subject),
-            training.speed(subject),
-            mix.data(subject),
-            outcomes.evaluations(subject, found),
-            gallery,
-            samples,
-            record.prediction(subject, predicted),
-            record.costs(subject),
-            record.record(subject),
+        samples, sample_data = outcomes.samples(subject, found)
+        made: list[tuple[str, Callable[[], Section | None]]] = [
+            ("what the run is", lambda: record.overview(subject)),
+            ("other runs", lambda: compare.comparison(subjects) if self.others else None),
+            ("loss", lambda: training.loss(subject, predicted)),
+            ("stability", lambda: training.stability(subject)),
+            ("learning rate and norms", lambda: training.learning(subject)),
+            ("speed and time", lambda: training.speed(subject)),
+            ("data", lambda: mix.data(subject)),
+            ("evaluations", lambda: outcomes.evaluations(subject, found)),
+            ("gallery", lambda: gallery),
+            ("samples", lambda: samples),
+            ("prediction", lambda: record.prediction(subject, predicted)),
+            ("costs", lambda: record.costs(subject)),
+            ("the record", lambda: record.record(subject)),
         ]
+        # What is stored may be of another version, or another's: the rest is shown.
+        sections = [subject.notes.trying(f"section on {what}", make, None) for what, make in made]
         sections = [section for section in sections if section]
         data = {
             "runs": _runs(subjects, sections),

@@ -68,7 +68,7 @@ def _numbers(subjects: list[Subject], names: list[str]) -> Table:
 
 
 def _keys(subjects: list[Subject], names: list[str]) -> Table:
-    configs = [flatten(redacted(subject.config)) for subject in subjects]
+    configs = [flatten(redacted(subject.settings)) for subject in subjects]
     keys = dict.fromkeys(key for config in configs for key in config)
     found = [[key, *(str(config[key]) if key in config else "-" for config in configs)] for key in keys]
     rows = [row for row in found if len(set(row[1:])) > 1][:MOST_KEYS]

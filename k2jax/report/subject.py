@@ -65,13 +65,13 @@ class Subject:
         self.branches[entry["branch"]].update()
 
     @property
-    def config(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """As it is now."""
         return self.epochs[-1].config
 
     @property
     def name(self) -> str:
-        return str(self.config.get("name") or self.workdir.name)
+        return str(self.settings.get("name") or self.workdir.name)
 
     @property
     def last_step(self) -> int:

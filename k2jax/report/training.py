@@ -282,7 +282,7 @@ def _planned_mfu(subject: Subject) -> list[dict[str, Any]]:
     path = subject.workdir / "plan.json"
     plan = subject.notes.trying("plan.json", lambda: files.read_json(path), {}) if path.exists() else {}
     stages = plan.get("stages", {}) if isinstance(plan, dict) else {}
-    found = {name: stage.get("mfu_causal") for name, stage in stages.items() if isinstance(stage, dict)}
+    found = {name: planned.get("mfu_causal") for name, planned in stages.items() if isinstance(planned, dict)}
     return [{"label": f"planned, {name}", "y": y} for name, y in found.items() if isinstance(y, float)]
 
 
