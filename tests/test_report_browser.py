@@ -47,6 +47,7 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": theme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.js("try { sessionStorage.clear(); localStorage.clear(); } catch {}")  # what another test chose
         self.driver.get("about:blank")
         self.requests(), self.errors()
         self.driver.get(path.as_uri())
@@ -216,6 +217,24 @@ def test_the_theme_is_chosen_and_charts_follow(browser, page):
     assert browser.js(f"return {plot}.layout.font.color") != ink
     browser.js(f"{button}.click()")
     assert browser.js("return document.documentElement.dataset.theme || ''") == ""
+
+
+def test_a_page_beside_a_training_reads_itself_anew_and_keeps_what_was_chosen(browser, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    report = Report(run)
+    report.write(run / "report.html", reload_s=2)
+    browser.open(run / "report.html")
+    browser.js("window.first = true; scrollTo(0, 800)")
+    browser.set("axis", "tokens", "change")
+    report.subject.update()
+    report.write(run / "report.html")
+    browser.wait("window.first !== true && document.documentElement.dataset.ready")
+    assert browser.js("return document.getElementById('axis').value") == "tokens"
+    plot = browser.show("Training loss")
+    assert browser.js(f"return {plot}.layout.xaxis.title.text") == "tokens"
+    time.sleep(2.5)
+    assert len(browser.requests()) == 2 and browser.errors() == []  # no more: the run has ended
 
 
 def test_samples_are_browsed_by_task_document_and_checkpoint(browser, page):

@@ -22,8 +22,8 @@ class Report:
         page.plotly()  # if it is missing, that is said before anything is read
         self.subject, self.others = Subject(workdir), [Subject(other) for other in others]
 
-    def html(self) -> str:
-        """The whole file."""
+    def html(self, reload_s: float | None = None) -> str:
+        """The whole file; one with `reload_s` reads itself anew so often."""
         subject, subjects = self.subject, [self.subject, *self.others]
         predicted = record.read_prediction(subject)
         found = outcomes.Evaluations(subject)
@@ -52,24 +52,26 @@ class Report:
             "marks": training.marks(subject),
             "gallery": gallery_data,
             "samples": sample_data,
+            "reload_s": reload_s,
         }
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         said = f"Made {now} from {subject.workdir}, at step {subject.last_step:,}."
         warnings = [line for one in subjects for line in one.notes.lines]
         return page.page(f"{subject.name}: report of a run", said, sections, data, warnings)
 
-    def write(self, out: Path | BucketPath) -> int:
+    def write(self, out: Path | BucketPath, reload_s: float | None = None) -> int:
         """Whole or not at all; returns its bytes."""
-        text = self.html().encode("utf-8", "backslashreplace")
+        text = self.html(reload_s).encode("utf-8", "backslashreplace")
         files.write_bytes(out, text)
         return len(text)
 
     def watch(self, out: Path | BucketPath, every_s: float, say: Callable[[str], None]) -> None:
         """Writes it anew every so often, until the run has its last step."""
         while True:
-            say(f"{out}: step {self.subject.last_step:,}, {self.write(out):,} bytes")
-            last = self.subject.num_steps
-            if last and self.subject.last_step >= last and (self.subject.workdir / "validation.json").exists():
+            last, step = self.subject.num_steps, self.subject.last_step
+            ended = bool(last and step >= last and (self.subject.workdir / "validation.json").exists())
+            say(f"{out}: step {step:,}, {self.write(out, None if ended else every_s):,} bytes")
+            if ended:
                 return
             time.sleep(every_s)
             for one in (self.subject, *self.others):

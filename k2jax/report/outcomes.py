@@ -114,10 +114,8 @@ def _suite(found: Evaluations) -> list[Any]:
     for metric in SUITE:
         traces = []
         for settings, results in found.of(metric.task):
-            if not _is_of(metric, results[0]):
-                continue
-            label = f"here{_setting(found, metric.task, settings)}"
-            traces.append(_points(label, results, lambda m, k=metric.key: 100 * m[k], main=True))
+            trace = _points(f"here ({settings})", results, lambda m, k=metric.key: 100 * m[k])
+            traces += [trace] if trace else []  # one task may stand there with one answer and with several
         levels = [
             {"label": "K2", "y": metric.k2, "dash": "dash"},
             {"label": "stage 1", "y": metric.k2_stage1, "dash": "dot"},
@@ -135,12 +133,6 @@ def _suite(found: Evaluations) -> list[Any]:
     note += f" Not measured here: {', '.join(missing)}." if missing else ""
     said = "K2's suite of 22 metrics, by checkpoint. Dashed: K2-65B at its end; dotted: after its stage 1."
     return [Text([said]), *parts, Table(head, last, note)]
-
-
-def _is_of(metric: Any, result: dict[str, Any]) -> bool:
-    """The same task is in the suite with one answer and with several."""
-    settings = result["settings"] if isinstance(result.get("settings"), dict) else {}
-    return bool(settings.get("pass_at")) == bool(metric.pass_at)
 
 
 def _shots(metric: Any) -> Any:
@@ -238,7 +230,7 @@ def gallery(subject: Subject) -> tuple[Section, list[dict[str, Any]]]:
     if not prompts:
         said = f"No prompts have been kept: python -m k2jax.gallery --workdir={subject.workdir}"
         return Section("gallery", "Prompt gallery", [Text([said], "note")]), []
-    text = "The same prompts at every checkpoint. A dash in front of a text: nothing came but the document's end."
+    text = "The same prompts at every checkpoint. A dash: nothing came but the document's end."
     return Section("gallery", "Prompt gallery", [Text([text]), Browser("gallery")]), list(prompts.values())
 
 

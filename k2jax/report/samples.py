@@ -58,10 +58,10 @@ class Samples:
 
     def _fields(self, sample: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
         """What was asked, which is of the document, and what the checkpoint answered: [[name, text]]."""
-        answered = {"resps", "filtered_resps", "recited", "score", "loss", "task", "filter"}
+        answered = {"resps", "filtered_resps", "recited", "score", "loss"}
         metrics = sample.get("metrics")
         answered |= set(metrics) if isinstance(metrics, list) and all(isinstance(m, str) for m in metrics) else set()
-        hidden = {"metrics", "doc_hash", "prompt_hash", "target_hash", "doc_id"}
+        hidden = {"task", "filter", "metrics", "doc_hash", "prompt_hash", "target_hash", "doc_id"}
         asked, said = [], []
         for key, value in sample.items():
             if key in TOKENS and self._tokenizer is not None and _are_ids(value):

@@ -198,7 +198,7 @@ def learning(subject: Subject) -> Section:
         parts.append(Chart("Learning rate", _lines(traces, "")))
     for name, title in NORMS.items():
         if traces := _known(subject, {name: title}):
-            parts.append(Chart(title.capitalize(), _lines(traces, "", log=True, smooth=True)))
+            parts.append(Chart(title.capitalize(), _lines(traces, "", log=True, smooth=name != "param_norm")))
     parts += _group_maps(subject) + _layer_maps(subject)
     return Section("learning", "Learning rate and norms", parts or [Text(["Not recorded."], "note")])
 
@@ -234,8 +234,9 @@ def _map(title: str, steps: np.ndarray, choices: list[tuple[str, list, list[np.n
     for label, y, values in choices:
         matrix = np.stack(values)
         there = np.isfinite(matrix).any(axis=0)
-        x = steps[there].tolist()
-        found.append({"label": label, "x": x, "y": y, "z": [short(row, 3) for row in matrix[:, there]]})
+        if there.any():
+            z = [short(row, 3) for row in matrix[:, there]]
+            found.append({"label": label, "x": steps[there].tolist(), "y": y, "z": z})
     if not found:
         return []
     note = "The greatest value of each column's steps; colours by its logarithm."

@@ -6,7 +6,11 @@ const AXES = {step: "step", tokens: "tokens", flops: "FLOPs, causal attention", 
 const MARKS = {stage: "stage begins", spike: "spike", "roll-back": "rolled back", decision: "decision", change: "configuration"};
 const MOST_FAINT = 8; // curves of a chart that are drawn unsmoothed, too, behind the smoothed ones
 const PHONE = matchMedia("(max-width: 760px)");
-const STATE = {axis: "step", smoothing: 0.6, marks: true};
+const STATE = {axis: "step", smoothing: 0.6, marks: true, reload: true, ...remembered("k2jax-state")};
+
+// A page of a file may have no storage.
+function remembered(key) { try { return JSON.parse(sessionStorage.getItem(key)) || {}; } catch { return {}; } }
+function remember() { try { sessionStorage.setItem("k2jax-state", JSON.stringify(STATE)); } catch { /* as above */ } }
 // Of plotly's buttons those that stay on this page: one of the others sends a chart to plotly's own site.
 const CONFIG = {
   displaylogo: false, responsive: true, displayModeBar: "hover", plotlyServerURL: "", topojsonURL: "none:",
