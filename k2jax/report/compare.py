@@ -37,7 +37,7 @@ def comparison(subjects: list[Subject]) -> Section:
             if subject.rows.series.count(series)
         ]
         if traces:
-            spec = {"kind": "lines", "traces": traces, "unit": unit, "log": log, "smooth": True}
+            spec = {"kind": "lines", "traces": traces, "unit": unit, "log": log, "smooth": series != "lr"}
             parts.append(Chart(title, spec, "", "wide" if series == "loss" else ""))
     if traces := _validation(subjects, names):
         parts.append(Chart("Validation loss", {"kind": "lines", "traces": traces, "unit": "nats a token"}))

@@ -24,13 +24,12 @@ class Evaluations:
 
     def __init__(self, subject: Subject):
         self.curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        self.paths: dict[tuple[str, int], Path | BucketPath] = {}
         for path in _results(subject.workdir)[:MOST_RESULTS]:
             result = subject.notes.trying(f"{path}", lambda p=path: read_result(p), None)
             if result and type(result.get("step")) is int and isinstance(result.get("metrics"), dict):
                 settings = sha256_json([result["version"], result["settings"], result["seed"]])[:8]
-                self.curves.setdefault((str(result["task"]), settings), []).append(result)
-                self.paths[path.stem, result["step"]] = path
+                kept = {key: result[key] for key in ("step", "checkpoint", "metrics")}  # the rest may be much
+                self.curves.setdefault((str(result["task"]), settings), []).append({**kept, "path": path})
         for results in self.curves.values():
             results.sort(key=lambda result: result["step"])
 
@@ -195,15 +194,10 @@ def samples(subject: Subject, found: Evaluations) -> tuple[Section, list[dict[st
     """(section, what its script shows)."""
     chosen = Samples(subject)
     for (task, settings), results in found.curves.items():
-        files_of = [(r, found.paths.get((_stem(r), r["step"]))) for r in results]
-        chosen.add(task + _setting(found, task, settings), files_of)
+        chosen.add(task + _setting(found, task, settings), results)
     if not chosen.tasks:
         return Section("samples", "Samples of evaluations", [Text(["None are stored."], "note")]), []
     return Section("samples", "Samples of evaluations", [Text([chosen.said]), Browser("samples")]), chosen.tasks
-
-
-def _stem(result: dict[str, Any]) -> str:
-    return str(result.get("samples", {}).get("file", "")).removesuffix(".samples.jsonl")
 
 
 # ---- the gallery -----------------------------------------------------------------------------------------------------

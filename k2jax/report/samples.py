@@ -35,12 +35,12 @@ class Samples:
         )
         return text + (" What did not fit on this page is left out." if self._full else "")
 
-    def add(self, task: str, results: list[tuple[dict[str, Any], Path | BucketPath | None]]) -> None:
-        """Of one task under one setting: its results, by step, with their files."""
+    def add(self, task: str, results: list[dict[str, Any]]) -> None:
+        """Of one task under one setting: its results by step, each with the "path" that it was read from."""
         documents: dict[str, dict[str, Any]] = {}
-        for result, path in _evenly([pair for pair in results if pair[1] is not None], CHECKPOINTS):
+        for result in _evenly(results, CHECKPOINTS):
             what = f"samples of {task} at step {result['step']}"
-            file = path.with_suffix(".samples.jsonl")
+            file = result["path"].with_suffix(".samples.jsonl")
             lines = self.subject.notes.trying(what, lambda f=file: _chosen(f), [])
             for name, sample in lines:
                 asked, answered = self._fields(sample)

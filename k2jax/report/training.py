@@ -14,7 +14,8 @@ from k2jax.run import goodput
 from k2jax.run.branches import rollbacks
 from k2jax.stability import telling
 
-MOST_SPIKES = 40
+MOST_SPIKES, MOST_SPIKE_BYTES = 40, 1 << 20
+MOST_MARKS = 2_000
 OUTLIERS = "Where a few values are far from all others, the axis begins without them: a double click shows all."
 MAP_COLUMNS = 240
 GROUPS = ("embed", "q", "k", "v", "o", "gate", "up", "down", "norms", "head")  # as a token meets them
@@ -44,7 +45,7 @@ def marks(subject: Subject) -> list[dict[str, Any]]:
     for epoch in subject.epochs[1:]:
         text = f"epoch {epoch.number}: {', '.join(epoch.changes) or 'goes on as another run'}"
         found.append({"kind": "change", "step": epoch.after_step, "text": text})
-    return [mark for mark in found if type(mark["step"]) is int]
+    return [mark for mark in found if type(mark["step"]) is int][:MOST_MARKS]
 
 
 def _subsets(subject: Subject, prefix: str = "loss/") -> list[str]:
@@ -184,7 +185,10 @@ def _branches(subject: Subject, done: list[dict[str, Any]]) -> Table:
 def _spikes(subject: Subject) -> list[Html]:
     """What the doctor said of each when it came."""
     paths = sorted((subject.workdir / "spikes").glob("*.json"))[:MOST_SPIKES]
-    found = [subject.notes.trying(f"{path}", lambda p=path: telling.html(files.read_json(p)), "") for path in paths]
+    found = []
+    for path in paths:
+        read = subject.notes.trying(f"{path}", lambda p=path: files.read_json(p, MOST_SPIKE_BYTES), None)
+        found.append(subject.notes.trying(f"{path}", lambda r=read: telling.html(r), "") if read is not None else "")
     return [Html(text) for text in found if text]
 
 

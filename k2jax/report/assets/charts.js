@@ -5,7 +5,7 @@ const DATA = JSON.parse(document.getElementById("page-data").textContent);
 const AXES = {step: "step", tokens: "tokens", flops: "FLOPs, causal attention", hours: "hours of steps"};
 const MARKS = {stage: "stage begins", spike: "spike", "roll-back": "rolled back", decision: "decision", change: "configuration"};
 const MOST_FAINT = 8; // curves of a chart that are drawn unsmoothed, too, behind the smoothed ones
-const PHONE = matchMedia("(max-width: 760px)");
+const PHONE = matchMedia("screen and (max-width: 760px)");
 const STATE = {axis: "step", smoothing: 0.6, marks: true, reload: true, ...remembered("k2jax-state")};
 
 // A page of a file may have no storage.
@@ -164,8 +164,14 @@ function lines(spec, small) {
   const many = traces.filter((trace) => trace.showlegend !== false).length;
   const layout = {
     ...base(small), shapes, annotations, hovermode: many > 12 ? "closest" : "x unified",
-    xaxis: {...axisStyle(), title: {text: small ? "" : AXES[axis], standoff: 6}, nticks: small ? 4 : 0, exponentformat: "SI", rangemode: "nonnegative"},
-    yaxis: {...axisStyle(), title: {text: small ? "" : plain(spec.unit), standoff: 4}, type: spec.log ? "log" : "linear", exponentformat: "power"},
+    xaxis: {
+      ...axisStyle(), title: {text: small ? "" : AXES[axis], standoff: 6}, nticks: small ? 4 : 0, exponentformat: "SI",
+      rangemode: "nonnegative", hoverformat: axis === "step" ? ",.0f" : ".5~g",
+    },
+    yaxis: {
+      ...axisStyle(), title: {text: small ? "" : plain(spec.unit), standoff: 4}, exponentformat: "power",
+      type: spec.log ? "log" : "linear",
+    },
   };
   if (spec.smooth && !spec.log) layout.yaxis.range = firstView(traces);
   if (STATE.marks && spec.marks) {
@@ -204,7 +210,10 @@ function heat(spec, chosen) {
   const first = spec.first ? {autorange: "reversed"} : {};
   const layout = {
     ...base(false), hovermode: "closest",
-    xaxis: {...axisStyle(), title: {text: spec.xtitle || AXES[axis], standoff: 6}, type: spec.even ? "category" : "linear", exponentformat: "SI", showgrid: false},
+    xaxis: {
+      ...axisStyle(), title: {text: spec.xtitle || AXES[axis], standoff: 6}, exponentformat: "SI", showgrid: false,
+      type: spec.even ? "category" : "linear",
+    },
     yaxis: {...axisStyle(), title: {text: spec.ytitle || ""}, type: "category", automargin: true, showgrid: false, ...first},
   };
   return {traces: [trace], layout};
