@@ -164,14 +164,15 @@ def test_a_run_of_340000_steps(tiny_run: Path, tmp_path: Path):
     shutil.rmtree(run / "metrics")
     long_metrics(run / "metrics", template, 340_000, spike=123_456)
     code = (
-        "import resource, sys, time; sys.argv = ['report.py', '--workdir', sys.argv[1]]; import runpy;"
+        "import runpy, sys; sys.argv = ['report.py', '--workdir', sys.argv[1]];"
         "runpy.run_path('tools/report.py')['main']();"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, 'MiB')"
+        "[peak] = [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')];"
+        "print(int(peak) // 1024, 'MiB')"  # ru_maxrss would be that of the process that started this one
     )
     done = subprocess.run([sys.executable, "-c", code, run], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     size = (run / "report.html").stat().st_size
     print(done.stdout, f"{size:,} bytes")
-    assert size < MOST_BYTES and int(done.stdout.split()[-2]) < 1_000
+    assert size < MOST_BYTES and int(done.stdout.split()[-2]) < 500
     assert 99.5 in dict(Page((run / "report.html").read_text()).data["runs"]["0"]["series"])["loss"]["high"]
 
 
