@@ -117,7 +117,7 @@ function curve(trace, spec, axis, i) {
   }
   const raw = extremes(found), middle = means(found);
   const drawn = {...common, mode: "lines", line, connectgaps: true};
-  if (!spec.smooth || !STATE.smoothing) {
+  if (!spec.smooth || !STATE.smoothing || trace.dash) { // a branch is short: it is shown as it was
     return [{...drawn, x: onAxis(key, raw.x, axis), y: scaled(raw.y, spec.scale)}];
   }
   const faint = {...drawn, line: {...line, width: 1}, opacity: 0.28, showlegend: false, hoverinfo: "skip", hovertemplate: null};
