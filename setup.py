@@ -32,7 +32,7 @@ TRANSFORMERS = "transformers>=5.5,<6"
 SENTENCEPIECE = ["sentencepiece>=0.2.3,<0.3", "protobuf>=7.36.1,<8", TRANSFORMERS]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
-    "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
+    "gpu": ["jax[cuda13]>=0.10.2,<0.13", "nvidia-ml-py>=12.575,<14"],  # the second counts energy
     "hf": [TRANSFORMERS],
     "report": ["plotly>=7.1,<8"],
     # For releases: the cards' metadata, uploads; the signature's manifest, and signatures.

@@ -53,4 +53,4 @@ def report(
     say(
         f"next: python tools/which_docs.py --workdir={run.place} --step={int(state.step)} shows what a step read;"
     )
-    say(f"      metrics/*.jsonl hold a row a step; tensorboard --logdir={run.place} draws them")
+    say(f"      python tools/report.py --workdir={run.place} makes a page of it; metrics/*.jsonl hold a row a step")

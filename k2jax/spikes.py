@@ -31,7 +31,7 @@ def run_again(run: RunDirectory, most_steps: int, say: Callable[[str], None]) ->
     entry = branches.rollbacks(read_journal(run.path / "journal.jsonl"))[-1]
 
     def look() -> list[str]:
-        found = diagnose(branches.branch_folder(run.path, entry["branch"]), entry["crossing"], say=say)
+        found = diagnose(branches.branch_folder(run.place, entry["branch"]), entry["crossing"], say=say)
         cluster.decide("keeps a diagnosis", lambda: _keep(run, entry["crossing"], entry["seen_at"], found))
         return telling.text(found)
 

@@ -87,7 +87,8 @@ def train_on(
         say(describe(manifest))
         run.check(config, manifest, dict(mesh.shape), launched=not launch.again)
         clock.keep(run.path)
-        if launch.again and not run.mirror:
+        if launch.again:
+            run.put()
             spikes.run_again(run, config.stability.rollback.replay, say)
         launch.did("data")
 
@@ -164,6 +165,7 @@ def train_on(
                 watchdog.at("data")
         watchdog.at("save")
         recorder.end(checkpoints.wait())
+        recovery.keep_watch(guard, run.path, journal, checkpoints)  # of the last rows
         note_first_step(launch, recorder, run)  # of a run that had one step left
         checkpoints.close()
         stopping.at_once(f"step {order.num_steps} is saved, what ends a run is not made")

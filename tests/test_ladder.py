@@ -1,5 +1,7 @@
 """The answer to a spike as a function of journal, order and checkpoints: runs played through without a model."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,6 +107,18 @@ def test_it_has_helped_when_nothing_may_still_become_the_same_spike():
     note = ladder.note_helped(entry, rows)
     assert (note["kind"], note["at_step"], note["branch"]) == ("helped", 20, 1)
     assert ladder.helped([], rows, 8) is None
+
+
+def test_each_step_without_an_update_is_noted_once_and_again_after_a_roll_back():
+    rows = [Row(1, 1.0, 1.0, True, False), Row(2, 9.0, 1.0, False, True), Row(3, math.nan, 1.0, False, False)]
+    rows.append(Row(4, 9.0, 1.0, True, True))  # stability.skip is off: it made an update
+    first = ladder.without_update([], rows)
+    assert [(entry["kind"], entry["at_step"]) for entry in first] == [("no_update", 2), ("no_update", 3)]
+    assert "above a limit" in first[0]["why"] and "loss nan" in first[1]["why"] and "not finite" in first[1]["why"]
+    assert ladder.without_update(first, rows) == [], "of a resume, which reads the same rows"
+    assert [e["at_step"] for e in ladder.without_update(first[:1], rows)] == [3], "killed between the two"
+    back = ladder.answer(spike(12), EPOCHS, [], [10], rules())
+    assert len(ladder.without_update([*first, back], rows)) == 2, "made again, of other data"
 
 
 def test_pins_are_what_may_be_gone_back_to():

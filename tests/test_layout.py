@@ -94,6 +94,7 @@ MAY_IMPORT = {
     "goodput": COMMON | RUN,
     "gallery": COMMON | RUN | {"generate", "evals"},
     "report": COMMON | RUN | {"evals"},
+    "costs": COMMON | RUN,
     "experiments": {"config", "k2", "prepare"},
 }
 

@@ -105,12 +105,14 @@ COMMANDS = {
     "k2jax.doctor": "--workdir=. --step=1 --out=.",
     "k2jax.goodput": "--workdir=.",
     "k2jax.gallery": "--workdir=. --prompts=.",
+    "k2jax.costs": "--workdir=.",
     "k2jax.preflight": "--config=. --workdir=.",
     "tools/convert_from_hf.py": "--hf=. --out=.",
     "tools/convert_to_hf.py": "--workdir=. --out=.",
     "tools/export_chunks.py": "--workdir=. --out=.",
     "tools/journal.py": "--workdir=. --list",
     "tools/launch.py": "--config=. --out=. --plan=. --workdir=/x --topology=cpu:1x1 --on=ssh",
+    "tools/predict.py": "--config=. --workdir=. --ladder=. --plan=.",
     "tools/plan.py": "--config=. --workdir=. --topology=v5e:2x2",
     "tools/prepare_data.py": "--config=. --out=.",
     "tools/report.py": "--workdir=. --out=. --compare=.",
@@ -119,6 +121,7 @@ COMMANDS = {
     "tools/bench/checkpoint.py": "--folder=.",
     "tools/bench/convert.py": "--folder=.",
     "tools/bench/gpu_suite.py": "--out=.",
+    "tools/bench/predict.py": "--out=. --data=. --run=.",
     "tools/bench/series.py": "--config=. --topology=v5e:2x2",
 }
 CASES = [(program, option) for program, line in COMMANDS.items() for option in re.findall(r"(--\S+)=\.", line)]

@@ -1,8 +1,12 @@
 """Which process of how many this is: the environment's word, what JAX finds out of a cluster, and leftovers of one."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import jax._src.clusters.cloud_tpu_cluster as tpu
 import pytest
@@ -142,3 +146,23 @@ def test_others_that_do_not_come_are_one_line_after_a_while(tiny_data, tmp_path)
             code = waiting.process.wait(60)
             assert code == 70, waiting.told()
             assert f"process {index} of 2" in waiting.told() and "did not come together in 3 s" in waiting.told()
+
+
+THREADS = """
+import os
+from k2jax.parallel import cluster
+cluster.initialize()
+import jax, jax.numpy as jnp
+jnp.ones(8).sum().block_until_ready()
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+print(sum("XLAEigen" in name for name in names))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux tells them")
+def test_virtual_devices_have_threads_to_wait_in():
+    """With as many as devices a few collectives, begun in other orders on each, waited for one another for ever."""
+    environment = {key: value for key, value in os.environ.items() if key != "NPROC"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    told = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, check=True)
+    assert int(told.stdout.split()[-1]) >= 64

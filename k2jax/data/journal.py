@@ -4,8 +4,9 @@ Every entry has "time" (ISO 8601, UTC), "by" (who or what decided), "why", "kind
 holds). Those of kind "skip" and "defer" have "positions": [a, b) of an "epoch", change the order (order.py), and
 have the order's digest before and after ("order_before", "order_after"). So has "rollback", which goes back to
 `at_step`: its "ranges" of positions are skipped or deferred as "how" says, and what came after that step is in
-branches/ under the number "branch" (run/branches.py). "helped" says that it did; "abandon" which checkpoint was found
-damaged and moved away. A change of configuration or data is no entry but an epoch (epochs.py).
+branches/ under the number "branch" (run/branches.py). "helped" says that it did; "no_update" which step changed
+nothing; "abandon" which checkpoint was found damaged and moved away. A change of configuration or data is no entry but
+an epoch (epochs.py).
 """
 
 import json

@@ -115,10 +115,14 @@ class RunDirectory:
         Raises ConfigError as `check` does, and when the checkpoint is not one of this run.
         """
         epochs, journal = cluster.decide("begins the run", lambda: self._begin(config, manifest, restored))
-        self._held.put()
+        self.put()
         if restored:
             self._say_other_versions(restored)
         return [Epoch(*epoch) for epoch in epochs], journal
+
+    def put(self) -> None:
+        """What was written is where the run is, and every process sees it."""
+        self._held.put()
 
     def _say_other_versions(self, restored: dict[str, Any]) -> None:
         """Of what computes and stores, where they are not those of the checkpoint: bits may differ from here on."""

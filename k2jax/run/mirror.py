@@ -56,7 +56,9 @@ class Mirror:
             list(pool.map(bring, [name for name in names if name != "lock"]))
 
     def keep_putting(self, every_s: float = PUT_EVERY_S) -> None:
-        """From now on, in a thread, what changes."""
+        """From now on, in a thread, what changes. Once is enough."""
+        if self._thread is not None:
+            return
 
         def run() -> None:
             while not self._stop.wait(every_s):

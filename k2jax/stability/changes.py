@@ -48,7 +48,7 @@ def changes(
 
 def _decisions(journal: Sequence[Entry]) -> Iterable[Change]:
     for entry in journal:
-        if type(entry.get("at_step")) is int:
+        if type(entry.get("at_step")) is int and entry["kind"] != "no_update":  # that is what is to be explained
             how = f" ({entry['how']})" if "how" in entry else ""
             what = f"{entry['kind']}{how}: {entry.get('why', 'no reason given')}"
             yield Change(entry["at_step"] + 1, "journal", what)

@@ -92,6 +92,24 @@ def to_pin(journal: Sequence[Entry], suspects: Iterable[int], checkpoints: Seque
     return {step for step in (*before, *back) if step is not None}
 
 
+def without_update(journal: Sequence[Entry], rows: Sequence[Row]) -> list[Entry]:
+    """Entries for the steps that made no update, which the journal does not have since the last roll-back."""
+    back = max((i for i, entry in enumerate(journal) if entry["kind"] == "rollback"), default=-1)
+    known = {entry["at_step"] for entry in journal[back + 1 :] if entry["kind"] == "no_update"}
+    return [
+        {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "by": "k2jax.train",
+            "kind": "no_update",
+            "at_step": row.step,
+            "why": f"loss {row.loss:.6g}, gradient norm {row.grad_norm:.6g}: "
+            f"{'above a limit' if row.outlier else 'not finite'}",
+        }
+        for row in rows
+        if not row.applied and row.step not in known
+    ]
+
+
 def helped(journal: Sequence[Entry], rows: Sequence[Row], window: int) -> Entry | None:
     """The roll-back whose watch is over with the newest row, and that nothing says of yet; None where there is none.
 

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from k2jax import files
 from k2jax.errors import RunError
 from k2jax.parallel import cluster
-from k2jax.run import goodput
+from k2jax.run import energy, goodput
 from k2jax.training.launch import Launch
 
 TICK_S = 5.0
@@ -38,6 +40,7 @@ class Clock:
         self._compiled_s = 0.0  # up to this phase
         self._recent: dict[int, float] = {}  # seconds of the last two steps
         self._marks: list[list[float]] = []  # step, seconds of steps and of skipped ones up to it
+        self._devices, self._joules = jax.device_count(), energy.joules()
         self._path: Path | None = None
         self._others: list[bytes] = []  # records of earlier launches
         self._failed = False
@@ -149,6 +152,8 @@ class Clock:
                 "seconds": round(now - self._launch.started, 3),
                 "host": socket.gethostname(),
                 "processes": cluster.count(),
+                "devices": self._devices,
+                "joules": self._used(),
                 "again": self._launch.again,
                 "step": self._step,
                 "causes": {cause: round(value, 3) for cause, value in causes.items()},
@@ -156,6 +161,11 @@ class Clock:
                 "marks": [*self._marks],
                 "ended": ended,
             }
+
+    def _used(self) -> float | None:
+        """Joules of this host's GPUs since this record began; None where nothing counts them."""
+        now = energy.joules()
+        return None if now is None or self._joules is None else round(now - self._joules, 3)
 
     def _write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record).encode() + b"\n"

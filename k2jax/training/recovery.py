@@ -50,10 +50,20 @@ def describe(entry: Entry) -> str:
 
 
 def keep_watch(guard: Guard, workdir: Path, journal: list[Entry], checkpoints: Checkpoints) -> None:
-    """Pins what a roll-back may need, and notes one that has helped."""
+    """Pins what a roll-back may need, and notes steps without an update and a roll-back that has helped."""
     checkpoints.pin(ladder.to_pin(journal, guard.suspects, checkpoints.known_steps()))
+    for note in ladder.without_update(journal, guard.rows) if guard.suspects else ():
+        journal.append(_noted("notes a step without an update", workdir, note))
     entry = ladder.helped(journal, guard.rows, guard.config.stability.window)
     if entry:
-        note = ladder.note_helped(entry, guard.rows)
-        cluster.decide("notes a roll-back that helped", lambda: append_entry(workdir / "journal.jsonl", note))
-        journal.append(note)
+        journal.append(_noted("notes a roll-back that helped", workdir, ladder.note_helped(entry, guard.rows)))
+
+
+def _noted(what: str, workdir: Path, entry: Entry) -> Entry:
+    """The entry as process 0 wrote it down."""
+
+    def write() -> Entry:
+        append_entry(workdir / "journal.jsonl", entry)
+        return entry
+
+    return cluster.decide(what, write)

@@ -19,8 +19,11 @@ from k2jax import evaluate, generate, replay
 from k2jax.bucket import at
 from k2jax.errors import run_main
 from k2jax.parallel import cluster
+from k2jax.plan.predict import predict
 from k2jax.run.bucket_steps import committed_steps
+from k2jax.run.costs import costs
 from k2jax.run.ledger import Ledger
+from k2jax.run.prediction import outcome, write_prediction
 from k2jax.run.saved import open_step
 from k2jax.upload import local_copy
 
@@ -72,9 +75,10 @@ def same_as(straight, url: str) -> None:
 
 
 @pytest.mark.processes
-def test_kill_and_resume(server, straight, start, tmp_path):
+def test_kill_and_resume(server, straight, start, tiny_config, tmp_path):
     """Ledger, metrics and digests are those of an undisturbed run on a disk, whatever the server does meanwhile."""
     url, overrides = f"{server.bucket()}/runs/tiny #1", {"log.tensorboard": True}
+    write_prediction(at(url), predict(tiny_config(), law="besiroglu2024"))
     killed = start(tmp_path / "run", overrides, url=url, environment=runs.READ_ONLY_CACHE)
     killed.wait_for("saved 10")
     killed.signal(signal.SIGKILL)
@@ -87,6 +91,7 @@ def test_kill_and_resume(server, straight, start, tmp_path):
     assert "resuming after step 10 of 25" in told
     assert committed_steps(at(url)) == [10, 20, 25]
     assert len((at(url) / "tensorboard").keys()) == 2  # a launch has one
+    assert (outcome(at(url))["steps"], costs(at(url))[0].value) == (25, 25)
     same_as(straight, url)
 
 
@@ -213,6 +218,8 @@ def test_a_roll_back(server, straight, start, run, tmp_path):
         left = list(Ledger(copy / "branches" / "01" / "ledger", None).steps.rows(13))
         assert [(row["step"], row["outlier"]) for row in left] == [(13, False), (14, True), (15, True), (16, False)]
         assert sorted(path.name for path in (copy / "spikes").iterdir()) == ["14-15.json", "18-19.json"]
+        diagnosis = json.loads((copy / "spikes" / "14-15.json").read_text())
+        assert diagnosis["verdict"]["cause"] == "data" and diagnosis["replay"], "tried, not only read"
     told = run(replay, f"--workdir={url}", "--branch=1", "--step=13")
     assert "from checkpoint 12" in told and "step 13: the same batches, on other devices" in told
 

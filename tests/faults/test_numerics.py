@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from faults import runs
+from k2jax.data.journal import read_journal
 from k2jax.run import storage
 from k2jax.training import program, step
 
@@ -66,6 +67,8 @@ def test_a_fault_on_one_device_costs_one_step(tiny_data, command, poison, tmp_pa
     assert {row["step"] for row in runs.ledger_rows(tmp_path / "run") if not row["applied"]} == skipped
     told = [line for line in ended.lines if "no update was made" in line]
     assert [int(line.split()[1].rstrip(":")) for line in told] == sorted(skipped)
+    noted = [(entry["kind"], entry["at_step"]) for entry in read_journal(tmp_path / "run" / "journal.jsonl")]
+    assert noted == [("no_update", number) for number in sorted(skipped)]
     digests = {number: runs.meta(tmp_path / "run", number)["digests"] for number in range(1, 12)}
     for number in range(2, 12):
         same = {name for name, value in digests[number].items() if value == digests[number - 1][name]}
