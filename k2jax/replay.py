@@ -1,10 +1,13 @@
 """Runs steps of a run again and compares them with its ledger: same batch, same bits of loss and gradient norm.
 
+Where a step has a checkpoint, every array of the state after it is compared with that, too.
+
     python -m k2jax.replay --workdir=runs/k2 --step=150561 --steps=5
 
 From the checkpoint before, or from the seed where there is none, with the configuration, data order and journal that
-held then. Reads the run and writes nothing. On other devices sums are added in another order: then it
-says how far apart the numbers are.
+held at each step. Reads the run and writes nothing; of a run in a release (RELEASE/run) it reads the rows that are
+released, and needs no stores. On other devices sums are added in another order: then it says how far apart the numbers
+are.
 """
 
 import argparse
@@ -15,16 +18,20 @@ from typing import Any
 import jax
 
 from k2jax import paths
+from k2jax.data.epochs import read_epochs
+from k2jax.data.journal import in_force, ranges_of, read_journal
 from k2jax.errors import ConfigError, NumericsError, run_main
 from k2jax.parallel import cluster, compile_cache
 from k2jax.rerun import (
     CLOSE,
     Replayed,
     Rerun,
+    array_digests,
     checkpoints_before,
     compare,
     ledger_rows,
     metrics_rows,
+    recorded_arrays,
     same_devices,
 )
 from k2jax.run import branches
@@ -37,18 +44,31 @@ what is not there, 74 a checkpoint or the storage is damaged.
 
 def replay(workdir: Path, first: int, count: int, stores: str | None = None, say: Any = print) -> list[Replayed]:
     """Steps `first` to `first + count - 1` of a run, compared. ConfigError for steps that it has not made."""
-    rows = _recorded(workdir, first, first + count - 1)
+    last = first + count - 1
+    rows, arrays = _recorded(workdir, first, last), recorded_arrays(workdir, first, last)
     places = checkpoints_before(workdir, first)
-    rerun = Rerun(workdir, first, stores, say)
-    found = []
-    with jax.set_mesh(rerun.mesh):
-        compile_cache.use(say)
-        state = rerun.state(places[0] if places else None)
-        for step, _, metrics in rerun.steps(state, first + count - 1):
-            if step >= first:
-                found.append(compare(step, jax.device_get(metrics), *rows[step]))
-                say(describe(found[-1]))
+    state, found = None, []
+    for begin, end in _regimes(workdir, places[0].step + 1 if places else 1, last):
+        rerun = Rerun(workdir, begin, stores, say)
+        with jax.set_mesh(rerun.mesh):
+            compile_cache.use(say)
+            goes_on = jax.device_put(state, rerun.shardings) if state else None
+            before = goes_on or rerun.state(places[0] if places else None)
+            for step, state, metrics in rerun.steps(before, end):
+                if step >= first:
+                    one = compare(step, jax.device_get(metrics), *rows[step])
+                    found.append(one._replace(arrays=array_digests(state) == arrays[step]) if step in arrays else one)
+                    say(describe(found[-1]))
     return found
+
+
+def _regimes(workdir: Path, first: int, last: int) -> list[tuple[int, int]]:
+    """The steps `first` to `last`, cut where configuration, data or the journal changed: [(first, last), ...]."""
+    decisions = in_force(read_journal(workdir / "journal.jsonl"), last)
+    changes = {entry["at_step"] for entry in decisions if ranges_of(entry)}
+    changes |= {epoch.after_step for epoch in read_epochs(workdir)}
+    ends = [*sorted(step for step in changes if first <= step < last), last]
+    return list(zip([first, *(end + 1 for end in ends)], ends, strict=False))
 
 
 def _recorded(workdir: Path, first: int, last: int) -> dict[int, tuple[dict, dict]]:
@@ -69,15 +89,20 @@ def describe(found: Replayed) -> str:
     if not found.batch:
         return line + "another batch was read"
     if found.bits:
-        return line + "the same bits"
+        state = {None: "", True: ", and so has its checkpoint", False: ", and other arrays than its checkpoint"}
+        return f"{line}the same bits{state[found.arrays]}"
     norms = sorted(found.differing, key=found.differing.get, reverse=True)[:3]
     where = f"; most in {', '.join(f'{key} ({found.differing[key]:.1e})' for key in norms)}" if norms else ""
     return line + f"{found.apart:.1e} apart{where}"
 
 
+def _same(found: Replayed) -> bool:
+    return found.batch and found.bits and found.arrays is not False
+
+
 def verdict(workdir: Path, found: list[Replayed]) -> str:
     """The last line; NumericsError when a step is not what the ledger says."""
-    first, last, step = found[0].step, found[-1].step, next((f for f in found if not f.bits or not f.batch), None)
+    first, last, step = found[0].step, found[-1].step, next((f for f in found if not _same(f)), None)
     what = f"steps {first} to {last}" if last > first else f"step {first}"
     if step is None:
         return f"{what}: equal to the ledger, in every bit"

@@ -21,12 +21,13 @@ from k2jax.data.loader import BatchSource, batch_digest, make_loader
 from k2jax.data.order import Order, StagePlan
 from k2jax.data.provenance import Run, open_run
 from k2jax.errors import ConfigError
+from k2jax.run import digest
 from k2jax.run.branches import line
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.identity import epochs_of
 from k2jax.run.ledger import Ledger, StepLog, bits_float, float_bits
 from k2jax.run.saved import steps_so_far
-from k2jax.run.state import TrainState
+from k2jax.run.state import TrainState, flat
 from k2jax.run.storage import is_thinned, read_meta
 from k2jax.training.launch import Launch
 from k2jax.training.optimizer import first_state
@@ -64,6 +65,7 @@ class Replayed(NamedTuple):
     bits: bool  # loss and gradient norm are the same float32 numbers
     apart: float  # the larger relative difference of the two
     differing: dict[str, float]  # {norm: relative difference} of the layer groups whose norms differ
+    arrays: bool | None = None  # the state after it is the step's checkpoint, in every bit; None where there is none
 
 
 # ---- what a run has of its steps -------------------------------------------------------------------------------------
@@ -96,6 +98,22 @@ def checkpoints_before(workdir: AnyFolder, step: int) -> list[Place]:
             if piece.first - 1 <= saved <= end and not is_thinned(piece.folder / "checkpoints" / str(saved)):
                 places.append(Place(saved, piece.folder))
     return sorted(set(places), reverse=True, key=lambda place: place.step)
+
+
+def recorded_arrays(workdir: AnyFolder, first: int, last: int) -> dict[int, dict[str, int]]:
+    """{step: digests of the arrays} of the checkpoints of these steps that there are."""
+    found = {}
+    for piece in line(workdir):
+        begin, end = max(first, piece.first), last if piece.last is None else min(last, piece.last)
+        for step in steps_so_far(piece.folder) if begin <= end else ():
+            if begin <= step <= end:
+                found[step] = read_meta(piece.folder / "checkpoints" / str(step))["digests"]
+    return found
+
+
+def array_digests(state: TrainState) -> dict[str, int]:
+    """Of a state, as checkpoints record them."""
+    return {name: int(value) for name, value in jax.jit(digest.tree_digests)(flat(state)).items()}
 
 
 def compare(step: int, values: dict[str, Any], ledger: dict[str, Any], metrics: dict[str, Any]) -> Replayed:
@@ -172,7 +190,7 @@ class Rerun:
             run_step = self.compiled(plan)
             placement = place_batches(self.config.stages[plan.index], self.mesh)
             batches = make_loader(
-                self.order, self.data.stores, label_shift=self.config.data.label_shift, first_step=begin,
+                self.order, self.data.rows, label_shift=self.config.data.label_shift, first_step=begin,
                 last_step=end, local_rows=placement.local_rows, threads=self.config.data.threads,
                 prefetch=self.config.data.prefetch,
             )  # fmt: skip
@@ -199,7 +217,7 @@ class Rerun:
     def rows(self, step: int) -> dict[str, np.ndarray]:
         """What a step reads, all rows of it on each process, as BatchSource has them."""
         shift = self.config.data.label_shift
-        return BatchSource(self.order, self.data.stores, label_shift=shift, first_step=step, last_step=step)[0]
+        return BatchSource(self.order, self.data.rows, label_shift=shift, first_step=step, last_step=step)[0]
 
     def batch(self, step: int, rows: dict[str, np.ndarray]) -> Batch:
         """Rows of a step's shape, on the devices."""

@@ -25,7 +25,8 @@ import numpy.typing as npt
 from absl import flags
 
 from k2jax.data.manifest import num_windows
-from k2jax.data.order import Order
+from k2jax.data.order import Order, Rows
+from k2jax.data.released import ReleasedRows
 from k2jax.data.store import Store
 from k2jax.errors import RunError
 
@@ -37,7 +38,7 @@ class BatchSource:
 
     Args:
         order: the run's.
-        stores: every store of the manifest by name.
+        stores: every store of the manifest by name; or the rows as a release has them.
         label_shift: the manifest's.
         local_rows: which rows of each step this host reads (indices, or a slice); None for all.
     """
@@ -45,7 +46,7 @@ class BatchSource:
     def __init__(
         self,
         order: Order,
-        stores: Mapping[str, Store],
+        stores: Mapping[str, Store] | ReleasedRows,
         *,
         label_shift: str,
         first_step: int,
@@ -54,8 +55,9 @@ class BatchSource:
     ):
         stage = order.stage_of_step(first_step)
         assert first_step <= last_step <= stage.last_step, (first_step, last_step, stage)
-        self._order = order
-        self._stores = [stores[name] for name in sorted(stores)]
+        self._order, self._rows_per_step = order, stage.rows_per_step
+        self._released = stores if isinstance(stores, ReleasedRows) else None
+        self._stores = [] if self._released else [stores[name] for name in sorted(stores)]
         self._first_step, self._last_step = first_step, last_step
         self._sequence_length = stage.sequence_length
         self._row_length = row_length(stage.sequence_length, label_shift)
@@ -65,22 +67,31 @@ class BatchSource:
         return self._last_step - self._first_step + 1
 
     def __getitem__(self, index: int) -> Batch:
-        positions = self._order.positions(self._first_step + int(index))[self._local_rows]
+        step = self._first_step + int(index)
+        positions = self._order.positions(step)[self._local_rows]
         rows = self._order.rows(positions)
-        starts = rows.window * self._sequence_length
-        reads = []
-        for subset in np.unique(rows.subset):
-            here = np.flatnonzero(rows.subset == subset)
-            reads.append((here, self._stores[subset].start_reading(starts[here], self._row_length)))
-        tokens = np.empty((len(positions), self._row_length), np.uint32)
-        for here, finish in reads:
-            tokens[here] = finish()
+        if self._released:
+            tokens = self._released.read(step, self._local_rows, self._rows_per_step, self._row_length)
+        else:
+            tokens = self._read(rows)
         return {
             "tokens": tokens.view(np.int32),
             "subset": rows.subset.astype(np.int32),
             "position": positions,
             "digest": row_digests(self._local_rows, tokens),
         }
+
+    def _read(self, rows: Rows) -> np.ndarray:
+        """Their tokens, uint32 (rows, row length), all reads in flight at once."""
+        starts = rows.window * self._sequence_length
+        reads = []
+        for subset in np.unique(rows.subset):
+            here = np.flatnonzero(rows.subset == subset)
+            reads.append((here, self._stores[subset].start_reading(starts[here], self._row_length)))
+        tokens = np.empty((len(starts), self._row_length), np.uint32)
+        for here, finish in reads:
+            tokens[here] = finish()
+        return tokens
 
 
 def row_length(sequence_length: int, label_shift: str) -> int:
@@ -114,7 +125,7 @@ def batch_digest(digests: npt.ArrayLike) -> str:
 
 def make_loader(
     order: Order,
-    stores: Mapping[str, Store],
+    stores: Mapping[str, Store] | ReleasedRows,
     *,
     label_shift: str,
     first_step: int,

@@ -9,12 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from k2jax.bucket import BucketPath, at
 from k2jax.data.epochs import check_journal, order_of, read_epochs
 from k2jax.data.journal import read_journal
 from k2jax.data.launches import read_launches
 from k2jax.data.loader import row_length
 from k2jax.data.order import Order
+from k2jax.data.released import ReleasedRows, released_rows
 from k2jax.data.store import Store, open_stores
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError
@@ -30,6 +33,7 @@ class Run:
     order: Order
     places: dict[str, str]  # {root digest: path} of stores that have moved since the manifest was made
     folder: str | os.PathLike | None = None  # where the stores are, by name, if the user says so
+    released: ReleasedRows | None = None  # what steps read, in a release of the run
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -40,10 +44,15 @@ class Run:
         """By name. Raises ConfigError, StorageError when one is not the manifest's or cannot be read."""
         return open_stores(self.manifest, folder=self.folder, places=self.places)
 
+    @property
+    def rows(self) -> dict[str, Store] | ReleasedRows:
+        """What batches are read from: the stores, or in a release its own rows. Raises as `stores`."""
+        return self.released or self.stores
+
     def of_step(self, step: int) -> "Run":
         """The same run with manifest and stores of the epoch that has the step."""
         order = self.order.of_step(step)
-        return self if order is self.order else Run(self.workdir, order, self.places, self.folder)
+        return self if order is self.order else Run(self.workdir, order, self.places, self.folder, self.released)
 
     def epochs(self) -> "list[Run]":
         """The same of each epoch with steps, the last one last."""
@@ -59,7 +68,7 @@ class Run:
 class DocumentPart(NamedTuple):
     """The tokens of a row that come from one document: where they are in the document and in the row."""
 
-    index: int  # the document's number in the store
+    index: int | None  # the document's number in the store; None of a release, which has no stores
     id: str
     source: str
     in_document: Range
@@ -106,14 +115,17 @@ class DocumentReads(NamedTuple):
 def open_run(workdir: str | os.PathLike | BucketPath, stores_folder: str | os.PathLike | None = None) -> Run:
     """Opens a run's data; with `stores_folder` the stores are looked for there, by name.
 
+    Of a run in a release the rows are the release's, and no store is needed, unless a folder of stores is given.
+
     Raises ConfigError if journal, manifest and stores are not those of one run, StorageError if one of them
     cannot be read.
     """
     workdir = at(workdir)
     epochs, journal = read_epochs(workdir), read_journal(workdir / "journal.jsonl")
     check_journal(epochs, journal)
-    run = Run(workdir, order_of(epochs, journal), _places(workdir), stores_folder)
-    _ = run.stores  # now, where a wrong one is an error of the command
+    released = None if stores_folder else released_rows(workdir)
+    run = Run(workdir, order_of(epochs, journal), _places(workdir), stores_folder, released)
+    _ = run.rows  # now, where a wrong one is an error of the command
     return run
 
 
@@ -134,24 +146,43 @@ def which_docs(run: Run, step: int, row: int | None = None, *, text: bool = Fals
     if row is not None and not 0 <= row < stage.rows_per_step:
         raise ConfigError(f"row {row}: the rows of step {step} are 0 to {stage.rows_per_step - 1}")
     decode = _decoder(run) if text else None
-    length = row_length(stage.sequence_length, run.manifest["label_shift"])
     positions = run.order.positions(step).tolist()
     origins = []
     for number in range(stage.rows_per_step) if row is None else [row]:
         found = run.order.row(positions[number])
         subset = run.subset_names[found.subset]
-        store, start = run.stores[subset], found.window * stage.sequence_length
-        tokens = store.read([start], length)[0].tolist() if decode else []
-        parts = []
-        for span in store.documents_in(start, start + length):
-            document = store.document(span.index)
-            in_row = (span.start - start, span.stop - start)
-            in_document = (span.start - document["start"], span.stop - document["start"])
-            words = decode(tokens[slice(*in_row)]) if decode else None
-            name = (span.index, document["id"], document["source"])
-            parts.append(DocumentPart(*name, in_document, in_row, words))
+        if run.released:
+            parts = _parts_released(run, step, number, decode)
+        else:
+            parts = _parts_in_store(run, run.stores[subset], found.window * stage.sequence_length, step, decode)
         origins.append(RowOrigin(number, positions[number], subset, found.epoch, found.window, parts))
     return origins
+
+
+def _parts_in_store(run: Run, store: Store, start: int, step: int, decode: Any) -> list[DocumentPart]:
+    length = row_length(run.order.stage_of_step(step).sequence_length, run.manifest["label_shift"])
+    tokens = store.read([start], length)[0].tolist() if decode else []
+    parts = []
+    for span in store.documents_in(start, start + length):
+        document = store.document(span.index)
+        in_row = (span.start - start, span.stop - start)
+        in_document = (span.start - document["start"], span.stop - document["start"])
+        words = decode(tokens[slice(*in_row)]) if decode else None
+        parts.append(DocumentPart(span.index, document["id"], document["source"], in_document, in_row, words))
+    return parts
+
+
+def _parts_released(run: Run, step: int, row: int, decode: Any) -> list[DocumentPart]:
+    stage = run.order.stage_of_step(step)
+    length = row_length(stage.sequence_length, run.manifest["label_shift"])
+    tokens = run.released.read(step, np.array([row]), stage.rows_per_step, length)[0].tolist() if decode else []
+    parts = []
+    for one in run.released.documents(step, row, stage.rows_per_step):
+        start, stop, skipped = one["start"], one["stop"], one["start_in_document"]
+        words = decode(tokens[start:stop]) if decode else None
+        in_document = (skipped, skipped + stop - start)
+        parts.append(DocumentPart(None, one["id"], one["source"], in_document, (start, stop), words))
+    return parts
 
 
 def _decoder(run: Run) -> Any:

@@ -108,7 +108,7 @@ def check_arrays(step: int, meta: dict[str, Any], wanted: Mapping[str, list]) ->
 
 def has_moments(meta: dict[str, Any]) -> bool:
     """False for a checkpoint of weights only, as an import leaves it."""
-    return any(_is_moment(name) for name in meta["arrays"])
+    return any(is_moment(name) for name in meta["arrays"])
 
 
 def has_clips(names: Iterable[str]) -> bool:
@@ -121,13 +121,13 @@ def is_thinned(step_folder: epath.PathLike) -> bool:
     return (epath.Path(step_folder) / THINNED).exists()
 
 
-def _is_moment(name: str) -> bool:
+def is_moment(name: str) -> bool:
     return name.startswith(("mu/", "nu/", "clips/"))
 
 
 def _part(name: str) -> str:
     """The folder, in a step's, of an array."""
-    return "moments" if _is_moment(name) else "params"
+    return "moments" if is_moment(name) else "params"
 
 
 # ---- where arrays lie for the disk -----------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def parts(arrays: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
     """{part: its arrays}."""
     groups: dict[str, dict[str, jax.Array]] = {}
     for name, x in arrays.items():
-        groups.setdefault("moments" if _is_moment(name) else "params", {})[name] = x
+        groups.setdefault("moments" if is_moment(name) else "params", {})[name] = x
     return groups
 
 
@@ -289,7 +289,7 @@ def with_sha256(meta: dict[str, Any]) -> dict[str, Any]:
 
 def open_array(step_folder: epath.PathLike, meta: dict[str, Any], name: str) -> ts.TensorStore:
     """One array of a step, found to be as its meta records; raises DamagedError, or what TensorStore raises."""
-    if _is_moment(name) and is_thinned(step_folder):
+    if is_moment(name) and is_thinned(step_folder):
         raise StorageError(
             f"checkpoint {meta['step']}: {name} is gone: its moments were taken away to save room"
         )

@@ -1,0 +1,1 @@
+"""The report of a run: one page that needs no network, made of what the run directory holds."""
