@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 import k2jax
 
 REPO = Path(__file__).parent.parent
-LOCKED = ("test", "parity", "eval", "tpu", "data", "ray", "sentencepiece", "seqio")
+LOCKED = ("test", "parity", "report", "release", "eval", "tpu", "data", "ray", "sentencepiece", "seqio")
 PYTHONS = ("3.11.7", "3.12.1", "3.13.0")
 
 
@@ -103,6 +103,8 @@ def test_setup_names_the_extras_and_the_python(setup_arguments):
         "seqio",
         "test",
         "parity",
+        "report",
+        "release",
     }
     assert setup_arguments["python_requires"] == ">=3.11" and setup_arguments["version"] == k2jax.__version__
     assert all(name.split(".")[0] == "k2jax" for name in setup_arguments["packages"])
@@ -169,7 +171,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     )
     (wheel,) = (tmp_path / "out").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    kinds = ("py", "txtpb", "sh")
+    kinds = ("py", "txtpb", "sh", "js", "css", "html", "md")
     modules = {p.relative_to(REPO).as_posix() for kind in kinds for p in (REPO / "k2jax").rglob(f"*.{kind}")}
     modules |= {f"k2jax/kernels/{path.name}" for path in (REPO / "kernels").glob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == modules
