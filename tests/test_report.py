@@ -239,6 +239,22 @@ def test_samples_are_of_the_same_documents_at_each_checkpoint(shown: Page):
     assert [prompt["prompt"] for prompt in shown.data["gallery"]] == ["Once 0 ", "Once 1 "]
 
 
+def test_a_prediction_is_beside_its_outcome_and_one_that_was_changed_is_none(tiny_run: Path, tmp_path: Path):
+    run = full(tiny_run, tmp_path / "run")
+    rows = [json.loads(line) for path in sorted(run.glob("metrics/*")) for line in path.read_text().splitlines()]
+    actual = np.mean([row["loss"] for row in rows[-20:]])
+    predicted = json.loads((run / "prediction.json").read_text())
+    shown = Page(Report(run).html())
+    assert f"training loss at step 25{predicted['loss']['curve'][-1][1]:.5g}{actual:.5g}" in shown.text
+    assert "device-hours0.1" in shown.text and "is not the experiment" not in shown.text
+    assert "device-hours" in shown.text.partition("formula")[2], "costs have their table"
+    predicted["loss"]["final"] = float(actual)
+    (run / "prediction.json").write_text(json.dumps(predicted))
+    shown = Page(Report(run).html())
+    assert "None was made before the run." in shown.text and "its digest is not in the journal" in shown.text
+    assert "predicted before step 1" not in json.dumps(shown.data)
+
+
 def test_other_runs_are_set_beside_it(tiny_run: Path, tmp_path: Path):
     other = tmp_path / "other"
     shutil.copytree(tiny_run, other)
