@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from report_runs import HOSTILE, full, long_metrics
 
 from k2jax.errors import ConfigError
+from k2jax.evals.results import Identity, Outcome, Results
 from k2jax.evals.suites import SUITE
 from k2jax.report import page
 from k2jax.report.build import Report
@@ -205,6 +206,16 @@ def test_k2s_metrics_are_small_multiples_with_k2s_values(shown: Page):
         [trace] = chart["traces"]
         assert trace["y"][-1] == pytest.approx(metric.k2) and trace["x"] == [10, 20, 25]
         assert [level["y"] for level in chart["levels"]] == [metric.k2, metric.k2_stage1]
+
+
+def test_settings_of_a_task_are_told_apart_by_what_differs(tiny_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    for step, stage in ((10, "stage1"), (25, "stage2")):
+        identity = Identity("validation", 1, {"stage": stage, "windows": 8}, 1234, "0" * 64)
+        Results(run).add(step, identity, Outcome("", {"total": {"loss": 5.0}}, [], {}), {})
+    titles = {chart["title"] for chart in Page(Report(run).html()).data["charts"]}
+    assert {"Validation loss (stage stage1)", "Validation loss (stage stage2)"} < titles
 
 
 def test_losses_of_a_short_run_are_those_of_its_rows(shown: Page, tiny_run: Path):
