@@ -11,6 +11,7 @@ import numpy as np
 from k2jax import files
 from k2jax.data.epochs import decide, read_epochs
 from k2jax.data.journal import append_entry
+from k2jax.data.manifest import sha256_json
 from k2jax.doctor import diagnose
 from k2jax.evals.results import Identity, Outcome, Results
 from k2jax.evals.suites import SUITE
@@ -31,13 +32,16 @@ def full(run: Path, to: Path, hostile: str = "") -> Path:
     checkpoints = [(record["last_step"], record["checkpoint"]) for record in records]
     _evaluations(to, checkpoints, hostile)
     _gallery(to, checkpoints, hostile)
-    _roll_back(to, checkpoints[0][0], hostile)
     last = checkpoints[-1][0]
     curve = [[step, 2.0 + 4.5 * step**-0.3] for step in range(1, last + 1, max(1, last // 40))]
     loss = {"method": f"a ladder {hostile}", "curve": curve, "final": curve[-1][1], "band": [3.0, 4.5]}
     more = {"step_time_s": 1.0, "wall_s": 400.0, "energy_kwh": 0.02, "chip_hours": 0.1, "cost_usd": None, "plan": None}
     made = {"format": 1, "made": "2026-11-28", "config_digest": "0" * 64, "before_step": 0}
-    files.write_json(to / "prediction.json", {**made, "loss": loss, **more})
+    prediction = {**made, "config": read_epochs(to)[0].config, "loss": loss, **more}
+    files.write_json(to / "prediction.json", prediction)
+    entry = {"time": "2026-11-28T00:00:00+00:00", "by": "tools/predict.py", "kind": "predict", "at_step": 0}
+    append_entry(to / "journal.jsonl", {**entry, "digest": sha256_json(prediction), "why": hostile})
+    _roll_back(to, checkpoints[0][0], hostile)
     crossing = checkpoints[0][0] + 3
     found = telling.as_json(diagnose(to, crossing, again=False))
     files.write_text(to / "spikes" / f"{crossing}-{crossing + 3}.json", found.replace("a limit", f"a limit {hostile}"))

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from report_runs import HOSTILE, full, long_metrics
 
 from k2jax.errors import ConfigError
+from k2jax.evals.results import Identity, Outcome, Results
 from k2jax.evals.suites import SUITE
 from k2jax.report import page
 from k2jax.report.build import Report
@@ -207,6 +208,16 @@ def test_k2s_metrics_are_small_multiples_with_k2s_values(shown: Page):
         assert [level["y"] for level in chart["levels"]] == [metric.k2, metric.k2_stage1]
 
 
+def test_settings_of_a_task_are_told_apart_by_what_differs(tiny_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    for step, stage in ((10, "stage1"), (25, "stage2")):
+        identity = Identity("validation", 1, {"stage": stage, "windows": 8}, 1234, "0" * 64)
+        Results(run).add(step, identity, Outcome("", {"total": {"loss": 5.0}}, [], {}), {})
+    titles = {chart["title"] for chart in Page(Report(run).html()).data["charts"]}
+    assert {"Validation loss (stage stage1)", "Validation loss (stage stage2)"} < titles
+
+
 def test_losses_of_a_short_run_are_those_of_its_rows(shown: Page, tiny_run: Path):
     rows = [json.loads(line) for path in sorted(tiny_run.glob("metrics/*")) for line in path.read_text().splitlines()]
     series = dict(shown.data["runs"]["0"]["series"])
@@ -237,6 +248,22 @@ def test_samples_are_of_the_same_documents_at_each_checkpoint(shown: Page):
     fields = dict(memorized["documents"][0]["fields"])
     assert isinstance(fields["tokens"], str) and not fields["tokens"].startswith("[")  # text, not ids
     assert [prompt["prompt"] for prompt in shown.data["gallery"]] == ["Once 0 ", "Once 1 "]
+
+
+def test_a_prediction_is_beside_its_outcome_and_one_that_was_changed_is_none(tiny_run: Path, tmp_path: Path):
+    run = full(tiny_run, tmp_path / "run")
+    rows = [json.loads(line) for path in sorted(run.glob("metrics/*")) for line in path.read_text().splitlines()]
+    actual = np.mean([row["loss"] for row in rows[-20:]])
+    predicted = json.loads((run / "prediction.json").read_text())
+    shown = Page(Report(run).html())
+    assert f"training loss at step 25{predicted['loss']['curve'][-1][1]:.5g}{actual:.5g}" in shown.text
+    assert "device-hours0.1" in shown.text and "is not the experiment" not in shown.text
+    assert "device-hours" in shown.text.partition("formula")[2], "costs have their table"
+    predicted["loss"]["final"] = float(actual)
+    (run / "prediction.json").write_text(json.dumps(predicted))
+    shown = Page(Report(run).html())
+    assert "None was made before the run." in shown.text and "its digest is not in the journal" in shown.text
+    assert "predicted before step 1" not in json.dumps(shown.data)
 
 
 def test_other_runs_are_set_beside_it(tiny_run: Path, tmp_path: Path):

@@ -25,7 +25,8 @@ class Report:
     def html(self, reload_s: float | None = None, *, said: str = "") -> str:
         """The whole file; one with `reload_s` reads itself anew so often. `said` of itself, else folder and time."""
         subject, subjects = self.subject, [self.subject, *self.others]
-        predicted = record.read_prediction(subject)
+        predicted, spent = record.read_prediction(subject), record.read_costs(subject)
+        by_name = {cost.name: cost.value for cost in spent}
         found = outcomes.Evaluations(subject)
         gallery, gallery_data = outcomes.gallery(subject)
         samples, sample_data = outcomes.samples(subject, found)
@@ -40,8 +41,8 @@ class Report:
             ("evaluations", lambda: outcomes.evaluations(subject, found)),
             ("gallery", lambda: gallery),
             ("samples", lambda: samples),
-            ("prediction", lambda: record.prediction(subject, predicted)),
-            ("costs", lambda: record.costs(subject)),
+            ("prediction", lambda: record.prediction(subject, predicted, by_name)),
+            ("costs", lambda: record.costs(spent)),
             ("the record", lambda: record.record(subject)),
         ]
         # What is stored may be of another version, or another's: the rest is shown.

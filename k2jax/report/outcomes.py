@@ -24,11 +24,15 @@ class Evaluations:
 
     def __init__(self, subject: Subject):
         self.curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self.settings: dict[str, dict[str, dict[str, Any]]] = {}  # by task and digest
         for path in _results(subject.workdir)[:MOST_RESULTS]:
             result = subject.notes.trying(f"{path}", lambda p=path: read_result(p), None)
             if result and type(result.get("step")) is int and isinstance(result.get("metrics"), dict):
                 settings = sha256_json([result["version"], result["settings"], result["seed"]])[:8]
                 kept = {key: result[key] for key in ("step", "checkpoint", "metrics")}  # the rest may be much
+                said = result["settings"] if isinstance(result["settings"], dict) else {}
+                said = {**said, "version": result["version"], "seed": result["seed"]}
+                self.settings.setdefault(str(result["task"]), {})[settings] = said
                 self.curves.setdefault((str(result["task"]), settings), []).append({**kept, "path": path})
         for results in self.curves.values():
             results.sort(key=lambda result: result["step"])
@@ -58,7 +62,7 @@ def _points(label: str, results: list[dict[str, Any]], value: Any, **more: Any) 
         except (KeyError, TypeError, AttributeError):
             continue
         if type(found) in (int, float):
-            pairs.append((result["step"], found, str(result["checkpoint"])[:12]))
+            pairs.append((result["step"], float(f"{found:.5g}"), str(result["checkpoint"])[:12]))
     if not pairs:
         return None
     x, y, names = (list(column) for column in zip(*pairs, strict=True))
@@ -103,7 +107,10 @@ def _validation(found: Evaluations) -> list[Any]:
 
 def _setting(found: Evaluations, task: str, settings: str) -> str:
     """What tells apart several settings of one task."""
-    return f" ({settings})" if len(list(found.of(task))) > 1 else ""
+    own, others = found.settings[task][settings], found.settings[task].values()
+    differ = [key for key in own if any(other.get(key) != own[key] for other in others)]
+    said = ", ".join(f"{key.replace('_', ' ')} {str(own[key])[:20]}" for key in differ)
+    return f" ({said or settings})" if len(others) > 1 else ""
 
 
 def _suite(found: Evaluations) -> list[Any]:
@@ -113,8 +120,10 @@ def _suite(found: Evaluations) -> list[Any]:
     for metric in SUITE:
         traces = []
         for settings, results in found.of(metric.task):
-            trace = _points(f"here ({settings})", results, lambda m, k=metric.key: 100 * m[k])
-            traces += [trace] if trace else []  # one task may stand there with one answer and with several
+            # One task may stand there with one answer and with several.
+            said = f"here{_setting(found, metric.task, settings)}"
+            trace = _points(said, results, lambda m, k=metric.key: 100 * m[k])
+            traces += [trace] if trace else []
         levels = [
             {"label": "K2", "y": metric.k2, "dash": "dash"},
             {"label": "stage 1", "y": metric.k2_stage1, "dash": "dot"},

@@ -1,15 +1,19 @@
 """Sections on the run itself: what it is, its checkpoints, launches, journal, prediction and costs."""
 
-import importlib
 import math
 from typing import Any
 
-from k2jax import files
+import numpy as np
+
 from k2jax.config import flatten, from_dict
 from k2jax.model.decoder import num_params
 from k2jax.report.parts import Details, Facts, Section, Table, Text
 from k2jax.report.subject import Subject
-from k2jax.run import goodput, ledger
+from k2jax.run import costs as run_costs
+from k2jax.run import drift, ledger
+from k2jax.run import prediction as foretold
+from k2jax.run.costs import Cost
+from k2jax.run.goodput import duration
 from k2jax.run.saved import steps_so_far
 from k2jax.text import redacted
 
@@ -28,7 +32,7 @@ def overview(subject: Subject) -> Section:
         ("tokens", short_count(subject.tokens_at(subject.last_step)) if series.buckets else "0"),
         ("parameters", short_count(_params(subject))),
         ("training loss", f"{loss:.4f}" if loss is not None else "-"),
-        ("wall time", goodput.duration(spent.wall_s) if spent else "-"),
+        ("wall time", duration(spent.wall_s) if spent else "-"),
         ("goodput", f"{spent.seconds['step'] / spent.wall_s:.1%}" if spent and spent.wall_s else "-"),
     ]
     parts: list[Any] = [Facts(tiles, big=True), Facts(_identity(subject)), _stages(subject)]
@@ -213,64 +217,85 @@ def _flat(launch: dict[str, Any]) -> list[list[str]]:
 
 
 def read_prediction(subject: Subject) -> dict[str, Any]:
-    """prediction.json; {} where there is none, or none that can be used."""
-    path = subject.workdir / "prediction.json"
-    if not path.exists():
-        return {}
-    return subject.notes.trying("prediction.json", lambda: _checked(files.read_json(path)), {})
+    """prediction.json; {} where there is none, or none that was made before the run."""
+    found = subject.notes.trying("prediction", lambda: foretold.read_prediction(subject.workdir), None)
+    return subject.notes.trying("prediction", lambda: _checked(found), {}) if found else {}
 
 
-def _checked(found: Any) -> dict[str, Any]:
-    loss = found["loss"]
+def _checked(found: dict[str, Any]) -> dict[str, Any]:
+    loss = found.get("loss") or {}
     curve = [[int(step), float(value)] for step, value in loss.get("curve") or []]
     band = [float(value) for value in loss.get("band") or []]
     return {**found, "loss": {**loss, "curve": curve, "band": band if len(band) == 2 else []}}
 
 
-def prediction(subject: Subject, predicted: dict[str, Any]) -> Section:
-    """What was expected before step 1, beside what came."""
+def prediction(subject: Subject, predicted: dict[str, Any], spent: dict[str, float | None]) -> Section:
+    """What was expected before step 1, beside what came. `spent`: costs by name."""
     if not predicted:
         return Section("prediction", "Prediction", [Text(["None was made before the run."], "note")])
-    loss, band = predicted["loss"], predicted["loss"]["band"]
-    spent = subject.goodput
-    newest, step_s = _newest(subject, "loss"), subject.rows.series
-    took = step_s.total("step_s") / step_s.count("step_s") if step_s.count("step_s") else None
+    loss, series = predicted["loss"], subject.rows.series
+    curve, band, actual = loss["curve"], loss["band"], _final_loss(subject)
+    steps, losses = zip(*curve, strict=True) if curve else ((), ())
+    here = float(np.interp(subject.last_step, steps, losses)) if curve else None
+    took = series.total("step_s") / series.count("step_s") if series.count("step_s") else None
+    inside = "" if not band or actual is None else ("inside" if band[0] <= actual <= band[1] else "outside")
     rows = [
-        ["final training loss", _number(loss.get("final")), _number(newest)],
-        ["band of it", f"{band[0]:.4g} to {band[1]:.4g}" if band else "-",
-         ("inside" if band[0] <= newest <= band[1] else "outside") if band and newest is not None else "-"],
+        [f"training loss at step {subject.last_step:,}", _number(here), _number(actual)],
+        ["training loss at the end", _number(loss.get("final")), "see above"],
+        ["its band", f"{band[0]:.5g} to {band[1]:.5g}" if band else "-", inside or "-"],
         ["seconds a step", _number(predicted.get("step_time_s")), _number(took)],
-        ["wall time", _time(predicted.get("wall_s")), goodput.duration(spent.wall_s) if spent else "-"],
-        ["energy, kWh", _number(predicted.get("energy_kwh")), "see costs"],
-        ["chip-hours", _number(predicted.get("chip_hours")), "see costs"],
-        ["cost, US$", _number(predicted.get("cost_usd")), "see costs"],
-    ]  # fmt: skip
-    done = subject.num_steps and subject.last_step >= subject.num_steps
-    note = f"Made {predicted.get('made', '?')}. Method: {loss.get('method', 'not said')}."
-    note += "" if done else " The run has not ended: its outcome is that of now."
-    return Section("prediction", "Prediction", [Table(("", "predicted", "outcome"), rows, note)])
+        ["wall time", _time(predicted.get("wall_s")), _time(subject.goodput.wall_s if subject.goodput else None)],
+        ["device-hours", _number(predicted.get("chip_hours")), _number(spent.get("device-hours"))],
+        ["energy, kWh", _number(predicted.get("energy_kwh")), _number(spent.get("energy"))],
+        ["money, US$", _number(predicted.get("cost_usd")), _number(spent.get("money"))],
+    ]
+    note = f"Made {predicted.get('made', '?')}, its digest is in the journal. Method: {loss.get('method', 'not said')}."
+    note += f" Outcome of the loss: mean of the last {foretold.final_steps(max(subject.rows.num_rows, 1)):,} steps."
+    if not subject.num_steps or subject.last_step < subject.num_steps:
+        note += " The run has not ended."
+    parts: list[Any] = [Table(("", "predicted", "outcome"), rows, note)]
+    if differs := _differs(subject, predicted):
+        parts.append(Text([f"The run is not the experiment that was predicted: {', '.join(differs)}"], "warning"))
+    return Section("prediction", "Prediction", parts)
+
+
+def _final_loss(subject: Subject) -> float | None:
+    """As predictions mean it; from the last buckets of a run that is longer than a page has points."""
+    series = subject.rows.series
+    if not series.count("loss"):
+        return None
+    mean = series.mean("loss")
+    last = mean[-max(1, round(foretold.final_steps(subject.rows.num_rows) / series.width)) :]
+    return float(np.nanmean(last)) if np.isfinite(last).any() else None
+
+
+def _differs(subject: Subject, predicted: dict[str, Any]) -> list[str]:
+    first, was = subject.epochs[0].config, predicted.get("config")
+    read = subject.notes.trying
+    return read("prediction", lambda: sorted(drift.differences(was, first)), []) if isinstance(was, dict) else []
 
 
 def _number(value: Any) -> str:
-    return f"{value:.5g}" if type(value) in (int, float) and math.isfinite(value) else "-"
+    return f"{value:.5g}" if isinstance(value, (int, float)) and math.isfinite(value) else "-"
 
 
 def _time(value: Any) -> str:
-    return goodput.duration(value) if type(value) in (int, float) and math.isfinite(value) else "-"
+    return duration(value) if isinstance(value, (int, float)) and math.isfinite(value) else "-"
 
 
-def costs(subject: Subject) -> Section | None:
-    """None where this k2jax has no costs."""
-    try:
-        module = importlib.import_module("k2jax.run.costs")
-    except ImportError:
-        return None
-    found = subject.notes.trying("costs", lambda: list(module.costs(subject.workdir)), [])
-    rows = [
-        [cost.name, "-" if cost.value is None else f"{cost.value:,.6g}", cost.unit,
-         "estimate" if cost.estimate else "measured", cost.formula]
-        for cost in found
-    ]  # fmt: skip
+def read_costs(subject: Subject) -> list[Cost]:
+    """[] of a run that has kept no time."""
+    if subject.goodput is None:
+        return []
+    return subject.notes.trying("costs", lambda: list(run_costs.costs(subject.workdir)), [])
+
+
+def costs(found: list[Cost]) -> Section:
+    """Each number with its formula."""
+    rows = []
+    for cost in found:
+        known = cost.value is not None
+        value = f"{cost.value:,.6g}" if known and abs(cost.value) < 1e9 else _number(cost.value)
+        rows.append([cost.name, value, cost.unit, "estimate" if cost.estimate and known else "", cost.formula])
     head = ("what", "value", "unit", "", "formula")
-    parts = [Table(head, rows, wide=True)] if rows else [Text(["Not known."], "note")]
-    return Section("costs", "Costs", parts)
+    return Section("costs", "Costs", [Table(head, rows, wide=True)] if rows else [Text(["Not known."], "note")])

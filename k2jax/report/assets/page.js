@@ -5,8 +5,10 @@ const drawn = new Set();
 function draw(div) {
   const {traces, layout} = figure(div);
   drawn.add(div);
+  const revision = `${STATE.axis} ${div.dataset.choice || 0} ${div.dataset.log || ""}`; // a zoom outlives other changes
+  const done = Plotly.react(div, traces, {...layout, uirevision: revision}, CONFIG);
   document.documentElement.dataset.drawn ||= performance.now().toFixed(0); // ms from the start to the first chart
-  return Plotly.react(div, traces, {...layout, uirevision: `${STATE.axis} ${div.dataset.choice || 0} ${div.dataset.log || ""}`}, CONFIG);
+  return done;
 }
 
 function redraw() {
