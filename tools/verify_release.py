@@ -1546,14 +1546,17 @@ def check_metrics(release: Release) -> int:
 
 
 def check_launches(release: Release) -> int:
-    """the launches in environment.json with their own digest; a prediction with its digest in the journal"""
+    """the launches in environment.json with their own digest; a prediction with the journal that checkpoints knew"""
     values = release.json("run/environment.json")
     launches = get(values, "launches", list, "run/environment.json")
     same(values.get("sha256"), digest_of(launches), "run/environment.json: its SHA-256")
-    predicted = [e.get("digest") for e in release.fact("journal").journal if e["kind"] == "predict"]
     if "run/prediction.json" in release.sizes:
-        found = digest_of(release.json("run/prediction.json"))
-        same(found, predicted[-1] if predicted else None, "run/prediction.json: its digest in the journal")
+        found, journal = digest_of(release.json("run/prediction.json")), release.fact("journal").journal
+        places = [i for i, e in enumerate(journal) if e["kind"] == "predict" and e.get("digest") == found]
+        must(places, "run/prediction.json: its digest is not in the journal")
+        for folder, meta in release.fact("checkpoints").items():
+            knew = number(meta["data"], "journal", folder)
+            must(knew > places[0], f"run/prediction.json: it was made after {folder}, which does not know it")
     return len(launches)
 
 
