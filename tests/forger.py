@@ -310,6 +310,22 @@ class Forger:
         digests = {"order": order.digest, "data": verifier.manifest_digest(order.manifest)}
         self.json("data/chunks.json", lambda listed: listed.update(digests))
 
+    def leave_out(self, step: int) -> None:
+        """A checkpoint, with its export, as `--checkpoints` does it."""
+        shutil.rmtree(self.root / "run" / "checkpoints" / str(step))
+        for path in [*self.root.glob(f"exports/step{step}-*")]:
+            self.drop_export(path.name)
+
+        def whole(listed: dict) -> None:
+            [one] = [one for one in listed["checkpoints"] if one["step"] == step]
+            one |= {"path": None, "optimizer_state": False}
+
+        self.json("release.json", whole)
+        path = self.root / "checkpoints.csv"
+        lines = [line.split(",") for line in path.read_text().splitlines()]
+        lines = [[*line[:5], "", "false"] if line[1] == str(step) else line for line in lines]
+        path.write_text("".join(",".join(line) + "\n" for line in lines))
+
     def same_sum(self, folder: str, name: str) -> None:
         """Changes an array in two places, and not its digest."""
         import tensorstore

@@ -164,7 +164,7 @@ def a_store_said_to_be_larger(f):
     f.epoch(1, lambda e: e["manifest"]["stores"]["web"].update(num_tokens=10**6, num_train_tokens=10**6))
 
 
-@shows("branches", "rows")
+@shows("branches", "checkpoints", "rows")
 def a_store_said_to_be_another(f):
     """Its root digest in both epochs, and the order's digests of the journal."""
 
@@ -290,6 +290,18 @@ def the_end_of_the_chain_cut_off(f):
 @shows("checkpoints", "release", "exports", "evaluations", "gallery")
 def another_checkpoint_in_a_record(f):
     f.rechain(change=lambda records: records[1].update(checkpoint="0" * 64))
+
+
+@shows("checkpoints")
+def another_order_in_the_record_of_a_checkpoint_left_out(f):
+    f.leave_out(20)
+    f.rechain(change=lambda records: records[1].update(order="0" * 64))
+
+
+@shows("checkpoints")
+def another_configuration_in_the_record_of_a_checkpoint_left_out(f):
+    f.leave_out(20)
+    f.rechain(change=lambda records: records[1].update(config="0" * 64))
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

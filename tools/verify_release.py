@@ -1002,6 +1002,7 @@ def stops(key: str) -> list[int]:
 def check_checkpoints(release: Release) -> int:
     """every checkpoint's meta: its digests; with the ledger's record, epoch, configuration, order, tokens, parent"""
     orders, metas = release.fact("journal"), release.fact("checkpoints")
+    check_belonging(release, orders)
     for folder, meta in metas.items():
         branch = re.match(r"run/branches/\d+", folder)
         ledger = release.fact("branches")[branch[0]] if branch else release.fact("ledger")
@@ -1032,6 +1033,18 @@ def check_checkpoints(release: Release) -> int:
         tokenizer = hashlib.sha256(release.bytes("run/tokenizer.json", LARGE)).hexdigest()
         same(epoch["manifest"]["tokenizer_sha256"], tokenizer, f"{where}: SHA-256 of the tokenizer")
     return len(metas)
+
+
+def check_belonging(release: Release, orders: Orders) -> None:
+    """Orders and configurations of all records, also of checkpoints that are left out, are ones that the run had."""
+    for record in release.fact("ledger").records:
+        where, step = f"run: the record of step {record['last_step']}", record["last_step"]
+        epoch = [e for e in release.fact("epochs") if e["after_step"] < max(step, 1)][-1]
+        same(record["config"], config_digest(epoch["config"]), f"{where}: config")
+        if epoch["manifest"] is not None:
+            entries = range(len(orders.journal) + 1)
+            had = any(record["order"] == orders.at(epoch["number"], n).digest for n in reversed(entries))
+            must(had or not step, f"{where}: the run never had order {shown(record['order'], 70)}")
 
 
 CSV = ["stage", "step", "tokens", "loss", "digest", "bytes", "optimizer_state"]
