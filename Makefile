@@ -16,11 +16,19 @@ TEST_EXTRAS := report,release,$(if $(filter 0,$(PARITY)),test,test,parity,eval,r
 BASE_DONE := $(VENV)/.installed
 TEST_DONE := $(VENV)/.installed-$(if $(filter 0,$(PARITY)),test,test-parity)
 
-.PHONY: train test test-compilers test-processes test-seqio test-slow plan-65b lint lock clean
+.PHONY: train release test test-browser test-compilers test-processes test-seqio test-slow plan-65b lint lock clean
 
 train: $(BASE_DONE)
 	$(BIN)/python tools/prepare_data.py --config=experiments/data/smoke.py --out=data/smoke
 	$(BIN)/python -m k2jax.train --config=experiments/smoke.py --workdir=runs/smoke
+	$(BIN)/python tools/report.py --workdir=runs/smoke
+
+# The run of `make train`, evaluated, handed over, and checked as a stranger would.
+release: train
+	$(BIN)/python -m k2jax.evaluate --workdir=runs/smoke --tasks=validation,memorization
+	$(BIN)/python -m k2jax.gallery --workdir=runs/smoke
+	$(BIN)/python tools/release.py --workdir=runs/smoke --out=releases/smoke --checkpoints=last --exports=last --data=tokens
+	$(BIN)/python tools/verify_release.py releases/smoke --steps=all
 
 test: lint
 	$(BIN)/python -m pytest -n 2
@@ -33,6 +41,10 @@ test-seqio:
 # The TPU's and the GPU's compilers, which run without either: for who changes kernels, sharding or the plan. CUDA is 4 GB.
 test-compilers: $(VENV)/.installed-compilers
 	$(BIN)/python -m pytest -n 2 -m "compilers and not slow"
+
+# Pages in a real browser: Debian's chromium and chromedriver, which no package index has.
+test-browser: $(TEST_DONE)
+	$(BIN)/python -m pytest -n 0 -m browser
 
 # Each process of a run failing in turn: for who changes the control plane, checkpoints or the run directory.
 test-processes: $(TEST_DONE)

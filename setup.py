@@ -90,7 +90,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["k2jax", "k2jax.*"]), "k2jax.kernels"],
     package_dir={"k2jax.kernels": "kernels"},
-    package_data={"k2jax.plan": ["*.txtpb"], "k2jax.launch": ["templates/*.sh"]},
+    package_data={"k2jax.plan": ["*.txtpb"], "k2jax.launch": ["templates/*.sh"], "k2jax.report": ["assets/*"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

@@ -3,8 +3,9 @@
     python -m k2jax.gallery --workdir=runs/k2
     python -m k2jax.gallery --workdir=runs/k2 --steps=every:10 --prompts=prompts.jsonl
 
-gallery/<step>.json holds the texts by the digest of the checkpoint that they are of. One that is there is never made again
-or changed: a second call does what is missing. The prompts are those of the experiment (eval.prompts) and PROMPTS below.
+gallery/<step>.json holds the texts by the digest of the checkpoint that they are of. One that is there is never made
+again or changed: a second call does what is missing. The prompts are those of the experiment (eval.prompts) and of
+PROMPTS below.
 """
 
 import argparse

@@ -11,9 +11,11 @@ import numpy as np
 from k2jax import files
 from k2jax.data.epochs import decide, read_epochs
 from k2jax.data.journal import append_entry
+from k2jax.doctor import diagnose
 from k2jax.evals.results import Identity, Outcome, Results
 from k2jax.evals.suites import SUITE
 from k2jax.run.ledger import read_records
+from k2jax.stability import telling
 
 # Text that would be markup, a script, an attribute's end or plotly's own markup, were it not escaped everywhere.
 HOSTILE = (
@@ -36,6 +38,9 @@ def full(run: Path, to: Path, hostile: str = "") -> Path:
     more = {"step_time_s": 1.0, "wall_s": 400.0, "energy_kwh": 0.02, "chip_hours": 0.1, "cost_usd": None, "plan": None}
     made = {"format": 1, "made": "2026-11-28", "config_digest": "0" * 64, "before_step": 0}
     files.write_json(to / "prediction.json", {**made, "loss": loss, **more})
+    crossing = checkpoints[0][0] + 3
+    found = telling.as_json(diagnose(to, crossing, again=False))
+    files.write_text(to / "spikes" / f"{crossing}-{crossing + 3}.json", found.replace("a limit", f"a limit {hostile}"))
     files.write_json(to / "plan.json", {"stages": {"stage1": {"mfu_causal": 0.4}}})
     return to
 
@@ -74,7 +79,12 @@ def _evaluations(to: Path, checkpoints: list[tuple[int, str]], hostile: str) -> 
 def _gallery(to: Path, checkpoints: list[tuple[int, str]], hostile: str) -> None:
     for step, digest in checkpoints:
         entries = [
-            {"prompt": f"Once {n} {hostile}", "suffix": hostile if n else None, "settings": {}, "text": f"at {step} {hostile}"}
+            {
+                "prompt": f"Once {n} {hostile}",
+                "suffix": hostile if n else None,
+                "settings": {},
+                "text": f"at {step} {hostile}",
+            }
             for n in range(2)
         ]
         path = to / "gallery" / f"{step}.json"

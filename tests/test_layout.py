@@ -94,6 +94,8 @@ MAY_IMPORT = {
     "spikes": COMMON | RUN | {"doctor"},
     "train": COMMON | RUN | {"ending", "spikes"},
     "goodput": COMMON | RUN,
+    "gallery": COMMON | RUN | {"generate", "evals"},
+    "report": COMMON | RUN | {"evals"},
     "costs": COMMON | RUN,
     "experiments": {"config", "k2", "prepare"},
 }

@@ -104,6 +104,7 @@ COMMANDS = {
     "k2jax.replay": "--workdir=. --step=1",
     "k2jax.doctor": "--workdir=. --step=1 --out=.",
     "k2jax.goodput": "--workdir=.",
+    "k2jax.gallery": "--workdir=. --prompts=.",
     "k2jax.costs": "--workdir=.",
     "k2jax.preflight": "--config=. --workdir=.",
     "tools/convert_from_hf.py": "--hf=. --out=.",
@@ -116,6 +117,7 @@ COMMANDS = {
     "tools/prepare_data.py": "--config=. --out=.",
     "tools/publish.py": "--release=. --repo=me/run",
     "tools/release.py": "--workdir=. --out=. --sign-key=.",
+    "tools/report.py": "--workdir=. --out=. --compare=.",
     "tools/which_docs.py": "--workdir=. --step=1",
     "tools/which_steps.py": "--workdir=. --doc=0",
     "tools/bench/checkpoint.py": "--folder=.",
@@ -129,6 +131,8 @@ IN_BUCKETS = {
     *[(name, "--workdir") for name in COMMANDS if "--workdir" in COMMANDS[name]],
     ("tools/convert_to_hf.py", "--out"),
     ("tools/export_chunks.py", "--out"),
+    ("tools/report.py", "--out"),
+    ("tools/report.py", "--compare"),
 }
 WITH_STORES = ["k2jax.evaluate", "tools/export_chunks.py", "tools/release.py", "tools/which_docs.py"]
 WITH_STORES += ["tools/which_steps.py"]

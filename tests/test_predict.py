@@ -77,7 +77,7 @@ def rung(experiment, tmp_path):
         final = 2 + (scaling.size_of(config).flops / 1e12) ** -0.1
         ledger = Ledger(workdir / "ledger", lambda step: 1)
         for step in range(1, steps + 1):
-            ledger.append_step(step, "0" * 64, final * (2 - min(step / 50, 1.0)), 1.0, True, False)
+            ledger.append_step(step, "0" * 64, final * (2 - min(step / 30, 1.0)), 1.0, True, False)
         ledger.steps.close()
         return workdir
 
@@ -92,7 +92,7 @@ def test_a_ladder_predicts_the_next_rung(experiment, rung):
     assert found["band"][0] <= found["final"] <= found["band"][1]
     steps, curve = zip(*found["curve"], strict=True)
     assert steps[-1] == STEPS and list(steps) == sorted(steps)
-    assert curve[0] == pytest.approx(found["final"] * (2 - 1 / 50), rel=0.01), "the shape of the rungs"
+    assert curve[0] == pytest.approx(found["final"] * (2 - 1 / 30), rel=0.01), "the shape of the rungs"
 
 
 @pytest.mark.parametrize(

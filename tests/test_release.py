@@ -348,16 +348,24 @@ def test_branches_go_along_with_their_checkpoints(tiny_run, tmp_path):
 
 
 def test_rows_after_the_last_checkpoint_stay_behind(tiny_run, tmp_path):
+    """Of its chunk, and of those after it; in the last a kill came in the middle of a row."""
     workdir = copy_of(tiny_run, tmp_path / "run")
-    shutil.rmtree(workdir / "checkpoints" / "25")
-    shutil.rmtree(workdir / "checkpoints" / "20")
     records = (workdir / "ledger" / "records.jsonl").read_bytes().splitlines(keepends=True)
     (workdir / "ledger" / "records.jsonl").write_bytes(records[0])
-    second = workdir / "ledger" / "chunk-00002.jsonl"
-    second.write_bytes(second.read_bytes()[:-9])  # killed in the middle of a row
-    release(workdir, tmp_path / "r", SMALL)
+    last = json.loads(records[1])
+    # A step between chunks' ends, whose checkpoint is not there any more.
+    Ledger(workdir / "ledger", None).append_record(13, {key: last[key] for key in ("checkpoint", "order", "config")})
+    for step in ("20", "25"):
+        shutil.rmtree(workdir / "checkpoints" / step)
+    third = workdir / "ledger" / "chunk-00003.jsonl"
+    third.write_bytes(third.read_bytes()[:-9])
+    release(workdir, tmp_path / "r", SMALL._replace(checkpoints="none"))
     run = tmp_path / "r" / "run"
     Ledger(run / "ledger", None).verify()
     for name in ("ledger", "metrics"):
-        assert {path.name for path in (run / name).glob("chunk-*")} == {"chunk-00001.jsonl"}
-    assert json.loads((tmp_path / "r" / "release.json").read_bytes())["step"] == 10
+        paths = sorted((run / name).glob("chunk-*"))
+        assert [path.name for path in paths] == ["chunk-00001.jsonl", "chunk-00002.jsonl"]
+        steps = [json.loads(line)["step"] for path in paths for line in path.read_text().splitlines()]
+        assert steps == list(range(1, 14))
+    told = json.loads((tmp_path / "r" / "release.json").read_bytes())
+    assert told["step"] == 13 and told["chunks"] == 2 and [c["step"] for c in told["checkpoints"]] == [10, 13]

@@ -20,9 +20,9 @@ from k2jax.errors import ConfigError
 from k2jax.model.decoder import num_params
 from k2jax.model.flops import flops_per_token
 from k2jax.run.ledger import Ledger, bits_float
+from k2jax.run.prediction import final_steps
 
 FRACTIONS = tuple(i / 50 for i in range(1, 51))  # of a run's steps, at which its curve is compared with others
-LAST = 0.02  # the share of a run's last steps whose mean loss is its final one; the same around each fraction
 FEWEST, MOST_RATIO = 4, 2.0
 
 
@@ -106,9 +106,9 @@ def read_rung(workdir: Path) -> Rung:
 
 
 def smoothed(losses: np.ndarray, fraction: float) -> float:
-    """Mean over the LAST share of the steps before `fraction` of them."""
+    """Mean over as many steps up to `fraction` of them as a final loss is the mean of."""
     end = max(1, round(fraction * len(losses)))
-    return float(losses[max(0, end - max(1, round(LAST * len(losses)))) : end].mean())
+    return float(losses[max(0, end - final_steps(len(losses))) : end].mean())
 
 
 def check_ladder(rungs: Sequence[Rung], target: Size, tokenizer: str | None) -> None:

@@ -225,7 +225,7 @@ def _report(scratch: Scratch, say: Say) -> bytes:
     """Of what others get. The folder is not this machine's any more: the same release gives the same page."""
     folder = scratch.root / "run"
     report = Report(folder)
-    text = report.html(f"Made {scratch.made} for this release.")
+    text = report.html(said=f"Made {scratch.made} for this release.")
     for form in (page.as_json(str(folder))[1:-1], page.escaped(folder), str(folder)):
         text = text.replace(form, "run")
     for line in report.subject.notes.lines:

@@ -22,52 +22,56 @@ class Report:
         page.plotly()  # if it is missing, that is said before anything is read
         self.subject, self.others = Subject(workdir), [Subject(other) for other in others]
 
-    def html(self, said: str = "") -> str:
-        """The whole file; `said` of itself, where it is not to name its folder and the time."""
+    def html(self, reload_s: float | None = None, *, said: str = "") -> str:
+        """The whole file; one with `reload_s` reads itself anew so often. `said` of itself, else folder and time."""
         subject, subjects = self.subject, [self.subject, *self.others]
         predicted = record.read_prediction(subject)
         found = outcomes.Evaluations(subject)
-        samples, sample_data = outcomes.samples(subject, found)
         gallery, gallery_data = outcomes.gallery(subject)
-        sections = [
-            record.overview(subject),
-            *([compare.comparison(subjects)] if self.others else []),
-            training.loss(subject, predicted),
-            training.stability(subject),
-            training.learning(subject),
-            training.speed(subject),
-            mix.data(subject),
-            outcomes.evaluations(subject, found),
-            gallery,
-            samples,
-            record.prediction(subject, predicted),
-            record.costs(subject),
-            record.record(subject),
+        samples, sample_data = outcomes.samples(subject, found)
+        made: list[tuple[str, Callable[[], Section | None]]] = [
+            ("what the run is", lambda: record.overview(subject)),
+            ("other runs", lambda: compare.comparison(subjects) if self.others else None),
+            ("loss", lambda: training.loss(subject, predicted)),
+            ("stability", lambda: training.stability(subject)),
+            ("learning rate and norms", lambda: training.learning(subject)),
+            ("speed and time", lambda: training.speed(subject)),
+            ("data", lambda: mix.data(subject)),
+            ("evaluations", lambda: outcomes.evaluations(subject, found)),
+            ("gallery", lambda: gallery),
+            ("samples", lambda: samples),
+            ("prediction", lambda: record.prediction(subject, predicted)),
+            ("costs", lambda: record.costs(subject)),
+            ("the record", lambda: record.record(subject)),
         ]
+        # What is stored may be of another version, or another's: the rest is shown.
+        sections = [subject.notes.trying(f"section on {what}", make, None) for what, make in made]
         sections = [section for section in sections if section]
         data = {
             "runs": _runs(subjects, sections),
             "marks": training.marks(subject),
             "gallery": gallery_data,
             "samples": sample_data,
+            "reload_s": reload_s,
         }
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         said = said or f"Made {now} from {subject.workdir}, at step {subject.last_step:,}."
         warnings = [line for one in subjects for line in one.notes.lines]
         return page.page(f"{subject.name}: report of a run", said, sections, data, warnings)
 
-    def write(self, out: Path | BucketPath) -> int:
+    def write(self, out: Path | BucketPath, reload_s: float | None = None) -> int:
         """Whole or not at all; returns its bytes."""
-        text = self.html().encode("utf-8", "backslashreplace")
+        text = self.html(reload_s).encode("utf-8", "backslashreplace")
         files.write_bytes(out, text)
         return len(text)
 
     def watch(self, out: Path | BucketPath, every_s: float, say: Callable[[str], None]) -> None:
         """Writes it anew every so often, until the run has its last step."""
         while True:
-            say(f"{out}: step {self.subject.last_step:,}, {self.write(out):,} bytes")
-            last = self.subject.num_steps
-            if last and self.subject.last_step >= last and (self.subject.workdir / "validation.json").exists():
+            last, step = self.subject.num_steps, self.subject.last_step
+            ended = bool(last and step >= last and (self.subject.workdir / "validation.json").exists())
+            say(f"{out}: step {step:,}, {self.write(out, None if ended else every_s):,} bytes")
+            if ended:
                 return
             time.sleep(every_s)
             for one in (self.subject, *self.others):

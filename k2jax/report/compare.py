@@ -7,6 +7,7 @@ from k2jax.report.outcomes import Evaluations
 from k2jax.report.parts import Chart, Section, Table
 from k2jax.report.record import short_count
 from k2jax.report.subject import Subject
+from k2jax.text import redacted
 
 CURVES = (
     ("loss", "Training loss", "nats a token", False),
@@ -36,7 +37,7 @@ def comparison(subjects: list[Subject]) -> Section:
             if subject.rows.series.count(series)
         ]
         if traces:
-            spec = {"kind": "lines", "traces": traces, "unit": unit, "log": log, "smooth": True}
+            spec = {"kind": "lines", "traces": traces, "unit": unit, "log": log, "smooth": series != "lr"}
             parts.append(Chart(title, spec, "", "wide" if series == "loss" else ""))
     if traces := _validation(subjects, names):
         parts.append(Chart("Validation loss", {"kind": "lines", "traces": traces, "unit": "nats a token"}))
@@ -67,8 +68,8 @@ def _numbers(subjects: list[Subject], names: list[str]) -> Table:
 
 
 def _keys(subjects: list[Subject], names: list[str]) -> Table:
-    configs = [flatten(subject.config) for subject in subjects]
+    configs = [flatten(redacted(subject.settings)) for subject in subjects]
     keys = dict.fromkeys(key for config in configs for key in config)
-    different = [key for key in keys if len({str(config.get(key, "-")) for config in configs}) > 1]
-    rows = [[key, *(str(config.get(key, "-")) for config in configs)] for key in different[:MOST_KEYS]]
+    found = [[key, *(str(config[key]) if key in config else "-" for config in configs)] for key in keys]
+    rows = [row for row in found if len(set(row[1:])) > 1][:MOST_KEYS]
     return Table(("key that differs", *names), rows or [["none", *("" for _ in names)]], wide=True)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from k2jax.data.manifest import sha256_json
 from k2jax.report.parts import Chart, Section, Table, Text
 from k2jax.report.subject import Subject
 
@@ -14,6 +15,10 @@ def data(subject: Subject) -> Section:
     read = subject.rows.read
     parts: list[Any] = [_stage(stage, read.get(stage["name"], {}), manifest) for stage in manifest["stages"]]
     parts.append(_stores(manifest, read))
+    before = {sha256_json(epoch.manifest) for epoch in subject.epochs if epoch.manifest is not None}
+    if len(before) > 1:
+        said = f"The data changed {len(before) - 1} time(s): what is asked is that of now, what was read that of all."
+        parts.append(Text([said], "note"))
     series = subject.rows.series
     names = [name for name in series.names if name.startswith("targets/") and series.count(name)]
     if names:

@@ -24,13 +24,12 @@ class Evaluations:
 
     def __init__(self, subject: Subject):
         self.curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        self.paths: dict[tuple[str, int], Path | BucketPath] = {}
         for path in _results(subject.workdir)[:MOST_RESULTS]:
             result = subject.notes.trying(f"{path}", lambda p=path: read_result(p), None)
             if result and type(result.get("step")) is int and isinstance(result.get("metrics"), dict):
                 settings = sha256_json([result["version"], result["settings"], result["seed"]])[:8]
-                self.curves.setdefault((str(result["task"]), settings), []).append(result)
-                self.paths[path.stem, result["step"]] = path
+                kept = {key: result[key] for key in ("step", "checkpoint", "metrics")}  # the rest may be much
+                self.curves.setdefault((str(result["task"]), settings), []).append({**kept, "path": path})
         for results in self.curves.values():
             results.sort(key=lambda result: result["step"])
 
@@ -114,13 +113,11 @@ def _suite(found: Evaluations) -> list[Any]:
     for metric in SUITE:
         traces = []
         for settings, results in found.of(metric.task):
-            if not _is_of(metric, results[0]):
-                continue
-            label = f"here{_setting(found, metric.task, settings)}"
-            traces.append(_points(label, results, lambda m, k=metric.key: 100 * m[k], main=True))
+            trace = _points(f"here ({settings})", results, lambda m, k=metric.key: 100 * m[k])
+            traces += [trace] if trace else []  # one task may stand there with one answer and with several
         levels = [
             {"label": "K2", "y": metric.k2, "dash": "dash"},
-            {"label": "K2, stage 1", "y": metric.k2_stage1, "dash": "dot"},
+            {"label": "stage 1", "y": metric.k2_stage1, "dash": "dot"},
         ]
         chart = _chart(metric.name, traces, "%", "", "small", levels=levels)
         parts += chart
@@ -133,13 +130,8 @@ def _suite(found: Evaluations) -> list[Any]:
     head = ("percent", "newest here", "K2", "K2, stage 1", "few-shot examples", "which are")
     note = "K2's values are those that LLM360 published; beside ours they are not the same measurement, see the README."
     note += f" Not measured here: {', '.join(missing)}." if missing else ""
-    return [Text(["K2's suite of 22 metrics, by checkpoint."]), *parts, Table(head, last, note)]
-
-
-def _is_of(metric: Any, result: dict[str, Any]) -> bool:
-    """The same task is in the suite with one answer and with several."""
-    settings = result["settings"] if isinstance(result.get("settings"), dict) else {}
-    return bool(settings.get("pass_at")) == bool(metric.pass_at)
+    said = "K2's suite of 22 metrics, by checkpoint. Dashed: K2-65B at its end; dotted: after its stage 1."
+    return [Text([said]), *parts, Table(head, last, note)]
 
 
 def _shots(metric: Any) -> Any:
@@ -202,15 +194,10 @@ def samples(subject: Subject, found: Evaluations) -> tuple[Section, list[dict[st
     """(section, what its script shows)."""
     chosen = Samples(subject)
     for (task, settings), results in found.curves.items():
-        files_of = [(r, found.paths.get((_stem(r), r["step"]))) for r in results]
-        chosen.add(task + _setting(found, task, settings), files_of)
+        chosen.add(task + _setting(found, task, settings), results)
     if not chosen.tasks:
         return Section("samples", "Samples of evaluations", [Text(["None are stored."], "note")]), []
     return Section("samples", "Samples of evaluations", [Text([chosen.said]), Browser("samples")]), chosen.tasks
-
-
-def _stem(result: dict[str, Any]) -> str:
-    return str(result.get("samples", {}).get("file", "")).removesuffix(".samples.jsonl")
 
 
 # ---- the gallery -----------------------------------------------------------------------------------------------------
@@ -237,7 +224,7 @@ def gallery(subject: Subject) -> tuple[Section, list[dict[str, Any]]]:
     if not prompts:
         said = f"No prompts have been kept: python -m k2jax.gallery --workdir={subject.workdir}"
         return Section("gallery", "Prompt gallery", [Text([said], "note")]), []
-    text = "The same prompts at every checkpoint. A dash in front of a text: nothing came but the document's end."
+    text = "The same prompts at every checkpoint. A dash: nothing came but the document's end."
     return Section("gallery", "Prompt gallery", [Text([text]), Browser("gallery")]), list(prompts.values())
 
 

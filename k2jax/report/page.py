@@ -31,7 +31,7 @@ def plotly() -> tuple[str, str]:
     try:
         text = resources.files("plotly").joinpath("package_data/plotly.min.js").read_bytes()
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise ConfigError(f"the report draws with plotly, which cannot be had ({error}): pip install 'k2jax[report]'") from error
+        raise ConfigError(f"the report needs plotly, not there: {error}: pip install 'k2jax[report]'") from error
     return base64.b64encode(gzip.compress(text, 9, mtime=0)).decode(), digest(text)
 
 
@@ -81,9 +81,10 @@ def page(title: str, said: str, sections: Sequence[Section], data: dict[str, Any
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
             '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">\n',
             f"<title>{escaped(title)}</title>\n<style>{asset('page.css')}</style></head>\n<body>\n",
-            f'<header><div class="bar"><h1>{escaped(title)}</h1><nav>{links}</nav>{asset("controls.html")}</div></header>\n',
+            f'<header><div class="bar"><h1>{escaped(title)}</h1><nav>{links}</nav>',
+            f"{asset('controls.html')}</div></header>\n",
             f'<main><p class="said">{escaped(said)}</p>{warned if notes else ""}{body}</main>\n',
-            "<noscript><p class=\"warning\">Charts, gallery and samples need JavaScript; tables do not.</p></noscript>\n",
+            '<noscript><p class="warning">Charts, gallery and samples need JavaScript.</p></noscript>\n',
             f'<script type="application/json" id="page-data">{as_json({**data, "charts": charts})}</script>\n',
             f'<script type="application/octet-stream" id="page-plotly">{packed}</script>\n',
             f"<script>{script}</script>\n</body></html>\n",
@@ -104,7 +105,8 @@ def _part(part: Any, charts: list[dict[str, Any]]) -> str:
         charts.append({**part.spec, "title": part.title})
         note = f"<p>{escaped(part.note)}</p>" if part.note else ""
         head = f"<figcaption><h3>{escaped(part.title)}</h3>{note}</figcaption>"
-        return f'<figure class="chart {part.size}">{head}<div class="plot" data-chart="{len(charts) - 1}"></div></figure>'
+        plot = f'<div class="plot" data-chart="{len(charts) - 1}"></div>'
+        return f'<figure class="chart {part.size}">{head}{plot}</figure>'
     if isinstance(part, Text):
         return "".join(f'<p class="text {part.kind}">{escaped(line)}</p>' for line in part.lines)
     if isinstance(part, Facts):
@@ -125,7 +127,8 @@ def _table(table: Table) -> str:
     rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in table.rows)
     note = f"<p>{escaped(table.note)}</p>" if table.note else ""
     kind = "table wide" if table.wide else "table"
-    return f'<div class="{kind}">{note}<div class="scroll"><table><thead><tr>{head}</tr></thead>{rows}</table></div></div>'
+    inside = f"<table><thead><tr>{head}</tr></thead>{rows}</table>"
+    return f'<div class="{kind}">{note}<div class="scroll">{inside}</div></div>'
 
 
 def _cell(value: Any) -> str:

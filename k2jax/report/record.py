@@ -21,7 +21,7 @@ def overview(subject: Subject) -> Section:
     """What the run is, in tiles, and its stages and configuration."""
     series = subject.rows.series
     loss = _newest(subject, "loss")
-    spent = subject.notes.trying("goodput", lambda: goodput.read_goodput(subject.workdir), None)
+    spent = subject.goodput
     steps = f"{subject.last_step:,}" + (f" of {subject.num_steps:,}" if subject.num_steps else "")
     tiles = [
         ("step", steps),
@@ -32,7 +32,7 @@ def overview(subject: Subject) -> Section:
         ("goodput", f"{spent.seconds['step'] / spent.wall_s:.1%}" if spent and spent.wall_s else "-"),
     ]
     parts: list[Any] = [Facts(tiles, big=True), Facts(_identity(subject)), _stages(subject)]
-    settings = flatten({k: v for k, v in redacted(subject.config).items() if k not in HIDDEN_KEYS})
+    settings = flatten({k: v for k, v in redacted(subject.settings).items() if k not in HIDDEN_KEYS})
     rows = [[key, _shown(value)] for key, value in settings.items()]
     parts.append(Details("Configuration, every key", [Table(("key", "value"), rows)]))
     if len(subject.epochs) > 1:
@@ -52,12 +52,12 @@ def _newest(subject: Subject, name: str) -> float | None:
 
 
 def _params(subject: Subject) -> float | None:
-    return subject.notes.trying("model", lambda: num_params(from_dict(subject.config).model), None)
+    return subject.notes.trying("model", lambda: num_params(from_dict(subject.settings).model), None)
 
 
 def _identity(subject: Subject) -> list[tuple[str, Any]]:
     first, last = subject.epochs[0], subject.epochs[-1]
-    model = subject.config.get("model", {})
+    model = subject.settings.get("model", {})
     shape = [f"{model.get(key)} {said}" for key, said in (
         ("num_layers", "layers"), ("dim", "wide"), ("num_heads", "heads"), ("num_kv_heads", "key-value heads"),
         ("ffn_dim", "in the ffn"), ("vocab_size", "tokens in the vocabulary"))]  # fmt: skip
@@ -78,7 +78,7 @@ def _identity(subject: Subject) -> list[tuple[str, Any]]:
 
 def _stages(subject: Subject) -> Table:
     rows = []
-    for stage in subject.config.get("stages", ()):
+    for stage in subject.settings.get("stages", ()):
         tokens = stage["rows_per_step"] * stage["sequence_length"]
         steps = stage["steps_per_chunk"] * stage["chunks"]
         rows.append(
@@ -232,7 +232,7 @@ def prediction(subject: Subject, predicted: dict[str, Any]) -> Section:
     if not predicted:
         return Section("prediction", "Prediction", [Text(["None was made before the run."], "note")])
     loss, band = predicted["loss"], predicted["loss"]["band"]
-    spent = subject.notes.trying("goodput", lambda: goodput.read_goodput(subject.workdir), None)
+    spent = subject.goodput
     newest, step_s = _newest(subject, "loss"), subject.rows.series
     took = step_s.total("step_s") / step_s.count("step_s") if step_s.count("step_s") else None
     rows = [

@@ -73,12 +73,13 @@ class Rows:
             self._read[path.name] = 0, b""
             return
         done, _ = self._read.get(path.name, (0, b""))
-        with path.open("rb") as file:
-            file.seek(done)
-            while (line := file.readline(MAX_LINE)).endswith(b"\n") or len(line) == MAX_LINE:
-                yield from self._parsed([line])
-                done += len(line)
-        self._read[path.name] = done, _tail(path, done)
+        with suppress(FileNotFoundError):  # a resume cuts it off meanwhile
+            with path.open("rb") as file:
+                file.seek(done)
+                while (line := file.readline(MAX_LINE)).endswith(b"\n") or len(line) == MAX_LINE:
+                    yield from self._parsed([line])
+                    done += len(line)
+            self._read[path.name] = done, _tail(path, done)
 
     def _parsed(self, lines: Any) -> Iterator[dict[str, Any]]:
         for line in lines:

@@ -25,22 +25,22 @@ class Samples:
     def __init__(self, subject: Subject):
         self.subject, self.tasks, self._size, self._full = subject, [], 0, False
         path = subject.workdir / "tokenizer.json"
-        self._tokenizer = subject.notes.trying(f"{path}", lambda: load_tokenizer(path), None)
+        self._tokenizer = subject.notes.trying(f"{path}", lambda: load_tokenizer(path), None) if path.exists() else None
 
     @property
     def said(self) -> str:
         text = (
-            f"Up to {DOCUMENTS} documents of each task, the same ones at up to {CHECKPOINTS} checkpoints; texts of over "
-            f"{MOST_TEXT:,} characters are cut. All of them are in evals/."
+            f"Up to {DOCUMENTS} documents of each task, the same ones at up to {CHECKPOINTS} checkpoints; texts of "
+            f"over {MOST_TEXT:,} characters are cut. All of them are in evals/."
         )
         return text + (" What did not fit on this page is left out." if self._full else "")
 
-    def add(self, task: str, results: list[tuple[dict[str, Any], Path | BucketPath | None]]) -> None:
-        """Of one task under one setting: its results, by step, with their files."""
+    def add(self, task: str, results: list[dict[str, Any]]) -> None:
+        """Of one task under one setting: its results by step, each with the "path" that it was read from."""
         documents: dict[str, dict[str, Any]] = {}
-        for result, path in _evenly([pair for pair in results if pair[1] is not None], CHECKPOINTS):
+        for result in _evenly(results, CHECKPOINTS):
             what = f"samples of {task} at step {result['step']}"
-            file = path.with_suffix(".samples.jsonl")
+            file = result["path"].with_suffix(".samples.jsonl")
             lines = self.subject.notes.trying(what, lambda f=file: _chosen(f), [])
             for name, sample in lines:
                 asked, answered = self._fields(sample)
@@ -58,10 +58,10 @@ class Samples:
 
     def _fields(self, sample: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
         """What was asked, which is of the document, and what the checkpoint answered: [[name, text]]."""
-        answered = {"resps", "filtered_resps", "recited", "score", "loss", "task", "filter"}
+        answered = {"resps", "filtered_resps", "recited", "score", "loss"}
         metrics = sample.get("metrics")
         answered |= set(metrics) if isinstance(metrics, list) and all(isinstance(m, str) for m in metrics) else set()
-        hidden = {"metrics", "doc_hash", "prompt_hash", "target_hash", "doc_id"}
+        hidden = {"task", "filter", "metrics", "doc_hash", "prompt_hash", "target_hash", "doc_id"}
         asked, said = [], []
         for key, value in sample.items():
             if key in TOKENS and self._tokenizer is not None and _are_ids(value):

@@ -16,7 +16,8 @@ from k2jax.model.flops import FlopsPerToken, flops_per_token
 from k2jax.report.parts import Notes
 from k2jax.report.rows import Rows
 from k2jax.report.thin import short
-from k2jax.run import branches
+from k2jax.run import branches, goodput
+from k2jax.run.goodput import Goodput
 
 
 class Subject:
@@ -38,6 +39,7 @@ class Subject:
         self.journal: list[Entry] = read("journal", lambda: read_journal(self.workdir / "journal.jsonl"), [])
         self.launches = read("environment", lambda: read_launches(self.workdir), [])
         self.order = read("data order", lambda: order_of(self.epochs, self.journal), None)
+        self.goodput = self._goodput()
         self.rows.update()
         self.held_out.update()
         for entry in branches.rollbacks(self.journal):
@@ -46,6 +48,12 @@ class Subject:
             self.notes.add(f"{damaged} damaged line(s) of metrics/ and held_out/ are left out")
         if self.rows.series.left_out:
             self.notes.add(f"metrics/ has more than {self.rows.series.most_series} series: the others are left out")
+
+    def _goodput(self) -> Goodput | None:
+        """Where the time went; None where that was not recorded."""
+        if not (self.workdir / goodput.NAME).exists():
+            return None
+        return self.notes.trying("goodput", lambda: goodput.read_goodput(self.workdir), None)
 
     def _branch(self, entry: Entry) -> None:
         folder = branches.branch_folder(self.workdir, entry["branch"]) / "metrics"
@@ -57,13 +65,13 @@ class Subject:
         self.branches[entry["branch"]].update()
 
     @property
-    def config(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """As it is now."""
         return self.epochs[-1].config
 
     @property
     def name(self) -> str:
-        return str(self.config.get("name") or self.workdir.name)
+        return str(self.settings.get("name") or self.workdir.name)
 
     @property
     def last_step(self) -> int:

@@ -1,7 +1,7 @@
 """Series thinned as they are read, so that extremes stay: memory and page do not grow with the run.
 
-Steps are gathered in buckets of one width. Of each series a bucket keeps the mean, the least and the greatest value, and
-at which steps these two were. When there are too many buckets, each two become one.
+Steps are gathered in buckets of one width. Of each series a bucket keeps the mean, the least and the greatest value,
+and at which steps these two were. When there are too many buckets, each two become one.
 """
 
 from collections.abc import Iterable, Sequence

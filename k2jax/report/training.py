@@ -14,7 +14,9 @@ from k2jax.run import goodput
 from k2jax.run.branches import rollbacks
 from k2jax.stability import telling
 
-MOST_SPIKES = 40
+MOST_SPIKES, MOST_SPIKE_BYTES = 40, 1 << 20
+MOST_MARKS = 2_000
+OUTLIERS = "Where a few values are far from all others, the axis begins without them: a double click shows all."
 MAP_COLUMNS = 240
 GROUPS = ("embed", "q", "k", "v", "o", "gate", "up", "down", "norms", "head")  # as a token meets them
 DONE = {"defer": "deferred", "skip": "skipped"}
@@ -43,7 +45,7 @@ def marks(subject: Subject) -> list[dict[str, Any]]:
     for epoch in subject.epochs[1:]:
         text = f"epoch {epoch.number}: {', '.join(epoch.changes) or 'goes on as another run'}"
         found.append({"kind": "change", "step": epoch.after_step, "text": text})
-    return [mark for mark in found if type(mark["step"]) is int]
+    return [mark for mark in found if type(mark["step"]) is int][:MOST_MARKS]
 
 
 def _subsets(subject: Subject, prefix: str = "loss/") -> list[str]:
@@ -80,10 +82,10 @@ def loss(subject: Subject, predicted: dict[str, Any]) -> Section:
         if subject.rows.no_update:
             traces.append({"run": 0, "label": "no update was made", "at": subject.rows.no_update, "of": "loss"})
         traces += _prediction(predicted)
-        parts.append(Chart("Training loss", _lines(traces, "nats a token", smooth=True), size="wide"))
+        parts.append(Chart("Training loss", _lines(traces, "nats a token", smooth=True), OUTLIERS, "wide"))
     if names := _subsets(subject):
         traces = [_line(name, name.removeprefix("loss/")) for name in names if subject.rows.series.count(name)]
-        note = "Each subset of the data, over the tokens of it that a step read."
+        note = "Each subset of the data, over the tokens of it that a step read. With smoothing 0: every extreme."
         parts.append(Chart("Training loss by subset", _lines(traces, "nats a token", smooth=True), note, "wide"))
     if held := _held_out(subject):
         note = "Text that no step reads, at checkpoints."
@@ -183,7 +185,10 @@ def _branches(subject: Subject, done: list[dict[str, Any]]) -> Table:
 def _spikes(subject: Subject) -> list[Html]:
     """What the doctor said of each when it came."""
     paths = sorted((subject.workdir / "spikes").glob("*.json"))[:MOST_SPIKES]
-    found = [subject.notes.trying(f"{path}", lambda p=path: telling.html(files.read_json(p)), "") for path in paths]
+    found = []
+    for path in paths:
+        read = subject.notes.trying(f"{path}", lambda p=path: files.read_json(p, MOST_SPIKE_BYTES), None)
+        found.append(subject.notes.trying(f"{path}", lambda r=read: telling.html(r), "") if read is not None else "")
     return [Html(text) for text in found if text]
 
 
@@ -197,7 +202,7 @@ def learning(subject: Subject) -> Section:
         parts.append(Chart("Learning rate", _lines(traces, "")))
     for name, title in NORMS.items():
         if traces := _known(subject, {name: title}):
-            parts.append(Chart(title.capitalize(), _lines(traces, "", log=True, smooth=True)))
+            parts.append(Chart(title.capitalize(), _lines(traces, "", log=True, smooth=name != "param_norm")))
     parts += _group_maps(subject) + _layer_maps(subject)
     return Section("learning", "Learning rate and norms", parts or [Text(["Not recorded."], "note")])
 
@@ -233,8 +238,9 @@ def _map(title: str, steps: np.ndarray, choices: list[tuple[str, list, list[np.n
     for label, y, values in choices:
         matrix = np.stack(values)
         there = np.isfinite(matrix).any(axis=0)
-        x = steps[there].tolist()
-        found.append({"label": label, "x": x, "y": y, "z": [short(row, 3) for row in matrix[:, there]]})
+        if there.any():
+            z = [short(row, 3) for row in matrix[:, there]]
+            found.append({"label": label, "x": steps[there].tolist(), "y": y, "z": z})
     if not found:
         return []
     note = "The greatest value of each column's steps; colours by its logarithm."
@@ -281,12 +287,12 @@ def _planned_mfu(subject: Subject) -> list[dict[str, Any]]:
     path = subject.workdir / "plan.json"
     plan = subject.notes.trying("plan.json", lambda: files.read_json(path), {}) if path.exists() else {}
     stages = plan.get("stages", {}) if isinstance(plan, dict) else {}
-    found = {name: stage.get("mfu_causal") for name, stage in stages.items() if isinstance(stage, dict)}
+    found = {name: planned.get("mfu_causal") for name, planned in stages.items() if isinstance(planned, dict)}
     return [{"label": f"planned, {name}", "y": y} for name, y in found.items() if isinstance(y, float)]
 
 
 def _goodput(subject: Subject) -> Any:
-    found = subject.notes.trying("goodput", lambda: goodput.read_goodput(subject.workdir), None)
+    found = subject.goodput
     if found is None:
         return Text(["Where the time went is not recorded."], "note")
     parts = [(cause, value, goodput.CAUSES[cause]) for cause, value in found.seconds.items() if value > 0]

@@ -20,7 +20,6 @@ from k2jax.run import drift, goodput
 from k2jax.run.ledger import Ledger, bits_float
 
 NAME = "prediction.json"
-LAST = 0.02  # the share of a run's last steps whose mean loss is its final one
 
 
 def write_prediction(workdir: Path | BucketPath, prediction: dict[str, Any]) -> str:
@@ -54,6 +53,11 @@ def read_prediction(workdir: Path | BucketPath) -> dict[str, Any] | None:
     return found
 
 
+def final_steps(steps: int) -> int:
+    """Of how many last steps the mean loss is a run's final one: the loss of one step is that of its few rows."""
+    return min(steps, max(20, round(0.02 * steps)))
+
+
 def outcome(workdir: Path | BucketPath) -> dict[str, Any] | None:
     """Prediction beside outcome, {what: {"predicted", "actual"}}; None where none was made.
 
@@ -70,7 +74,7 @@ def outcome(workdir: Path | BucketPath) -> dict[str, Any] | None:
     }
     if rows and prediction.get("loss"):
         steps, losses = zip(*prediction["loss"]["curve"], strict=True)
-        last = rows[-max(1, round(LAST * len(rows))) :]
+        last = rows[-final_steps(len(rows)) :]
         actual = float(np.mean([bits_float(row["loss"]) for row in last]))
         found["loss"] = {"predicted": float(np.interp(rows[-1]["step"], steps, losses)), "actual": actual}
     if prediction.get("wall_s"):

@@ -48,7 +48,8 @@ def main() -> None:
         ladder.append(args.out.absolute() / f"width{width}")
         keys = [f"--config.{key}" for key in (*of_width(width, args.data.absolute()), "eval.prompts=()")]
         line = ["-m", "k2jax.train", "--config=experiments/smoke.py", f"--workdir={ladder[-1]}", *keys]
-        subprocess.run([sys.executable, *line], check=True, cwd=REPO, stdout=sys.stderr)
+        if not (ladder[-1] / "validation.json").exists():
+            subprocess.run([sys.executable, *line], check=True, cwd=REPO, stdout=sys.stderr)
     config = configuration.load(REPO / "experiments/smoke.py", of_width(WHOLE, args.data.absolute()))
     loss = predict(config, ladder=ladder, say=lambda line: print(line, file=sys.stderr))["loss"]
     actual = scaling.read_rung(args.run).loss

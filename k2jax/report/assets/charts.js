@@ -4,7 +4,13 @@
 const DATA = JSON.parse(document.getElementById("page-data").textContent);
 const AXES = {step: "step", tokens: "tokens", flops: "FLOPs, causal attention", hours: "hours of steps"};
 const MARKS = {stage: "stage begins", spike: "spike", "roll-back": "rolled back", decision: "decision", change: "configuration"};
-const STATE = {axis: "step", smoothing: 0.6, marks: true};
+const MOST_FAINT = 8; // curves of a chart that are drawn unsmoothed, too, behind the smoothed ones
+const PHONE = matchMedia("screen and (max-width: 760px)");
+const STATE = {axis: "step", smoothing: 0.6, marks: true, reload: true, ...remembered("k2jax-state")};
+
+// A page of a file may have no storage.
+function remembered(key) { try { return JSON.parse(sessionStorage.getItem(key)) || {}; } catch { return {}; } }
+function remember() { try { sessionStorage.setItem("k2jax-state", JSON.stringify(STATE)); } catch { /* as above */ } }
 // Of plotly's buttons those that stay on this page: one of the others sends a chart to plotly's own site.
 const CONFIG = {
   displaylogo: false, responsive: true, displayModeBar: "hover", plotlyServerURL: "", topojsonURL: "none:",
@@ -111,12 +117,13 @@ function curve(trace, spec, axis, i) {
   }
   const raw = extremes(found), middle = means(found);
   const drawn = {...common, mode: "lines", line, connectgaps: true};
-  if (!spec.smooth || !STATE.smoothing) {
+  if (!spec.smooth || !STATE.smoothing || trace.dash) { // a branch is short: it is shown as it was
     return [{...drawn, x: onAxis(key, raw.x, axis), y: scaled(raw.y, spec.scale)}];
   }
   const faint = {...drawn, line: {...line, width: 1}, opacity: 0.28, showlegend: false, hoverinfo: "skip", hovertemplate: null};
+  const behind = spec.traces.length > MOST_FAINT ? [] : [{...faint, x: onAxis(key, raw.x, axis), y: scaled(raw.y, spec.scale)}];
   return [
-    {...faint, x: onAxis(key, raw.x, axis), y: scaled(raw.y, spec.scale)},
+    ...behind,
     {...drawn, x: onAxis(key, middle.x, axis), y: scaled(smooth(middle.y, STATE.smoothing), spec.scale)},
   ];
 }
@@ -128,7 +135,7 @@ function marked(axis) {
     const x = onAxis("0", found.map((mark) => mark.step), axis), at = (i) => plain(found[i].text).slice(0, 200);
     const line = {color: css(`--mark-${kind}`), width: 1.2, dash: kind === "stage" ? "solid" : "dot"};
     return [{
-      name, type: "scatter", mode: "lines+markers", yaxis: "y2", line, legendgroup: `mark-${kind}`,
+      name, type: "scatter", mode: "lines+markers", yaxis: "y2", showlegend: !PHONE.matches, line, legendgroup: `mark-${kind}`,
       x: x.flatMap((v) => [v, v, null]), y: x.flatMap(() => [0, 1, null]),
       text: x.flatMap((_, i) => [at(i), at(i), ""]), hovertemplate: `${name}: %{text}<extra></extra>`,
       marker: {size: x.flatMap(() => [0, 7, 0]), color: line.color, symbol: "triangle-down"},
@@ -157,16 +164,32 @@ function lines(spec, small) {
   const many = traces.filter((trace) => trace.showlegend !== false).length;
   const layout = {
     ...base(small), shapes, annotations, hovermode: many > 12 ? "closest" : "x unified",
-    xaxis: {...axisStyle(), title: {text: small ? "" : AXES[axis], standoff: 6}, nticks: small ? 4 : 0, exponentformat: "SI"},
-    yaxis: {...axisStyle(), title: {text: small ? "" : plain(spec.unit), standoff: 4}, type: spec.log ? "log" : "linear", exponentformat: "power"},
+    xaxis: {
+      ...axisStyle(), title: {text: small ? "" : AXES[axis], standoff: 6}, nticks: small ? 4 : 0, exponentformat: "SI",
+      rangemode: "nonnegative", hoverformat: axis === "step" ? ",.0f" : ".5~g",
+    },
+    yaxis: {
+      ...axisStyle(), title: {text: small ? "" : plain(spec.unit), standoff: 4}, exponentformat: "power",
+      type: spec.log ? "log" : "linear",
+    },
   };
-  if (spec.log) layout.yaxis.dtick = undefined;
+  if (spec.smooth && !spec.log) layout.yaxis.range = firstView(traces);
   if (STATE.marks && spec.marks) {
     traces.push(...marked(axis));
     layout.yaxis2 = {overlaying: "y", range: [0, 1], visible: false, fixedrange: true};
   }
-  layout.showlegend = !small && (many > 1 || (spec.marks && DATA.marks.length > 0));
+  layout.showlegend = !small && (many > 1 || (spec.marks && DATA.marks.length > 0 && !PHONE.matches));
   return {traces, layout};
+}
+
+// The y range to begin with, where a few values would flatten all others; a double click shows them.
+function firstView(traces) {
+  const values = traces.flatMap((trace) => trace.y.filter((v) => v !== null)).sort((a, b) => a - b);
+  if (values.length < 200) return undefined;
+  const at = (share) => values[Math.floor(share * (values.length - 1))];
+  const low = at(0.005), high = at(0.995), room = Math.max(high - low, 1e-12);
+  const least = Math.max(values[0], low - room * 0.5), most = Math.min(values.at(-1), high + room * 0.5);
+  return values[0] < low - room || values.at(-1) > high + room ? [least - room * 0.05, most + room * 0.05] : undefined;
 }
 
 // ---- heat maps --------------------------------------------------------------------------------------------------------
@@ -187,7 +210,10 @@ function heat(spec, chosen) {
   const first = spec.first ? {autorange: "reversed"} : {};
   const layout = {
     ...base(false), hovermode: "closest",
-    xaxis: {...axisStyle(), title: {text: spec.xtitle || AXES[axis], standoff: 6}, type: spec.even ? "category" : "linear", exponentformat: "SI", showgrid: false},
+    xaxis: {
+      ...axisStyle(), title: {text: spec.xtitle || AXES[axis], standoff: 6}, exponentformat: "SI", showgrid: false,
+      type: spec.even ? "category" : "linear",
+    },
     yaxis: {...axisStyle(), title: {text: spec.ytitle || ""}, type: "category", automargin: true, showgrid: false, ...first},
   };
   return {traces: [trace], layout};

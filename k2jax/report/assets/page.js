@@ -9,7 +9,10 @@ function draw(div) {
   return Plotly.react(div, traces, {...layout, uirevision: `${STATE.axis} ${div.dataset.choice || 0} ${div.dataset.log || ""}`}, CONFIG);
 }
 
-const redraw = () => drawn.forEach(draw);
+function redraw() {
+  remember();
+  drawn.forEach(draw);
+}
 
 function addControls(div) {
   const spec = DATA.charts[Number(div.dataset.chart)], head = div.closest("figure").querySelector("figcaption");
@@ -45,16 +48,29 @@ async function unpack() {
 // ---- theme ------------------------------------------------------------------------------------------------------------
 
 const THEMES = ["system", "light", "dark"];
-const remembered = () => { try { return localStorage.getItem("k2jax-theme"); } catch { return null; } };
+const chosenTheme = () => { try { return localStorage.getItem("k2jax-theme"); } catch { return null; } };
 
-function setTheme(name, remember) {
+function setTheme(name, keep) {
   const button = document.getElementById("theme");
   if (name === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
-  button.textContent = `theme: ${name}`;
+  button.textContent = PHONE.matches ? name : `theme: ${name}`;
   button.dataset.now = name;
-  if (remember) { try { localStorage.setItem("k2jax-theme", name); } catch { /* a file's page may have no storage */ } }
+  if (keep) { try { localStorage.setItem("k2jax-theme", name); } catch { /* a file's page may have no storage */ } }
   if (window.Plotly) redraw();
+}
+
+// ---- a training beside it -----------------------------------------------------------------------------------------------
+
+function reloads() {
+  if (!DATA.reload_s) return;
+  const label = make("label", "check"), box = make("input");
+  box.type = "checkbox";
+  box.checked = STATE.reload;
+  box.addEventListener("change", () => { STATE.reload = box.checked; remember(); });
+  label.append(box, ` reload every ${DATA.reload_s} s`);
+  document.querySelector(".controls").append(label);
+  setInterval(() => { if (STATE.reload) location.reload(); }, DATA.reload_s * 1000);
 }
 
 // ---- printing ---------------------------------------------------------------------------------------------------------
@@ -76,11 +92,16 @@ function printed() {
 // ---- begin ------------------------------------------------------------------------------------------------------------
 
 async function begin() {
-  setTheme(THEMES.includes(remembered()) ? remembered() : "system", false);
+  setTheme(THEMES.includes(chosenTheme()) ? chosenTheme() : "system", false);
   document.getElementById("theme").addEventListener("click", (event) => {
     setTheme(THEMES[(THEMES.indexOf(event.target.dataset.now) + 1) % THEMES.length], true);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (window.Plotly) redraw(); });
+  document.getElementById("axis").value = STATE.axis;
+  document.getElementById("marks").checked = STATE.marks;
+  document.getElementById("smoothing").value = STATE.smoothing;
+  document.getElementById("smoothed").textContent = STATE.smoothing.toFixed(2);
+  reloads();
   document.getElementById("axis").addEventListener("change", (event) => { STATE.axis = event.target.value; redraw(); });
   document.getElementById("marks").addEventListener("change", (event) => { STATE.marks = event.target.checked; redraw(); });
   document.getElementById("smoothing").addEventListener("input", (event) => {
