@@ -1,5 +1,6 @@
 """A run with everything that a verifier looks at, its release, and the tools of an able forger."""
 
+import base64
 import copy
 import hashlib
 import json
@@ -89,6 +90,22 @@ class Forger:
                 data = path.read_bytes()
                 entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         (self.root / "files.json").write_bytes(canonical_json({"format": 1, "files": entries}) + b"\n")
+
+    def manifest(self, change: Callable[[list], Any], subject: str = "") -> None:
+        """model.sig of what is there, by nobody."""
+        data = (self.root / "files.json").read_bytes()
+        digests = {name: entry["sha256"] for name, entry in json.loads(data)["files"].items()}
+        digests["files.json"] = hashlib.sha256(data).hexdigest()
+        resources = [{"name": n, "algorithm": "sha256", "digest": d} for n, d in sorted(digests.items())]
+        change(resources)
+        whole = hashlib.sha256(b"".join(bytes.fromhex(r["digest"]) for r in resources)).hexdigest()
+        statement = {
+            "subject": [{"digest": {"sha256": subject or whole}}],
+            "predicate": {"resources": resources},
+        }
+        payload = base64.b64encode(canonical_json(statement)).decode()
+        envelope = {"payloadType": "application/vnd.in-toto+json", "payload": payload, "signatures": []}
+        (self.root / "model.sig").write_text(json.dumps({"dsseEnvelope": envelope}))
 
     def meta(self, folder: str, change: Callable[[dict], Any]) -> dict:
         """A checkpoint's meta, with its own digests, and its data part."""
@@ -292,6 +309,22 @@ class Forger:
         order = verifier.order_of(epochs, journal)
         digests = {"order": order.digest, "data": verifier.manifest_digest(order.manifest)}
         self.json("data/chunks.json", lambda listed: listed.update(digests))
+
+    def leave_out(self, step: int) -> None:
+        """A checkpoint, with its export, as `--checkpoints` does it."""
+        shutil.rmtree(self.root / "run" / "checkpoints" / str(step))
+        for path in [*self.root.glob(f"exports/step{step}-*")]:
+            self.drop_export(path.name)
+
+        def whole(listed: dict) -> None:
+            [one] = [one for one in listed["checkpoints"] if one["step"] == step]
+            one |= {"path": None, "optimizer_state": False}
+
+        self.json("release.json", whole)
+        path = self.root / "checkpoints.csv"
+        lines = [line.split(",") for line in path.read_text().splitlines()]
+        lines = [[*line[:5], "", "false"] if line[1] == str(step) else line for line in lines]
+        path.write_text("".join(",".join(line) + "\n" for line in lines))
 
     def same_sum(self, folder: str, name: str) -> None:
         """Changes an array in two places, and not its digest."""

@@ -7,7 +7,6 @@
 import json
 import os
 import shutil
-from base64 import b64encode
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -81,11 +80,16 @@ def a_path_that_leaves_the_folder(f):
 
 
 @shows("signature")
-def a_signature_over_other_files(f):
-    statement = {"subject": [{"digest": {"sha256": "0" * 64}}], "predicate": {"resources": []}}
-    payload = b64encode(canonical_json(statement)).decode()
-    envelope = {"payloadType": "application/vnd.in-toto+json", "payload": payload, "signatures": []}
-    (f.root / "model.sig").write_text(json.dumps({"dsseEnvelope": envelope}))
+def a_signature_over_another_file(f):
+    """The manifest of a release in which one file was another; sealed by hand, as files.json is in it."""
+    f.files()
+    f.manifest(lambda resources: resources[0].update(digest="0" * 64))
+
+
+@shows("signature")
+def a_signature_over_another_whole(f):
+    f.files()
+    f.manifest(lambda resources: None, subject="0" * 64)
 
 
 # ---- epochs and journal ----------------------------------------------------------------------------------------------
@@ -99,6 +103,11 @@ def an_epoch_edited(f):
 @shows("checkpoints")
 def an_epochs_learning_rate_edited_and_sealed(f):
     f.epoch(1, lambda e: e["config"]["stages"][0].update(lr_peak=1.0))
+
+
+@shows("checkpoints")
+def an_epochs_time_edited_and_sealed(f):
+    f.epoch(1, lambda e: e.update(time="2020-01-01T00:00:00+00:00"))
 
 
 @shows("epochs")
@@ -155,7 +164,7 @@ def a_store_said_to_be_larger(f):
     f.epoch(1, lambda e: e["manifest"]["stores"]["web"].update(num_tokens=10**6, num_train_tokens=10**6))
 
 
-@shows("branches", "rows")
+@shows("branches", "checkpoints", "rows")
 def a_store_said_to_be_another(f):
     """Its root digest in both epochs, and the order's digests of the journal."""
 
@@ -283,6 +292,18 @@ def another_checkpoint_in_a_record(f):
     f.rechain(change=lambda records: records[1].update(checkpoint="0" * 64))
 
 
+@shows("checkpoints")
+def another_order_in_the_record_of_a_checkpoint_left_out(f):
+    f.leave_out(20)
+    f.rechain(change=lambda records: records[1].update(order="0" * 64))
+
+
+@shows("checkpoints")
+def another_configuration_in_the_record_of_a_checkpoint_left_out(f):
+    f.leave_out(20)
+    f.rechain(change=lambda records: records[1].update(config="0" * 64))
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -362,11 +383,17 @@ def a_loss_edited_in_the_table(f):
 @shows("release")
 def optimizer_state_said_to_be_there(f):
     shutil.rmtree(f.root / "run/checkpoints/20/moments")
+    f.table_bytes()
 
 
 @shows("branches")
 def a_branch_dropped(f):
     shutil.rmtree(f.root / "run/branches")
+
+
+@shows("branches")
+def the_reason_of_a_roll_back_edited_in_its_branch(f):
+    f.json("run/branches/01/branch.json", lambda entry: entry.update(why="no reason"))
 
 
 @shows("branches")
@@ -548,6 +575,15 @@ def a_prediction_made_afterwards(f):
     (f.root / "run/prediction.json").write_text(json.dumps({"format": 1, "loss": {"final": 1.0}}))
 
 
+@shows("launches")
+def a_prediction_made_afterwards_with_its_entry(f):
+    """Checkpoints did not know it."""
+    values = {"format": 1, "loss": {"final": 5.0687}}
+    (f.root / "run/prediction.json").write_text(json.dumps(values))
+    entry = {"kind": "predict", "digest": sha256_json(values), "at_step": 0}
+    f.lines("run/journal.jsonl", lambda lines: [*lines, entry])
+
+
 # ---- what nothing inside of a release can show -----------------------------------------------------------------------
 
 
@@ -665,8 +701,14 @@ def a_held_out_loss_edited(f):
 
 
 @unseen("digest")
-def a_prediction_made_afterwards_with_its_entry(f):
+def a_prediction_made_afterwards_that_all_checkpoints_know(f):
+    """Its entry is the first, and every checkpoint counts one more."""
     values = {"format": 1, "loss": {"final": 5.0687}}
     (f.root / "run/prediction.json").write_text(json.dumps(values))
     entry = {"kind": "predict", "digest": sha256_json(values), "at_step": 0}
-    f.lines("run/journal.jsonl", lambda lines: [*lines, entry])
+    f.lines("run/journal.jsonl", lambda lines: [entry, *lines])
+    for path in f.root.glob("run/**/checkpoints/*"):
+        f.meta(
+            path.relative_to(f.root).as_posix(), lambda m: m["data"].update(journal=m["data"]["journal"] + 1)
+        )
+    f.everything()

@@ -1002,6 +1002,7 @@ def stops(key: str) -> list[int]:
 def check_checkpoints(release: Release) -> int:
     """every checkpoint's meta: its digests; with the ledger's record, epoch, configuration, order, tokens, parent"""
     orders, metas = release.fact("journal"), release.fact("checkpoints")
+    check_belonging(release, orders)
     for folder, meta in metas.items():
         branch = re.match(r"run/branches/\d+", folder)
         ledger = release.fact("branches")[branch[0]] if branch else release.fact("ledger")
@@ -1032,6 +1033,18 @@ def check_checkpoints(release: Release) -> int:
         tokenizer = hashlib.sha256(release.bytes("run/tokenizer.json", LARGE)).hexdigest()
         same(epoch["manifest"]["tokenizer_sha256"], tokenizer, f"{where}: SHA-256 of the tokenizer")
     return len(metas)
+
+
+def check_belonging(release: Release, orders: Orders) -> None:
+    """Orders and configurations of all records, also of checkpoints that are left out, are ones that the run had."""
+    for record in release.fact("ledger").records:
+        where, step = f"run: the record of step {record['last_step']}", record["last_step"]
+        epoch = [e for e in release.fact("epochs") if e["after_step"] < max(step, 1)][-1]
+        same(record["config"], config_digest(epoch["config"]), f"{where}: config")
+        if epoch["manifest"] is not None:
+            entries = range(len(orders.journal) + 1)
+            had = any(record["order"] == orders.at(epoch["number"], n).digest for n in reversed(entries))
+            must(had or not step, f"{where}: the run never had order {shown(record['order'], 70)}")
 
 
 CSV = ["stage", "step", "tokens", "loss", "digest", "bytes", "optimizer_state"]
@@ -1546,14 +1559,17 @@ def check_metrics(release: Release) -> int:
 
 
 def check_launches(release: Release) -> int:
-    """the launches in environment.json with their own digest; a prediction with its digest in the journal"""
+    """the launches in environment.json with their own digest; a prediction with the journal that checkpoints knew"""
     values = release.json("run/environment.json")
     launches = get(values, "launches", list, "run/environment.json")
     same(values.get("sha256"), digest_of(launches), "run/environment.json: its SHA-256")
-    predicted = [e.get("digest") for e in release.fact("journal").journal if e["kind"] == "predict"]
     if "run/prediction.json" in release.sizes:
-        found = digest_of(release.json("run/prediction.json"))
-        same(found, predicted[-1] if predicted else None, "run/prediction.json: its digest in the journal")
+        found, journal = digest_of(release.json("run/prediction.json")), release.fact("journal").journal
+        places = [i for i, e in enumerate(journal) if e["kind"] == "predict" and e.get("digest") == found]
+        must(places, "run/prediction.json: its digest is not in the journal")
+        for folder, meta in release.fact("checkpoints").items():
+            knew = number(meta["data"], "journal", folder)
+            must(knew > places[0], f"run/prediction.json: it was made after {folder}, which does not know it")
     return len(launches)
 
 
