@@ -27,6 +27,7 @@ train: $(BASE_DONE)
 release: train
 	$(BIN)/python -m k2jax.evaluate --workdir=runs/smoke --tasks=validation,memorization
 	$(BIN)/python -m k2jax.gallery --workdir=runs/smoke
+	rm -rf releases/smoke
 	$(BIN)/python tools/release.py --workdir=runs/smoke --out=releases/smoke --checkpoints=last --exports=last --data=tokens
 	$(BIN)/python tools/verify_release.py releases/smoke --steps=all
 

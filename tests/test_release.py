@@ -260,6 +260,15 @@ def test_hostile_names_stay_text(tiny_run, whole):
     assert huggingface_hub.DatasetCard(texts[1]).data.license == "other"
 
 
+def test_steps_without_an_update_are_one_line(tiny_run):
+    """A long run has thousands, and the people who look back have to find its decisions."""
+    entry = {"by": "k2jax.train", "why": "not finite", "time": "2026-11-28T12:00:00+00:00"}
+    skipped = [entry | {"kind": "no_update", "at_step": step} for step in (3, 9)]
+    journal = [*skipped, entry | {"kind": "abandon", "at_step": 10}]
+    text = retrospective.retrospective(read_record(tiny_run)._replace(journal=journal))
+    assert "2 single steps made no update" in text and "at step 9" not in text and "at step 10" in text
+
+
 # ---- whole or not at all ---------------------------------------------------------------------------------------------
 
 

@@ -53,8 +53,11 @@ def _timeline(record: Record) -> list[str]:
     """Launches, changes of configuration and decisions, in the order of time."""
     events = [(launch["time"], _launch(launch)) for launch in record.launches[:MOST_LAUNCHES]]
     events += [(epoch.time, _epoch(epoch)) for epoch in record.epochs]
-    events += [(str(entry.get("time", "")), _decision(entry)) for entry in record.journal]
+    decisions = [entry for entry in record.journal if entry["kind"] != "no_update"]
+    events += [(str(entry.get("time", "")), _decision(entry)) for entry in decisions]
     lines = [f"- {for_markdown(time)}: {text}" for time, text in sorted(events, key=lambda event: event[0])]
+    if skipped := len(record.journal) - len(decisions):
+        lines.append(f"- {skipped:,} single steps made no update, each named with its reason in run/journal.jsonl")
     if record.launches[MOST_LAUNCHES:]:
         lines.append(f"- ... and {len(record.launches) - MOST_LAUNCHES:,} more launches: run/environment.json")
     return lines

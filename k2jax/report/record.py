@@ -141,6 +141,8 @@ def in_words(entry: dict[str, Any]) -> str:
         what = f"rows {a:,} to {b - 1:,} {done}, from step {step} on"
     elif kind == "helped":
         what = f"roll-back {entry.get('branch')} has helped, by step {step}"
+    elif kind == "no_update":
+        what = f"step {step} made no update"
     elif kind == "abandon":
         what = f"checkpoint {step} was moved out of the way"
     elif kind == "predict":
