@@ -74,6 +74,16 @@ def test_a_release_without_some_checkpoints_holds(forger):
     assert failed(forger.root) == set()
 
 
+def test_what_a_hub_adds_to_a_copy_is_no_part_of_it(forger):
+    """And nothing else is: the same file one folder down."""
+    (forger.root / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (forger.root / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (forger.root / ".cache" / "huggingface" / "download" / "x.metadata").write_text("1")
+    assert failed(forger.root) == set()
+    (forger.root / "run" / ".gitattributes").write_text("x")
+    assert "files" in failed(forger.root)
+
+
 def test_it_needs_python_numpy_and_pyarrow_alone():
     tree = ast.parse(PROGRAM.read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

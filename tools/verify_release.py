@@ -91,6 +91,7 @@ def same(found: Any, expected: Any, what: str) -> None:
 SMALL, LARGE, LINE = 1 << 26, 1 << 28, 1 << 22  # bytes: of a JSON file, of files.json, of a line
 STRANGE = "{} is a link, a device, a socket, or no folder that can be read: nothing is read"
 HEX = re.compile(r"[0-9a-f]{64}")
+OF_A_HUB = re.compile(r"\.gitattributes|\.cache/huggingface/.*")  # what a hub and its client add to a copy
 
 
 def get(values: Any, key: str, kind: type, where: str) -> Any:
@@ -238,6 +239,7 @@ def read_files(release: Release) -> dict[str, tuple[int, str]]:
         must(plain, f"files.json names {shown(path, 90)}, no plain relative path")
         listed[path] = number(entry, "bytes", path), sha(entry, "sha256", path)
     extra, missing = release.sizes.keys() - listed - {"files.json", "model.sig"}, listed.keys() - release.sizes.keys()
+    extra = {path for path in extra if not OF_A_HUB.fullmatch(path)}
     must(not extra, f"{shown(min(extra, default=''))} is in the folder and not in files.json")
     must(not missing, f"{shown(min(missing, default=''))} is in files.json and not in the folder")
     return listed

@@ -61,8 +61,7 @@ def model_card(
     lines += [
         "`python verify_release.py DIR` (from k2jax's tools) needs Python, numpy and "
         "pyarrow. It says what is proven and what is not. The digest of the release is the SHA-256 of `files.json`: "
-        "compare it with the one that was published elsewhere. From a copy that a hub gave, take `.gitattributes` and "
-        "`.cache/` away first: they are the hub's.",
+        "compare it with the one that was published elsewhere.",
         "",
     ]
     lines += ["## Use it", "", *_use(facts), ""]

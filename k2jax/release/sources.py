@@ -22,7 +22,7 @@ SMALL = ("epochs", "journal.jsonl", "environment.json", "tokenizer.json", "spike
 SMALL += ("prediction.json", "plan.json", "evals", "gallery")
 ROWS = ("ledger", "metrics", "held_out")
 OF_A_BRANCH = (*SMALL, *ROWS, branches.DONE)
-UNFINISHED = re.compile(r"\.new-.+-\d+$|\.orbax-checkpoint-tmp")  # what killed writers leave
+UNFINISHED = re.compile(r"\.new-.+-\d+$|\.orbax-checkpoint-tmp|^lock$")  # what writers leave behind, killed or not
 STRANGE = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")  # in a name: no other system, and no list, takes it
 
 
