@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Later
-from releases import MADE, copy_of, killed_release, rolled_back
+from release_runs import MADE, copy_of, killed_release, rolled_back
 
 from k2jax.data.manifest import canonical_json
 from k2jax.errors import StorageError

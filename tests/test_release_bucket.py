@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from releases import MADE
+from release_runs import MADE
 from test_release import files_below
 
 from k2jax import transfer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from releases import copy_of, rolled_back
+from release_runs import copy_of, rolled_back
 
 from k2jax.data.launches import read_launches, write_launches
 from k2jax.errors import ConfigError, RunError, StorageError
