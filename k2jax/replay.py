@@ -110,7 +110,8 @@ def verdict(workdir: Path, found: list[Replayed]) -> str:
     widest = max(f.apart for f in found)
     if all(f.batch for f in found) and not same and widest < CLOSE:
         return f"{what}: the same batches, on other devices; at most {widest:.1e} apart"
-    why = "the devices are of the same kind and number" if same else f"other devices explain less than {CLOSE:.0e}"
+    as_it_was = "the devices are of the same kind and number, in as many processes"
+    why = as_it_was if same else f"other devices explain less than {CLOSE:.0e}"
     raise NumericsError(f"{what}: the first that differs is {describe(step)}; {why}")
 
 

@@ -21,6 +21,7 @@ from k2jax.data.loader import BatchSource, batch_digest, make_loader
 from k2jax.data.order import Order, StagePlan
 from k2jax.data.provenance import Run, open_run
 from k2jax.errors import ConfigError
+from k2jax.parallel import cluster
 from k2jax.run import digest
 from k2jax.run.branches import line
 from k2jax.run.checkpoint import Checkpoints
@@ -140,12 +141,18 @@ def _relative(a: float, b: float) -> float:
 
 
 def same_devices(workdir: AnyFolder, step: int) -> bool:
-    """Whether the run had devices of this kind and number at a step, as far as its checkpoints say."""
+    """Whether the run had devices of this kind and number, in as many processes, as far as its checkpoints say.
+
+    What adds up between processes may have another order than what adds up within one: Gloo on CPUs does.
+    """
     later = [Place(saved, workdir) for saved in steps_so_far(workdir) if saved >= step]
     nearest = (later or checkpoints_before(workdir, step))[:1]  # a branch may have none of its own
     metas = [read_meta(place.workdir / "checkpoints" / str(place.step)) for place in nearest]
     devices, here = metas[0].get("devices") if metas else None, jax.devices()
-    return devices is None or (devices["kind"], devices["count"]) == (here[0].device_kind, len(here))
+    if devices is None:
+        return True
+    now = here[0].device_kind, len(here), cluster.count()
+    return now == (devices["kind"], devices["count"], devices.get("processes", now[2]))
 
 
 # ---- running them again ----------------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ import sys
 import pytest
 
 from faults import runs
+from k2jax import rerun
 from k2jax.data.epochs import decide, read_epochs
 from k2jax.data.journal import append_entry
 from k2jax.errors import ConfigError, NumericsError
+from k2jax.parallel import cluster
 from k2jax.replay import replay, verdict
 
 
@@ -59,6 +61,13 @@ def test_other_devices_agree_to_rounding_and_another_batch_does_not(straight, tm
     for other in ({"batch": False}, {"apart": 0.01}):
         with pytest.raises(NumericsError, match="the first that differs is step 22"):
             verdict(straight, [found[0]._replace(bits=True), found[1]._replace(**other)])
+
+
+def test_other_processes_are_other_devices(tiny_run, monkeypatch):
+    """What two processes have added up is no forgery where one adds it up in another order."""
+    assert rerun.same_devices(tiny_run, 5)
+    monkeypatch.setattr(cluster, "count", lambda: 2)
+    assert not rerun.same_devices(tiny_run, 5)
 
 
 def test_a_later_decision_changes_no_earlier_step(straight, tmp_path):
