@@ -27,7 +27,7 @@ BASE = [
     "pyyaml>=6,<7",
 ]
 FASTTEXT = "fasttext-numpy2-wheel>=0.9.2,<0.10"  # no wheels for Python 3.13 and macOS: there it needs a compiler
-TRANSFORMERS = "transformers>=5.5,<6"
+TRANSFORMERS = "transformers>=5.5,<5.24"  # 5.24 makes other tokens of a SentencePiece model with symbols of its own
 # For models of SentencePiece: it encodes, protobuf reads them, transformers makes a tokenizer.json of one.
 SENTENCEPIECE = ["sentencepiece>=0.2.3,<0.3", "protobuf>=7.36.1,<8", TRANSFORMERS]
 EXTRAS = {

@@ -29,7 +29,10 @@ def made(tiny_run, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def served(monkeypatch):
+    """A hub on loopback. Other tests have set that there is no network, which huggingface_hub reads when imported."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with hub.serving(TOKEN) as found:
         yield found
 
