@@ -86,8 +86,12 @@ def read_goodput(workdir: Path | BucketPath) -> Goodput:
             f"{workdir / NAME}: {'is damaged' if damaged else 'is not there'}: this is no run directory, or its run "
             f"has not begun with this version of k2jax, which keeps time from its next launch on"
         )
-    launches = [datetime.fromisoformat(launch["time"]).timestamp() for launch in read_launches(workdir)]
-    return add_up(records, launches, damaged)
+    return add_up(records, launch_times(workdir), damaged)
+
+
+def launch_times(workdir: Path | BucketPath) -> list[float]:
+    """Unix times, in whole seconds, of all launches that a run knows of."""
+    return [datetime.fromisoformat(launch["time"]).timestamp() for launch in read_launches(workdir)]
 
 
 def add_up(records: Sequence[dict[str, Any]], launches: Sequence[float] = (), damaged: int = 0) -> Goodput:

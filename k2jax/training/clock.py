@@ -180,4 +180,9 @@ class Clock:
         """What goodput is up to now, of all launches."""
         if self._path:
             earlier = [record for record in map(goodput.parse, self._others) if record]
-            self._tell(goodput.describe(goodput.add_up([*earlier, record])))
+            try:
+                launches = goodput.launch_times(self._path.parent)
+            except (OSError, RunError) as error:  # the run ends as it would have
+                self._tell(f"goodput without what environment.json has of launches: {error}")
+                launches = []
+            self._tell(goodput.describe(goodput.add_up([*earlier, record], launches)))
