@@ -35,7 +35,6 @@ def entries(run: Path, step: int) -> list[dict]:
 
 
 def test_every_checkpoint_gets_the_same_prompts_and_a_second_call_makes_nothing(run, monkeypatch, capsys):
-    """Seen red without the look at what is there."""
     command(monkeypatch, "--workdir", run, "--max-new-tokens", 5)
     prompts = ["abc", *gallery.PROMPTS]
     for step in (10, 20, 25):
@@ -70,7 +69,6 @@ def test_a_text_is_kept_under_the_digest_of_its_checkpoint(run):
 
 
 def test_draws_depend_on_the_prompts_place_and_not_on_what_was_missing(run):
-    """Seen red with rows numbered among the missing ones."""
     drawn = {**SETTINGS, "temperature": 1.0, "max_new_tokens": 12}
     saved, other = open_step(run, 20), run.parent / "other"
     shutil.copytree(run, other)

@@ -118,7 +118,11 @@ def test_each_step_without_an_update_is_noted_once_and_again_after_a_roll_back()
     assert ladder.without_update(first, rows) == [], "of a resume, which reads the same rows"
     assert [e["at_step"] for e in ladder.without_update(first[:1], rows)] == [3], "killed between the two"
     back = ladder.answer(spike(12), EPOCHS, [], [10], rules())
-    assert len(ladder.without_update([*first, back], rows)) == 2, "made again, of other data"
+    assert ladder.without_update([*first, back], rows) == [], "what is before it was not made again"
+    later = [*rows, Row(11, 9.0, 1.0, False, True)]
+    of_later = ladder.without_update(first, later)
+    assert [entry["at_step"] for entry in of_later] == [11]
+    assert ladder.without_update([*first, *of_later, back], later)[0]["at_step"] == 11, "made again, of other data"
 
 
 def test_pins_are_what_may_be_gone_back_to():

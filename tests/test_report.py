@@ -82,7 +82,6 @@ def shown(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
     st.integers(1, 9),
 )
 def test_thinned_series_keep_mean_and_extremes_with_their_steps(values, most, block, first):
-    """Seen red with the mean in the place of the greatest, and with pairs that drop the later bucket's."""
     thinned = Thinned(most)
     steps = np.arange(first, first + len(values))
     for start in range(0, len(values), block):
@@ -103,7 +102,6 @@ def test_thinned_series_keep_mean_and_extremes_with_their_steps(values, most, bl
 
 
 def test_rows_are_read_once_and_what_was_cut_off_anew(tmp_path: Path):
-    """Seen red without `_goes_on`: the old rows stay."""
     folder = tmp_path / "metrics"
     long_metrics(folder, {"loss": 1.0, "grad_norm": 0.5}, 30, spike=7, chunk=10)
     last = folder / "chunk-00003.jsonl"
@@ -318,7 +316,6 @@ def test_a_run_at_its_third_step_has_a_report(tiny_run: Path, tmp_path: Path):
 
 
 def test_damaged_parts_are_named_and_the_rest_is_shown(tiny_run: Path, tmp_path: Path):
-    """Seen red without `Notes.trying` around each."""
     run = full(tiny_run, tmp_path / "run")
     [result, *_] = sorted((run / "evals" / "10").glob("mmlu-*[0-9a-f].json"))
     result.write_text(result.read_text().replace("0.25", "0.99").replace('"step": 10', '"step": 20') + "x")
@@ -410,7 +407,7 @@ def test_the_policy_lets_two_scripts_run_and_no_network(shown: Page):
 
 
 def test_change_points_are_found_where_the_course_changes_and_nowhere_else():
-    """Seen red with a penalty of 1 (noise has pieces) and with the breaks read off by one."""
+    """Seen red with a penalty of 1: noise has pieces."""
     draw = np.random.default_rng(1)
     steps = np.unique(np.geomspace(10, 300_000, 200).astype(int))
     clean = 8 - 0.5 * np.log(steps) + 0.02 * draw.standard_normal(len(steps))

@@ -135,7 +135,6 @@ def look_through(browser: Browser, name: str) -> int:
 
 @pytest.mark.parametrize(("size", "theme"), [(WIDE, "light"), (WIDE, "dark"), (PHONE, "light"), (PHONE, "dark")])
 def test_all_is_drawn_with_no_error_and_no_request(browser, page, size, theme):
-    """Seen red with a chart's trace of a run that is not there, and with an image of another host."""
     browser.open(page, size, theme)
     assert look_through(browser, f"{'phone' if size == PHONE else 'wide'}-{theme}") > 40
     assert browser.errors() == [] and browser.requests() == [page.as_uri()]

@@ -93,9 +93,14 @@ def to_pin(journal: Sequence[Entry], suspects: Iterable[int], checkpoints: Seque
 
 
 def without_update(journal: Sequence[Entry], rows: Sequence[Row]) -> list[Entry]:
-    """Entries for the steps that made no update, which the journal does not have since the last roll-back."""
-    back = max((i for i, entry in enumerate(journal) if entry["kind"] == "rollback"), default=-1)
-    known = {entry["at_step"] for entry in journal[back + 1 :] if entry["kind"] == "no_update"}
+    """Entries for the steps that made no update, of which the journal does not say it; a roll-back takes back what it
+    said of later steps."""
+    known: set[int] = set()
+    for entry in journal:
+        if entry["kind"] == "rollback":
+            known = {step for step in known if step <= entry["at_step"]}
+        elif entry["kind"] == "no_update":
+            known.add(entry["at_step"])
     return [
         {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
