@@ -48,6 +48,15 @@ def test_published_laws_give_their_papers_numbers():
     assert abs(a - b) < 0.06
 
 
+def test_a_law_out_of_its_range_is_no_worse_than_a_guess(tiny_config):
+    """59,552 parameters and 7,680 tokens: the law says more than a model that knows nothing has."""
+    found = predict(tiny_config(), law="besiroglu2024", say=lambda line: None)["loss"]
+    assert found["final"] == np.log(512) and "capped at ln(512)" in found["method"]
+    k2 = configuration.load(REPOSITORY / "experiments" / "k2_65b.py")
+    large = predict(k2, law="besiroglu2024", say=lambda line: None)["loss"]
+    assert 1.8 < large["final"] < 2.2 and "capped" not in large["method"]
+
+
 # ---- a ladder --------------------------------------------------------------------------------------------------------
 
 

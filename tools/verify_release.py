@@ -1758,4 +1758,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk under the output; what is in the release never gets here
+        raise SystemExit(f"error: {shown(error)}") from None

@@ -1,5 +1,6 @@
 """What is expected of an experiment before it runs: the loss by a scaling law, time, energy and money by a plan."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ def predict(
     size = size_of(config)
     steps = sum(stage.steps_per_chunk * stage.chunks for stage in config.stages)
     say(f"{size.params:,} parameters, {size.tokens:,} tokens, {size.flops:.4g} FLOP")
-    loss = by_ladder(config, size, steps, ladder) if ladder else by_published(size, steps, law) if law else None
+    loss = None
+    if ladder:
+        loss = by_ladder(config, size, steps, ladder)
+    elif law:
+        loss = by_published(size, steps, law, config.model.vocab_size)
     return {
         "config": configuration.to_dict(config),
         "experiment": config.name,
@@ -73,15 +78,18 @@ def by_ladder(config: ConfigDict, size: Size, steps: int, ladder: Sequence[Path]
     }
 
 
-def by_published(size: Size, steps: int, name: str) -> dict[str, Any]:
-    """A published law at the tokens so far."""
+def by_published(size: Size, steps: int, name: str, vocab_size: int) -> dict[str, Any]:
+    """A published law at the tokens so far; nowhere above ln(vocabulary), what a model that knows nothing has: there
+    the run is out of the law's range, and the method says so."""
     if name not in PUBLISHED:
         raise ConfigError(f"--law={name}: expected one of {', '.join(PUBLISHED)}")
     law = PUBLISHED[name]
-    curve = [law.loss(size.params, fraction * size.tokens) for fraction in FRACTIONS]
+    said, guess = [law.loss(size.params, fraction * size.tokens) for fraction in FRACTIONS], math.log(vocab_size)
+    curve = [min(loss, guess) for loss in said]
+    beyond = f"; capped at ln({vocab_size}): this run is far smaller than those of the law" if said[-1] > guess else ""
     method = (
         f"L = {law.floor} + {law.A} / N^{law.a} + {law.B} / D^{law.b}: {law.source}; of its authors' data and "
-        f"tokenizer, in nats a token, and of runs that end at D: a run in the middle of its schedule lies above it"
+        f"tokenizer, in nats a token, and of runs that end at D: one in mid-schedule lies above it{beyond}"
     )
     return {"method": method, "curve": _curve(steps, curve), "final": curve[-1], "band": None}
 
