@@ -41,7 +41,7 @@ def attend_causally(
             were not measured there yet (tools/bench/gpu_suite.py does); jnp elsewhere.
     Raises ConfigError for one that cannot run here or not do this.
     """
-    platform = sharding.platform()
+    platform = sharding.kernel_platform()
     refused = _cudnn_refuses(platform, q_BTNH, document_BT)
     if implementation == "auto":
         on_gpu = "flash" if refused else "cudnn"

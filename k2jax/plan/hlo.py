@@ -172,7 +172,7 @@ def across_slices(i: Instruction) -> tuple[str, int]:
 
 
 def _read_bytes(shape: str, users: list[Instruction], name: str) -> int:
-    if users and all(user.opcode == "dynamic-slice" for user in users):
+    if users and all(user.opcode in ("slice", "dynamic-slice") for user in users):
         return sum(user.result_bytes for user in users)
     if users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == name for user in users):
         return 0
