@@ -127,13 +127,13 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def dense(x: jax.Array, w: jax.Array, into: int = 0, rings: Rings = ()) -> jax.Array:
-    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x`.
+def dense(x: jax.Array, w: jax.Array, into: int = 0, rings: Rings = (), products: str = "compute") -> jax.Array:
+    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x`; `products` as precision.products.
 
     `into` counts the in-dimensions of a product into the residual stream, whose width D is split over fsdp; 0: out of
     it.
     """
-    return matmul(x, w, into, x.dtype, rings)
+    return matmul(x, w, into, x.dtype, rings, products)
 
 
 class Block(nnx.Module):
@@ -188,9 +188,12 @@ def remat_policy(remat: str) -> Callable:
 class Decoder(nnx.Module):
     """Tokens to final hidden states; `logits` takes those to the vocabulary."""
 
-    def __init__(self, m: ConfigDict, params: Params, compute_dtype: jnp.dtype = jnp.float32):
-        """`params` as `parameter_table` names them, float32; activations and products are in `compute_dtype`."""
-        self.m, self.compute_dtype = m, compute_dtype
+    def __init__(
+        self, m: ConfigDict, params: Params, compute_dtype: jnp.dtype = jnp.float32, products: str = "compute"
+    ):
+        """`params` as `parameter_table` names them, float32; activations and products are in `compute_dtype`, those of
+        layers as `products` (precision.products) says: readers of a model compute in full, as those who get it do."""
+        self.m, self.compute_dtype, self.products = m, compute_dtype, products
         self.embed_VD = nnx.Param(params["embed_VD"])
         self.layers = Block(
             m, {k.removeprefix("layers."): v for k, v in params.items() if k.startswith("layers.")}
@@ -214,7 +217,8 @@ class Decoder(nnx.Module):
             attend = partial(
                 attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
             )
-            return nnx.merge(graph, arrays)(x_BTD, rope, attend, partial(dense, rings=rings))
+            product = partial(dense, rings=rings, products=self.products)
+            return nnx.merge(graph, arrays)(x_BTD, rope, attend, product)
 
         remat = partial(jax.checkpoint, policy=remat_policy(self.m.remat), prevent_cse=False)
         if num_stages() > 1:
