@@ -16,7 +16,18 @@ from ml_collections import ConfigDict
 
 from k2jax import paths
 from k2jax.errors import ConfigError
-from k2jax.keys import FREE_KEYS, ON_HOST, PATHS, PRODUCTS, RANGES, REMAT_NAMES, base, closest, range_of, stage
+from k2jax.keys import (
+    FREE_KEYS,
+    ON_HOST,
+    PATHS,
+    PRODUCTS,
+    RANGES,
+    REMAT_NAMES,
+    base,
+    closest,
+    range_of,
+    stage,
+)
 
 __all__ = ["FREE_KEYS", "RANGES", "base", "from_dict", "load", "range_of", "stage", "to_dict", "validate"]
 

@@ -1,5 +1,5 @@
-"""Products with inputs in 8 bits: within what their formats can say of numpy's products, on one device and on many, over a
-resume, and read back out of what the compilers of GPUs and TPUs make of a step."""
+"""Products with inputs in 8 bits: as near to numpy's as their formats allow, on one device and on many, over a resume,
+and read back out of what the compilers of GPUs and TPUs make of a step."""
 
 import shutil
 from functools import partial
@@ -98,7 +98,7 @@ def test_each_product_is_as_near_as_its_format_allows(kind, seed, sizes, powers,
 
 
 def test_what_is_rounded_is_what_was_asked_for():
-    """Else nothing above would fail: more bits are always nearer. Of x only the products' own inputs are seen, at w=1."""
+    """Else nothing above would fail: more bits are always nearer."""
     x = np.linspace(-1, 1, 4001, dtype=np.float32)[:, None, None]  # each a row by itself, but for float8's scale
     one, many = np.ones((1, 1), np.float32), np.linspace(-1, 1, 4001, dtype=np.float32)[None, None]
     assert len(np.unique(three("float8", x, one, x)[0])) < 256
@@ -122,7 +122,7 @@ def test_float8_gradients_are_those_of_a_straight_through_estimator():
 
 
 def test_int8_gives_whole_numbers_exactly():
-    """Of which 127 is in each row, so that scales are 1: y and dx add up in whole numbers; dw has no rounding at all."""
+    """Of which 127 is in each row, so that scales are 1; dx is rounded, and dw is not at all."""
     draw = np.random.default_rng(0)
 
     def whole(*shape: int) -> np.ndarray:

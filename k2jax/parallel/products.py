@@ -1,29 +1,30 @@
 """Products of a layer with inputs in 8 bits: `precision.products`.
 
-"float8": all three products (y = x w, dx = dy w', dw = x' dy) have inputs in float8: x and w in e4m3, whose step is finer,
-dy in e5m2, whose range is wider. That is the hybrid format of Micikevicius et al. (arXiv:2209.05433) with "current
-scaling" of NVIDIA's Transformer Engine: an array's scale is of its own largest magnitude, so that there is no state of
-scales and nothing more in a checkpoint. Results are added up as exactly as the device can in dx and dw, and as fast as
-it can in y, as in Transformer Engine (`use_split_accumulator`).
+"float8": all three products (y = x w, dx = dy w', dw = x' dy) have inputs in float8: x and w in e4m3, whose step is
+finer, dy in e5m2, whose range is wider. That is the hybrid format of Micikevicius et al. (arXiv:2209.05433) with the
+"current scaling" of NVIDIA's Transformer Engine: an array's scale is of its own largest magnitude, so that there is no
+state of scales and nothing more in a checkpoint. Results are added up as exactly as the device can in dx and dw, and as
+fast as it can in y, as in Transformer Engine (its `use_split_accumulator`).
 
 Scales are powers of two, as torchao's float8 rounds them: a number times one keeps its bits, and is then rounded as its
 format rounds, whatever the scale. So each device may take the scale of the part that it has: the cut of an array over
 devices or microbatches changes only what becomes of numbers below about 2^-14 of the largest in e4m3, 2^-29 in e5m2.
 
 "int8": y and dx have inputs in int8, rounded to the nearest, and are added up in int32; dw is as `precision.compute`
-says: SwitchBack (Wortsman et al., arXiv:2304.13013), because dw adds up over all tokens, and its noise grows with them.
-Each row that is contracted has a scale of its own, of its largest magnitude over all devices: what is computed does not
-depend on the mesh. (MaxText's AQT takes int8 for dw, too, with gradients rounded at random.) Rows may be 133,000 long:
-then int32 could overflow.
+says. That is SwitchBack (Wortsman et al., arXiv:2304.13013): dw adds up over all tokens, and its noise grows with them.
+(AQT, by which MaxText trains in int8, can round gradients at random and take dw in int8, too.) Each row that is
+contracted has a scale of its own, of its largest magnitude over all devices: what is computed does not depend on the
+mesh. A row of more than 133,000 numbers could overflow int32.
 
-The head and the embedding stay in the type of `precision.compute`, as torchtitan's float8 leaves its output layer:
-they are a small part of the arithmetic, and the loss is nowhere more sensitive. Weights are gathered in that type and then scaled: the scale is of what is used.
+The head and the embedding stay in the type of `precision.compute`, as torchtitan's float8 leaves its output layer: they
+are a small part of the arithmetic, and the loss is nowhere more sensitive. Weights are gathered in that type and then
+scaled: the scale is of what is used, and a gather's bytes are the same.
 
-Devices without such products compute them in wider types from the same 8-bit numbers: no faster, and scaling on top.
-That concerns float8 on GPUs before Ada and TPUs before TPU7x, and int8 on TPU7x.
+Devices without such products compute them from the same 8-bit numbers in wider types, no faster: float8 on GPUs before
+Ada and on TPUs before TPU7x, int8 on TPU7x. tools/plan.py shows what a device gains.
 
-Qwix (github.com/google/qwix) was tried: its public `quantize` and `dot_general` work within this project's gradients, but
-they know no scales that are powers of two, none over several devices and no choice of how products are added up.
+Qwix (github.com/google/qwix) was tried: its public `quantize` and `dot_general` work within gradients of one's own. But
+they know no scales that are powers of two or of several devices, and no choice of how products are added up.
 """
 
 from collections.abc import Callable
