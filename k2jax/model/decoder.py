@@ -24,11 +24,12 @@ from k2jax.keys import ON_HOST, REMAT_NAMES
 from k2jax.model.attention import attend_causally
 from k2jax.model.weights import LAYERS, Arrays, are_apart, layers_in_turn, wide
 from k2jax.parallel import context, pipeline
-from k2jax.parallel.fsdp import Rings, lookup, matmul
+from k2jax.parallel.fsdp import Rings, lookup, matmul, matmuls
 from k2jax.parallel.sharding import num_stages, platform, shard
 
 Params = dict[str, jax.Array]
-Product = Callable[..., jax.Array]  # x, w, `into`: see `dense`
+Matrices = jax.Array | tuple[jax.Array, ...]
+Product = Callable[..., Any]  # x, w, `into`: see `dense`
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH to (B, T, N, H)
 CUDNN_FORWARD = "dot_product_attention_fwd"  # JAX's name of cuDNN's attention, with or without _wrapper
 LAYOUT_VERSION = 1  # of the names and shapes of parameter_table, recorded in every checkpoint
@@ -54,10 +55,10 @@ def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
         "embed_VD": Parameter((V, D), ("vocab", "embed"), std, "embed"),
         "layers.attention_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
         "layers.wq_LDNH": Parameter((L, D, N, H), ("layers", "embed", "heads", "head_dim"), std, "q"),
-        "layers.q_norm_LH": Parameter((L, H), ("layers", "head_dim"), None, "norms"),
         "layers.wk_LDKH": Parameter((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "k"),
-        "layers.k_norm_LH": Parameter((L, H), ("layers", "head_dim"), None, "norms"),
         "layers.wv_LDKH": Parameter((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "v"),
+        "layers.q_norm_LH": Parameter((L, H), ("layers", "head_dim"), None, "norms"),
+        "layers.k_norm_LH": Parameter((L, H), ("layers", "head_dim"), None, "norms"),
         "layers.wo_LNHD": Parameter((L, N, H, D), ("layers", "heads", "head_dim", "embed"), residual, "o"),
         "layers.mlp_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
         "layers.w_gate_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "gate"),
@@ -133,13 +134,15 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def dense(x: jax.Array, w: jax.Array, into: int = 0, rings: Rings = (), products: str = "compute") -> jax.Array:
-    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x`; `products` as precision.products.
+def dense(x: jax.Array, w: Matrices, into: int = 0, rings: Rings = (), products: str = "compute") -> Any:
+    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x`, of one weight, or of each of a tuple.
 
     `into` counts the in-dimensions of a product into the residual stream, whose width D is split over fsdp; 0: out of
-    it.
+    it. `products` as precision.products.
     """
-    return matmul(x, w, into, x.dtype, rings, products)
+    each = w if isinstance(w, tuple) else (w,)
+    found = matmuls(x, each, into, x.dtype, rings, products)
+    return found if isinstance(w, tuple) else found[0]
 
 
 class Block(nnx.Module):
@@ -157,17 +160,17 @@ class Block(nnx.Module):
         differ in nothing else."""
         y_BTD = rms_norm(x_BTD, self.attention_norm_LD[...], self.m.norm_eps)
         # y[B_data, T, D] . wq[D_fsdp, N_tensor, H] -> q[B_data, T, N_tensor, H]: wq is gathered over fsdp
-        q_BTNH = self._normed(product(y_BTD, self.wq_LDNH[...]), "q_norm_LH")
+        q_BTNH, k_BTKH, v_BTKH = product(y_BTD, (self.wq_LDNH[...], self.wk_LDKH[...], self.wv_LDKH[...]))
+        q_BTNH, k_BTKH = self._normed(q_BTNH, "q_norm_LH"), self._normed(k_BTKH, "k_norm_LH")
         q_BTNH = kept(shard(apply_rope(q_BTNH, *rope), "q_BTNH"), "q")
-        k_BTKH = self._normed(product(y_BTD, self.wk_LDKH[...]), "k_norm_LH")
         k_BTKH = kept(shard(apply_rope(k_BTKH, *rope), "k_BTKH"), "k")
-        v_BTKH = kept(shard(product(y_BTD, self.wv_LDKH[...]), "k_BTKH"), "v")
+        v_BTKH = kept(shard(v_BTKH, "k_BTKH"), "v")
         a_BTNH = shard(attend(q_BTNH, k_BTKH, v_BTKH), "q_BTNH")
         # a[B_data, T, N_tensor, H] . wo[N_tensor, H, D_fsdp] -> [B_data, T, D]: summed over tensor
         x_BTD = kept(shard(x_BTD + product(a_BTNH, self.wo_LNHD[...], 2), "x_BTD"), "middle")
         y_BTD = rms_norm(x_BTD, self.mlp_norm_LD[...], self.m.norm_eps)
-        gate_BTF = kept(product(y_BTD, self.w_gate_LDF[...]), "gate")
-        h_BTF = shard(jax.nn.silu(gate_BTF) * kept(product(y_BTD, self.w_up_LDF[...]), "up"), "h_BTF")
+        gate_BTF, up_BTF = product(y_BTD, (self.w_gate_LDF[...], self.w_up_LDF[...]))
+        h_BTF = shard(jax.nn.silu(kept(gate_BTF, "gate")) * kept(up_BTF, "up"), "h_BTF")
         return shard(x_BTD + product(h_BTF, self.w_down_LFD[...], 1), "x_BTD")
 
     def _normed(self, x_BTNH: jax.Array, weight: str) -> jax.Array:

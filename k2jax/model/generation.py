@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from k2jax.errors import ConfigError
 from k2jax.model.attention import attend_where
-from k2jax.model.decoder import Block, Params, parameter_table, rms_norm, rope_table
+from k2jax.model.decoder import Block, Matrices, Params, parameter_table, rms_norm, rope_table
 from k2jax.model.sampling import GREEDY, Sampling, check_sampling, draw
 from k2jax.parallel import sharding
 from k2jax.parallel.sharding import shard
@@ -226,8 +226,10 @@ def _forward(
     return rms_norm(x_BTD, weights["final_norm_D"], m.norm_eps), written
 
 
-def _product(x: jax.Array, w: jax.Array, into: int = 1) -> jax.Array:
+def _product(x: jax.Array, w: Matrices, into: int = 1) -> Any:
     """x[B, T, in...] . w[out..., in...] -> [B, T, out...]: model.dense for weights as they are here."""
+    if isinstance(w, tuple):
+        return tuple(_product(x, each, into) for each in w)
     B, T = x.shape[:2]
     x_XI = x.reshape(B * T, -1)
     if 8 <= B * T < 16:  # XLA's CPU backend takes longer for these than for 16

@@ -14,7 +14,7 @@ partitioner gathers what it splits around collectives that are.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -124,16 +124,24 @@ def _hops(rings: Rings) -> list[tuple[str, list[list[int]] | None]]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def matmul(
-    x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, rings: Rings = (), kind: str = "compute"
-) -> jax.Array:
-    """x[B, T, in...] . w[in..., out...], `w` (float32) cast to the type of `x`, a result in `out_dtype`.
+def matmuls(
+    x_BTI: jax.Array,
+    weights: tuple[jax.Array, ...],
+    split: int,
+    out_dtype: jnp.dtype,
+    rings: Rings = (),
+    kind: str = "compute",
+) -> tuple[jax.Array, ...]:
+    """x[B, T, in...] . w[in..., out...] of each weight (float32), cast to the type of `x`; results in `out_dtype`.
 
-    `kind` is `precision.products`: this product's and its gradients' inputs as they are, or in 8 bits (products.py).
+    `kind` is `precision.products`: these products' and their gradients' inputs as they are, or in 8 bits (products.py).
 
-    `split` is the dimension of `w` that is split over fsdp: its first, which is contracted, or its last, which is all
-    of the result. The gradient of `w` is float32: differentiated by JAX, a bfloat16 product has a bfloat16 weight
+    `split` is the dimension of a weight that is split over fsdp: its first, which is contracted, or its last, which is
+    all of the result. The gradient of `w` is float32: differentiated by JAX, a bfloat16 product has a bfloat16 weight
     gradient, and the devices would add up rounded numbers; K2 accumulated and reduced in float32.
+
+    Weights that take the same `x` are given together: of what they add to its gradient, devices that split their
+    results sum the sum, once (as Megatron-LM, arXiv:1909.08053, whose one operator stands before q, k and v).
     """
 
     def product(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
@@ -143,37 +151,51 @@ def matmul(
         y_BTO = y_BTO if split == 0 else total(y_BTO, (TENSOR,))
         return y_BTO.reshape(*x_BTI.shape[:2], *y_BTO.shape[2:])
 
-    x, w, y = _specs(split, w_IO.ndim)
-    return on_each_device(product, (x, w), y)(x_BTI, w_IO)
+    def products_of(x_BTI: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(product(x_BTI, w_IO) for w_IO in weights)
+
+    x, ws, ys = _specs(split, weights)
+    return on_each_device(products_of, (x, ws), ys)(x_BTI, weights)
 
 
-def _specs(split: int, ndim: int) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-    """Of x, w and y: into a product goes what tensor splits not, and out of it what it splits; or the reverse."""
+def matmul(
+    x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, rings: Rings = (), kind: str = "compute"
+) -> jax.Array:
+    """`matmuls` of one weight."""
+    return matmuls(x_BTI, (w_IO,), split, out_dtype, rings, kind)[0]
+
+
+def _specs(split: int, weights: tuple[jax.Array, ...]) -> tuple[PartitionSpec, tuple, tuple]:
+    """Of x, weights, ys: into a product goes what tensor splits not, and out of it what it splits; or the reverse."""
     x, y = (rows(), rows(TENSOR)) if split == 0 else (rows(TENSOR), rows())
-    return x, weight(split, ndim), y
+    return x, tuple(weight(split, w_IO.ndim) for w_IO in weights), (y,) * len(weights)
 
 
-def _matmul_forward(
-    x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, rings: Rings, kind: str
-) -> tuple[jax.Array, tuple]:
-    return matmul(x_BTI, w_IO, split, out_dtype, rings, kind), (x_BTI, w_IO)
+def _matmuls_forward(
+    x_BTI: jax.Array, weights: tuple[jax.Array, ...], split: int, out_dtype: jnp.dtype, rings: Rings, kind: str
+) -> tuple[tuple[jax.Array, ...], tuple]:
+    return matmuls(x_BTI, weights, split, out_dtype, rings, kind), (x_BTI, weights)
 
 
-def _matmul_backward(
-    split: int, out_dtype: jnp.dtype, rings: Rings, kind: str, saved: tuple, dy_BTO: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    axes, (x, w, y) = reading(), _specs(split, saved[1].ndim)
+def _matmuls_backward(
+    split: int, out_dtype: jnp.dtype, rings: Rings, kind: str, saved: tuple, dys: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    axes, (x, ws, ys) = reading(), _specs(split, saved[1])
 
-    def gradients(x_BTI: jax.Array, w_IO: jax.Array, dy_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_one(x_BTI: jax.Array, w_IO: jax.Array, dy_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
         dy_BTO = _flat(dy_BTO.astype(x_BTI.dtype))
         whole, first_output = gather(w_IO, split, x_BTI.dtype, rings), x_BTI.ndim - 2
         outputs = range(2, dy_BTO.ndim), range(first_output, w_IO.ndim)
         dx_BTI = _apart(_dot(dy_BTO, whole, outputs, x_BTI.dtype, kind, "dx", split == 0)).reshape(x_BTI.shape)
-        dx_BTI = total(dx_BTI, (TENSOR,)) if split == 0 else dx_BTI
         dw_IO = _dot(_flat(x_BTI), dy_BTO, ((0, 1), (0, 1)), w_IO.dtype, kind, "dw", False)
         return dx_BTI, scatter(dw_IO, split, rings, axes)
 
-    return on_each_device(gradients, (x, w, y), (x, w))(*saved, dy_BTO)
+    def gradients(x_BTI: jax.Array, weights: tuple, dys: tuple) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        dxs, dws = zip(*(of_one(x_BTI, w_IO, dy) for w_IO, dy in zip(weights, dys, strict=True)), strict=True)
+        dx_BTI = reduce(jnp.add, reversed(dxs))  # in the order of JAX's own backward pass
+        return total(dx_BTI, (TENSOR,)) if split == 0 else dx_BTI, dws
+
+    return on_each_device(gradients, (x, ws, ys), (x, ws))(*saved, dys)
 
 
 def _dot(
@@ -198,7 +220,7 @@ def _flat(x_BTI: jax.Array) -> jax.Array:
     return x_BTI.reshape(1, -1, *x_BTI.shape[2:]) if platform() == "cpu" else x_BTI
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+matmuls.defvjp(_matmuls_forward, _matmuls_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
