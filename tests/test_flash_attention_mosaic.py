@@ -214,12 +214,12 @@ def test_what_these_kernels_cannot_do_is_an_error():
         flash_attention(q, k, v, sizes=TABLE[128], interpret=True)
 
 
-def test_it_is_taken_where_it_is_named_and_never_by_auto(monkeypatch: pytest.MonkeyPatch):
+def test_it_is_taken_where_it_is_named_and_by_auto_for_documents(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("k2jax.parallel.sharding.device_kind", lambda: KIND)
     monkeypatch.setattr("k2jax.kernels.flash_attention.flash_attention", lambda *arrays, sizes=None: sizes)
     q, k, v, _ = draw(16, 2, 2, 100, jnp.bfloat16)
     assert attend_causally(q, k, v, documents_of(16), "mosaic") == TABLE[128]
-    assert attend_causally(q, k, v, documents_of(16), "auto") is None
+    assert attend_causally(q, k, v, documents_of(16), "auto") == TABLE[128]
 
 
 @pytest.mark.parametrize(

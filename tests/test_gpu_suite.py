@@ -227,13 +227,13 @@ def test_ledgers_are_compared_and_the_first_difference_is_told(suite, tmp_path: 
     }  # fmt: skip
     cases = {
         "loss": ([3.0, np.nextafter(np.float32(2.5), 3), 2.25], {2: "a"}, ("first_step", 2, "loss")),
-        "short": (losses[:2], {2: "a"}, ("first_step", 3, "step")),
+        "short": (losses[:2], {2: "a"}, ("first_step", 3, "missing")),
         "state": (losses, {2: "b"}, ("first_checkpoint", 2, "checkpoint")),
-        "unsaved": (losses, {}, ("first_checkpoint", 2, "first_step")),
+        "unsaved": (losses, {}, ("first_checkpoint", 2, "missing")),
     }
     for name, (others, saved, (key, at, what)) in cases.items():
         row = ledgers_differ(first, write_ledger(tmp_path / name, others, saved))
-        assert not row["equal"] and row[key] == at and row["what"].startswith(what), (name, row)
+        assert not row["equal"] and row[key] == at and row["what"].split(",")[0] == what, (name, row)
 
 
 # ---- the profile -----------------------------------------------------------------------------------------------------

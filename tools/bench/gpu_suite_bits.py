@@ -117,8 +117,8 @@ def ledgers_differ(first: Path, second: Path) -> Row:
         for at in sorted(ours | theirs):
             one, other = ours.get(at, {}), theirs.get(at, {})
             if one != other:
-                what = ", ".join(name for name in one | other if one.get(name) != other.get(name))
-                return row | {"equal": False, f"first_{kind}": at, "what": what}
+                what = ", ".join(name for name in one if one[name] != other.get(name))
+                return row | {"equal": False, f"first_{kind}": at, "what": what if one and other else "missing"}
     return row
 
 
