@@ -8,6 +8,7 @@ backward kernels, powers of two, arrays as the model has them, blocks masked who
 - Products are wgmma: the block that stays is their left operand, from shared memory; weights go in from registers.
 - Forward, the two computing warpgroups take turns: one has the matrix units while the other does its softmax. They take
   the same blocks, so that both come to every turn. Backward, the softmax runs beside the product that does not need it.
+  With Cut.ahead forward's does so, too: beside the product of the weights before it and their values.
 - Heads wider than 128 leave a warpgroup no registers for dk and dv: one sums dv, the other dk, of the same keys, and
   both compute the weights.
 
@@ -55,7 +56,8 @@ def _place(first_ref: Any, num_keys: int, cut: Cut, causal: bool) -> Place:
     b, n, i = (lax.axis_index(axis) for axis in ("b", "n", "i"))
     i = first_ref.shape[1] - 1 - i  # the last block comes first: it sees the most keys
     end = lax.div((i + 1) * cut.queries + cut.keys - 1, cut.keys) if causal else num_keys // cut.keys
-    return Place(b, n, i, first_ref[b, i], end)
+    first = first_ref[b, i]
+    return Place(b, n, i, jnp.minimum(first, end - 1) if cut.ahead else first, end)  # the first block is always taken
 
 
 def _load_past_keys(
@@ -100,24 +102,70 @@ def _forward_kernel(
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-    def take(j: jax.Array, state: tuple, diagonal: bool, document_Q: jax.Array | None) -> tuple:
-        before_Q, sum_Q, acc_QH = state
+    def keys_of(j: jax.Array) -> tuple:
+        """(the slot of the block, what makes its weights of its scores)."""
         slot = mosaic.receive(k_ring, j - first)
-        score_QJ = mosaic.product(q_smem, mosaic.turned(k_smem.at[slot]), swap_turns)
-        own = (document_Q, mosaic.of_columns(k_document[0], slot)) if documents else None
-        plgpu.barrier_arrive(k_ring.free.at[slot])
-        score_QJ = mosaic.masked(score_QJ, own, (origin, j * cut.keys) if diagonal else None, query_axis=0)
-        most_Q = jnp.maximum(before_Q, score_QJ.max(axis=1))
-        fade_Q = jnp.exp2(before_Q - most_Q)
-        weight_QJ = jnp.exp2(score_QJ - mosaic.along(most_Q, score_QJ.shape, 0))
-        sum_Q = sum_Q * fade_Q + weight_QJ.sum(axis=1)
+
+        def weigh(score_QJ: jax.Array, before_Q: jax.Array, sum_Q: jax.Array, diagonal: bool, document_Q: Any) -> tuple:
+            own = (document_Q, mosaic.of_columns(k_document[0], slot)) if documents else None
+            plgpu.barrier_arrive(k_ring.free.at[slot])
+            score_QJ = mosaic.masked(score_QJ, own, (origin, j * cut.keys) if diagonal else None, query_axis=0)
+            most_Q = jnp.maximum(before_Q, score_QJ.max(axis=1))
+            fade_Q = jnp.exp2(before_Q - most_Q)
+            weight_QJ = jnp.exp2(score_QJ - mosaic.along(most_Q, score_QJ.shape, 0))
+            sum_Q = sum_Q * fade_Q + weight_QJ.sum(axis=1)
+            return most_Q, sum_Q, fade_Q, weight_QJ
+
+        return mosaic.turned(k_smem.at[slot]), weigh
+
+    def add_values(j: jax.Array, acc_QH: jax.Array, weight_QJ: jax.Array) -> jax.Array:
+        slot = mosaic.receive(v_ring, j - first)
+        acc_QH = mosaic.added(acc_QH, weight_QJ, v_smem.at[slot])
+        plgpu.barrier_arrive(v_ring.free.at[slot])
+        return acc_QH
+
+    def take(j: jax.Array, state: tuple, diagonal: bool, document_Q: jax.Array | None) -> tuple:
+        most_Q, sum_Q, acc_QH = state
+        keys, weigh = keys_of(j)
+        score_QJ = mosaic.product(q_smem, keys, swap_turns)
+        most_Q, sum_Q, fade_Q, weight_QJ = weigh(score_QJ, most_Q, sum_Q, diagonal, document_Q)
         acc_QH = acc_QH * mosaic.along(fade_Q, acc_QH.shape, 0)
         weight_QJ = weight_QJ.astype(v_smem.dtype)
         swap_turns()
-        mosaic.receive(v_ring, j - first)
-        acc_QH = mosaic.added(acc_QH, weight_QJ, v_smem.at[slot])
+        return most_Q, sum_Q, add_values(j, acc_QH, weight_QJ)
+
+    def take_ahead(j: jax.Array, state: tuple, diagonal: bool, document_Q: jax.Array | None) -> tuple:
+        """With the weights of the block before, whose values come now."""
+        most_Q, sum_Q, acc_QH, weight_QJ = state
+        keys, weigh = keys_of(j)
+        slot = mosaic.receive(v_ring, j - 1 - first)
+        acc_QH, (most_Q, sum_Q, fade_Q, weight_QJ) = mosaic.product_beside(
+            (q_smem, keys),
+            (weight_QJ, v_smem.at[slot]),
+            acc_QH,
+            lambda score_QJ: weigh(score_QJ, most_Q, sum_Q, diagonal, document_Q),
+            (most_Q, sum_Q, sum_Q, mosaic.zeros(*weight_QJ.shape)),
+            swap_turns,
+        )
+        weight_QJ = weight_QJ.astype(v_smem.dtype)  # not sooner: into the registers of those that the product took
         plgpu.barrier_arrive(v_ring.free.at[slot])
-        return most_Q, sum_Q, acc_QH
+        acc_QH = acc_QH * mosaic.along(fade_Q, acc_QH.shape, 0)
+        return most_Q, sum_Q, acc_QH, weight_QJ
+
+    def past_all_keys(document_Q: jax.Array | None) -> tuple:
+        """(softmax's maximum and sum, the weighted sum of the values) of the queries."""
+        most_Q, sum_Q = (plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), mosaic.BY_ROW) for x in (MASKED, 0.0))
+        acc_QH = mosaic.zeros(ROWS, q_ref.shape[3])
+        if not cut.ahead:
+            return _past_keys(partial(take, document_Q=document_Q), (most_Q, sum_Q, acc_QH), place, cut, causal)
+        keys, weigh = keys_of(first)
+        score_QJ = mosaic.product(q_smem, keys, swap_turns)
+        most_Q, sum_Q, _, weight_QJ = weigh(score_QJ, most_Q, sum_Q, causal, document_Q)
+        swap_turns()
+        state = most_Q, sum_Q, acc_QH, weight_QJ.astype(v_smem.dtype)
+        others = place._replace(first=first + 1)
+        most_Q, sum_Q, *last = _past_keys(partial(take_ahead, document_Q=document_Q), state, others, cut, causal)
+        return most_Q, sum_Q, add_values(place.end - 1, *last)
 
     @pl.when(w < warpgroups)
     def _compute() -> None:
@@ -125,9 +173,7 @@ def _forward_kernel(
         document_Q = mosaic.of_rows(documents[0], (b, mine)) if documents else None
         plgpu.barrier_wait(held.full.at[w])
         pl.when(w == 1)(swap_turns)
-        state = [plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), mosaic.BY_ROW) for x in (MASKED, 0.0)]
-        state = *state, mosaic.zeros(ROWS, q_ref.shape[3])
-        most_Q, sum_Q, acc_QH = _past_keys(partial(take, document_Q=document_Q), state, place, cut, causal)
+        most_Q, sum_Q, acc_QH = past_all_keys(document_Q)
         pl.when(w == 0)(swap_turns)
         some_Q = most_Q > MASKED / 2  # a row that sees no key has weights of 1, or no block was taken
         sum_Q = jnp.where(some_Q, sum_Q, 1.0)

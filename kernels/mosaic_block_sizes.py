@@ -12,11 +12,16 @@ REDUCTIONS = 2048  # bytes of it that Mosaic takes for sums across a warpgroup
 
 @dataclass(frozen=True)
 class Cut:
-    """How one kernel cuts its work: positions of a block, blocks on their way from HBM at once."""
+    """How one kernel cuts its work: positions of a block, blocks on their way from HBM at once.
+
+    `ahead`, of the forward kernel alone: a warpgroup has the scores of a block computed beside the product of the
+    weights and values of the block before it, and does its softmax meanwhile. Takes registers; not measured yet.
+    """
 
     queries: int
     keys: int
     stages: int
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         for name in ("queries", "keys"):
@@ -43,6 +48,8 @@ class BlockSizes:
     def __post_init__(self) -> None:
         if self.head_dim % ROWS or not 0 < self.head_dim <= WIDEST:
             raise ValueError(f"BlockSizes.head_dim={self.head_dim} must be a multiple of {ROWS}, {WIDEST} at most")
+        if self.dkv.ahead or self.dq.ahead:
+            raise ValueError("BlockSizes: only the forward kernel takes ahead=True")
         if self.apart and self.dkv.keys != ROWS:
             raise ValueError(f"BlockSizes.dkv: blocks of {self.dkv.keys} keys: {ROWS} for heads wider than {WIDE}")
         for kernel, found in self.shared_bytes().items():

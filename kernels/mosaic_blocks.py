@@ -135,6 +135,33 @@ def weights_and_product(x: tuple[Any, Any], y: tuple[Any, Any], weigh: Callable)
     return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
 
 
+def product_beside(
+    x: tuple[Any, Any], y: tuple[jax.Array, Any], sums: jax.Array, take: Callable, like: tuple, swap_turns: Callable
+) -> tuple[jax.Array, tuple]:
+    """(sums + y0 y1, take(x0 x1)), the second while the matrix units still do the first.
+
+    Args:
+        take: gives arrays of the shapes, types and layouts of `like`. None may go into registers that y0 had (LLVM puts
+            what a loop carries there): what becomes y0 of the next turn is made of them when this has returned.
+        swap_turns: called when both products are on their way, and when `take` is done. It has to wait for a barrier:
+            without a loop between them, ptxas puts the wait for the first product before all that `take` does.
+    """
+
+    def run(refs: tuple) -> None:
+        score_ref, sums_ref, *found_refs = refs
+        plgpu.wgmma(score_ref, *x)
+        plgpu.wgmma(sums_ref, *y)
+        swap_turns()
+        found = take(plgpu.wgmma_accumulator_load(score_ref, wait_n=1))
+        for ref, value in zip(found_refs, found, strict=True):
+            ref[...] = value
+        swap_turns()
+
+    score = plgpu.ACC.init(zeros(x[0].shape[0], x[1].shape[1]))
+    _, sums, *found = pl.run_state(run)((score, plgpu.ACC.init(sums), *like))
+    return sums, tuple(found)
+
+
 def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [axis])
 
