@@ -8,7 +8,8 @@ backward kernels, powers of two, arrays as the model has them, blocks masked who
 - Products are wgmma: the block that stays is their left operand, from shared memory; weights go in from registers.
 - Forward, the two computing warpgroups take turns: one has the matrix units while the other does its softmax. They take
   the same blocks, so that both come to every turn. Backward, the softmax runs beside the product that does not need it.
-  With Cut.ahead forward's does so, too: beside the product of the weights before it and their values.
+- With Cut.ahead the softmax of a block also runs beside the last product of the block before it, forward and in dq.
+  What is compiled shows it, waits and all; no GPU has yet, and the table is without.
 - Heads wider than 128 leave a warpgroup no registers for dk and dv: one sums dv, the other dk, of the same keys, and
   both compute the weights.
 
@@ -95,12 +96,7 @@ def _forward_kernel(
     (b, n, i, first, _), warpgroups = place, cut.queries // ROWS
     q_smem, (k_smem, *k_document), (v_smem,) = held.blocks[0].at[w], k_ring.blocks, v_ring.blocks
     origin = i * cut.queries + w * ROWS
-    mine = pl.ds(origin, ROWS)
-
-    def swap_turns() -> None:
-        if warpgroups > 1:
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
+    mine, swap_turns = pl.ds(origin, ROWS), partial(mosaic.swap_turns, turn, warpgroups)
 
     def keys_of(j: jax.Array) -> tuple:
         """(the slot of the block, what makes its weights of its scores)."""
@@ -139,11 +135,11 @@ def _forward_kernel(
         most_Q, sum_Q, acc_QH, weight_QJ = state
         keys, weigh = keys_of(j)
         slot = mosaic.receive(v_ring, j - 1 - first)
-        acc_QH, (most_Q, sum_Q, fade_Q, weight_QJ) = mosaic.product_beside(
-            (q_smem, keys),
+        acc_QH, (most_Q, sum_Q, fade_Q, weight_QJ) = mosaic.beside_product(
+            [(q_smem, keys)],
             (weight_QJ, v_smem.at[slot]),
             acc_QH,
-            lambda score_QJ: weigh(score_QJ, most_Q, sum_Q, diagonal, document_Q),
+            lambda score_QJ: weigh(score_QJ(), most_Q, sum_Q, diagonal, document_Q),
             (most_Q, sum_Q, sum_Q, mosaic.zeros(*weight_QJ.shape)),
             swap_turns,
         )
@@ -214,6 +210,7 @@ def _rings_by_keys(cut: Cut, held: int, head_dim: int, dtype: jnp.dtype, documen
         "held": mosaic.held_type(warpgroups, held, head_dim, dtype),
         "k_ring": mosaic.ring_type(cut.stages, warpgroups, matrix, dtype, *ids),
         "v_ring": mosaic.ring_type(cut.stages, warpgroups, matrix, dtype),
+        "turn": plgpu.Barrier(num_arrivals=warpgroups),
     }
 
 
@@ -237,17 +234,18 @@ def _heads_first(x_BTNH: jax.Array, head_dim: int) -> jax.Array:
 
 def _dq_kernel(
     first_ref, q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, *refs,
-    cut: Cut, causal: bool, scale: float, held: Held, k_ring: Ring, v_ring: Ring,
+    cut: Cut, causal: bool, scale: float, held: Held, k_ring: Ring, v_ring: Ring, turn: Any,
 ):  # fmt: skip
-    """One block of queries past the keys that it sees, as in `_forward_kernel`."""
+    """One block of queries past the keys that it sees, as in `_forward_kernel`; turns are only taken with Cut.ahead."""
     *documents, dq_ref = refs
     place, w = _place(first_ref, k_ref.shape[1], cut, causal), lax.axis_index("warpgroup")
     (b, n, i, first, _), warpgroups = place, cut.queries // ROWS
     (q_smem, dout_smem), (k_smem, *k_document), (v_smem,) = held.blocks, k_ring.blocks, v_ring.blocks
     origin = i * cut.queries + w * ROWS
-    mine = pl.ds(origin, ROWS)
+    mine, swap_turns = pl.ds(origin, ROWS), partial(mosaic.swap_turns, turn, warpgroups)
 
-    def take(j: jax.Array, dq_QH: jax.Array, diagonal: bool, lse_Q: Any, delta_Q: Any, document_Q: Any) -> jax.Array:
+    def keys_of(j: jax.Array, diagonal: bool, lse_Q: Any, document_Q: Any) -> tuple:
+        """(the slot, the scores' factors, their gradients', what makes weights of scores)."""
         slot = mosaic.receive(k_ring, j - first)
         own = (document_Q, mosaic.of_columns(k_document[0], slot)) if documents else None
         mosaic.receive(v_ring, j - first)
@@ -257,13 +255,41 @@ def _dq_kernel(
             return jnp.exp2(score_QJ - mosaic.along(lse_Q, score_QJ.shape, 0))
 
         scores = q_smem.at[w], mosaic.turned(k_smem.at[slot])
-        dweights = dout_smem.at[w], mosaic.turned(v_smem.at[slot])
+        return slot, scores, (dout_smem.at[w], mosaic.turned(v_smem.at[slot])), weigh
+
+    def dscore_of(j: jax.Array, diagonal: bool, lse_Q: Any, delta_Q: Any, document_Q: Any) -> tuple:
+        """(the slot, the scores' gradient); the values are done with."""
+        slot, scores, dweights, weigh = keys_of(j, diagonal, lse_Q, document_Q)
         weight_QJ, dweight_QJ = mosaic.weights_and_product(scores, dweights, weigh)
         plgpu.barrier_arrive(v_ring.free.at[slot])
         dscore_QJ = weight_QJ * (dweight_QJ - mosaic.along(delta_Q, weight_QJ.shape, 0))
-        dq_QH = mosaic.added(dq_QH, dscore_QJ.astype(k_smem.dtype), k_smem.at[slot])
+        return slot, dscore_QJ.astype(k_smem.dtype)
+
+    def add_keys(slot: jax.Array, dq_QH: jax.Array, dscore_QJ: jax.Array) -> jax.Array:
+        dq_QH = mosaic.added(dq_QH, dscore_QJ, k_smem.at[slot])
         plgpu.barrier_arrive(k_ring.free.at[slot])
         return dq_QH
+
+    def take(j: jax.Array, dq_QH: jax.Array, diagonal: bool, **own: Any) -> jax.Array:
+        slot, dscore_QJ = dscore_of(j, diagonal, **own)
+        return add_keys(slot, dq_QH, dscore_QJ)
+
+    def take_ahead(j: jax.Array, state: tuple, diagonal: bool, lse_Q: Any, delta_Q: Any, document_Q: Any) -> tuple:
+        """With the scores' gradient of the block before, whose keys are still there."""
+        dq_QH, dscore_QJ = state
+        slot, scores, dweights, weigh = keys_of(j, diagonal, lse_Q, document_Q)
+        before = lax.rem(j - 1 - first, cut.stages)
+
+        def dscore(score_QJ: Callable, dweight_QJ: Callable) -> tuple:
+            weight_QJ = weigh(score_QJ())
+            return (weight_QJ * (dweight_QJ() - mosaic.along(delta_Q, weight_QJ.shape, 0)),)
+
+        of_keys, like = (dscore_QJ, k_smem.at[before]), (mosaic.zeros(*dscore_QJ.shape),)
+        dq_QH, (dscore_QJ,) = mosaic.beside_product([scores, dweights], of_keys, dq_QH, dscore, like, swap_turns)
+        dscore_QJ = dscore_QJ.astype(k_smem.dtype)
+        plgpu.barrier_arrive(v_ring.free.at[slot])
+        plgpu.barrier_arrive(k_ring.free.at[before])
+        return dq_QH, dscore_QJ
 
     @pl.when(w < warpgroups)
     def _compute() -> None:
@@ -273,7 +299,16 @@ def _dq_kernel(
         if documents:
             own["document_Q"] = mosaic.of_rows(documents[0], (b, mine))
         plgpu.barrier_wait(held.full.at[w])
-        dq_QH = _past_keys(partial(take, **own), mosaic.zeros(ROWS, q_ref.shape[3]), place, cut, causal)
+        dq_QH = mosaic.zeros(ROWS, q_ref.shape[3])
+        if cut.ahead:
+            _, dscore_QJ = dscore_of(first, causal, **own)
+            pl.when(w == 1)(swap_turns)
+            others = place._replace(first=first + 1)
+            dq_QH, dscore_QJ = _past_keys(partial(take_ahead, **own), (dq_QH, dscore_QJ), others, cut, causal)
+            pl.when(w == 0)(swap_turns)
+            dq_QH = add_keys(lax.rem(place.end - 1 - first, cut.stages), dq_QH, dscore_QJ)
+        else:
+            dq_QH = _past_keys(partial(take, **own), dq_QH, place, cut, causal)
         dq_ref[b, mine, n] = (dq_QH * scale).astype(dq_ref.dtype)
 
     arrays = (q_ref, dout_ref), (k_ref, *documents[1:]), (v_ref,)

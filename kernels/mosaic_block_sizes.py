@@ -1,6 +1,6 @@
 """How the Mosaic GPU kernels of flash attention cut their work: the sizes, their checks, and a table of good ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 ROWS = 64  # of a product of one warpgroup (wgmma); blocks are multiples of it
@@ -14,8 +14,9 @@ REDUCTIONS = 2048  # bytes of it that Mosaic takes for sums across a warpgroup
 class Cut:
     """How one kernel cuts its work: positions of a block, blocks on their way from HBM at once.
 
-    `ahead`, of the forward kernel alone: a warpgroup has the scores of a block computed beside the product of the
-    weights and values of the block before it, and does its softmax meanwhile. Takes registers; not measured yet.
+    `ahead`: forward and dq, a warpgroup does the softmax of a block while the matrix units do the last product of the
+    block before it, for which it keeps that block's weights; dkv, both last products of a block are awaited together.
+    Takes registers. Not measured yet.
     """
 
     queries: int
@@ -48,13 +49,21 @@ class BlockSizes:
     def __post_init__(self) -> None:
         if self.head_dim % ROWS or not 0 < self.head_dim <= WIDEST:
             raise ValueError(f"BlockSizes.head_dim={self.head_dim} must be a multiple of {ROWS}, {WIDEST} at most")
-        if self.dkv.ahead or self.dq.ahead:
-            raise ValueError("BlockSizes: only the forward kernel takes ahead=True")
+        for name, cut in (("forward", self.forward), ("dq", self.dq)):
+            if cut.ahead and cut.queries == ROWS:
+                raise ValueError(f"BlockSizes.{name}: ahead takes two warpgroups: {2 * ROWS} queries, not {ROWS}")
+        if self.apart and self.dkv.ahead:
+            raise ValueError(f"BlockSizes.dkv: ahead awaits two products, one is there for heads wider than {WIDE}")
         if self.apart and self.dkv.keys != ROWS:
             raise ValueError(f"BlockSizes.dkv: blocks of {self.dkv.keys} keys: {ROWS} for heads wider than {WIDE}")
         for kernel, found in self.shared_bytes().items():
             if found > SHARED_MEMORY:
                 raise ValueError(f"BlockSizes.{kernel} takes {found} bytes of shared memory of {SHARED_MEMORY}")
+
+    def ahead(self) -> "BlockSizes":
+        """With `Cut.ahead` of each kernel that can."""
+        able = {"forward": self.forward.queries > ROWS, "dkv": not self.apart, "dq": self.dq.queries > ROWS}
+        return replace(self, **{name: replace(getattr(self, name), ahead=True) for name, can in able.items() if can})
 
     @property
     def apart(self) -> bool:
