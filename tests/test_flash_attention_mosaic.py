@@ -273,6 +273,8 @@ from k2jax.training.program import batch_shapes, step_function
 from k2jax.model.attention import attend_causally
 from k2jax.data.order import StagePlan
 from k2jax.training.optimizer import init_state
+from k2jax.kernels.flash_attention import flash_attention
+from k2jax.kernels.mosaic_block_sizes import block_sizes
 def kernels(text):
     calls = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
     return ' '.join(sorted({re.search('flash_attention_([a-z]+)/', line)[1] for line in calls}))
@@ -285,6 +287,13 @@ for dtype, T, H, documents in CASES:
     loss = lambda q, k, ids: attend_causally(q, k, k, ids, "mosaic").astype(jnp.float32).sum()
     with jax.set_mesh(mesh):
         print(H, kernels(jax.jit(jax.grad(loss, (0, 1))).lower(q, k, ids).compile().as_text()))
+for T, H, documents in AHEAD:
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, H), "bfloat16", sharding=place) for heads in (4, 2))
+    ids = jax.ShapeDtypeStruct((1, T), jnp.int32, sharding=place) if documents else None
+    sizes = block_sizes(H).ahead()
+    loss = lambda q, k, ids: flash_attention(q, k, k, ids, sizes=sizes).astype(jnp.float32).sum()
+    with jax.set_mesh(mesh):
+        print("ahead", H, kernels(jax.jit(jax.grad(loss, (0, 1))).lower(q, k, ids).compile().as_text()))
 c.model.update(vocab_size=512, dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512)
 c.stages = (config.stage(mix={"x": 1}, sequence_length=512, rows_per_step=8),)
 c.precision.compute, c.model.attention.implementation = "bfloat16", "mosaic"
@@ -302,6 +311,8 @@ for c.mesh.fsdp, c.mesh.tensor, c.mesh.context in ((4, 2, 1), (4, 1, 2)):
 CASES = [("bfloat16", 2048, 64, True), ("bfloat16", 2048, 128, True), ("bfloat16", 500, 128, False)]
 CASES += [("float16", 129, 96, True), ("bfloat16", 500, 192, True), ("bfloat16", 2048, 256, True)]
 SPILLED = {64: 0, 128: 32, 192: 64, 256: 200}  # bytes a thread, at most: the widest heads do spill
+AHEAD = [(2048, 64, True), (2048, 128, True), (500, 128, False)]  # bfloat16, Cut.ahead
+SPILLED_AHEAD = {64: 64, 128: 32}
 
 
 @pytest.fixture(scope="module")
@@ -309,25 +320,28 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]
     """(what COMPILE printed, the folder where Mosaic GPU left its PTX and what ptxas said)."""
     folder = tmp_path_factory.mktemp("compiled")
     environment = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1"}
-    return run_compiling(COMPILE.replace("CASES", repr(CASES)), folder, environment).splitlines(), folder
+    code = COMPILE.replace("CASES", repr(CASES)).replace("AHEAD", repr(AHEAD))
+    return run_compiling(code, folder, environment).splitlines(), folder
 
 
 @on_gpu_compiler
 def test_it_compiles_for_an_h100_and_within_a_sharded_step(compiled: tuple[list[str], Path]):
     """Three kernels, one forward and two backward; also where two devices share rows, in a ring."""
     kernels = "dkv dq forward"
-    assert compiled[0] == [*(f"{H} {kernels}" for _, _, H, _ in CASES), f"step 1 {kernels}", f"step 2 {kernels}"]
+    of_cases = [*(f"{H} {kernels}" for _, _, H, _ in CASES), *(f"ahead {H} {kernels}" for _, H, _ in AHEAD)]
+    assert compiled[0] == [*of_cases, f"step 1 {kernels}", f"step 2 {kernels}"]
 
 
 @on_gpu_compiler
 def test_kernels_of_the_table_use_wgmma_and_spill_next_to_no_register(compiled: tuple[list[str], Path]):
     """By the word of ptxas, for each kernel of each case, in their order."""
     said = sorted(compiled[1].glob("*.ptxas"), key=lambda path: int(path.stem.split("_")[-1]))
-    widths = [-(-H // 64) * 64 for _, _, H, _ in CASES for _ in range(3)]
-    assert len(said) > len(widths)
-    for path, width in zip(said, widths, strict=False):
+    most = [SPILLED[-(-H // 64) * 64] for _, _, H, _ in CASES] + [SPILLED_AHEAD[H] for _, H, _ in AHEAD]
+    most = [number for number in most for _ in range(3)]
+    assert len(said) > len(most)
+    for path, spilled in zip(said, most, strict=False):
         text, ptx = path.read_text(), path.with_suffix(".ptx").read_text()
-        assert int(re.search(r"(\d+) bytes spill stores", text)[1]) <= SPILLED[width], f"{path.name}: {text}"
+        assert int(re.search(r"(\d+) bytes spill stores", text)[1]) <= spilled, f"{path.name}: {text}"
         assert "serialized" not in text, "the compiler found no way to keep products in flight"
         assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx and re.search(r"\.target sm_90a", ptx)
         assert not touched_in_flight(ptx), path.name
