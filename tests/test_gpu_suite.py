@@ -322,7 +322,7 @@ def test_cudnn_masks_no_documents_of_grouped_heads(suite):
     names = {(c["documents"], c["heads"] == c["kv_heads"]): set() for c in suite.SECTIONS["attention"].cases(False)}
     for case in suite.SECTIONS["attention"].cases(False):
         names[case["documents"], case["heads"] == case["kv_heads"]].add(case["attention"])
-    ours = {"mosaic", "flash"}
+    ours = {"mosaic", "mosaic_ahead", "flash"}
     assert names == {
         (False, True): {"cudnn", "jnp", *ours}, (False, False): {"cudnn", *ours},
         (True, True): {"cudnn_packed", *ours}, (True, False): ours,

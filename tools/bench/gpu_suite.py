@@ -9,7 +9,7 @@ peer: PyTorch with transformers on the same model and as many tokens, and the ra
 bits: two launches of a small experiment and a killed and resumed one, their ledgers compared: gpu_suite_bits.py.
 profile: the device's time in a step of `train`, by kind of kernel: gpu_suite_profile.py.
 attention: ms and TFLOP/s (of the causal half: two products forward, five backward) of flash, mosaic, cudnn and jnp in
-    bfloat16, head_dim 128, 16,384 tokens a call, with documents and without.
+    bfloat16, head_dim 128, 16,384 tokens a call, with documents and without. mosaic_ahead: with Cut.ahead.
 numerics: our kernels (flash: Triton's; mosaic: Hopper's) and cuDNN's against kernels/reference.py in float32: the
     largest error of the output and of each gradient, as a share of the largest number there, in the first and the last
     head; and whether a second run gives the same bits.

@@ -36,13 +36,14 @@ Attend = Callable[..., jax.Array]  # of q, k, v and document_BT
 def contestant(case: Row, smoke: bool) -> Attend:
     """By its name. NotImplementedError where it cannot be on this device."""
     name, kind = case["attention"], jax.devices()[0].device_kind
-    if name == "mosaic" and not any(hopper in kind for hopper in HOPPER):
+    if name in ("mosaic", "mosaic_ahead") and not any(hopper in kind for hopper in HOPPER):
         raise NotImplementedError(f"needs a Hopper GPU, this is {kind}")
     if name == "flash":
         small = triton_block_sizes.BlockSizes(*[triton_block_sizes.Cut(32, 32, 4, 1)] * 3)
         return partial(flash_attention, sizes=small if smoke else None, interpret=smoke)
-    if name == "mosaic":
-        return partial(flash_attention, sizes=mosaic_block_sizes.block_sizes(case["head_dim"]))
+    if name in ("mosaic", "mosaic_ahead"):
+        sizes = mosaic_block_sizes.block_sizes(case["head_dim"])
+        return partial(flash_attention, sizes=sizes.ahead() if name == "mosaic_ahead" else sizes)
     if name == "cudnn_packed":
         return cudnn_packed
     return partial(attend_causally, implementation=name)
