@@ -114,7 +114,7 @@ def validate(config: ConfigDict) -> None:
     known = m.remat in ("none", "dots", "full") or len(set(names) & set(REMAT_NAMES)) == len(names)
     what = f"must be none, dots, full, or names joined by +, each once, {ON_HOST} after any: {', '.join(REMAT_NAMES)}"
     need(known, "model.remat", m.remat, what)
-    looped = m.unroll == 1 or ON_HOST not in m.remat  # libtpu 0.0.42 compiles no other
+    looped = m.unroll <= 1 or ON_HOST not in m.remat  # libtpu 0.0.42 compiles no other
     need(looped, "model.unroll", m.unroll, f"must be 1 where model.remat={m.remat} keeps arrays by the host")
     need(all(size > 0 for size in m.rings), "model.rings", m.rings, "sizes must be positive")
     for key, urls in PATHS.items():
@@ -144,7 +144,8 @@ def validate(config: ConfigDict) -> None:
     project = config.log.wandb_project
     has_wandb = not project or importlib.util.find_spec("wandb") is not None
     need(has_wandb, "log.wandb_project", project, "wandb is not installed: pip install 'k2jax[wandb]'")
-    for key, options in config.compiler.items():
+    for key in ("tpu", "gpu"):
+        options = config.compiler[key]
         need(all("=" in o for o in options), f"compiler.{key}", options, "each must be written OPTION=VALUE")
     names = [row.name for row in config.stages]
     need(len(set(names)) == len(names), "stages", names, "each stage needs a name of its own")

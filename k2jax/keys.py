@@ -42,7 +42,7 @@ def base() -> ConfigDict:
     c.model.mask_documents = False        # True: attention and loss stop at document ends (K2: packed, unmasked)
     c.model.remat = "none"                # kept for backward: "none" all, "full" layer inputs, or "dots", q+k+up@host
     c.model.rings = ()                    # sizes that gathers over mesh.fsdp go by, such as (8, 8, 8) on v5p:8x8x8
-    c.model.unroll = 1                    # layers in one turn of the scan over layers: more compile slower, run faster
+    c.model.unroll = 0                    # layers in a turn of the scan over them; 0: all on GPUs (no scan), else 1
     c.model.attention = ConfigDict()
     c.model.attention.implementation = "auto" # "jnp", "flash" (TPU, GPU), "cudnn" (GPU), "mosaic" (H100): attention.py
     c.model.pipeline = ConfigDict()       # where mesh.stage > 1
@@ -101,6 +101,7 @@ def base() -> ConfigDict:
     c.compiler = ConfigDict()             # XLA's options, as ("xla_tpu_enable_async_collective_fusion=true",)
     c.compiler.tpu = ()                   # on TPUs; an option that the installed compiler does not know is an error
     c.compiler.gpu = ()                   # on GPUs
+    c.compiler.deterministic = True       # GPUs: sums in one order, and what XLA tunes is kept: bits repeat
 
     c.mesh = ConfigDict()                 # product = number of devices; -1 (one axis only) takes what is left
     c.mesh.replica = 1                    # data parallel across slices (DCN); parameters are copied
@@ -180,15 +181,15 @@ def stage(**overrides: Any) -> ConfigDict:
 # Of every number but the mesh's sizes, in mathematics' notation: "[0, 1)" holds 0, and 1 not. None holds NaN.
 RANGES = {
     "[1, inf)": """model.vocab_size model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim
-        model.ffn_dim model.unroll model.pipeline.microbatches model.pipeline.repeats model.rope_scaling.factor
+        model.ffn_dim model.pipeline.microbatches model.pipeline.repeats model.rope_scaling.factor
         loss.block optimizer.max_skips_in_a_row data.threads data.prefetch eval.windows eval.new_tokens log.every_steps
         stages.*.sequence_length stages.*.rows_per_step stages.*.microbatches stages.*.steps_per_chunk
         stages.*.chunks checkpoint.moments_every
         stability.max_skips stability.rollback.after stability.rollback.watch""",
     "[8, 2001)": "stability.window",  # of no more rows than detect.HISTORY
     "[1, 2001)": "stability.persistence",
-    "[0, inf)": """loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps checkpoint.keep_between
-        checkpoint.max_launches log.layers_every eval.at_checkpoints stability.attention_every
+    "[0, inf)": """model.unroll loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps
+        checkpoint.keep_between checkpoint.max_launches log.layers_every eval.at_checkpoints stability.attention_every
         watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate
         stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most stability.rollback.replay
         stability.rollback.before stability.rerun_every

@@ -30,6 +30,7 @@ from k2jax.run.ledger import Ledger, StepLog, bits_float, float_bits
 from k2jax.run.saved import steps_so_far
 from k2jax.run.state import TrainState, flat
 from k2jax.run.storage import is_thinned, read_meta
+from k2jax.run.tuning import Tuning
 from k2jax.training.launch import Launch
 from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_batches, place_state
@@ -216,7 +217,8 @@ class Rerun:
                 config = configuration.from_dict(configuration.to_dict(config)).unlock()
                 config.stability.skip = skips
             args = (config, plan, self.mesh, self.shapes, self.shardings, self.data.manifest, self.say, Launch())
-            self._compiled[plan.index, skips] = compile_step(*args)
+            tuning = Tuning.of_reader(config, self.workdir, self.say)
+            self._compiled[plan.index, skips] = compile_step(*args, tuning)
         return self._compiled[plan.index, skips]
 
     # ---- one batch from any state --------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ The metrics of a step are read before its state is saved, and never before the n
 """
 
 from k2jax import stopping
-from k2jax.parallel.host_memory import keep_freed_memory, use_huge_pages
+from k2jax.parallel.host_memory import keep_freed_memory, take_gpu_memory, use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()
     keep_freed_memory()  # before the imports below, some of which start threads
+    take_gpu_memory()
     stopping.watch()  # they take seconds, in which a signal may come
 
 import argparse
@@ -42,6 +43,7 @@ from k2jax.run.directory import RunDirectory
 from k2jax.run.fork import parse_fork
 from k2jax.run.ledger import Ledger, StepLog, belonging
 from k2jax.run.state import TrainState
+from k2jax.run.tuning import Tuning
 from k2jax.text import shown
 from k2jax.training import recovery
 from k2jax.training.clock import Clock
@@ -125,9 +127,11 @@ def train_on(
         # ---- training ----------------------------------------------------------------------------------------------
         meta = checkpoint_meta(config, manifest, mesh, epochs[-1])
         save = partial(save_checkpoint, checkpoints, recorder, order, len(journal), meta)
+        tuning = Tuning.of_run(config, run.path)
         work = feed_steps(
-            config, order, stores, manifest, mesh, shapes, shardings, first_step=step + 1, say=say, launch=launch
-        )
+            config, order, stores, manifest, mesh, shapes, shardings,
+            first_step=step + 1, say=say, launch=launch, tuning=tuning,
+        )  # fmt: skip
         recompute = Recompute(config, mesh, shapes, shardings, manifest, clock, say)
         watchdog.at("data")
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:

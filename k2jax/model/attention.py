@@ -41,7 +41,7 @@ def attend_causally(
             rows mosaic (documents), then flash (tools/bench/gpu_suite.py measures them); jnp elsewhere.
     Raises ConfigError for one that cannot run here or not do this.
     """
-    platform = sharding.platform()
+    platform = sharding.kernel_platform()
     refused = _cudnn_refuses(platform, q_BTNH, document_BT)
     if implementation == "auto":
         implementation = {"tpu": "flash", "gpu": _best_on_gpu(q_BTNH, refused)}.get(platform, "jnp")

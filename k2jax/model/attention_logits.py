@@ -10,12 +10,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax.model.attention import MASKED, attend_causally
-from k2jax.model.decoder import Decoder, Params, dense, document_ids, rope_table
+from k2jax.model.decoder import Block, Decoder, Params, dense, document_ids, rope_table
 from k2jax.parallel import context, fsdp, sharding
 from k2jax.parallel.sharding import num_stages, shard
 
@@ -39,10 +38,9 @@ def attention_logits(
     rope = tuple(context.in_order(t, 0) for t in rope_table(m, rope_base, inputs_BT.shape[1]))
     decoder, rings = Decoder(m, params, compute_dtype), tuple(m.rings)
     x_BTD = shard(fsdp.lookup(decoder.embed_VD[...], inputs_BT, compute_dtype, rings), "x_BTD")
-    graph, stacked = nnx.split(decoder.layers)
 
-    def layers(x_BTD: jax.Array, stacked: nnx.State, rope: tuple, document_BT: jax.Array, place_T: jax.Array) -> tuple:
-        def layer(x_BTD: jax.Array, arrays: nnx.State) -> tuple[jax.Array, jax.Array]:
+    def layers(x_BTD: jax.Array, stacked: Params, rope: tuple, document_BT: jax.Array, place_T: jax.Array) -> tuple:
+        def layer(x_BTD: jax.Array, arrays: Params) -> tuple[jax.Array, jax.Array]:
             found = []
 
             def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
@@ -50,13 +48,13 @@ def attention_logits(
                 masked = document_BT if m.mask_documents else None
                 return attend_causally(q_BTNH, k_BTKH, v_BTKH, masked, m.attention.implementation)
 
-            return nnx.merge(graph, arrays)(x_BTD, rope, attend, partial(dense, rings=rings)), found[0]
+            return Block(m, arrays)(x_BTD, rope, attend, partial(dense, rings=rings)), found[0]
 
         return jax.lax.scan(layer, x_BTD, stacked)
 
     if num_stages() > 1:
-        return _over_stages(layers)(x_BTD, stacked, rope, document_BT, place_T)
-    return layers(x_BTD, stacked, rope, document_BT, place_T)[1]
+        return _over_stages(layers)(x_BTD, decoder.layers, rope, document_BT, place_T)
+    return layers(x_BTD, decoder.layers, rope, document_BT, place_T)[1]
 
 
 def _over_stages(layers: Callable) -> Callable:

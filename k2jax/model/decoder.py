@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from k2jax.keys import ON_HOST, REMAT_NAMES
 from k2jax.model.attention import attend_causally
+from k2jax.model.weights import LAYERS, Arrays, are_apart, layers_in_turn, wide
 from k2jax.parallel import context, pipeline
 from k2jax.parallel.fsdp import Rings, lookup, matmul
 from k2jax.parallel.sharding import num_stages, platform, shard
@@ -29,6 +30,7 @@ from k2jax.parallel.sharding import num_stages, platform, shard
 Params = dict[str, jax.Array]
 Product = Callable[..., jax.Array]  # x, w, `into`: see `dense`
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH to (B, T, N, H)
+CUDNN_FORWARD = "dot_product_attention_fwd"  # JAX's name of cuDNN's attention, with or without _wrapper
 LAYOUT_VERSION = 1  # of the names and shapes of parameter_table, recorded in every checkpoint
 
 
@@ -123,6 +125,10 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     `cos` and `sin` are rows of `rope_table`: (T, H/2) when all rows of `x` have the same positions, else (B, T, H/2).
     """
     cos, sin = (jnp.expand_dims(t.astype(x_BTNH.dtype), (0, -2) if t.ndim == 2 else -2) for t in (cos, sin))
+    if platform() == "gpu":  # one pass that reads each half where the other is written, where XLA has three
+        x_BTN2J = x_BTNH.reshape(*x_BTNH.shape[:-1], 2, -1)
+        cos2, sin2 = jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
+        return (x_BTN2J * cos2 + jnp.flip(x_BTN2J, axis=-2) * sin2).reshape(x_BTNH.shape)
     a, b = jnp.split(x_BTNH, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -177,26 +183,33 @@ def remat_policy(remat: str) -> Callable:
     if remat == "none":
         return pipeline.keep_computed
     names = {"dots": REMAT_NAMES, "full": ()}.get(remat, remat.split("+"))
-    return jax.checkpoint_policies.save_and_offload_only_these_names(
+    by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[name for name in names if not name.endswith(ON_HOST)],
         names_which_can_be_offloaded=[name.removesuffix(ON_HOST) for name in names if name.endswith(ON_HOST)],
         offload_src="device",
         offload_dst="pinned_host",
     )
 
+    def kept(primitive: Any, *arrays: Any, **options: Any) -> Any:
+        """JAX's call of cuDNN names nothing: its output and its sums go by the primitive that makes them."""
+        if primitive.name.startswith(CUDNN_FORWARD):
+            return "attention" in names
+        return by_name(primitive, *arrays, **options)
+
+    return kept
+
 
 class Decoder(nnx.Module):
     """Tokens to final hidden states; `logits` takes those to the vocabulary."""
 
-    def __init__(self, m: ConfigDict, params: Params, compute_dtype: jnp.dtype = jnp.float32):
-        """`params` as `parameter_table` names them, float32; activations and products are in `compute_dtype`."""
+    def __init__(self, m: ConfigDict, params: Params | Arrays, compute_dtype: jnp.dtype = jnp.float32):
+        """`params` as `parameter_table` names them, float32, or as weights.py makes them of those; activations and
+        products are in `compute_dtype`."""
         self.m, self.compute_dtype = m, compute_dtype
-        self.embed_VD = nnx.Param(params["embed_VD"])
-        self.layers = Block(
-            m, {k.removeprefix("layers."): v for k, v in params.items() if k.startswith("layers.")}
-        )
+        self.embed_VD = nnx.Param(wide(params["embed_VD"]))
+        self.layers = nnx.data({k.removeprefix(LAYERS): x for k, x in params.items() if k.startswith(LAYERS)})
         self.final_norm_D = nnx.Param(params["final_norm_D"])
-        self.head_DV = nnx.Param(params["embed_VD"].T if m.tie_embeddings else params["head_DV"])
+        self.head_DV = nnx.Param(self.embed_VD[...].T if m.tie_embeddings else wide(params["head_DV"]))
 
     def __call__(
         self, tokens_BT: jax.Array, rope_base: float, document_BT: jax.Array | None = None
@@ -208,24 +221,27 @@ class Decoder(nnx.Module):
         rope = tuple(context.in_order(t, 0) for t in rope_table(self.m, rope_base, tokens_BT.shape[1]))
         rings = tuple(self.m.rings)
         x_BTD = shard(lookup(self.embed_VD[...], tokens_BT, self.compute_dtype, rings), "x_BTD")
-        graph, stacked = nnx.split(self.layers)
 
-        def layer(x_BTD: jax.Array, arrays: nnx.State, rope: Any, document_BT: jax.Array | None) -> jax.Array:
+        def layer(x_BTD: jax.Array, arrays: Arrays, rope: Any, document_BT: jax.Array | None) -> jax.Array:
             attend = partial(
                 attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
             )
-            return nnx.merge(graph, arrays)(x_BTD, rope, attend, partial(dense, rings=rings))
+            block = Block(self.m, {name: wide(x) for name, x in arrays.items()})
+            return block(x_BTD, rope, attend, partial(dense, rings=rings))
 
-        remat = partial(jax.checkpoint, policy=remat_policy(self.m.remat), prevent_cse=False)
+        remat = partial(jax.checkpoint, policy=remat_policy(self.m.remat), prevent_cse=are_apart(self.m))
+        one = layer if self.m.remat == "none" else remat(layer)
         if num_stages() > 1:
-            x_BTD = pipeline.run_layers(layer, remat, x_BTD, stacked, rope, document_BT, self.m)
+            x_BTD = pipeline.run_layers(layer, remat, x_BTD, self.layers, rope, document_BT, self.m)
+        elif are_apart(self.m):
+            for number in range(self.m.num_layers):
+                x_BTD = one(x_BTD, {name: x[number] for name, x in self.layers.items()}, rope, document_BT)
         else:
-            one = layer if self.m.remat == "none" else remat(layer)
             x_BTD, _ = jax.lax.scan(
                 lambda x_BTD, arrays: (one(x_BTD, arrays, rope, document_BT), None),
                 x_BTD,
-                stacked,
-                unroll=self.m.unroll,
+                self.layers,
+                unroll=layers_in_turn(self.m),
             )
         x_BTD = shard(x_BTD, "rows_BTD")
         return rms_norm(x_BTD, self.final_norm_D[...], self.m.norm_eps)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from k2jax.parallel.row_sums import summed_by_place
 from k2jax.parallel.sharding import platform
 
 SPLIT, TENSOR = ("fsdp", "context"), "tensor"
@@ -212,10 +213,9 @@ def _lookup_backward(dtype: jnp.dtype, rings: Rings, saved: tuple, dx_BTD: jax.A
 
     def gradient(embed_VD: jax.Array, tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
         place_BT, own_BT = own_part(tokens_BT, embed_VD.shape[0])
-        dx_BTD = dx_BTD.astype(embed_VD.dtype)
         dx_BTD = dx_BTD if own_BT is True else jnp.where(own_BT[..., None], dx_BTD, 0)
-        zeros_VD = jnp.zeros((embed_VD.shape[0], dx_BTD.shape[-1]), embed_VD.dtype)
-        return scatter(zeros_VD.at[place_BT].add(dx_BTD), 1, rings, axes)
+        rows = dx_BTD.reshape(-1, dx_BTD.shape[-1]), place_BT.reshape(-1)
+        return scatter(summed_by_place(*rows, embed_VD.shape[0], embed_VD.dtype), 1, rings, axes)
 
     specs = weight(1), tokens_spec(), rows()
     return on_each_device(gradient, specs, weight(1))(embed_VD, tokens_BT, dx_BTD), None

@@ -99,7 +99,7 @@ def run_layers(
         return w.reshape(shape).swapaxes(0, 1).reshape(w.shape)
 
     on_stage = jax.shard_map(
-        partial(_on_stage, layer=layer, remat=remat, repeats=p.repeats, unroll=m.unroll),
+        partial(_on_stage, layer=layer, remat=remat, repeats=p.repeats, unroll=max(m.unroll, 1)),
         in_specs=(STAGE, STAGE, PartitionSpec(), PartitionSpec()),
         out_specs=STAGE,
         axis_names={"stage"},  # the others stay with the partitioner

@@ -171,7 +171,14 @@ def device_kind() -> str:
 
 
 def platform() -> str:
-    """Of those devices: tpu, gpu where they are NVIDIA's, cpu; the device's own name otherwise."""
+    """JAX's backend of those devices: cpu, gpu (NVIDIA's and AMD's), tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.devices()[0] if device is None else device).platform
+
+
+def kernel_platform() -> str:
+    """That for which there are attention kernels: tpu; gpu for NVIDIA's since Ampere, whose names begin so (older ones
+    are called Tesla or Quadro); cpu. The device's own name otherwise."""
     kind = device_kind()
     prefixes = {"TPU": "tpu", "NVIDIA": "gpu"}
     return next((platform for prefix, platform in prefixes.items() if kind.startswith(prefix)), kind)

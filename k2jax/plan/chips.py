@@ -1,20 +1,22 @@
 """What a plan knows of each accelerator. A device is what the compiler counts: a chip, or one of the two TensorCores of
 a TPU7x or a v4. (On a v4 itself, JAX makes the two one device; its compiler without one does not.)
 
-Sources: peaks as in flops.py; memory as the TPU compiler states its limit ("exceeds available HBM (95.74G)"), or the
-data sheet's; HBM and link rates from the vendors' data sheets and, for TPU links, the scaling book's usable rates
-(jax-ml.github.io/scaling-book, "TPU networking"). To the host's memory: the scaling book's 16 GB/s a chip, 32 on v6e
-("TPU specs"), as much assumed of a TPU7x; GPUs' PCIe 5 and 4 with 16 lanes, by their data sheets. Between slices: the
-data center network bandwidth of Google Cloud's pages of each TPU (docs.cloud.google.com/tpu/docs/v5p: 50 Gbit/s a chip;
-v5e and v6e: 6.4 and 25.6 Tbit/s a pod of 256); a v4's is assumed to be a v5p's, a TPU7x's a v6e's.
+Sources: peaks as in flops.py; memory as the TPU compiler states its limit ("exceeds available HBM (95.74G)"); of GPUs,
+the share that the trainer takes of what nvidia-smi shows of an H100 SXM5 and an A100 SXM4 of 80 GB; HBM and link rates
+from the vendors' data sheets and, for TPU links, the scaling book's usable rates (jax-ml.github.io/scaling-book, "TPU
+networking"). To the host's memory: the scaling book's 16 GB/s a chip, 32 on v6e ("TPU specs"), as much assumed of a
+TPU7x; GPUs' PCIe 5 and 4 with 16 lanes, by their data sheets. Between slices: the data center network bandwidth of
+Google Cloud's pages of each TPU (docs.cloud.google.com/tpu/docs/v5p: 50 Gbit/s a chip; v5e and v6e: 6.4 and 25.6 Tbit/s
+a pod of 256); a v4's is assumed to be a v5p's, a TPU7x's a v6e's.
 """
 
 from dataclasses import dataclass, field
 
 from k2jax.errors import ConfigError
 from k2jax.model.flops import PEAK_FLOPS
+from k2jax.parallel.host_memory import GPU_SHARE
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ CHIPS = {
         Chip("v5p", "TPU v5", int(95.74 * GIB), 2.77e12, 90e9, 16e9, cores=2, network_bytes_per_s=6.25e9),
         Chip("v6e", "TPU v6 lite", int(31.25 * GIB), 1.64e12, 90e9, 32e9, wraps_from=16, network_bytes_per_s=12.5e9),
         Chip("tpu7x", "TPU7x", int(94.75 * GIB), 3.69e12, 90e9, 16e9, devices_per_chip=2, network_bytes_per_s=6.25e9),
-        Chip("h100", "NVIDIA H100", 80 * 10**9, 3.35e12, 450e9, 64e9, domain=8, network_bytes_per_s=50e9),
-        Chip("a100", "NVIDIA A100", 80 * 10**9, 2.04e12, 300e9, 32e9, domain=8, network_bytes_per_s=25e9),
+        Chip("h100", "NVIDIA H100", int(GPU_SHARE * 81_559 * MIB), 3.35e12, 450e9, 64e9, domain=8,
+             network_bytes_per_s=50e9),
+        Chip("a100", "NVIDIA A100", int(GPU_SHARE * 81_920 * MIB), 2.04e12, 300e9, 32e9, domain=8,
+             network_bytes_per_s=25e9),
     )
 }
 

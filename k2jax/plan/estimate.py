@@ -140,6 +140,7 @@ def _times(
         "exposed_host_copy_seconds": parts.host.exposed,
         "hidden_host_copy_seconds": parts.host.hidden,
         "host_copy_bytes": parts.host.size,
+        "copied_bytes": parts.copied,
         "step_flops_causal": flops.causal * tokens,
         "step_flops_noncausal": flops.noncausal * tokens,
         "mfu_causal": flops.causal * tokens / (parts.total * devices * peak),

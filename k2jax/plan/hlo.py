@@ -13,6 +13,8 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _BITS = re.compile(r"\d+")
 ON_HOST = "S(5)"  # in the layout of an array that lies in the host's memory
+MOVES = {"copy", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "transpose", "reshape", "pad",
+         "reverse", "broadcast"}  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
@@ -138,6 +140,13 @@ class Program:
             written += array_bytes(self.shapes.get(result.operands[1], "")) if in_place else result.result_bytes
         return read + written
 
+    def is_copy(self, i: Instruction) -> bool:
+        """Whether an operation computes nothing but places: its arrays come out as they went in, or as a constant."""
+        body = self.within(i) if i.opcode == "fusion" else [i]
+        arrays = [j for j in body if any(array_shapes(j.result)) and j.opcode not in ("fusion", "tuple")]
+        kinds = {j.opcode for j in arrays} - {"parameter", "constant", "bitcast", "get-tuple-element"}
+        return bool(kinds) and kinds <= MOVES
+
     def host_copy(self, i: Instruction) -> tuple[int, int]:
         """(bytes, direction) of an operation, or the start of one, that copies between the device's memory and the
         host's: direction 1 to the host, -1 from it; (0, 0) of any other."""
@@ -172,7 +181,7 @@ def across_slices(i: Instruction) -> tuple[str, int]:
 
 
 def _read_bytes(shape: str, users: list[Instruction], name: str) -> int:
-    if users and all(user.opcode == "dynamic-slice" for user in users):
+    if users and all(user.opcode in ("slice", "dynamic-slice") for user in users):
         return sum(user.result_bytes for user in users)
     if users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == name for user in users):
         return 0

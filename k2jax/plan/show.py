@@ -78,9 +78,11 @@ def _parts(stage: dict[str, Any]) -> list[str]:
         within["host copies"] = "exposed_host_copy_seconds"
         beside["copies to and from the host"] = "hidden_host_copy_seconds"
     total = stage["step_seconds"]
+    copied = f"{stage['copied_bytes'] / 1e9:.1f} GB a step by operations that compute nothing"
     return [
         *(_row(f"  {label}", f"{stage[key]:.3f} s ({stage[key] / total:.0%})") for label, key in within.items()),
         *(_row("  behind them", f"{stage[key]:.3f} s more of {label}") for label, key in beside.items()),
+        _row("  copied", copied),
     ]
 
 

@@ -23,9 +23,9 @@ GPU_MATRIX_SHARE, GPU_HBM_SHARE = 0.7, 0.85  # of the peaks that long products a
 KERNEL_SHARE = 0.5  # of the peak, where a kernel's bundles cannot be read: assumed
 PRODUCTS = {"forward": 2, "backward": 5}  # of attention, each of queries times keys times head_dim
 KERNEL = re.compile(r"flash_attention_(forward|backward)(_full)?")
-FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
-        "copy-start", "copy-done", "send", "send-done", "recv", "recv-done",
-        "dynamic-update-slice", "broadcast", "iota", "opt-barrier")  # fmt: skip
+NO_WORK = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
+           "copy-start", "copy-done", "send", "send-done", "recv", "recv-done", "iota", "opt-barrier")  # fmt: skip
+FREE = (*NO_WORK, "dynamic-update-slice", "broadcast")
 
 
 class Transfer(NamedTuple):
@@ -56,6 +56,7 @@ class Parts:
     collectives: Transfers = field(default_factory=Transfers)
     slices: Transfers = field(default_factory=Transfers)  # collectives between slices of TPUs, over the network
     host: Transfers = field(default_factory=Transfers)  # copies to and from the host's memory
+    copied: float = 0.0  # bytes read and written within the device's memory by operations that compute nothing
 
     @property
     def transfers(self) -> tuple[Transfers, ...]:
@@ -161,6 +162,8 @@ class Timeline:
 
     def _compute(self, i: Instruction, parts: Parts) -> None:
         within = self.program.within(i) if i.opcode == "fusion" else [i]
+        if i.opcode not in NO_WORK and self.program.is_copy(i):
+            parts.copied += self.program.moved_bytes(i)
         kernels = [inner for inner in within if inner.opcode == "custom-call" and KERNEL.search(inner.name)]
         if kernels and self.chip.is_tpu:
             parts.attention += sum(self._kernel_seconds(kernel) for kernel in kernels)

@@ -185,6 +185,8 @@ class Recorder:
             planned = ""
             if row["planned_step_s"] and row["step_s"]:
                 planned = f"  {row['step_s']:.3f} s a step, planned {row['planned_step_s']:.3f}"
+            if row["device_memory_peak_bytes"]:
+                planned += f"  {row['device_memory_peak_bytes'] / 2**30:.1f} GiB at most"
             self.print_line(
                 f"step {step}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
                 f"{speed}{planned}{mfu}"

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from k2jax.errors import ConfigError
 from k2jax.model.decoder import compute_dtype
 from k2jax.parallel import compile_cache, sharding
 from k2jax.run.state import TrainState
+from k2jax.run.tuning import Tuning
 from k2jax.training.launch import Launch
 from k2jax.training.placement import batch_sharding, place_batches
 from k2jax.training.step import Batch, Metrics, train_step
@@ -74,12 +75,19 @@ def batch_shapes(config: ConfigDict, stage: ConfigDict) -> Batch:
     )
 
 
-def compile_lowered(lowered: Any, config: ConfigDict) -> Any:
-    """With the options of the platform in use. ConfigError for one that its compiler does not know."""
+def compile_lowered(lowered: Any, config: ConfigDict, tuning: Tuning | None = None) -> Any:
+    """With the options of the platform in use, and with what was tuned, which is kept.
+
+    ConfigError for an option that its compiler does not know.
+    """
     platform = sharding.platform()
     options = {"tpu": config.compiler.tpu, "gpu": config.compiler.gpu}.get(platform, ())
+    pairs = dict(option.split("=", 1) for option in options)
+    if platform == "gpu":  # whose compiler takes no text for a bool or a number
+        ordered = {"xla_gpu_exclude_nondeterministic_ops": True} if config.compiler.deterministic else {}
+        pairs = ordered | {name: _value(text) for name, text in pairs.items()}
     try:
-        return lowered.compile(compiler_options=dict(option.split("=", 1) for option in options))
+        compiled = lowered.compile(compiler_options=pairs | (tuning.options if tuning else {}))
     except jax.errors.JaxRuntimeError as error:
         unknown = re.search(r"No such compile option: '([^']*)'", str(error))
         if not unknown:
@@ -88,6 +96,18 @@ def compile_lowered(lowered: Any, config: ConfigDict) -> Any:
             f"compiler.{platform}: the installed compiler knows no option {unknown.group(1)!r}: take it out of the "
             f"experiment, or install the compiler that it was chosen for"
         ) from error
+    if tuning:
+        tuning.keep()
+    return compiled
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    return text
 
 
 def compile_step(
@@ -99,6 +119,7 @@ def compile_step(
     manifest: dict[str, Any],
     say: Callable[[str], None],
     launch: Launch,
+    tuning: Tuning | None = None,
 ) -> StepFunction:
     """Compiled once for the stage: an executable takes these shapes only, so nothing can recompile later."""
     started = time.perf_counter()
@@ -108,7 +129,7 @@ def compile_step(
     jitted = step_function(config, plan, shardings, mesh, manifest["eos_id"], len(manifest["stores"]))
     lowered = jitted.lower(shapes, batch)
     before = compile_cache.counts()
-    compiled = compile_lowered(lowered, config)
+    compiled = compile_lowered(lowered, config, tuning)
     warm = compile_cache.counts().since(before).found > 0
     launch.compiled(warm)
     say(f"{'out of the cache' if warm else 'compiled'} in {time.perf_counter() - started:.1f} s")
@@ -137,13 +158,14 @@ def feed_steps(
     first_step: int,
     say: Callable[[str], None],
     launch: Launch,
+    tuning: Tuning | None = None,
 ) -> Iterator[Work]:
     """The steps from `first_step` to the end of the run; compiles where a stage begins. Close it to end the loader."""
     for plan in order.stages:
         if max(first_step, plan.first_step) > plan.last_step:
             continue  # behind, or skipped as a whole
         placement = place_batches(config.stages[plan.index], mesh)
-        run_step = compile_step(config, plan, mesh, shapes, shardings, manifest, say, launch)
+        run_step = compile_step(config, plan, mesh, shapes, shardings, manifest, say, launch, tuning)
         batches = make_loader(
             order,
             stores,

@@ -100,8 +100,8 @@ class Recompute:
         if sdc.verdict(runs) == "persistent":
             raise NumericsError(
                 f"{what.format('other bits each time')}: hardware that computes wrongly, though each device passes the "
-                f"self-test, or a program that adds up in no fixed order (GPUs: --xla_gpu_deterministic_ops=true in "
-                f"XLA_FLAGS): try other hosts{doubt}"
+                f"self-test, or a program that adds up in no fixed order (on GPUs with compiler.deterministic=False): "
+                f"try other hosts{doubt}"
             )
         self._say(f"{what.format('other bits once')}: a transient error; the step is made, and the run goes on")
         return True

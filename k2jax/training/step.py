@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from k2jax.model.attention_logits import attention_logits
 from k2jax.model.decoder import Decoder, Params, document_ids, parameter_table
 from k2jax.model.loss import LossOptions, head_loss, targets_and_weights
+from k2jax.model.weights import Arrays, apart, cast_once, together, with_masters
 from k2jax.parallel import context, replicas, sharding
 from k2jax.parallel.sharding import shard
 from k2jax.run.state import TrainState
@@ -70,7 +71,7 @@ class Squares(NamedTuple):
 
 
 def loss_sums(
-    params: Params,
+    params: Params | Arrays,
     tokens: jax.Array,
     subset: jax.Array,
     *,
@@ -95,7 +96,7 @@ def loss_sums(
 
 
 def row_losses(
-    params: Params,
+    params: Params | Arrays,
     tokens: jax.Array,
     kept_B: jax.Array | None = None,
     *,
@@ -151,22 +152,30 @@ def mean_gradients(
 
 
 def summed_gradients(
-    params: Params, tokens: jax.Array, subset: jax.Array, **loss_arguments
+    params: Params, tokens: jax.Array, subset: jax.Array, *, config: ConfigDict, **loss_arguments
 ) -> tuple[Params, Sums]:
     """Gradient of the loss summed over all targets of (A, R, T+1) tokens and (A, R) subsets, and the sums."""
-    gradient = jax.grad(
-        lambda p, tokens, subset: loss_sums(p, tokens, subset, **loss_arguments), has_aux=True
-    )
-    if tokens.shape[0] == 1:
-        return gradient(params, tokens[0], subset[0])
+    arrays = apart(config.model, params)
+    casts = cast_once(config.model, arrays, loss_arguments["compute_dtype"])
 
-    def add(total: tuple[Params, Sums], rows: tuple[jax.Array, jax.Array]) -> tuple[tuple[Params, Sums], None]:
-        grads, sums = gradient(params, *rows)
+    def loss(masters: Arrays, tokens: jax.Array, subset: jax.Array) -> tuple[jax.Array, Sums]:
+        return loss_sums(with_masters(casts, masters), tokens, subset, config=config, **loss_arguments)
+
+    def gradient(total: Arrays, *rows: jax.Array) -> tuple[Arrays, Sums]:
+        # The sum so far stands for a matrix that is cast: it is there, and a master's numbers are not read.
+        return jax.grad(loss, has_aux=True)(arrays | {name: total[name] for name in casts}, *rows)
+
+    def add(total: tuple[Arrays, Sums], rows: tuple[jax.Array, jax.Array]) -> tuple[tuple[Arrays, Sums], None]:
+        grads, sums = gradient(total[0], *rows)
         return (jax.tree.map(jnp.add, total[0], grads), total[1].plus(sums)), None
 
-    shapes = jax.eval_shape(gradient, params, tokens[0], subset[0])
+    shapes = jax.eval_shape(gradient, arrays, tokens[0], subset[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, (tokens, subset))[0]
+    if tokens.shape[0] == 1:
+        grads, sums = gradient(zeros[0], tokens[0], subset[0])
+    else:
+        grads, sums = jax.lax.scan(add, zeros, (tokens, subset))[0]
+    return together(grads), sums
 
 
 def train_step(
