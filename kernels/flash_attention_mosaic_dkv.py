@@ -150,11 +150,11 @@ def _dkv_of_block(
         sums["dv"] = mosaic.added(sums["dv"], *of_dv)
     if "dk" in sums:
         dscore_JQ = weight_JQ * (dweight_JQ - mosaic.along(mosaic.of_columns(delta_smem, slot), weight_JQ.shape, 1))
-        of_dk = dscore_JQ.astype(q_smem.dtype), q_smem.at[slot]
     if cut.ahead:
+        of_dk = dscore_JQ.astype(q_smem.dtype), q_smem.at[slot]
         sums["dv"], sums["dk"] = mosaic.all_added((sums["dv"], *of_dv), (sums["dk"], *of_dk))
     plgpu.barrier_arrive(dout_ring.free.at[slot])
     if "dk" in sums and not cut.ahead:
-        sums["dk"] = mosaic.added(sums["dk"], *of_dk)
+        sums["dk"] = mosaic.added(sums["dk"], dscore_JQ.astype(q_smem.dtype), q_smem.at[slot])
     plgpu.barrier_arrive(q_ring.free.at[slot])
     return sums
