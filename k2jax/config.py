@@ -16,7 +16,18 @@ from ml_collections import ConfigDict
 
 from k2jax import paths
 from k2jax.errors import ConfigError
-from k2jax.keys import FREE_KEYS, ON_HOST, PATHS, RANGES, REMAT_NAMES, base, closest, range_of, stage
+from k2jax.keys import (
+    FREE_KEYS,
+    ON_HOST,
+    PATHS,
+    PRODUCTS,
+    RANGES,
+    REMAT_NAMES,
+    base,
+    closest,
+    range_of,
+    stage,
+)
 
 __all__ = ["FREE_KEYS", "RANGES", "base", "from_dict", "load", "range_of", "stage", "to_dict", "validate"]
 
@@ -122,8 +133,8 @@ def validate(config: ConfigDict) -> None:
             paths.parse(config.data[key], f"data.{key}", urls=urls)
         except ConfigError as error:
             problems.append(str(error))
-    for key in ("compute", "logits"):
-        choices = ("bfloat16", "float32") + (("auto",) if key == "compute" else ())
+    floats = ("bfloat16", "float32")
+    for key, choices in {"compute": (*floats, "auto"), "logits": floats, "products": PRODUCTS}.items():
         found = config.precision[key]
         need(found in choices, f"precision.{key}", found, f"must be one of {choices}")
     found = config.stability.rollback.how

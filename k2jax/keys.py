@@ -15,6 +15,7 @@ from k2jax.errors import ConfigError
 
 # Arrays of a layer that `model.remat` may keep; "attention" is its output, "middle" the stream between its two halves.
 REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
+PRODUCTS = ("compute", "float8", "int8")  # that precision.products may be
 PATHS = {"root": True, "tokenizer": False}  # keys of `data` that are paths, and whether they may be URLs
 ON_HOST = "@host"  # after a name, as in q+k+up@host: that one is kept in the host's memory
 
@@ -56,6 +57,7 @@ def base() -> ConfigDict:
 
     c.precision = ConfigDict()
     c.precision.compute = "auto"          # of matrix products: "bfloat16", "float32"; "auto": float32 on CPU only
+    c.precision.products = "compute"      # of layers: as compute says; inputs in 8 bits: "float8", "int8" (products.py)
     c.precision.logits = "float32"        # of the head's product, of its result: the loss is float32
 
     c.loss = ConfigDict()

@@ -61,12 +61,16 @@ def losses(*arguments, **others) -> list[float]:
 
 
 def ten_steps(
-    shape: tuple[int, ...], microbatches: int = 1, rings: tuple[int, ...] = (), rows: int = ROWS
+    shape: tuple[int, ...],
+    microbatches: int = 1,
+    rings: tuple[int, ...] = (),
+    rows: int = ROWS,
+    products: str = "compute",
 ) -> list[dict]:
     """The metrics of the first ten steps, through the trainer's own placement and jit, on the first devices."""
     c, plan = small(microbatches, rows)
     with c.unlocked():
-        c.model.rings = rings
+        c.model.rings, c.precision.products = rings, products
         c.mesh.update(dict(zip(AXES, shape, strict=True)))
     mesh = mesh_of(c, jax.devices()[: int(np.prod(shape))])
     with jax.set_mesh(mesh):

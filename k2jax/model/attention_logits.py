@@ -38,6 +38,7 @@ def attention_logits(
     rope = tuple(context.in_order(t, 0) for t in rope_table(m, rope_base, inputs_BT.shape[1]))
     decoder, rings = Decoder(m, params, compute_dtype), tuple(m.rings)
     x_BTD = shard(fsdp.lookup(decoder.embed_VD[...], inputs_BT, compute_dtype, rings), "x_BTD")
+    product = partial(dense, rings=rings, products=config.precision.products)
 
     def layers(x_BTD: jax.Array, stacked: Params, rope: tuple, document_BT: jax.Array, place_T: jax.Array) -> tuple:
         def layer(x_BTD: jax.Array, arrays: Params) -> tuple[jax.Array, jax.Array]:
@@ -48,7 +49,7 @@ def attention_logits(
                 masked = document_BT if m.mask_documents else None
                 return attend_causally(q_BTNH, k_BTKH, v_BTKH, masked, m.attention.implementation)
 
-            return Block(m, arrays)(x_BTD, rope, attend, partial(dense, rings=rings)), found[0]
+            return Block(m, arrays)(x_BTD, rope, attend, product), found[0]
 
         return jax.lax.scan(layer, x_BTD, stacked)
 

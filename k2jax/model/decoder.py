@@ -133,13 +133,13 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def dense(x: jax.Array, w: jax.Array, into: int = 0, rings: Rings = ()) -> jax.Array:
-    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x`.
+def dense(x: jax.Array, w: jax.Array, into: int = 0, rings: Rings = (), products: str = "compute") -> jax.Array:
+    """x[B, T, in...] . w[in..., out...] -> [B, T, out...] in the type of `x`; `products` as precision.products.
 
     `into` counts the in-dimensions of a product into the residual stream, whose width D is split over fsdp; 0: out of
     it.
     """
-    return matmul(x, w, into, x.dtype, rings)
+    return matmul(x, w, into, x.dtype, rings, products)
 
 
 class Block(nnx.Module):
@@ -202,10 +202,13 @@ def remat_policy(remat: str) -> Callable:
 class Decoder(nnx.Module):
     """Tokens to final hidden states; `logits` takes those to the vocabulary."""
 
-    def __init__(self, m: ConfigDict, params: Params | Arrays, compute_dtype: jnp.dtype = jnp.float32):
+    def __init__(
+        self, m: ConfigDict, params: Params | Arrays, compute_dtype: jnp.dtype = jnp.float32, products: str = "compute"
+    ):
         """`params` as `parameter_table` names them, float32, or as weights.py makes them of those; activations and
-        products are in `compute_dtype`."""
-        self.m, self.compute_dtype = m, compute_dtype
+        products are in `compute_dtype`, those of layers as `products` (precision.products) says: readers of a model
+        compute in full, as those who get it do."""
+        self.m, self.compute_dtype, self.products = m, compute_dtype, products
         self.embed_VD = nnx.Param(wide(params["embed_VD"]))
         self.layers = nnx.data({k.removeprefix(LAYERS): x for k, x in params.items() if k.startswith(LAYERS)})
         self.final_norm_D = nnx.Param(params["final_norm_D"])
@@ -227,7 +230,7 @@ class Decoder(nnx.Module):
                 attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
             )
             block = Block(self.m, {name: wide(x) for name, x in arrays.items()})
-            return block(x_BTD, rope, attend, partial(dense, rings=rings))
+            return block(x_BTD, rope, attend, partial(dense, rings=rings, products=self.products))
 
         remat = partial(jax.checkpoint, policy=remat_policy(self.m.remat), prevent_cse=are_apart(self.m))
         one = layer if self.m.remat == "none" else remat(layer)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from k2jax.parallel import products
 from k2jax.parallel.row_sums import summed_by_place
 from k2jax.parallel.sharding import platform
 
@@ -122,9 +123,13 @@ def _hops(rings: Rings) -> list[tuple[str, list[list[int]] | None]]:
     return hops
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def matmul(x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, rings: Rings = ()) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def matmul(
+    x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, rings: Rings = (), kind: str = "compute"
+) -> jax.Array:
     """x[B, T, in...] . w[in..., out...], `w` (float32) cast to the type of `x`, a result in `out_dtype`.
+
+    `kind` is `precision.products`: this product's and its gradients' inputs as they are, or in 8 bits (products.py).
 
     `split` is the dimension of `w` that is split over fsdp: its first, which is contracted, or its last, which is all
     of the result. The gradient of `w` is float32: differentiated by JAX, a bfloat16 product has a bfloat16 weight
@@ -134,7 +139,7 @@ def matmul(x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, 
     def product(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
         whole = gather(w_IO, split, x_BTI.dtype, rings)
         inputs = range(2, x_BTI.ndim), range(x_BTI.ndim - 2)
-        y_BTO = _apart(_dot(_flat(x_BTI), whole, inputs, out_dtype))
+        y_BTO = _apart(_dot(_flat(x_BTI), whole, inputs, out_dtype, kind, "y", split != 0))
         y_BTO = y_BTO if split == 0 else total(y_BTO, (TENSOR,))
         return y_BTO.reshape(*x_BTI.shape[:2], *y_BTO.shape[2:])
 
@@ -149,13 +154,13 @@ def _specs(split: int, ndim: int) -> tuple[PartitionSpec, PartitionSpec, Partiti
 
 
 def _matmul_forward(
-    x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, rings: Rings
+    x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, rings: Rings, kind: str
 ) -> tuple[jax.Array, tuple]:
-    return matmul(x_BTI, w_IO, split, out_dtype, rings), (x_BTI, w_IO)
+    return matmul(x_BTI, w_IO, split, out_dtype, rings, kind), (x_BTI, w_IO)
 
 
 def _matmul_backward(
-    split: int, out_dtype: jnp.dtype, rings: Rings, saved: tuple, dy_BTO: jax.Array
+    split: int, out_dtype: jnp.dtype, rings: Rings, kind: str, saved: tuple, dy_BTO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     axes, (x, w, y) = reading(), _specs(split, saved[1].ndim)
 
@@ -163,15 +168,21 @@ def _matmul_backward(
         dy_BTO = _flat(dy_BTO.astype(x_BTI.dtype))
         whole, first_output = gather(w_IO, split, x_BTI.dtype, rings), x_BTI.ndim - 2
         outputs = range(2, dy_BTO.ndim), range(first_output, w_IO.ndim)
-        dx_BTI = _apart(_dot(dy_BTO, whole, outputs, x_BTI.dtype)).reshape(x_BTI.shape)
+        dx_BTI = _apart(_dot(dy_BTO, whole, outputs, x_BTI.dtype, kind, "dx", split == 0)).reshape(x_BTI.shape)
         dx_BTI = total(dx_BTI, (TENSOR,)) if split == 0 else dx_BTI
-        dw_IO = _dot(_flat(x_BTI), dy_BTO, ((0, 1), (0, 1)), w_IO.dtype)
+        dw_IO = _dot(_flat(x_BTI), dy_BTO, ((0, 1), (0, 1)), w_IO.dtype, kind, "dw", False)
         return dx_BTI, scatter(dw_IO, split, rings, axes)
 
     return on_each_device(gradients, (x, w, y), (x, w))(*saved, dy_BTO)
 
 
-def _dot(x: jax.Array, y: jax.Array, contract: tuple, dtype: jnp.dtype) -> jax.Array:
+def _dot(
+    x: jax.Array, y: jax.Array, contract: tuple, dtype: jnp.dtype, kind: str, product: str, over_tensor: bool
+) -> jax.Array:
+    """`over_tensor`: devices of that axis have a part each of what is contracted."""
+    if types := products.TYPES[kind].get(product):
+        shared = partial(largest, axes=(TENSOR,) if over_tensor else ())
+        return products.dot(x, y, contract, dtype, types, shared)
     return jax.lax.dot_general(x, y, (contract, ((), ())), preferred_element_type=dtype)
 
 

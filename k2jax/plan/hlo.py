@@ -129,7 +129,16 @@ class Program:
                 users.setdefault(name, []).append(inner)
         arguments = [inner.name for inner in body.values() if inner.opcode == "parameter"]
         inputs = arguments if i.opcode == "fusion" else i.operands
-        read = sum(_read_bytes(self.shapes.get(name, ""), users.get(name, []), name) for name in inputs)
+
+        def uses(name: str) -> list[tuple[str, Instruction]]:
+            """(name there, user): the same bytes seen as another array are no use of their own."""
+            return [
+                use
+                for user in users.get(name, [])
+                for use in (uses(user.name) if user.opcode == "bitcast" else [(name, user)])
+            ]
+
+        read = sum(_read_bytes(self.shapes.get(name, ""), uses(name)) for name in inputs)
         root = list(body.values())[-1]
         results = [body.get(name, root) for name in root.operands] if root.opcode == "tuple" else [root]
         written = 0
@@ -180,10 +189,10 @@ def across_slices(i: Instruction) -> tuple[str, int]:
     return kind, sum(ends[-1] - ends[0] + 1 for ends in ranges)
 
 
-def _read_bytes(shape: str, users: list[Instruction], name: str) -> int:
-    if users and all(user.opcode in ("slice", "dynamic-slice") for user in users):
-        return sum(user.result_bytes for user in users)
-    if users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == name for user in users):
+def _read_bytes(shape: str, uses: list[tuple[str, Instruction]]) -> int:
+    if uses and all(user.opcode in ("slice", "dynamic-slice") for _, user in uses):
+        return sum(user.result_bytes for _, user in uses)
+    if uses and all(user.opcode == "dynamic-update-slice" and user.operands[0] == name for name, user in uses):
         return 0
     return array_bytes(shape)
 

@@ -21,6 +21,7 @@ from k2jax.plan.topologies import GENERATIONS
 
 GPU_MATRIX_SHARE, GPU_HBM_SHARE = 0.7, 0.85  # of the peaks that long products and copies reach: assumed
 KERNEL_SHARE = 0.5  # of the peak, where a kernel's bundles cannot be read: assumed
+EIGHT_BITS = re.compile(r"s8\[|f8e4m3fn\[|f8e5m2\[")  # types of inputs that a GPU multiplies at twice the rate
 PRODUCTS = {"forward": 2, "backward": 5}  # of attention, each of queries times keys times head_dim
 KERNEL = re.compile(r"flash_attention_(forward|backward)(_full)?")
 NO_WORK = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
@@ -219,8 +220,13 @@ class Timeline:
         if i.opcode in FREE:
             return 0.0
         moved = self.program.moved_bytes(i) / (GPU_HBM_SHARE * self.chip.hbm_bytes_per_s)
-        flops = sum(self._product_flops(p) for p in products) + self._fused_attention_flops(i)
+        flops = sum(self._product_flops(p) / self._rate(p) for p in products) + self._fused_attention_flops(i)
         return max(moved, flops / (GPU_MATRIX_SHARE * self.chip.peak_flops))
+
+    def _rate(self, product: Instruction) -> float:
+        """How many times as fast as in bfloat16: of 8-bit inputs, twice, by the data sheets of Ampere and Hopper."""
+        inputs = [self.program.shapes.get(name, "") for name in product.operands[:2]]
+        return 2.0 if inputs and all(EIGHT_BITS.match(kind) for kind in inputs) else 1.0
 
     def _product_flops(self, product: Instruction) -> float:
         """2 x results x numbers added up to each."""

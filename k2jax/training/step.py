@@ -120,7 +120,7 @@ def row_losses(
     inputs_BT, targets_BT, weights_BT, document_BT = jax.tree.map(
         lambda x_BT: shard(context.in_order(x_BT, 1), "tokens_BT"), rows
     )
-    decoder = Decoder(config.model, params, compute_dtype)
+    decoder = Decoder(config.model, params, compute_dtype, config.precision.products)
     hidden_BTD = decoder(inputs_BT, stage.rope_base, document_BT)
     options = LossOptions(
         config.loss.block, config.loss.z_loss, config.precision.logits, tuple(config.model.rings)
