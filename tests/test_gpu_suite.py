@@ -187,9 +187,11 @@ def test_pytorch_has_the_same_loss_and_gradients_of_the_same_weights(suite):
 def test_the_ratio_is_to_our_best_on_one_batch(suite):
     from gpu_suite_peer import compared
 
-    rows = [{"attention": "cudnn", "batches": "one", "tokens_per_s": 60.0}]
-    rows += [{"attention": "cudnn", "batches": "loader", "tokens_per_s": 90.0}, {"attention": "x", "error": "none"}]
-    rows += [{"attention": "mosaic", "batches": "one", "tokens_per_s": 66.0}]
+    one = {"batches": "one", "deterministic": True}
+    rows = [one | {"attention": "cudnn", "tokens_per_s": 60.0}, one | {"attention": "mosaic", "tokens_per_s": 66.0}]
+    rows += [one | {"attention": "cudnn", "error": "none"}, {"device": "GPU", "jax": "0"}]
+    rows += [one | {"attention": "cudnn", "tokens_per_s": 90.0, key: value}
+             for key, value in {"batches": "loader", "deterministic": False}.items()]  # fmt: skip
     row = compared({"peer": "torch", "tokens_per_s": 60.0}, rows)
     assert (row["k2jax_attention"], row["k2jax_over_torch"]) == ("mosaic", 1.1)
     for peer, ours in (({"peer": "torch", "skipped": "no torch"}, rows), ({"tokens_per_s": 60.0}, rows[2:3])):

@@ -3,8 +3,8 @@
     python tools/bench/gpu_suite.py [--sections train peer ...] [--minutes 9] [--out FILE] [--smoke]
 
 train: the 1B model of experiments/k2_1b.py on one device: tokens/s and MFU in both conventions, by each attention, on
-    one batch that stays on the device; with batches from the loader, and how long the step waits for them. Its memory
-    by part, as the compiler planned it beside the device's peak.
+    one batch that stays on the device; with batches from the loader, and how long the step waits for them; with
+    compiler.deterministic off. Its memory by part, as the compiler planned it, beside the device's peak.
 peer: PyTorch with transformers on the same model and as many tokens, and the ratio of the two: gpu_suite_peer.py.
 bits: two launches of a small experiment and a killed and resumed one, their ledgers compared: gpu_suite_bits.py.
 profile: the device's time in a step of `train`, by kind of kernel: gpu_suite_profile.py.

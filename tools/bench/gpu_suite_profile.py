@@ -63,9 +63,9 @@ def op_names(program: str) -> dict[str, str]:
 def kind_of(kernel: Kernel, places: dict[str, str]) -> str:
     kind = next((kind for kind, words in KINDS.items() if re.search(words, kernel.name, re.I)), "other")
     place = places.get(kernel.op) or places.get(kernel.name, "")
-    # What the step does after the loops over microbatches and layers and their derivatives is the update.
+    # What the step computes after the loops over microbatches and layers and their derivatives is the update.
     outside = re.match(r"jit\(train_step\)/", place) and not re.search(r"while|jvp|transpose|shard_map", place)
-    return OPTIMIZER if outside and kind in ("sums", "arithmetic", "casts", "other") else kind
+    return OPTIMIZER if outside and kind in ("sums", "arithmetic", "other") else kind
 
 
 def by_kind(kernels: Iterable[Kernel], places: dict[str, str], steps: int) -> list[Row]:

@@ -53,10 +53,11 @@ def speed_row(c: ConfigDict, step_s: list[float], device_kind: str) -> Row:
 
 
 class Training:
-    """The step with one attention, compiled, and its state."""
+    """The step of a case, compiled, and its state."""
 
-    def __init__(self, implementation: str, smoke: bool):
-        self.config = c = get_config(smoke, f"model.attention.implementation={implementation}")
+    def __init__(self, case: Row, smoke: bool):
+        keys = {"model.attention.implementation": case["attention"], "compiler.deterministic": case["deterministic"]}
+        self.config = c = get_config(smoke, *(f"{key}={value}" for key, value in keys.items()))
         stage = c.stages[0]
         self.mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
         rows = stage.rows_per_step
@@ -80,8 +81,8 @@ class Training:
         return row | self.memory(before)
 
     def memory(self, peak_before: int) -> Row:
-        """By part, as the compiler has planned it, and the device's own peak: of the process, whose last step but one
-        may have had a higher one than this (none is told then)."""
+        """By part, as the compiler has planned it, and the device's own peak: that is the process's, so that none is
+        told of a step that needs no more than one before it."""
         plan, held = self.step.memory_analysis(), _gib_of(self.state.params)
         planned = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
         planned += plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
@@ -142,18 +143,19 @@ def train(smoke: bool) -> Iterator[Row]:
 
         def measure(case: Row = case) -> Row:
             nonlocal training, built
-            if built != case["attention"]:
-                training = None  # room for the next
-                training, built = Training(case["attention"], smoke), case["attention"]
+            wanted = case["attention"], case["deterministic"]
+            if built != wanted:
+                training = built = None  # room for the next
+                training, built = Training(case, smoke), wanted
             return training.on_the_loaders() if case["batches"] == "loader" else training.on_one_batch()
 
         yield tried(case, measure)
 
 
 def profile(smoke: bool) -> Iterator[Row]:
-    """Time on the device of a step with the first attention of the section `train`, by kind of kernel."""
+    """Time on the device of the step of the first case of the section `train`, by kind of kernel."""
     try:
-        training = Training(SECTIONS["train"].cases(smoke)[0]["attention"], smoke)
+        training = Training(SECTIONS["train"].cases(smoke)[0], smoke)
         training.run(iter([training.batch] * UNTIMED))
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
