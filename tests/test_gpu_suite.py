@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import on_gpu_compiler, run_compiling
 from conftest import REPOSITORY
 
 from k2jax.errors import RunError
@@ -318,6 +319,27 @@ def test_documents_are_packed_as_the_call_takes_them(suite, monkeypatch):
     assert told["q_seqlen"].tolist() == told["kv_seqlen"].tolist() == [[3, 1, 3, -1], [7, -1, -1, -1]]
     assert told["q_offsets"].tolist() == told["kv_offsets"].tolist() == [[0, 3, 4, -1, -1], [0, -1, -1, -1, -1]]
     assert (told["scale"], told["mask_type"].name) == (0.25, "PADDING_CAUSAL")
+
+
+PACKED = """
+from k2jax.plan import topologies
+topologies.use_tpu_compiler()
+import jax, jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
+from gpu_suite_attention import cudnn_packed, with_gradients
+fused_attention_stablehlo.check_compute_capability = lambda capability: True  # it asks the device, which is not here
+place = jax.sharding.SingleDeviceSharding(topologies.devices("h100:1")[0])
+q = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16, sharding=place)
+ids = jax.ShapeDtypeStruct((2, 256), jnp.int32, sharding=place)
+text = with_gradients(cudnn_packed).lower(q, q, q, q, ids).compile().as_text()
+print(text.count('custom_call_target="__cudnn$fmha'), text.count('"mask_type": "PADDING_CAUSAL"'))
+"""
+
+
+@on_gpu_compiler
+def test_packed_documents_compile_for_an_h100(tmp_path: Path):
+    path = f"{REPOSITORY}:{BENCH}"
+    assert run_compiling(PACKED, tmp_path, {"PYTHONPATH": path}) == "2 2\n"
 
 
 def test_cudnn_masks_no_documents_of_grouped_heads(suite):
