@@ -8,12 +8,15 @@ backward kernels, powers of two, arrays as the model has them, blocks masked who
 - Products are wgmma: the block that stays is their left operand, from shared memory; weights go in from registers.
 - Forward, the two computing warpgroups take turns: one has the matrix units while the other does its softmax. They take
   the same blocks, so that both come to every turn. Backward, the softmax runs beside the product that does not need it.
+- With Cut.ahead the softmax of a block also runs beside the last product of the block before it, forward and in dq.
+  So it stands in the compiled program; no GPU has run it, and the table is without.
 - Heads wider than 128 leave a warpgroup no registers for dk and dv: one sums dv, the other dk, of the same keys, and
   both compute the weights.
 
 Compiled for an H100 and interpreted on a CPU (tests/test_flash_attention_mosaic.py): the traced program itself, with
-its barriers and copies in many orders. Not known without a GPU: speed, and what Mosaic and the GPU make of the program
-(layouts of registers, swizzles, memory fences, products in flight). tools/bench/gpu_suite.py tells.
+its barriers and copies in many orders. What only a GPU tells (speed, and what Mosaic makes of the program: layouts of
+registers, swizzles, memory fences, products in flight) tools/bench/gpu_suite.py measures: on an H200 the numbers were
+right, and speed 0.82 to 0.93 of cuDNN's forward, 0.87 to 0.93 with the backward pass (2026-11-28; without Cut.ahead).
 
 Flash attention: Dao et al. 2022 (arXiv:2205.14135); Shah et al. 2024 (arXiv:2407.08608), whose turns these are.
 
@@ -21,7 +24,6 @@ Axes: B batch, N query heads, K key and value heads, G = N/K, T queries, S keys,
 keys, or a warpgroup's rows of it.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,57 +33,103 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from k2jax.kernels.flash_attention_mosaic_dkv import dkv
+from k2jax.kernels.flash_attention_mosaic_dq import dq
 from k2jax.kernels.flash_attention_tpu import LOG2_E, MASKED, Documents
 from k2jax.kernels.flash_attention_triton import visible_blocks
 from k2jax.kernels.mosaic_block_sizes import ROWS, BlockSizes, Cut
 from k2jax.kernels.mosaic_blocks import Held, Ring
+from k2jax.kernels.mosaic_past_keys import Place, load_past_keys, past_keys, place_of, rings_by_keys
 
 from k2jax.kernels import mosaic_blocks as mosaic
 
-# ---- kernels by blocks of queries: forward and dq --------------------------------------------------------------------
+# ---- forward ---------------------------------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
-    """Of a program by blocks of queries: row, head, block of queries, first block of keys, the last one + 1."""
+class Softmax(NamedTuple):
+    """Of a warpgroup's queries over the blocks of keys up to now."""
 
-    b: jax.Array
-    n: jax.Array
-    i: jax.Array
-    first: jax.Array
-    end: jax.Array | int
+    most_Q: jax.Array  # the largest score
+    sum_Q: jax.Array  # of the weights
+    acc_QH: jax.Array  # of the weighted values
 
 
-def _place(first_ref: Any, num_keys: int, cut: Cut, causal: bool) -> Place:
-    b, n, i = (lax.axis_index(axis) for axis in ("b", "n", "i"))
-    i = first_ref.shape[1] - 1 - i  # the last block comes first: it sees the most keys
-    end = lax.div((i + 1) * cut.queries + cut.keys - 1, cut.keys) if causal else num_keys // cut.keys
-    return Place(b, n, i, first_ref[b, i], end)
+class Queries(NamedTuple):
+    """A computing warpgroup of the forward kernel: its rows of the block of queries, and the keys that come past."""
 
+    q_smem: Any
+    document_Q: jax.Array | None
+    origin: jax.Array  # position of the first
+    place: Place
+    cut: Cut
+    k_ring: Ring
+    v_ring: Ring
+    turn: Any  # barrier of the computing warpgroups
 
-def _load_past_keys(
-    place: Place, cut: Cut, own: tuple, keys: tuple, values: tuple, held: Held, k_ring: Ring, v_ring: Ring
-) -> None:
-    """The loading warpgroup: arrays by queries (`own`), then those by keys, block by block."""
-    mosaic.take_registers(True, cut.queries // ROWS)
-    b, n, i, first, end = place
-    kv = lax.div(n, own[0].shape[2] // keys[0].shape[2])
-    for w in range(cut.queries // ROWS):
-        mosaic.hold(held, w, *(x.at[b, pl.ds(i * cut.queries + w * ROWS, ROWS), n] for x in own))
+    def swap_turns(self) -> None:
+        mosaic.swap_turns(self.turn, self.cut.queries // ROWS)
 
-    @pl.loop(first, end)
-    def _send_block(j: jax.Array) -> None:
-        rows = pl.ds(j * cut.keys, cut.keys)
-        mosaic.send(k_ring, j - first, keys[0].at[b, rows, kv], *(x.at[b, rows] for x in keys[1:]))
-        mosaic.send(v_ring, j - first, *(x.at[b, rows, kv] for x in values))
+    def keys_of(self, j: jax.Array, diagonal: bool) -> tuple:
+        """(the block's keys, turned; what makes of its scores the new maximum and sum, how older sums fade, weights)"""
+        (k_smem, *k_document), slot = self.k_ring.blocks, mosaic.receive(self.k_ring, j - self.place.first)
 
+        def weigh(score_QJ: jax.Array, before_Q: jax.Array, sum_Q: jax.Array) -> tuple:
+            own = (self.document_Q, mosaic.of_columns(k_document[0], slot)) if k_document else None
+            plgpu.barrier_arrive(self.k_ring.free.at[slot])
+            first = (self.origin, j * self.cut.keys) if diagonal else None
+            score_QJ = mosaic.masked(score_QJ, own, first, query_axis=0)
+            most_Q = jnp.maximum(before_Q, score_QJ.max(axis=1))
+            fade_Q = jnp.exp2(before_Q - most_Q)
+            weight_QJ = jnp.exp2(score_QJ - mosaic.along(most_Q, score_QJ.shape, 0))
+            sum_Q = sum_Q * fade_Q + weight_QJ.sum(axis=1)
+            return most_Q, sum_Q, fade_Q, weight_QJ
 
-def _past_keys(take: Callable, state: Any, place: Place, cut: Cut, causal: bool) -> Any:
-    """`take(j, state, diagonal)` of each block of keys that the block of queries sees."""
-    if not causal:
-        return lax.fori_loop(place.first, place.end, partial(take, diagonal=False), state)
-    whole = lax.div(place.i * cut.queries, cut.keys)
-    state = lax.fori_loop(place.first, whole, partial(take, diagonal=False), state)
-    return lax.fori_loop(jnp.maximum(place.first, whole), place.end, partial(take, diagonal=True), state)
+        return mosaic.turned(k_smem.at[slot]), weigh
+
+    def add_values(self, j: jax.Array, acc_QH: jax.Array, weight_QJ: jax.Array) -> jax.Array:
+        [v_smem], slot = self.v_ring.blocks, mosaic.receive(self.v_ring, j - self.place.first)
+        acc_QH = mosaic.added(acc_QH, weight_QJ, v_smem.at[slot])
+        plgpu.barrier_arrive(self.v_ring.free.at[slot])
+        return acc_QH
+
+    def weights_of(self, j: jax.Array, softmax: Softmax, diagonal: bool) -> tuple[Softmax, jax.Array]:
+        """With the block's maximum and sum, but not its values yet; and its weights."""
+        keys, weigh = self.keys_of(j, diagonal)
+        score_QJ = mosaic.product(self.q_smem, keys, self.swap_turns)
+        most_Q, sum_Q, fade_Q, weight_QJ = weigh(score_QJ, softmax.most_Q, softmax.sum_Q)
+        acc_QH = softmax.acc_QH * mosaic.along(fade_Q, softmax.acc_QH.shape, 0)
+        weight_QJ = weight_QJ.astype(self.q_smem.dtype)
+        self.swap_turns()
+        return Softmax(most_Q, sum_Q, acc_QH), weight_QJ
+
+    def take(self, j: jax.Array, softmax: Softmax, diagonal: bool) -> Softmax:
+        softmax, weight_QJ = self.weights_of(j, softmax, diagonal)
+        return softmax._replace(acc_QH=self.add_values(j, softmax.acc_QH, weight_QJ))
+
+    def take_ahead(self, j: jax.Array, state: tuple[Softmax, jax.Array], diagonal: bool) -> tuple[Softmax, jax.Array]:
+        """With the weights of the block before, whose values come now."""
+        (most_Q, sum_Q, acc_QH), weight_QJ = state
+        keys, weigh = self.keys_of(j, diagonal)
+        [v_smem], slot = self.v_ring.blocks, mosaic.receive(self.v_ring, j - 1 - self.place.first)
+        acc_QH, (most_Q, sum_Q, fade_Q, weight_QJ) = mosaic.beside_product(
+            [(self.q_smem, keys)],
+            (weight_QJ, v_smem.at[slot]),
+            acc_QH,
+            lambda score_QJ: weigh(score_QJ(), most_Q, sum_Q),
+            (most_Q, sum_Q, sum_Q, mosaic.zeros(*weight_QJ.shape)),
+            self.swap_turns,
+        )
+        weight_QJ = weight_QJ.astype(v_smem.dtype)  # not sooner: into the registers of those that the product took
+        plgpu.barrier_arrive(self.v_ring.free.at[slot])
+        acc_QH = acc_QH * mosaic.along(fade_Q, acc_QH.shape, 0)
+        return Softmax(most_Q, sum_Q, acc_QH), weight_QJ
+
+    def past_all_keys(self, softmax: Softmax, causal: bool) -> Softmax:
+        if not self.cut.ahead:
+            return past_keys(self.take, softmax, self.place, self.cut, causal)
+        state = self.weights_of(self.place.first, softmax, diagonal=causal)
+        others = self.place._replace(first=self.place.first + 1)
+        softmax, weight_QJ = past_keys(self.take_ahead, state, others, self.cut, causal)
+        return softmax._replace(acc_QH=self.add_values(self.place.end - 1, softmax.acc_QH, weight_QJ))
 
 
 def _forward_kernel(
@@ -89,46 +137,22 @@ def _forward_kernel(
 ):
     """`first_ref` (B, queries' blocks): the first block of keys. `turn`: a barrier of the computing warpgroups."""
     *documents, out_ref, lse_ref = refs
-    place, w = _place(first_ref, k_ref.shape[1], cut, causal), lax.axis_index("warpgroup")
-    (b, n, i, first, _), warpgroups = place, cut.queries // ROWS
-    q_smem, (k_smem, *k_document), (v_smem,) = held.blocks[0].at[w], k_ring.blocks, v_ring.blocks
+    place, w = place_of(first_ref, k_ref.shape[1], cut, causal), lax.axis_index("warpgroup")
+    (b, n, i, _, _), warpgroups = place, cut.queries // ROWS
     origin = i * cut.queries + w * ROWS
     mine = pl.ds(origin, ROWS)
-
-    def swap_turns() -> None:
-        if warpgroups > 1:
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
-
-    def take(j: jax.Array, state: tuple, diagonal: bool, document_Q: jax.Array | None) -> tuple:
-        before_Q, sum_Q, acc_QH = state
-        slot = mosaic.receive(k_ring, j - first)
-        score_QJ = mosaic.product(q_smem, mosaic.turned(k_smem.at[slot]), swap_turns)
-        own = (document_Q, mosaic.of_columns(k_document[0], slot)) if documents else None
-        plgpu.barrier_arrive(k_ring.free.at[slot])
-        score_QJ = mosaic.masked(score_QJ, own, (origin, j * cut.keys) if diagonal else None, query_axis=0)
-        most_Q = jnp.maximum(before_Q, score_QJ.max(axis=1))
-        fade_Q = jnp.exp2(before_Q - most_Q)
-        weight_QJ = jnp.exp2(score_QJ - mosaic.along(most_Q, score_QJ.shape, 0))
-        sum_Q = sum_Q * fade_Q + weight_QJ.sum(axis=1)
-        acc_QH = acc_QH * mosaic.along(fade_Q, acc_QH.shape, 0)
-        weight_QJ = weight_QJ.astype(v_smem.dtype)
-        swap_turns()
-        mosaic.receive(v_ring, j - first)
-        acc_QH = mosaic.added(acc_QH, weight_QJ, v_smem.at[slot])
-        plgpu.barrier_arrive(v_ring.free.at[slot])
-        return most_Q, sum_Q, acc_QH
 
     @pl.when(w < warpgroups)
     def _compute() -> None:
         mosaic.take_registers(False, warpgroups)
         document_Q = mosaic.of_rows(documents[0], (b, mine)) if documents else None
+        queries = Queries(held.blocks[0].at[w], document_Q, origin, place, cut, k_ring, v_ring, turn)
         plgpu.barrier_wait(held.full.at[w])
-        pl.when(w == 1)(swap_turns)
-        state = [plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), mosaic.BY_ROW) for x in (MASKED, 0.0)]
-        state = *state, mosaic.zeros(ROWS, q_ref.shape[3])
-        most_Q, sum_Q, acc_QH = _past_keys(partial(take, document_Q=document_Q), state, place, cut, causal)
-        pl.when(w == 0)(swap_turns)
+        pl.when(w == 1)(queries.swap_turns)
+        begin = [plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), mosaic.BY_ROW) for x in (MASKED, 0.0)]
+        softmax = Softmax(*begin, mosaic.zeros(ROWS, q_ref.shape[3]))
+        most_Q, sum_Q, acc_QH = queries.past_all_keys(softmax, causal)
+        pl.when(w == 0)(queries.swap_turns)
         some_Q = most_Q > MASKED / 2  # a row that sees no key has weights of 1, or no block was taken
         sum_Q = jnp.where(some_Q, sum_Q, 1.0)
         share_Q = jnp.where(some_Q, 1.0 / sum_Q, 0.0)
@@ -136,7 +160,7 @@ def _forward_kernel(
         lse_ref[b, n, 0, mine] = jnp.where(some_Q, most_Q + jnp.log(sum_Q) * LOG2_E, MASKED)
 
     arrays = (q_ref,), (k_ref, *documents[1:]), (v_ref,)
-    pl.when(w == warpgroups)(partial(_load_past_keys, place, cut, *arrays, held, k_ring, v_ring))
+    pl.when(w == warpgroups)(partial(load_past_keys, place, cut, *arrays, held, k_ring, v_ring))
 
 
 def forward(
@@ -152,23 +176,13 @@ def forward(
     first_BI, _ = visible_blocks(documents, (B, T, k_BSKH.shape[1]), cut)
     out = [jax.ShapeDtypeStruct(q_BTNH.shape, out_dtype), jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32)]
     warpgroups = cut.queries // ROWS
-    scratch = _rings_by_keys(cut, 1, sizes.head_dim, q_BNTH.dtype, documents)
+    scratch = rings_by_keys(cut, 1, sizes.head_dim, q_BNTH.dtype, documents)
     scratch["turn"] = plgpu.Barrier(num_arrivals=warpgroups)
     kernel = partial(_forward_kernel, cut=cut, causal=causal)
     grid = {"b": B, "n": N, "i": T // cut.queries}
     run = mosaic.program(kernel, "forward", grid, warpgroups, out, scratch, interpret)
     out_BTNH, lse_BN1T = run(first_BI, q_BTNH, k_BSKH, v_BSKH, *(documents or ()))
     return _heads_first(out_BTNH, head_dim), lse_BN1T
-
-
-def _rings_by_keys(cut: Cut, held: int, head_dim: int, dtype: jnp.dtype, documents: Documents) -> dict[str, Any]:
-    warpgroups, matrix = cut.queries // ROWS, (cut.keys, head_dim)
-    ids = [jnp.int32] if documents else []
-    return {
-        "held": mosaic.held_type(warpgroups, held, head_dim, dtype),
-        "k_ring": mosaic.ring_type(cut.stages, warpgroups, matrix, dtype, *ids),
-        "v_ring": mosaic.ring_type(cut.stages, warpgroups, matrix, dtype),
-    }
 
 
 def _positions_first(x_BNTH: jax.Array, sizes: BlockSizes) -> jax.Array:
@@ -189,69 +203,17 @@ def _heads_first(x_BTNH: jax.Array, head_dim: int) -> jax.Array:
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 
-def _dq_kernel(
-    first_ref, q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, *refs,
-    cut: Cut, causal: bool, scale: float, held: Held, k_ring: Ring, v_ring: Ring,
-):  # fmt: skip
-    """One block of queries past the keys that it sees, as in `_forward_kernel`."""
-    *documents, dq_ref = refs
-    place, w = _place(first_ref, k_ref.shape[1], cut, causal), lax.axis_index("warpgroup")
-    (b, n, i, first, _), warpgroups = place, cut.queries // ROWS
-    (q_smem, dout_smem), (k_smem, *k_document), (v_smem,) = held.blocks, k_ring.blocks, v_ring.blocks
-    origin = i * cut.queries + w * ROWS
-    mine = pl.ds(origin, ROWS)
-
-    def take(j: jax.Array, dq_QH: jax.Array, diagonal: bool, lse_Q: Any, delta_Q: Any, document_Q: Any) -> jax.Array:
-        slot = mosaic.receive(k_ring, j - first)
-        own = (document_Q, mosaic.of_columns(k_document[0], slot)) if documents else None
-        mosaic.receive(v_ring, j - first)
-
-        def weigh(score_QJ: jax.Array) -> jax.Array:
-            score_QJ = mosaic.masked(score_QJ, own, (origin, j * cut.keys) if diagonal else None, query_axis=0)
-            return jnp.exp2(score_QJ - mosaic.along(lse_Q, score_QJ.shape, 0))
-
-        scores = q_smem.at[w], mosaic.turned(k_smem.at[slot])
-        dweights = dout_smem.at[w], mosaic.turned(v_smem.at[slot])
-        weight_QJ, dweight_QJ = mosaic.weights_and_product(scores, dweights, weigh)
-        plgpu.barrier_arrive(v_ring.free.at[slot])
-        dscore_QJ = weight_QJ * (dweight_QJ - mosaic.along(delta_Q, weight_QJ.shape, 0))
-        dq_QH = mosaic.added(dq_QH, dscore_QJ.astype(k_smem.dtype), k_smem.at[slot])
-        plgpu.barrier_arrive(k_ring.free.at[slot])
-        return dq_QH
-
-    @pl.when(w < warpgroups)
-    def _compute() -> None:
-        mosaic.take_registers(False, warpgroups)
-        lse_Q, delta_Q = (mosaic.of_rows(x, (b, n, 0, mine)) for x in (lse_ref, delta_ref))
-        own = {"lse_Q": lse_Q, "delta_Q": delta_Q, "document_Q": None}
-        if documents:
-            own["document_Q"] = mosaic.of_rows(documents[0], (b, mine))
-        plgpu.barrier_wait(held.full.at[w])
-        dq_QH = _past_keys(partial(take, **own), mosaic.zeros(ROWS, q_ref.shape[3]), place, cut, causal)
-        dq_ref[b, mine, n] = (dq_QH * scale).astype(dq_ref.dtype)
-
-    arrays = (q_ref, dout_ref), (k_ref, *documents[1:]), (v_ref,)
-    pl.when(w == warpgroups)(partial(_load_past_keys, place, cut, *arrays, held, k_ring, v_ring))
-
-
 def backward(
     q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, documents: Documents,
     lse_BN1T: jax.Array, delta_BN1T: jax.Array, dout_BNTH: jax.Array,
     *, sizes: BlockSizes, causal: bool, out_dtype: jnp.dtype, interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """(dq_BNTH by q without its factor, dk_BKSH, dv_BKSH); arguments as in `forward`, delta is dout . out."""
-    B, N, T, head_dim = q_BNTH.shape
+    head_dim = q_BNTH.shape[3]
     lse_BN1T = jnp.where(lse_BN1T > MASKED / 2, lse_BN1T, -MASKED)  # so that weights are 0 where no key is seen
-    dtype, dout_BNTH = q_BNTH.dtype, dout_BNTH.astype(q_BNTH.dtype)
+    dout_BNTH = dout_BNTH.astype(q_BNTH.dtype)
     q_BTNH, dout_BTNH, k_BSKH, v_BSKH = (_positions_first(x, sizes) for x in (q_BNTH, dout_BNTH, k_BKSH, v_BKSH))
     arrays = q_BTNH, dout_BTNH, lse_BN1T, delta_BN1T, k_BSKH, v_BSKH
-
-    cut, out = sizes.dq, [jax.ShapeDtypeStruct(q_BTNH.shape, out_dtype)]
-    first_BI, _ = visible_blocks(documents, (B, T, k_BKSH.shape[2]), cut)
-    scratch = _rings_by_keys(cut, 2, sizes.head_dim, dtype, documents)
-    kernel = partial(_dq_kernel, cut=cut, causal=causal, scale=head_dim**-0.5)
-    grid = {"b": B, "n": N, "i": T // cut.queries}
-    run = mosaic.program(kernel, "dq", grid, cut.queries // ROWS, out, scratch, interpret)
-    [dq_BTNH] = run(first_BI, *arrays, *(documents or ()))
-    dk_BSKH, dv_BSKH = dkv(arrays, documents, sizes, causal, out_dtype, interpret)
+    options = documents, sizes, causal, out_dtype, interpret
+    dq_BTNH, (dk_BSKH, dv_BSKH) = dq(arrays, *options, scale=head_dim**-0.5), dkv(arrays, *options)
     return tuple(_heads_first(x, head_dim) for x in (dq_BTNH, dk_BSKH, dv_BSKH))

@@ -145,12 +145,16 @@ def _dkv_of_block(
         weight_JQ, dweight_JQ = mosaic.weights_and_product(scores, (v_smem, mosaic.turned(dout_smem.at[slot])), weigh)
     else:
         weight_JQ = weigh(mosaic.product(*scores))
-    if "dv" in sums:
-        sums["dv"] = mosaic.added(sums["dv"], weight_JQ.astype(dout_smem.dtype), dout_smem.at[slot])
+    of_dv = weight_JQ.astype(dout_smem.dtype), dout_smem.at[slot]
+    if "dv" in sums and not cut.ahead:
+        sums["dv"] = mosaic.added(sums["dv"], *of_dv)
     if "dk" in sums:
         dscore_JQ = weight_JQ * (dweight_JQ - mosaic.along(mosaic.of_columns(delta_smem, slot), weight_JQ.shape, 1))
+    if cut.ahead:
+        of_dk = dscore_JQ.astype(q_smem.dtype), q_smem.at[slot]
+        sums["dv"], sums["dk"] = mosaic.all_added((sums["dv"], *of_dv), (sums["dk"], *of_dk))
     plgpu.barrier_arrive(dout_ring.free.at[slot])
-    if "dk" in sums:
+    if "dk" in sums and not cut.ahead:
         sums["dk"] = mosaic.added(sums["dk"], dscore_JQ.astype(q_smem.dtype), q_smem.at[slot])
     plgpu.barrier_arrive(q_ring.free.at[slot])
     return sums

@@ -7,6 +7,7 @@ Axes: capital letters are the caller's.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +100,13 @@ def program(
     )
 
 
+def swap_turns(turn: Any, warpgroups: int) -> None:
+    """`turn`: a barrier of the computing warpgroups, to each of whose turns both come."""
+    if warpgroups > 1:
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+
 # ---- mathematics of a block ------------------------------------------------------------------------------------------
 
 
@@ -119,7 +127,17 @@ def product(x: Any, y: Any, issued: Callable[[], None] = lambda: None) -> jax.Ar
 
 def added(sums: jax.Array, x: jax.Array, y: Any) -> jax.Array:
     """sums + x y, x in registers, y in shared memory."""
-    return pl.run_state(lambda sums_ref: plgpu.wgmma(sums_ref, x, y))(plgpu.ACC.init(sums))
+    return all_added((sums, x, y))[0]
+
+
+def all_added(*terms: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, ...]:
+    """The same of several at once, which are awaited together."""
+
+    def run(refs: tuple) -> None:
+        for ref, (_, x, y) in zip(refs, terms, strict=True):
+            plgpu.wgmma(ref, x, y)
+
+    return pl.run_state(run)(tuple(plgpu.ACC.init(sums) for sums, _, _ in terms))
 
 
 def weights_and_product(x: tuple[Any, Any], y: tuple[Any, Any], weigh: Callable) -> tuple[jax.Array, jax.Array]:
@@ -133,6 +151,36 @@ def weights_and_product(x: tuple[Any, Any], y: tuple[Any, Any], weigh: Callable)
 
     shapes = [(a.shape[0], b.shape[1]) for a, b in (x, y)]
     return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+
+
+def beside_product(
+    xs: list[tuple], y: tuple[jax.Array, Any], sums: jax.Array, take: Callable, like: tuple, swap_turns: Callable
+) -> tuple[jax.Array, tuple]:
+    """(sums + y0 y1, take(...)), the second while the matrix units do the first, after the products of all `xs`.
+
+    Args:
+        take: is given a function for each of `xs`, which waits for that product and returns it; gives arrays of the
+            shapes, types and layouts of `like`. None may go into registers that y0 had (LLVM puts what a loop carries
+            there): what becomes y0 of the next turn is made of them when this has returned.
+        swap_turns: called when all products are on their way, and when `take` is done. It has to wait for a barrier:
+            without a loop between them, ptxas puts the wait for the last product before all that `take` does.
+    """
+
+    def run(refs: tuple) -> None:
+        product_refs, (sums_ref, *found_refs) = refs[: len(xs)], refs[len(xs) :]
+        for ref, x in zip(product_refs, xs, strict=True):
+            plgpu.wgmma(ref, *x)
+        plgpu.wgmma(sums_ref, *y)
+        swap_turns()
+        awaited = zip(product_refs, range(len(xs), 0, -1), strict=True)
+        found = take(*[partial(plgpu.wgmma_accumulator_load, ref, wait_n=n) for ref, n in awaited])
+        for ref, value in zip(found_refs, found, strict=True):
+            ref[...] = value
+        swap_turns()
+
+    products = [plgpu.ACC.init(zeros(a.shape[0], b.shape[1])) for a, b in xs]
+    sums, *found = pl.run_state(run)((*products, plgpu.ACC.init(sums), *like))[len(xs) :]
+    return sums, tuple(found)
 
 
 def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:

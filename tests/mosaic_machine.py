@@ -243,10 +243,11 @@ class Program:
         return (yield from self.block(jaxpr, [*values, *sums], w))
 
     def _run_state(self, equation: Any, values: list, w: int) -> Iterator:
-        cells = [x if isinstance(x, Array) else Array(np.array(x)) for x in values]
+        closed_over = (Array, list)  # memory and barriers
+        cells = [x if isinstance(x, closed_over) else Array(np.array(x)) for x in values]
         yield from self.block(equation.params["jaxpr"], cells, w)
         self.await_products(w, 0)
-        return [x if isinstance(x, Array) else cell.values for x, cell in zip(values, cells, strict=True)]
+        return [x if isinstance(x, closed_over) else cell.values for x, cell in zip(values, cells, strict=True)]
 
     def _set_max_registers(self, equation: Any, values: list, w: int) -> Iterator:
         yield from ()
@@ -263,11 +264,12 @@ class Program:
         array, new, *indices = values
         transforms = equation.params["tree"].unflatten(indices)
         yield None
-        counts = Array(self.written[id(array)])  # results are all that these kernels write
-        view, count = _view(array, transforms), _view(counts, transforms)
+        view = _view(array, transforms)
         old = view.copy()
         view[...] = np.asarray(new)
-        count += 1
+        if id(array) in self.written:  # a result; else a cell of `run_state`
+            count = _view(Array(self.written[id(array)]), transforms)
+            count += 1
         return [old]
 
     def _copy_gmem_to_smem(self, equation: Any, values: list, w: int) -> Iterator:

@@ -164,7 +164,7 @@ def test_a_length_that_cannot_be_cut_is_refused():
 
 
 def test_a_length_that_the_kernels_cannot_cut_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention.sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention.sharding, "kernel_platform", lambda: "tpu")
     arrays, _ = draw(T=64, N=1, K=1, H=8)
     with jax.set_mesh(mesh_of({"context": 2})), pytest.raises(ConfigError, match="mesh.context=2 are chunks of 16"):
         jax.eval_shape(partial(attend_causally, implementation="auto"), *arrays[:3])

@@ -18,7 +18,7 @@ from test_flash_attention import documents_of, draw, expected_of, found_of, head
 
 from k2jax.errors import ConfigError
 from k2jax.kernels import flash_attention_triton as triton
-from k2jax.kernels import reference, triton_block_sizes
+from k2jax.kernels import mosaic_block_sizes, reference, triton_block_sizes
 from k2jax.model.attention import attend_causally
 
 SMALL = BlockSizes(Cut(64, 32, 4, 1), Cut(32, 64, 4, 1), Cut(64, 64, 4, 1))  # 200 positions are four blocks and a rest
@@ -130,9 +130,12 @@ def test_each_generation_has_blocks_of_its_own():
 def on_device(monkeypatch: pytest.MonkeyPatch):
     """Makes attention believe that it is on a device of that kind, with kernels that give back their own names."""
 
+    def ours(*arrays, sizes=None) -> str:
+        return "mosaic" if isinstance(sizes, mosaic_block_sizes.BlockSizes) else "flash"
+
     def pretend(kind: str) -> None:
         monkeypatch.setattr("k2jax.parallel.sharding.device_kind", lambda: kind)
-        monkeypatch.setattr("k2jax.kernels.flash_attention.flash_attention", lambda *arrays: "flash")
+        monkeypatch.setattr("k2jax.kernels.flash_attention.flash_attention", ours)
         monkeypatch.setattr("jax.nn.dot_product_attention", lambda *arrays, is_causal, implementation: implementation)
 
     return pretend
@@ -145,16 +148,29 @@ def on_device(monkeypatch: pytest.MonkeyPatch):
         ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, 128, False, "cudnn"),
         ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 256, False, "cudnn"),
         ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, 256, False, "flash"),
-        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 128, True, "flash"),
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 128, True, "mosaic"),
+        ("NVIDIA H200", jnp.float16, 256, True, "mosaic"),
+        ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, 128, True, "flash"),
+        ("NVIDIA H100 80GB HBM3", jnp.float32, 128, True, "flash"),
         ("NVIDIA H100 80GB HBM3", jnp.float32, 128, False, "flash"),
-        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 100, False, "flash"),
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 100, False, "mosaic"),
         ("TPU v5p", jnp.bfloat16, 128, False, "flash"),
     ],
 )
-def test_auto_is_cudnn_on_gpus_where_it_can(on_device, kind, dtype, head_dim, masked, chosen):
+def test_auto_is_the_fastest_that_can(on_device, kind, dtype, head_dim, masked, chosen):
     q, k, v, _ = draw(16, 2, 2, head_dim, dtype)
     on_device(kind)
     assert attend_causally(q, k, v, documents_of(16) if masked else None, "auto") == chosen
+
+
+def test_auto_is_flash_on_hopper_where_devices_share_rows(on_device, monkeypatch):
+    """Ring attention by mosaic was not measured."""
+    q, k, v, _ = draw(16, 2, 2, 64, jnp.bfloat16)
+    on_device("NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("k2jax.parallel.context.size", lambda: 2)
+    monkeypatch.setattr("k2jax.model.attention._ring", lambda implementation, q: implementation)
+    monkeypatch.setattr("k2jax.model.attention._on_each_device", lambda ring, *arrays: ring)
+    assert attend_causally(q, k, v, documents_of(16), "auto") == "flash"
 
 
 def test_auto_is_jnp_on_gpus_before_ampere(on_device):
@@ -169,7 +185,7 @@ def test_auto_is_jnp_on_gpus_before_ampere(on_device):
     [
         ("cpu", jnp.bfloat16, 128, False, "runs on NVIDIA GPUs, this is cpu"),
         ("AMD Instinct MI300X", jnp.bfloat16, 128, False, "runs on NVIDIA GPUs, this is AMD"),
-        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 128, True, "masks no documents .*take 'flash'"),
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 128, True, "masks no documents .*take 'auto'"),
         ("NVIDIA H100 80GB HBM3", jnp.float32, 128, False, "this is float32 .*take 'flash'"),
         ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, 256, False, "multiple of 8, here 128 at most"),
         ("NVIDIA H100 80GB HBM3", jnp.bfloat16, 264, False, "multiple of 8, here 256 at most"),

@@ -58,6 +58,11 @@ forward, backward = one_program(mosaic.forward), one_program(mosaic.backward)
         (1, 1, 1, 96, False, None),
         (200, 2, 1, 40, True, ONE),
         (260, 2, 1, 64, True, MIXED),
+        (300, 4, 2, 64, True, TABLE[64].ahead()),
+        (300, 2, 1, 128, False, TABLE[128].ahead()),
+        (129, 2, 2, 256, True, TABLE[256].ahead()),
+        (1, 1, 1, 64, False, TABLE[64].ahead()),
+        (260, 2, 1, 64, True, MIXED.ahead()),
     ],
 )
 def test_values_and_gradients_are_the_references(machine, T, N, K, H, masked, sizes):
@@ -79,33 +84,44 @@ def test_bfloat16_is_as_near_as_its_rounding(machine):
         assert np.abs(np.float64(ours) - theirs).max() < 2**-7 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize(("head_dim", "seeds"), [(64, range(1, 7)), (192, range(1, 4))])
-def test_the_bits_are_the_same_in_whatever_order_warpgroups_and_copies_come(machine, head_dim: int, seeds: range):
+@pytest.mark.parametrize(
+    ("sizes", "seeds"), [(TABLE[64], range(1, 7)), (TABLE[192], range(1, 4)), (TABLE[64].ahead(), range(1, 7))]
+)
+def test_the_bits_are_the_same_in_whatever_order_warpgroups_and_copies_come(machine, sizes: BlockSizes, seeds: range):
     """Four blocks past three slots; heads of two, so that dk and dv go on from one to the next."""
-    arrays, document_BT = draw(512, 2, 1, head_dim, jnp.float16, B=1), documents_of(512, B=1, share=0.005)
-    first = found_of(arrays, document_BT, TABLE[head_dim])
+    arrays, document_BT = draw(512, 2, 1, sizes.head_dim, jnp.float16, B=1), documents_of(512, B=1, share=0.005)
+    first = found_of(arrays, document_BT, sizes)
     for seed in seeds:
         machine(seed)
-        for ours, same in zip(found_of(arrays, document_BT, TABLE[head_dim]), first, strict=True):
+        for ours, same in zip(found_of(arrays, document_BT, sizes), first, strict=True):
             np.testing.assert_array_equal(ours, same)
 
 
-def part(arrays, rows: slice, keys: slice, documents=None, causal=False):
+def test_a_block_ahead_changes_no_bit(machine):
+    """The same sums in the same order, of the same numbers."""
+    arrays, document_BT = draw(300, 2, 1, 64, jnp.float16), documents_of(300)
+    both = (found_of(arrays, document_BT, sizes) for sizes in (TABLE[64], TABLE[64].ahead()))
+    for ours, same in zip(*both, strict=True):
+        np.testing.assert_array_equal(ours, same)
+
+
+def part(sizes, arrays, rows: slice, keys: slice, documents=None, causal=False):
     """The forward kernel on some queries and some keys: (out_BNTH, lse_BN1T)."""
     q, k, v = heads_first(arrays)
     q = (q.astype(np.float32) * (mosaic.LOG2_E * q.shape[-1] ** -0.5)).astype(q.dtype)
-    options = {"sizes": ONE, "causal": causal, "out_dtype": jnp.float32, "interpret": False}
+    options = {"sizes": sizes, "causal": causal, "out_dtype": jnp.float32, "interpret": False}
     return jax.device_get(forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], documents, **options))
 
 
-def test_a_query_that_sees_no_key_has_no_output_and_no_weight(machine):
+@pytest.mark.parametrize("sizes", [ONE, TABLE[64].ahead()])
+def test_a_query_that_sees_no_key_has_no_output_and_no_weight(machine, sizes: BlockSizes):
     """Queries of documents 1 and 2 past keys of documents 0 and 1, as in ring attention."""
     arrays = draw(256, 2, 1, 64, jnp.float16)
     document = np.repeat([[0, 1, 2]] * 2, [100, 128, 28], axis=1).astype(np.int32)
     first, second = slice(0, 128), slice(128, 256)
-    out, lse = part(arrays, second, first, (document[:, second], document[:, first]))
+    out, lse = part(sizes, arrays, second, first, (document[:, second], document[:, first]))
     assert (out[:, :, 100:] == 0).all() and (lse[..., 100:] == mosaic.MASKED).all() and (lse[..., :100] > -1e3).all()
-    own = part(arrays, second, second, (document[:, second], document[:, second]), causal=True)
+    own = part(sizes, arrays, second, second, (document[:, second], document[:, second]), causal=True)
     together, lse = jax.device_get(jax.jit(merge)([(out, lse), own]))
     wide = (np.float32(x) for x in arrays[:3])
     expected, expected_lse_BNT = jax.device_get(jax.jit(reference.attention)(*wide, (document, document)))
@@ -113,30 +129,31 @@ def test_a_query_that_sees_no_key_has_no_output_and_no_weight(machine):
     np.testing.assert_allclose(lse[:, :, 0] / mosaic.LOG2_E, expected_lse_BNT[..., second], atol=4e-3)
     # Numbers 4 and 6 around the queries' 5: by their range alone the blocks could meet, and are computed.
     strangers = np.full((2, 128), 5, np.int32), np.tile(np.array([4, 6], np.int32), (2, 64))
-    out, lse = part(arrays, second, first, strangers)
+    out, lse = part(sizes, arrays, second, first, strangers)
     assert not out.any() and (lse == mosaic.MASKED).all()
     d = backward(
         *(x[:, :, s] for x, s in zip(heads_first(arrays), (second, first, first), strict=True)),
         strangers, lse, np.zeros_like(lse), np.ones_like(out),
-        sizes=ONE, causal=False, out_dtype=jnp.float32, interpret=False,
+        sizes=sizes, causal=False, out_dtype=jnp.float32, interpret=False,
     )  # fmt: skip
     assert not any(x.any() for x in d), "no query sees any key"
     assert all(x.dtype == jnp.float32 for x in d)
 
 
-def test_blocks_that_are_masked_whole_are_not_computed(machine):
+@pytest.mark.parametrize("sizes", [ONE, MIXED.ahead()])
+def test_blocks_that_are_masked_whole_are_not_computed(machine, sizes: BlockSizes):
     """Not even multiplied by 0: not-a-number in their keys and values, or in their queries' gradients, stays there."""
     q, k, v, dout = draw(256, 1, 1, 64, jnp.float16, B=1)
     document = jnp.asarray(np.repeat([[0, 1]], [128, 128], axis=1), jnp.int32)
     lost = slice(0, 128)
     bad = q, k.at[:, lost].set(jnp.nan), v.at[:, lost].set(jnp.nan), dout.at[:, lost].set(0.0)
-    found = found_of(bad, document, ONE)
+    found = found_of(bad, document, sizes)
     assert all(np.isfinite(x[:, 128:]).all() for x in found)
-    future = found_of((q, bad[1].at[:, 192:].set(jnp.nan), *bad[2:]), document, ONE)
+    future = found_of((q, bad[1].at[:, 192:].set(jnp.nan), *bad[2:]), document, sizes)
     np.testing.assert_array_equal(future[0][:, 128:192], found[0][:, 128:192])
     # Keys and values of document 1 past queries of document 0, and the other way round in the gradient of the keys.
     bad = q.at[:, 128:].set(jnp.nan), k, v, dout.at[:, 128:].set(jnp.nan)
-    assert all(np.isfinite(x[:, :128]).all() for x in found_of(bad, document, ONE))
+    assert all(np.isfinite(x[:, :128]).all() for x in found_of(bad, document, sizes))
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
@@ -186,6 +203,8 @@ def test_cuts_that_cannot_be_are_refused(cut, message):
         (64, {"head_dim": 96}, "head_dim=96 must be a multiple of 64, 256 at most"),
         (256, {"head_dim": 320}, "head_dim=320"),
         (256, {"dkv": Cut(64, 128, 2)}, "dkv: blocks of 128 keys: 64"),
+        (256, {"dkv": Cut(64, 64, 2, ahead=True)}, "dkv: ahead awaits two products, one is there"),
+        (64, {"forward": Cut(64, 128, 2, ahead=True)}, "forward: ahead takes two warpgroups: 128 queries, not 64"),
         (128, {"forward": Cut(128, 128, 4)}, "forward takes 299.* bytes of shared memory"),
     ],
 )
@@ -214,12 +233,12 @@ def test_what_these_kernels_cannot_do_is_an_error():
         flash_attention(q, k, v, sizes=TABLE[128], interpret=True)
 
 
-def test_it_is_taken_where_it_is_named_and_never_by_auto(monkeypatch: pytest.MonkeyPatch):
+def test_it_is_taken_where_it_is_named_and_by_auto_for_documents(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("k2jax.parallel.sharding.device_kind", lambda: KIND)
     monkeypatch.setattr("k2jax.kernels.flash_attention.flash_attention", lambda *arrays, sizes=None: sizes)
     q, k, v, _ = draw(16, 2, 2, 100, jnp.bfloat16)
     assert attend_causally(q, k, v, documents_of(16), "mosaic") == TABLE[128]
-    assert attend_causally(q, k, v, documents_of(16), "auto") is None
+    assert attend_causally(q, k, v, documents_of(16), "auto") == TABLE[128]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +273,8 @@ from k2jax.training.program import batch_shapes, step_function
 from k2jax.model.attention import attend_causally
 from k2jax.data.order import StagePlan
 from k2jax.training.optimizer import init_state
+from k2jax.kernels.flash_attention import flash_attention
+from k2jax.kernels.mosaic_block_sizes import block_sizes
 def kernels(text):
     calls = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
     return ' '.join(sorted({re.search('flash_attention_([a-z]+)/', line)[1] for line in calls}))
@@ -266,6 +287,13 @@ for dtype, T, H, documents in CASES:
     loss = lambda q, k, ids: attend_causally(q, k, k, ids, "mosaic").astype(jnp.float32).sum()
     with jax.set_mesh(mesh):
         print(H, kernels(jax.jit(jax.grad(loss, (0, 1))).lower(q, k, ids).compile().as_text()))
+for T, H, documents in AHEAD:
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, H), "bfloat16", sharding=place) for heads in (4, 2))
+    ids = jax.ShapeDtypeStruct((1, T), jnp.int32, sharding=place) if documents else None
+    sizes = block_sizes(H).ahead()
+    loss = lambda q, k, ids: flash_attention(q, k, k, ids, sizes=sizes).astype(jnp.float32).sum()
+    with jax.set_mesh(mesh):
+        print("ahead", H, kernels(jax.jit(jax.grad(loss, (0, 1))).lower(q, k, ids).compile().as_text()))
 c.model.update(vocab_size=512, dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512)
 c.stages = (config.stage(mix={"x": 1}, sequence_length=512, rows_per_step=8),)
 c.precision.compute, c.model.attention.implementation = "bfloat16", "mosaic"
@@ -283,6 +311,8 @@ for c.mesh.fsdp, c.mesh.tensor, c.mesh.context in ((4, 2, 1), (4, 1, 2)):
 CASES = [("bfloat16", 2048, 64, True), ("bfloat16", 2048, 128, True), ("bfloat16", 500, 128, False)]
 CASES += [("float16", 129, 96, True), ("bfloat16", 500, 192, True), ("bfloat16", 2048, 256, True)]
 SPILLED = {64: 0, 128: 32, 192: 64, 256: 200}  # bytes a thread, at most: the widest heads do spill
+AHEAD = [(2048, 64, True), (2048, 128, True), (500, 128, False)]  # bfloat16, Cut.ahead
+SPILLED_AHEAD = {64: 64, 128: 32}
 
 
 @pytest.fixture(scope="module")
@@ -290,25 +320,28 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]
     """(what COMPILE printed, the folder where Mosaic GPU left its PTX and what ptxas said)."""
     folder = tmp_path_factory.mktemp("compiled")
     environment = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1"}
-    return run_compiling(COMPILE.replace("CASES", repr(CASES)), folder, environment).splitlines(), folder
+    code = COMPILE.replace("CASES", repr(CASES)).replace("AHEAD", repr(AHEAD))
+    return run_compiling(code, folder, environment).splitlines(), folder
 
 
 @on_gpu_compiler
 def test_it_compiles_for_an_h100_and_within_a_sharded_step(compiled: tuple[list[str], Path]):
     """Three kernels, one forward and two backward; also where two devices share rows, in a ring."""
     kernels = "dkv dq forward"
-    assert compiled[0] == [*(f"{H} {kernels}" for _, _, H, _ in CASES), f"step 1 {kernels}", f"step 2 {kernels}"]
+    of_cases = [*(f"{H} {kernels}" for _, _, H, _ in CASES), *(f"ahead {H} {kernels}" for _, H, _ in AHEAD)]
+    assert compiled[0] == [*of_cases, f"step 1 {kernels}", f"step 2 {kernels}"]
 
 
 @on_gpu_compiler
 def test_kernels_of_the_table_use_wgmma_and_spill_next_to_no_register(compiled: tuple[list[str], Path]):
     """By the word of ptxas, for each kernel of each case, in their order."""
     said = sorted(compiled[1].glob("*.ptxas"), key=lambda path: int(path.stem.split("_")[-1]))
-    widths = [-(-H // 64) * 64 for _, _, H, _ in CASES for _ in range(3)]
-    assert len(said) > len(widths)
-    for path, width in zip(said, widths, strict=False):
+    most = [SPILLED[-(-H // 64) * 64] for _, _, H, _ in CASES] + [SPILLED_AHEAD[H] for _, H, _ in AHEAD]
+    most = [number for number in most for _ in range(3)]
+    assert len(said) > len(most)
+    for path, spilled in zip(said, most, strict=False):
         text, ptx = path.read_text(), path.with_suffix(".ptx").read_text()
-        assert int(re.search(r"(\d+) bytes spill stores", text)[1]) <= SPILLED[width], f"{path.name}: {text}"
+        assert int(re.search(r"(\d+) bytes spill stores", text)[1]) <= spilled, f"{path.name}: {text}"
         assert "serialized" not in text, "the compiler found no way to keep products in flight"
         assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx and re.search(r"\.target sm_90a", ptx)
         assert not touched_in_flight(ptx), path.name

@@ -37,15 +37,14 @@ def attend_causally(
         document_BT: int32; keeps each position within its own document. None lets it see the whole row.
         implementation: "jnp" anywhere; "flash", our kernels, on TPUs and NVIDIA GPUs since Ampere; "cudnn", NVIDIA's,
             on the same GPUs for bfloat16 without documents; "mosaic", our kernels for Hopper GPUs, in 16-bit numbers.
-            "auto": flash on TPUs; on GPUs cudnn where it can, else flash, because cuDNN is known to be fast and ours
-            were not measured there yet (tools/bench/gpu_suite.py does); jnp elsewhere.
+            "auto": flash on TPUs; on GPUs the fastest that can, as one H200 had it: cudnn, then on Hopper and for whole
+            rows mosaic (documents), then flash (tools/bench/gpu_suite.py measures them); jnp elsewhere.
     Raises ConfigError for one that cannot run here or not do this.
     """
     platform = sharding.kernel_platform()
     refused = _cudnn_refuses(platform, q_BTNH, document_BT)
     if implementation == "auto":
-        on_gpu = "flash" if refused else "cudnn"
-        implementation = {"tpu": "flash", "gpu": on_gpu}.get(platform, "jnp")
+        implementation = {"tpu": "flash", "gpu": _best_on_gpu(q_BTNH, refused)}.get(platform, "jnp")
     if implementation == "flash" and platform not in ("tpu", "gpu"):
         raise ConfigError(
             f"model.attention.implementation='flash' runs on TPUs and NVIDIA GPUs since Ampere, this is {platform}: "
@@ -73,6 +72,13 @@ def attend_causally(
     return _on_each_device(attend, q_BTNH, k_BTKH, v_BTKH, document_BT)
 
 
+def _best_on_gpu(q_BTNH: jax.Array, cudnn_refuses: str | None) -> str:
+    if not cudnn_refuses:
+        return "cudnn"
+    # Ring attention by mosaic was not measured.
+    return "flash" if context.size() > 1 or _mosaic_refuses(q_BTNH) else "mosaic"
+
+
 def _attend_by_cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, document_BT: None) -> jax.Array:
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
 
@@ -84,7 +90,7 @@ def _cudnn_refuses(platform: str, q_BTNH: jax.Array, document_BT: jax.Array | No
     if context.size() > 1:
         return f"takes whole rows, which mesh.context={context.size()} splits: take 'flash'"
     if document_BT is not None:
-        return "masks no documents (model.mask_documents=True): take 'flash'"
+        return "masks no documents (model.mask_documents=True): take 'auto'"
     if q_BTNH.dtype != jnp.bfloat16:
         return f"computes in bfloat16, this is {q_BTNH.dtype} (precision.compute): take 'flash'"
     from k2jax.kernels.triton_block_sizes import HOPPER
