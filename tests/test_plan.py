@@ -20,7 +20,7 @@ from k2jax.plan.estimate import memory_refused
 from k2jax.plan.hlo import Program, array_bytes, replica_groups
 from k2jax.plan.links import HOP_S, NETWORK_S, Links
 from k2jax.plan.show import ranking, table
-from k2jax.plan.timeline import Timeline
+from k2jax.plan.timeline import GPU_HBM_SHARE, GPU_MATRIX_SHARE, Timeline
 from k2jax.train import train
 from k2jax.training.metrics import planned_step_seconds
 
@@ -266,6 +266,35 @@ def test_an_algorithm_along_every_axis_is_as_much_faster_and_one_ring_is_not():
     assert three == pytest.approx(2 * 90e6 * 511 / 512 / (3 * 180e9) + 12 * HOP_S)
     one = seconds("all-reduce", everyone + ', backend_config={"strategy":"StrategyRing"}', v5p())
     assert one == pytest.approx(2 * 90e6 * 511 / 512 / 180e9 + 12 * HOP_S)
+
+
+GPU = """HloModule step, is_scheduled=true
+
+%cast (p: f32[24,2048,4096], n: s32[]) -> f8e4m3fn[2048,4096] {
+  %p.1 = f32[24,2048,4096]{1,0,2} parameter(0)
+  %n.1 = s32[] parameter(1)
+  %seen = f32[4096,24,2048]{2,1,0} bitcast(%p.1)
+  %part = f32[4096,1,2048]{2,1,0} dynamic-slice(%seen, %n.1, %n.1, %n.1), dynamic_slice_sizes={4096,1,2048}
+  ROOT %q = f8e4m3fn[2048,4096]{0,1} convert(%part)
+}
+
+ENTRY %main (x: TYPE[65536,2048], w: f32[24,2048,4096], n: s32[]) -> bf16[65536,4096] {
+  %x.1 = TYPE[65536,2048]{1,0} parameter(0)
+  %w.1 = f32[24,2048,4096]{1,0,2} parameter(1)
+  %n.2 = s32[] parameter(2)
+  %w.2 = f8e4m3fn[2048,4096]{0,1} fusion(%w.1, %n.2), kind=kLoop, calls=%cast
+  ROOT %y = bf16[65536,4096]{1,0} dot(%x.1, %w.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+@pytest.mark.parametrize(("kind", "times"), [("bf16", 1), ("f8e5m2", 2), ("s8", 2)])
+def test_a_gpu_multiplies_8_bits_twice_as_fast(kind: str, times: int):
+    """And what is cut out of an array is all that is read of it, also where it is seen as another one first."""
+    parts = Timeline(Program(GPU.replace("TYPE", kind)), CHIPS["h100"], Links(CHIPS["h100"], [None])).step()
+    flops = 2 * 65536 * 2048 * 4096
+    assert parts.matrix == pytest.approx(flops / (times * GPU_MATRIX_SHARE * 989e12), rel=1e-3)
+    assert parts.elementwise == pytest.approx(2048 * 4096 * (4 + 1) / (GPU_HBM_SHARE * 3.35e12), rel=1e-3)
 
 
 def test_between_hosts_gpus_share_the_network():

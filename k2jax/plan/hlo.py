@@ -143,10 +143,11 @@ class Program:
         results = [body.get(name, root) for name in root.operands] if root.opcode == "tuple" else [root]
         written = 0
         for result in results:
-            while result.opcode in ("bitcast", "convert", "copy") and result.operands[0] in body:
-                result = body[result.operands[0]]
-            in_place = result.opcode == "dynamic-update-slice"
-            written += array_bytes(self.shapes.get(result.operands[1], "")) if in_place else result.result_bytes
+            end = result
+            while end.opcode in ("bitcast", "convert", "copy") and end.operands[0] in body:
+                end = body[end.operands[0]]
+            in_place = end.opcode == "dynamic-update-slice"
+            written += array_bytes(self.shapes.get(end.operands[1], "")) if in_place else result.result_bytes
         return read + written
 
     def is_copy(self, i: Instruction) -> bool:
@@ -190,7 +191,8 @@ def across_slices(i: Instruction) -> tuple[str, int]:
 
 
 def _read_bytes(shape: str, uses: list[tuple[str, Instruction]]) -> int:
-    if uses and all(user.opcode in ("slice", "dynamic-slice") for _, user in uses):
+    cuts = ("slice", "dynamic-slice")
+    if uses and all(user.opcode in cuts and user.operands[0] == name for name, user in uses):
         return sum(user.result_bytes for _, user in uses)
     if uses and all(user.opcode == "dynamic-update-slice" and user.operands[0] == name for name, user in uses):
         return 0

@@ -1,6 +1,6 @@
 """What products with inputs in 8 bits (precision.products) do to the loss of a small run, as a line.
 
-    python tools/bench/products.py --data=data/smoke [--steps=200] [--lane=float8]
+    python tools/bench/products.py --data=data/smoke [--steps=200] [--lanes float32 float8]
 
 The model of experiments/smoke.py on its docstrings, the same rows in every lane, which differ in nothing but their
 products; then the loss of the same windows that none has read. Two lanes say what a difference is worth: bfloat16's own
@@ -32,12 +32,12 @@ from k2jax.errors import run_main  # noqa: E402
 LENGTH = 128  # of the first stage
 LANES: dict[str, dict[str, Any]] = {
     "float32": {},
-    "float32, another seed": {"seed": 1},
-    "bfloat16": {"precision.compute": "bfloat16"},
     "float8": {"precision.products": "float8"},
-    "float8, but for weight gradients": {"precision.products": "float8"},
     "int8": {"precision.products": "int8"},
+    "float32, another seed": {"seed": 1},
     "int8, and for weight gradients": {"precision.products": "int8"},
+    "bfloat16": {"precision.compute": "bfloat16"},
+    "float8, but for weight gradients": {"precision.products": "float8"},
 }
 LAST, HELD_OUT = 20, 64  # steps whose mean loss is told; windows that no step reads
 
@@ -95,15 +95,16 @@ def main() -> None:
     paths.add(parser, "--data", required=True, metavar="DIR", help="what prepare_data.py made for experiments/smoke.py")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="of each lane (default: 200)")
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="of a step (default: 8)")
-    parser.add_argument("--lane", choices=LANES, help="one alone; default: all, each in a process of its own")
+    parser.add_argument("--lanes", nargs="+", choices=LANES, default=list(LANES), help="default: all, one by one")
+    parser.add_argument("--here", action="store_true", help="of one lane, in this process")
     args = parser.parse_args()
-    if args.lane:
-        print("LANE " + json.dumps(run_lane(args.lane, args.data, args.steps, args.rows)))
+    if args.here:
+        print("LANE " + json.dumps(run_lane(args.lanes[0], args.data, args.steps, args.rows)))
         return
     lanes = {}
-    for lane in LANES:
+    for lane in args.lanes:
         sizes = [f"--data={args.data}", f"--steps={args.steps}", f"--rows={args.rows}"]
-        command = [sys.executable, __file__, *sizes, f"--lane={lane}"]
+        command = [sys.executable, __file__, *sizes, "--here", "--lanes", lane]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{lane}: {done.stderr[-2000:]}")
