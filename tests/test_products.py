@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import on_gpu_compiler, on_tpu_compiler, run_compiling
 from hypothesis import given, settings
 from test_sharding import MESHES, losses, small
 
