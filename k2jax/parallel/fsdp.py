@@ -164,7 +164,7 @@ def _matmul_backward(
         outputs = range(2, dy_BTO.ndim), range(first_output, w_IO.ndim)
         dx_BTI = _apart(_dot(dy_BTO, whole, outputs, x_BTI.dtype)).reshape(x_BTI.shape)
         dx_BTI = total(dx_BTI, (TENSOR,)) if split == 0 else dx_BTI
-        dw_IO = _dot(_flat(x_BTI), dy_BTO, ((0, 1), (0, 1)), w_IO.dtype)
+        dw_IO = _weight_gradient(_flat(x_BTI), dy_BTO, w_IO.dtype)
         return dx_BTI, scatter(dw_IO, split, rings, axes)
 
     return on_each_device(gradients, (x, w, y), (x, w))(*saved, dy_BTO)
@@ -172,6 +172,15 @@ def _matmul_backward(
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple, dtype: jnp.dtype) -> jax.Array:
     return jax.lax.dot_general(x, y, (contract, ((), ())), preferred_element_type=dtype)
+
+
+def _weight_gradient(x_BTI: jax.Array, dy_BTO: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Summed over positions. On CPU as a product of two matrices: given more dimensions, XLA transposes x in memory."""
+    if platform() != "cpu" or x_BTI.dtype != jnp.float32:
+        return _dot(x_BTI, dy_BTO, ((0, 1), (0, 1)), dtype)
+    inputs, outputs = x_BTI.shape[2:], dy_BTO.shape[2:]
+    x_XI, dy_XO = x_BTI.reshape(-1, math.prod(inputs)), dy_BTO.reshape(-1, math.prod(outputs))
+    return _dot(x_XI, dy_XO, ((0,), (0,)), dtype).reshape(*inputs, *outputs)
 
 
 def _apart(y: jax.Array) -> jax.Array:
