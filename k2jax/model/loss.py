@@ -22,6 +22,7 @@ from k2jax.parallel.fsdp import (
     scatter,
     tokens_spec,
     total,
+    weight_gradient,
 )
 
 Axes = tuple[str, ...]  # of the mesh, that split rows and positions
@@ -146,9 +147,7 @@ def _loss_and_gradients(
         delta_BCV = scale_BC[..., None] * softmax_BCV - jnp.where(is_target_BCV, weights_BC[..., None], 0.0)
         delta_XV = delta_BCV.astype(x_BCD.dtype).reshape(-1, delta_BCV.shape[-1])
         dx_BCD = total(delta_XV @ cast_DV.T, (TENSOR,)).reshape(x_BCD.shape)
-        dhead_DV += jax.lax.dot_general(
-            x_BCD.reshape(-1, D), delta_XV, (((0,), (0,)), ((), ())), preferred_element_type=head_DV.dtype
-        )
+        dhead_DV += weight_gradient(x_BCD.reshape(-1, D), delta_XV, head_DV.dtype)
         told = Positions(nats_BC, lse_BC, _magnitude(logits_BCV))
         return (loss + _weighted(nats_BC, lse_BC, weights_BC, options), dhead_DV), (told, dx_BCD)
 
