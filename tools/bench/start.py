@@ -37,7 +37,7 @@ from k2jax import config
 def get_config():
     c = bench()
     c.data.root, c.data.tokenizer = {folder!r}, {folder!r} + "/tokenizer.json"
-    stage = dict(sequence_length={sequence}, rows_per_step={rows}, steps_per_chunk=1, chunks=1)
+    stage = dict(sequence_length={sequence}, rows_per_step={rows}, steps_per_chunk=1, chunks=1, warmup_steps=0)
     c.stages = (config.stage(mix={{"synthetic": 1}}, **stage),)
     c.eval.at_checkpoints, c.eval.windows = 0, 1
     return c
