@@ -53,7 +53,7 @@ from k2jax.training.launch import Launch, process_age_s
 from k2jax.training.launch import describe as describe_launch
 from k2jax.training.metrics import Recorder
 from k2jax.training.optimizer import first_state
-from k2jax.training.placement import make_state, mesh_of, place_state
+from k2jax.training.placement import begin_state, mesh_of, place_state
 from k2jax.training.probe import Probe
 from k2jax.training.program import feed_steps
 from k2jax.training.recompute import Recompute
@@ -101,8 +101,9 @@ def train_on(
         between, every = config.checkpoint.keep_between, config.checkpoint.moments_every
         # 0: of imported weights
         checkpoints = Checkpoints(run.place, [0], between, say, moments_every=every, mirror=run.mirror)
-        state = checkpoints.restore_newest(shardings, shapes) or make_state(config, shardings)
-        step = saved = int(state.step)
+        state = checkpoints.restore_newest(shardings, shapes)
+        made = None if state else begin_state(config, shardings)
+        step = saved = int(state.step) if state else 0
         clock.goes_on_from(step)
         stopping.at_once(f"step {step} is saved" if step else "before the first step")
 
@@ -140,6 +141,7 @@ def train_on(
                 if cluster.preempted():
                     watchdog.at("save")
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
+                state = state or made()  # made while the step was compiled
                 again = recompute.check(step, plan, state, batch)
                 state, metrics = run_step(state, batch._replace(limits=guard.limits(step)))
                 metrics = probe.added(metrics, step, plan, state.params, batch)

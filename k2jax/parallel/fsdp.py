@@ -187,7 +187,12 @@ def _matmuls_backward(
         whole, first_output = gather(w_IO, split, x_BTI.dtype, rings), x_BTI.ndim - 2
         outputs = range(2, dy_BTO.ndim), range(first_output, w_IO.ndim)
         dx_BTI = _apart(_dot(dy_BTO, whole, outputs, x_BTI.dtype, kind, "dx", split == 0)).reshape(x_BTI.shape)
-        dw_IO = _dot(_flat(x_BTI), dy_BTO, ((0, 1), (0, 1)), w_IO.dtype, kind, "dw", False)
+        if platform() == "cpu" and x_BTI.dtype == jnp.float32:  # given more dimensions, XLA transposes x in memory
+            x_XI, dy_XO = (x.reshape(-1, math.prod(x.shape[2:])) for x in (x_BTI, dy_BTO))
+            dw_IO = _dot(x_XI, dy_XO, ((0,), (0,)), w_IO.dtype, kind, "dw")
+            dw_IO = dw_IO.reshape(*x_BTI.shape[2:], *dy_BTO.shape[2:])
+        else:
+            dw_IO = _dot(_flat(x_BTI), dy_BTO, ((0, 1), (0, 1)), w_IO.dtype, kind, "dw")
         return dx_BTI, scatter(dw_IO, split, rings, axes)
 
     def gradients(x_BTI: jax.Array, weights: tuple, dys: tuple) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -199,7 +204,7 @@ def _matmuls_backward(
 
 
 def _dot(
-    x: jax.Array, y: jax.Array, contract: tuple, dtype: jnp.dtype, kind: str, product: str, over_tensor: bool
+    x: jax.Array, y: jax.Array, contract: tuple, dtype: jnp.dtype, kind: str, product: str, over_tensor: bool = False
 ) -> jax.Array:
     """`over_tensor`: devices of that axis have a part each of what is contracted."""
     if types := products.TYPES[kind].get(product):
