@@ -1,6 +1,7 @@
 """What a GPU's compiler tuned is kept with the run. XLA's part, which needs a GPU, is a stand-in that writes files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,20 @@ def test_what_one_launch_tuned_the_next_one_has_and_adds_to(tmp_path: Path):
     compiles(second, stage2="tile 64")
     third = Tuning.of_run(config(), tmp_path / "run")
     assert seen_by(third) == {"stage1": "tile 128", "stage2": "tile 64"}
+
+
+def test_the_compilers_own_folders_and_any_bytes_do_no_harm(tmp_path: Path):
+    """XLA writes under tmp/ beside what it keeps, and renames; a format of files is its own."""
+    first = Tuning.of_run(config(), tmp_path / "run")
+    place, data = Path(first.options[CACHE]), bytes(range(256)) + b"\r\n"
+    (place / "tmp").mkdir()
+    (place / "tmp" / "half").write_text("not whole")
+    (place / "found.pb").write_bytes(data)
+    first.keep()
+    shutil.rmtree(place)
+    again = Tuning.of_run(config(), tmp_path / "run")
+    assert again.options == first.options
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == {"found.pb": data}
 
 
 def test_another_machine_gets_them_from_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -40,7 +40,7 @@ class Kept(NamedTuple):
     which JAX caches a program, so it is the same on all of them, and at every resume."""
 
     name: str
-    texts: dict[str, str]  # by file
+    files: dict[str, str]  # bytes by name, as Latin-1, which all bytes are: JSON takes them so
 
 
 class Tuning:
@@ -67,7 +67,7 @@ class Tuning:
         if not is_kept(config):
             return cls({})
         kept = read(workdir / FOLDER / key())
-        if not kept.texts:
+        if not kept.files:
             say(f"the run kept nothing that was tuned for {key()}: other bits may come of it")
         return cls(_options(write_for_compiler(kept), "READ"))
 
@@ -75,10 +75,12 @@ class Tuning:
         """After a compilation: what the compiler has added is the run's from now on."""
         if self._run_has is None:
             return
-        texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(self._compiler_has.iterdir())}
-        for file, text in texts.items():
-            files.write_text(self._run_has / file, text)
-        digests = {file: _digest(text) for file, text in texts.items()}
+        digests = {}
+        for path in sorted(self._compiler_has.iterdir()):
+            if path.is_file():  # XLA has a folder there for files that are not whole yet
+                data = path.read_bytes()
+                files.write_bytes(self._run_has / path.name, data)
+                digests[path.name] = hashlib.sha256(data).hexdigest()
         files.write_json(self._run_has / LIST, {"name": self._compiler_has.name, "files": digests})
 
 
@@ -102,16 +104,17 @@ def read(folder: AnyFolder) -> Kept:
     if not path.exists():
         return Kept(f"k2jax-tuned-{os.getuid()}-{secrets.token_hex(8)}", {})
     listed = files.parse_json(path.read_bytes(), str(path))
-    texts = {}
+    found = {}
     for file, digest in listed["files"].items():
         there = (folder / file).exists()
-        texts[file] = (folder / file).read_bytes().decode(errors="replace") if there else ""
-        if _digest(texts[file]) != digest:
+        data = (folder / file).read_bytes() if there else b""
+        if not there or hashlib.sha256(data).hexdigest() != digest:
             raise ConfigError(
                 f"{folder / file} is {'not the file that was kept' if there else 'gone'}: restore it from a copy, or "
                 f"remove {folder}: the compiler then tunes again, and other bits follow"
             )
-    return Kept(listed["name"], texts)
+        found[file] = data.decode("latin-1")
+    return Kept(listed["name"], found)
 
 
 def write_for_compiler(kept: Kept) -> Path:
@@ -121,14 +124,10 @@ def write_for_compiler(kept: Kept) -> Path:
     place.mkdir(mode=0o700, exist_ok=True)
     if place.stat().st_uid != os.getuid():
         raise ConfigError(f"{place} is another user's: remove it, or set TMPDIR to a folder of your own")
-    for file, text in kept.texts.items():
-        files.write_text(place / file, text)
+    for file, text in kept.files.items():
+        files.write_bytes(place / file, text.encode("latin-1"))
     return place
 
 
 def _options(place: Path, mode: str) -> dict[str, Any]:
     return {CACHE: str(place), MODE: f"AUTOTUNE_CACHE_MODE_{mode}"}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
