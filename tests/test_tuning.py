@@ -102,6 +102,27 @@ def test_a_file_that_is_not_the_kept_one_is_refused(tmp_path: Path, harm: str):
         Tuning.of_run(config(), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"name": "../../elsewhere", "files": {}},
+        {"name": "k2jax-tuned-0-0123456789abcdef", "files": {"../../../escaped": "0" * 64}},
+        {"name": "k2jax-tuned-0-0123456789abcdef", "files": ["a"]},
+        {"files": {}},
+        [],
+    ],
+)
+def test_a_list_that_another_made_leads_nowhere(tmp_path: Path, listed):
+    """A release's reader writes files by the names in it."""
+    compiles(Tuning.of_run(config(), tmp_path / "run"), stage1="tile 128")
+    [path] = (tmp_path / "run").rglob("tuned.json")
+    path.write_text(json.dumps(listed))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="tuned.json is damaged"):
+        Tuning.of_reader(config(), tmp_path / "run", print)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_folder_of_another_user_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tuned = Tuning.of_run(config(), tmp_path / "run")
     monkeypatch.setattr("os.getuid", lambda: 12345)

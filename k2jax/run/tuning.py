@@ -104,6 +104,8 @@ def read(folder: AnyFolder) -> Kept:
     if not path.exists():
         return Kept(f"k2jax-tuned-{os.getuid()}-{secrets.token_hex(8)}", {})
     listed = files.parse_json(path.read_bytes(), str(path))
+    if not _is_list(listed):
+        raise ConfigError(f"{path} is damaged: restore it from a copy, or remove {folder}: other bits follow")
     found = {}
     for file, digest in listed["files"].items():
         there = (folder / file).exists()
@@ -115,6 +117,14 @@ def read(folder: AnyFolder) -> Kept:
             )
         found[file] = data.decode("latin-1")
     return Kept(listed["name"], found)
+
+
+def _is_list(listed: Any) -> bool:
+    """A reader may have it of a stranger: its names lead out of no folder."""
+    if not isinstance(listed, dict) or not isinstance(listed.get("files"), dict):
+        return False
+    is_name = re.fullmatch(r"k2jax-tuned-\d+-[0-9a-f]{16}", str(listed.get("name")))
+    return bool(is_name) and all(re.fullmatch(r"\w[\w.-]*", file, re.ASCII) for file in listed["files"])
 
 
 def write_for_compiler(kept: Kept) -> Path:
