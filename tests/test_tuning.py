@@ -10,6 +10,7 @@ from k2jax import config as configuration
 from k2jax.errors import ConfigError
 from k2jax.run import tuning
 from k2jax.run.tuning import CACHE, MODE, Tuning
+from k2jax.training.program import compile_lowered
 
 SMOKE = "experiments/smoke.py"
 
@@ -76,6 +77,22 @@ def test_a_reader_keeps_nothing_and_says_where_there_is_nothing(tmp_path: Path):
     said: list[str] = []
     compiles(Tuning.of_reader(config(), tmp_path / "run", said.append), stage1="tile 128")
     assert not (tmp_path / "run").exists() and "other bits may come of it" in said[0]
+
+
+def test_the_compiler_gets_values_of_their_types_and_no_unordered_sums():
+    """XLA refuses the text "true" for a bool; compiler.deterministic alone decides on order."""
+
+    class Lowered:
+        def compile(self, compiler_options):
+            return compiler_options
+
+    flags = "('xla_gpu_a=true', 'xla_gpu_b=3', 'xla_gpu_c=x', 'xla_gpu_exclude_nondeterministic_ops=false')"
+    given = {"xla_gpu_a": True, "xla_gpu_b": 3, "xla_gpu_c": "x"}
+    ordered = "xla_gpu_exclude_nondeterministic_ops"
+    found = compile_lowered(Lowered(), config(f"compiler.gpu={flags}"))
+    assert found == given | {ordered: True} and found["xla_gpu_a"] is True
+    found = compile_lowered(Lowered(), config(f"compiler.gpu={flags}", "compiler.deterministic=False"))
+    assert found == given | {ordered: False}
 
 
 def test_two_runs_share_nothing(tmp_path: Path):

@@ -85,7 +85,7 @@ def compile_lowered(lowered: Any, config: ConfigDict, tuning: Tuning | None = No
     pairs = dict(option.split("=", 1) for option in options)
     if platform == "gpu":  # whose compiler takes no text for a bool or a number
         ordered = {"xla_gpu_exclude_nondeterministic_ops": True} if config.compiler.deterministic else {}
-        pairs = ordered | {name: _value(text) for name, text in pairs.items()}
+        pairs = {name: _value(text) for name, text in pairs.items()} | ordered
     try:
         compiled = lowered.compile(compiler_options=pairs | (tuning.options if tuning else {}))
     except jax.errors.JaxRuntimeError as error:
