@@ -29,7 +29,7 @@ from k2jax.keys import (
     stage,
 )
 
-__all__ = ["FREE_KEYS", "RANGES", "base", "from_dict", "load", "range_of", "stage", "to_dict", "validate"]
+__all__ = ["FREE_KEYS", "RANGES", "base", "from_dict", "load", "range_of", "settled", "stage", "to_dict", "validate"]
 
 
 def _inside(value: float, interval: str) -> bool:
@@ -61,6 +61,18 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
     validate(config)
     for key, urls in PATHS.items():
         config.data[key] = str(paths.parse(config.data[key], f"data.{key}", urls=urls))
+    return config.lock()
+
+
+def settled(config: ConfigDict, platform: str) -> ConfigDict:
+    """A locked copy where `precision.compute` names a type: what "auto" is on `platform`, JAX's name of the backend.
+
+    It is what a run records, so that it goes on in that type wherever it is resumed, replayed or evaluated.
+    """
+    config = config.copy_and_resolve_references()
+    if config.precision.compute == "auto":
+        with config.unlocked():
+            config.precision.compute = "float32" if platform == "cpu" else "bfloat16"
     return config.lock()
 
 
@@ -155,7 +167,7 @@ def validate(config: ConfigDict) -> None:
     project = config.log.wandb_project
     has_wandb = not project or importlib.util.find_spec("wandb") is not None
     need(has_wandb, "log.wandb_project", project, "wandb is not installed: pip install 'k2jax[wandb]'")
-    for key in ("tpu", "gpu"):
+    for key in ("tpu", "gpu", "cpu"):
         options = config.compiler[key]
         need(all("=" in o for o in options), f"compiler.{key}", options, "each must be written OPTION=VALUE")
     names = [row.name for row in config.stages]

@@ -17,7 +17,7 @@ from k2jax.errors import ConfigError, RunError, StorageError, run_main
 from k2jax.launch.checks import Options, run_checks
 from k2jax.launch.hosts import parse
 from k2jax.launch.survey import Check
-from k2jax.parallel import cluster
+from k2jax.parallel import cluster, sharding
 
 
 def main() -> None:
@@ -61,6 +61,7 @@ def main() -> None:
         loader_s=args.loader_seconds, step_s=args.step_seconds,
     )  # fmt: skip
     cluster.initialize()
+    config = configuration.settled(config, sharding.platform())
     report(run_checks(config, options, lambda check: None if args.json else show(check)), args.json)
 
 

@@ -36,7 +36,7 @@ from k2jax.data.manifest import describe
 from k2jax.data.order import Order
 from k2jax.ending import report
 from k2jax.errors import Preempted, run_main
-from k2jax.parallel import cluster, compile_cache
+from k2jax.parallel import cluster, compile_cache, sharding
 from k2jax.parallel.watchdog import Watchdog
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import RunDirectory
@@ -67,6 +67,7 @@ def train(
     launch: Launch | None = None,
 ) -> None:
     """Trains to the end of the last stage. Raises a RunError for everything that a user can act on."""
+    config = configuration.settled(config, sharding.platform())
     while not train_on(config, workdir, forked_from, launch or Launch()):
         launch = Launch(again=True)  # rolled back: it goes on from an earlier checkpoint
 

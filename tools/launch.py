@@ -77,6 +77,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
     config = configuration.load(args.config, [text.removeprefix("--config.") for text in overrides])
     hosts = parse(args.topology)
+    config = configuration.settled(config, hosts.platform)
     spec.mesh_on(config, hosts.devices, hosts.topology)
     workdir = str(args.workdir)
     if not (workdir.startswith("/") or "://" in workdir):

@@ -70,6 +70,11 @@ class Hosts(NamedTuple):
         return self.chip is not None and self.chip.is_tpu
 
     @property
+    def platform(self) -> str:
+        """JAX's name of it."""
+        return "tpu" if self.is_tpu else "gpu" if self.is_gpu else "cpu"
+
+    @property
     def is_gpu(self) -> bool:
         return self.chip is not None and not self.chip.is_tpu
 

@@ -81,8 +81,7 @@ class Launch:
 
     def compiler_options(self) -> Sequence[str]:
         """XLA's, which the trainer itself gives to the compiler."""
-        options = self.config.compiler
-        return options.tpu if self.hosts.is_tpu else options.gpu if self.hosts.is_gpu else ()
+        return self.config.compiler[self.hosts.platform]
 
     def expected(self) -> tuple[str, ...]:
         """What preflight holds the hosts against, as its arguments."""

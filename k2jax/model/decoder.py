@@ -20,6 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as kept
 from ml_collections import ConfigDict
 
+from k2jax.config import settled
 from k2jax.keys import ON_HOST, REMAT_NAMES
 from k2jax.model.attention import attend_causally
 from k2jax.model.weights import LAYERS, Arrays, are_apart, layers_in_turn, wide
@@ -92,9 +93,8 @@ def num_params(m: ConfigDict) -> int:
 
 
 def compute_dtype(config: ConfigDict) -> jnp.dtype:
-    """`precision.compute` with "auto" resolved: float32 on CPU, bfloat16 elsewhere."""
-    name = config.precision.compute
-    return jnp.dtype(("float32" if platform() == "cpu" else "bfloat16") if name == "auto" else name)
+    """`precision.compute`, "auto" as on this platform."""
+    return jnp.dtype(settled(config, platform()).precision.compute)
 
 
 def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:

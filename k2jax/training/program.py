@@ -1,5 +1,6 @@
 """The compiled step of each stage, and the steps of a run as they are fed to it."""
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -81,8 +82,11 @@ def compile_lowered(lowered: Any, config: ConfigDict, tuning: Tuning | None = No
     ConfigError for an option that its compiler does not know.
     """
     platform = sharding.platform()
-    options = {"tpu": config.compiler.tpu, "gpu": config.compiler.gpu}.get(platform, ())
+    compiler = config.compiler
+    options = {"tpu": compiler.tpu, "gpu": compiler.gpu, "cpu": compiler.cpu}.get(platform, ())
     pairs = dict(option.split("=", 1) for option in options)
+    if platform == "cpu":  # where the environment is the user's way to them, as for what else XLA compiles there
+        pairs = {name: text for name, text in pairs.items() if f"--{name}=" not in os.environ.get("XLA_FLAGS", "")}
     if platform == "gpu":  # whose compiler takes no text for a bool or a number
         ordered = {"xla_gpu_exclude_nondeterministic_ops": True} if config.compiler.deterministic else {}
         pairs = {name: _value(text) for name, text in pairs.items()} | ordered

@@ -65,7 +65,7 @@ def bare_steps(dtype: str) -> Iterator[None]:
     from k2jax.parallel import sharding
     from k2jax.training.optimizer import first_state
     from k2jax.training.placement import make_state, place_batches, place_state
-    from k2jax.training.program import step_function
+    from k2jax.training.program import compile_lowered, step_function
 
     c = get_config()
     c.precision.compute = DTYPES[dtype]
@@ -79,9 +79,9 @@ def bare_steps(dtype: str) -> Iterator[None]:
         "digest": np.zeros((ROWS, 8), np.uint32),
     }
     with jax.set_mesh(mesh):
-        step = step_function(c, plan, shardings, mesh, eos_id=2, num_subsets=1)
-        state = make_state(c, shardings)
         batch = place_batches(c.stages[0], mesh).globalize(rows)
+        step = step_function(c, plan, shardings, mesh, eos_id=2, num_subsets=1).lower(shapes, batch)
+        step, state = compile_lowered(step, c), make_state(c, shardings)
         while True:
             state, metrics = step(state, batch)
             assert np.isfinite(metrics["loss"])

@@ -3,6 +3,7 @@
 # plan: fits, 79.2 of 95.7 GiB a chip; stage1 10.500 s a step, MFU 67.9% causal; 43.0 days (estimated)
 # code: commit cccccccccccccccccccccccccccccccccccccccc; sha256 2222222222222222222222222222222222222222222222222222222222222222; requirements.lock sha256 1111111111111111111111111111111111111111111111111111111111111111
 # configuration: sha256 <config_digest> of the keys that decide what is computed (k2jax/run/drift.py)
+# XLA, by the trainer: xla_backend_optimization_level=1
 # exit codes: 75 restarts at once, 74 and a lost host after 60 s, at most 100 times in all; 65, 70, 78 and others stop
 # Written by tools/launch.py, which runs nothing: read it, then run it.
 
