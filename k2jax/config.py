@@ -127,19 +127,7 @@ def validate(config: ConfigDict) -> None:
     for key, value in flatten(to_dict(config)).items():
         interval = range_of(key)
         need(interval is None or _inside(value, interval), key, value, f"must lie in {interval}")
-    divides = m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads == 0
-    need(divides, "model.num_kv_heads", m.num_kv_heads, f"must divide model.num_heads={m.num_heads}")
-    need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE turns pairs")
-    choices = ("auto", "jnp", "flash", "cudnn", "mosaic")
-    found = m.attention.implementation
-    need(found in choices, "model.attention.implementation", found, f"must be one of {choices}")
-    names = [name.removesuffix(ON_HOST) for name in m.remat.split("+")]
-    known = m.remat in ("none", "dots", "full") or len(set(names) & set(REMAT_NAMES)) == len(names)
-    what = f"must be none, dots, full, or names joined by +, each once, {ON_HOST} after any: {', '.join(REMAT_NAMES)}"
-    need(known, "model.remat", m.remat, what)
-    looped = m.unroll <= 1 or ON_HOST not in m.remat  # libtpu 0.0.42 compiles no other
-    need(looped, "model.unroll", m.unroll, f"must be 1 where model.remat={m.remat} keeps arrays by the host")
-    need(all(size > 0 for size in m.rings), "model.rings", m.rings, "sizes must be positive")
+    _validate_model(need, m)
     for key, urls in PATHS.items():
         try:
             paths.parse(config.data[key], f"data.{key}", urls=urls)
@@ -173,9 +161,26 @@ def validate(config: ConfigDict) -> None:
     names = [row.name for row in config.stages]
     need(len(set(names)) == len(names), "stages", names, "each stage needs a name of its own")
     for i, row in enumerate(config.stages):
-        _validate_stage(need, f"stages.{i}.", row)
+        _validate_stage(need, f"stages.{i}.", row, m.sliding_window)
     if problems:
         raise ConfigError(f"{len(problems)} problem(s) in the configuration: " + "; ".join(problems))
+
+
+def _validate_model(need: Any, m: ConfigDict) -> None:
+    divides = m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads == 0
+    need(divides, "model.num_kv_heads", m.num_kv_heads, f"must divide model.num_heads={m.num_heads}")
+    need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE turns pairs")
+    choices = ("auto", "jnp", "flash", "cudnn", "mosaic")
+    found = m.attention.implementation
+    need(found in choices, "model.attention.implementation", found, f"must be one of {choices}")
+    names = [name.removesuffix(ON_HOST) for name in m.remat.split("+")]
+    known = m.remat in ("none", "dots", "full") or len(set(names) & set(REMAT_NAMES)) == len(names)
+    what = f"must be none, dots, full, or names joined by +, each once, {ON_HOST} after any: {', '.join(REMAT_NAMES)}"
+    need(known, "model.remat", m.remat, what)
+    looped = m.unroll <= 1 or ON_HOST not in m.remat  # libtpu 0.0.42 compiles no other
+    need(looped, "model.unroll", m.unroll, f"must be 1 where model.remat={m.remat} keeps arrays by the host")
+    need(all(size > 0 for size in m.rings), "model.rings", m.rings, "sizes must be positive")
+    need(m.qk_norm or not m.qk_norm_whole, "model.qk_norm_whole", True, "needs model.qk_norm, which is off")
 
 
 def _validate_remedies(need: Any, config: ConfigDict) -> None:
@@ -187,7 +192,13 @@ def _validate_remedies(need: Any, config: ConfigDict) -> None:
     need(found == 0 or found >= 1, "optimizer.adagc.ratio", found, "must be 0 (off), or 1 and more")
 
 
-def _validate_stage(need: Any, prefix: str, row: ConfigDict) -> None:
+def _validate_stage(need: Any, prefix: str, row: ConfigDict, window: int) -> None:
+    need(
+        not window or row.sequence_length <= window,
+        prefix + "sequence_length",
+        row.sequence_length,
+        f"must be at most model.sliding_window={window}: attention within a window is not computed",
+    )
     need(
         row.microbatches > 0 and row.rows_per_step % row.microbatches == 0,
         prefix + "microbatches",

@@ -39,7 +39,11 @@ def base() -> ConfigDict:
     c.model.norm_eps = 1e-5               # of RMSNorm
     c.model.init_std = 0.02               # of every matrix; residual outputs are scaled down (decoder.py, INIT)
     c.model.tie_embeddings = False        # True: the head is the embedding transposed
-    c.model.qk_norm = False               # True: q and k of each head are RMS-normed before RoPE, as in Qwen3
+    c.model.qkv_bias = False              # True: q, k and v have biases, as in Qwen2
+    c.model.qk_norm = False               # True: q and k are RMS-normed before RoPE, each head by itself, as in Qwen3
+    c.model.qk_norm_whole = False         # True: all heads of a position together instead, as in OLMo-2
+    c.model.reordered_norm = False        # True: x + norm(f(x)), as in OLMo-2; False: x + f(norm(x))
+    c.model.sliding_window = 0            # positions that its maker let each see: no row may be longer; 0: all of them
     c.model.mask_documents = False        # True: attention and loss stop at document ends (K2: packed, unmasked)
     c.model.remat = "none"                # kept for backward: "none" all, "full" layer inputs, or "dots", q+k+up@host
     c.model.rings = ()                    # sizes that gathers over mesh.fsdp go by, such as (8, 8, 8) on v5p:8x8x8
@@ -70,7 +74,7 @@ def base() -> ConfigDict:
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
-    c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms
+    c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms and biases
     c.optimizer.decay_embeddings = True   # False: weight_decay spares the embedding (which may be the head, too)
     c.optimizer.clip_norm = 1.0           # global gradient norm
     c.optimizer.adagc = ConfigDict()      # AdaGC: each tensor's gradient clipped by its own history (remedies.py)
@@ -191,8 +195,9 @@ RANGES = {
         stability.max_skips stability.rollback.after stability.rollback.watch""",
     "[8, 2001)": "stability.window",  # of no more rows than detect.HISTORY
     "[1, 2001)": "stability.persistence",
-    "[0, inf)": """model.unroll loss.z_loss optimizer.weight_decay data.workers checkpoint.every_steps
-        checkpoint.keep_between checkpoint.max_launches log.layers_every eval.at_checkpoints stability.attention_every
+    "[0, inf)": """model.unroll model.sliding_window loss.z_loss optimizer.weight_decay data.workers
+        checkpoint.every_steps checkpoint.keep_between checkpoint.max_launches log.layers_every eval.at_checkpoints
+        stability.attention_every
         watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate
         stability.loss_floor stability.grad_norm_floor stability.drift stability.rollback.most stability.rollback.replay
         stability.rollback.before stability.rerun_every

@@ -18,8 +18,8 @@ from k2jax.data.epochs import read_epochs
 from k2jax.data.journal import read_journal
 from k2jax.errors import ConfigError, StorageError
 from k2jax.hf import newrun
+from k2jax.hf.families import config_from_hf
 from k2jax.hf.importer import import_hf
-from k2jax.hf.layout import config_from_hf
 from k2jax.parallel import sharding
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.ledger import Ledger

@@ -26,14 +26,14 @@ from k2jax.data.epochs import new_epoch, write_epoch
 from k2jax.data.manifest import sha256_json
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, NumericsError, RunError, StorageError
-from k2jax.hf import certificate, layout, reference, stream
+from k2jax.hf import certificate, families, layout, reference, stream
 from k2jax.hf import export as exporting
 from k2jax.hf import verify as verifying
 from k2jax.hf.export import export
 from k2jax.hf.layout import Tensor
 from k2jax.hf.safetensors_io import INDEX, read_header
 from k2jax.hf.verify import read_certificate, verify
-from k2jax.model.decoder import Decoder, parameter_table
+from k2jax.model.decoder import Decoder, Parameter, parameter_table
 from k2jax.parallel import sharding
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.drift import config_digest
@@ -391,13 +391,13 @@ def break_mapping(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     elif how == "layers swapped":
         right_tensor = layout._tensor
 
-        def swapped(array: str, our_shape: tuple[int, ...], layer: int | None) -> Tensor:
-            tensor = right_tensor(array, our_shape, layer)
+        def swapped(array: str, parameter: Parameter, layer: int | None) -> Tensor:
+            tensor = right_tensor(array, parameter, layer)
             return tensor if layer is None else tensor._replace(name=layout.NAMES[array].format(1 - layer))
 
         monkeypatch.setattr(layout, "_tensor", swapped)
     else:
-        right_config = layout.config_to_hf
+        right_config = families.config_to_hf
         monkeypatch.setattr(exporting, "config_to_hf", lambda *a, **k: wrong_config(right_config(*a, **k), how))
         for module in (exporting, verifying):
             monkeypatch.setattr(module, "check_config", lambda *a: None)
@@ -442,10 +442,10 @@ def test_a_wrong_rope_layout_shows_in_small_weights_too(
 
 @pytest.mark.parametrize("key", WRONG_CONFIG)
 def test_a_wrong_config_is_found_by_reading_it_back(key: str, square: SavedStep):
-    values = layout.config_to_hf(square.config.model, square.stage, dtype="bfloat16", bos_id=None, eos_id=2)
-    exporting.check_config(values, square.config.model, square.stage)
+    values = families.config_to_hf(square.config.model, square.stage, dtype="bfloat16", bos_id=None, eos_id=2)
+    exporting.check_config(values, square)
     with pytest.raises(ConfigError, match="config.json says"):
-        exporting.check_config(wrong_config(values, key), square.config.model, square.stage)
+        exporting.check_config(wrong_config(values, key), square)
 
 
 # ---- --verify --------------------------------------------------------------------------------------------------------

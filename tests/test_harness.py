@@ -26,7 +26,8 @@ from k2jax.evals import harness, scoring, suites, tasks  # noqa: E402
 from k2jax.evals.scoring import Row, Scorer, make_batches  # noqa: E402
 from k2jax.evals.session import Session, Wanted  # noqa: E402
 from k2jax.evals.subject import Subject  # noqa: E402
-from k2jax.hf.layout import config_to_hf, tensors  # noqa: E402
+from k2jax.hf.families import config_to_hf  # noqa: E402
+from k2jax.hf.layout import tensors  # noqa: E402
 from k2jax.model import generation  # noqa: E402
 from k2jax.model.decoder import Decoder, init_params, parameter_table  # noqa: E402
 from k2jax.model.generation import Sampling  # noqa: E402

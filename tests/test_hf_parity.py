@@ -1,5 +1,5 @@
-"""k2jax against transformers' LlamaForCausalLM and Qwen3ForCausalLM through files, both ways:
-the same logits, the same greedy text.
+"""k2jax against transformers' models of every family that it has, through files, both ways: the same logits, the same
+greedy text.
 
 transformers writes a folder, k2jax imports it and computes; k2jax exports the run, transformers reads it and computes.
 """
@@ -36,7 +36,6 @@ CASES = {
     "head_dim above dim / heads": {"head_dim": 24},
     "head_dim below dim / heads, GQA": {"head_dim": 6, "num_key_value_heads": 2},
     "odd vocabulary, norm eps": {"vocab_size": 523, "rms_norm_eps": 0.02},
-    "QK-norm: Qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 20, "rms_norm_eps": 1e-3},
     "all of it": {
         "num_key_value_heads": 1,
         "tie_word_embeddings": True,
@@ -46,6 +45,32 @@ CASES = {
         "num_hidden_layers": 3,
     },
 }
+OTHERS = {"mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}, "olmo2": {}}  # what they have always
+
+
+def random_cases(kind: str, count: int = 8) -> dict[str, dict]:
+    """Configurations of a family, all of its sizes drawn."""
+    draw, cases = np.random.default_rng(sorted(OTHERS).index(kind)), {}
+    for number in range(count):
+        heads = int(draw.choice([2, 4, 6]))
+        sizes = {
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(draw.choice([n for n in (1, 2, heads) if heads % n == 0])),
+            "head_dim": int(draw.choice([10, 16, 20])),
+            "hidden_size": int(draw.choice([48, 60, 72])),
+            "intermediate_size": int(draw.choice([40, 88])),
+            "num_hidden_layers": int(draw.choice([2, 3])),
+            "vocab_size": int(draw.choice([512, 523])),
+            "tie_word_embeddings": bool(draw.random() < 0.4),
+            "rms_norm_eps": float(draw.choice([1e-6, 1e-3])),
+            "rope_parameters": LLAMA3 if draw.random() < 0.3 else {**PLAIN, "rope_theta": float(draw.choice([1e4, 1e6]))},
+        }
+        cases[f"{kind} {number}"] = {"model_type": kind, **sizes, **OTHERS[kind]}
+    return cases
+
+
+CASES |= {name: case for kind in OTHERS for name, case in random_cases(kind).items()}
+CASES["mistral 7"]["sliding_window"] = T  # which no row reaches beyond
 SIZES = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -69,14 +94,16 @@ class Case(NamedTuple):
 
 
 def draw_model(changes: dict, seed: int) -> "transformers.LlamaForCausalLM":
-    """Large weights, so that mistakes show; norms that are not one, which would hide them."""
+    """Large weights, so that mistakes show; norms that are not one and biases that are not zero, which would hide them.
+    """
     torch.manual_seed(seed)
     kind = changes.get("model_type", "llama")
     values = {key: value for key, value in {**SIZES, **changes}.items() if key != "model_type"}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **values))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(1 + 0.3 * torch.randn_like(p) if "norm" in name else 0.15 * torch.randn_like(p))
+            spread = 0.6 if name.endswith("bias") else 0.15
+            p.copy_(1 + 0.3 * torch.randn_like(p) if "norm" in name else spread * torch.randn_like(p))
     return model.eval()
 
 

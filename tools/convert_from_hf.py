@@ -1,10 +1,11 @@
-"""Imports a LLaMA-class model from Hugging Face's format into a run directory.
+"""Imports a model of a family that k2jax has from Hugging Face's format into a run directory.
 
     tools/convert_from_hf.py --hf models/llama --out runs/llama
     python -m k2jax.generate --workdir runs/llama --prompt "The order of the data is"
 
-Takes the layouts of LLaMA 1, 2 and 3, in safetensors of float32, bfloat16 or float16, with a tokenizer.json. What the
-folder holds is read as data, and refused unless it is exactly what its config.json says. The run has the weights as
+Takes LLaMA 1, 2 and 3, Mistral, Qwen2, Qwen3 and OLMo-2 (dense ones), in safetensors of float32, bfloat16 or float16,
+with a tokenizer.json. What the folder holds is read as data, and refused unless it is exactly what its config.json
+says; a key of that which k2jax does not know is refused, too, until --ignore names it. The run has the weights as
 checkpoint 0, no optimizer state, and an experiment.py to fill in for training on. It is written under another name and
 renamed when it is whole. Memory: 2.7 times the model's size in float32 at most.
 """
@@ -32,6 +33,8 @@ def main() -> None:
     paths.add(parser, "--out", required=True, metavar="WORKDIR", help="the run; new, or empty")
     parser.add_argument("--name", default="", help="of the experiment (default: the folder's)")
     parser.add_argument("--allow-non-finite", action="store_true", help="take weights that are NaN or infinite, too")
+    keys = "of config.json, unknown to k2jax, that change nothing of what is computed: left out, and recorded"
+    parser.add_argument("--ignore", default="", metavar="KEY[,KEY]", help=keys)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
 
@@ -41,7 +44,8 @@ def main() -> None:
     from k2jax.model.decoder import num_params
 
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        done = import_hf(args.hf, args.out, args.name, args.allow_non_finite, bar.update)
+        ignore = [key for key in args.ignore.split(",") if key]
+        done = import_hf(args.hf, args.out, args.name, args.allow_non_finite, bar.update, ignore)
     if not args.json:
         print(describe(done))
         return
@@ -55,6 +59,10 @@ def main() -> None:
         "digest": done.digest,
         "parameters": num_params(done.source.hf.model),
         "dtype": done.source.dtype,
+        "family": done.source.hf.kind,
+        "context": done.source.hf.context,
+        "rows": done.source.hf.rows,
+        "ignored": done.source.hf.ignored,
         "groups": groups,
     }
     print(json.dumps(result))

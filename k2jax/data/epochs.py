@@ -116,6 +116,14 @@ def _read(path: Path, previous: Epoch | None) -> Epoch:
     return epoch
 
 
+def imported(epochs: Sequence[Epoch]) -> dict[str, Any] | None:
+    """Of a run that began with imported weights, what the import recorded: source, files, config.json's values... It
+    stands in the first epoch: of a run that trained on, and of its forks."""
+    origins = [epoch.origin for epoch in epochs if epoch.origin and epoch.origin.get("kind") == "import"]
+    of_run = ("kind", "eos_id", "tokenizer_sha256")
+    return {key: value for key, value in origins[0].items() if key not in of_run} if origins else None
+
+
 def order_of(epochs: Sequence[Epoch], journal: Sequence[Entry] = ()) -> Order:
     """The data order of a run. ConfigError where it has none, as of imported weights."""
     parts: list[list[Epoch]] = []  # of the same data, one after the other

@@ -6,6 +6,7 @@ from typing import Any
 from k2jax import __version__
 from k2jax.data.epochs import read_epochs
 from k2jax.data.tokenizer import UNK, Tokenizer
+from k2jax.hf.families import title_of
 from k2jax.model.decoder import num_params
 from k2jax.run.saved import SavedStep
 from k2jax.text import as_code, for_markdown
@@ -40,12 +41,13 @@ def generation_config(tokenizer: Tokenizer, tokens: dict[str, str], eos_id: int)
 def model_card(saved: SavedStep, dtype: str, parity: dict[str, Any]) -> str:
     """README.md of the export."""
     m, stage, logits = saved.config.model, saved.stage, parity["logits"]
-    name, kind = for_markdown(saved.config.name), "Qwen3" if m.qk_norm else "LLaMA"
+    imported = saved.imported
+    name, kind = for_markdown(saved.config.name), title_of(m, imported and imported["config"].get("model_type"))
     facts = {
         "Parameters": f"{num_params(m):,}",
         "Architecture": f"{kind}: {m.num_layers} layers, width {m.dim}, {m.num_heads} query and {m.num_kv_heads} "
         f"key-value heads of {m.head_dim}, SwiGLU of {m.ffn_dim}, vocabulary {m.vocab_size:,}",
-        "Context": f"{stage.sequence_length:,} tokens, RoPE base {stage.rope_base:g}",
+        "Context": f"{saved.context:,} tokens, RoPE base {stage.rope_base:g}",
         "Step": f"{saved.step:,} (stage {stage.name})",
         "Tokens seen": f"{saved.meta['tokens_seen']:,}" if "tokens_seen" in saved.meta else None,
         "Weights": dtype,
@@ -117,12 +119,15 @@ def _stages(saved: SavedStep) -> list[str]:
 
 
 def _origin(saved: SavedStep) -> dict[str, Any]:
-    meta = saved.meta
+    meta, imported = saved.meta, saved.imported or {}
     parent, devices = meta.get("parent"), meta.get("devices")
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     hardware = f"{devices['count']} x {devices['kind']}, mesh {json.dumps(devices['mesh'])}" if devices else None
     return {
-        "Imported from": meta["imported"]["source"] if "imported" in meta else None,
+        "Imported from": imported.get("source"),
+        "Keys of its config.json that were left out": as_code(json.dumps(ignored))
+        if (ignored := imported.get("ignored"))
+        else None,
         "Checkpoint digest": as_code(saved.digest),
         "Checkpoint before it": as_code(f"step {parent['step']}, {parent['digest']}") if parent else None,
         "Configuration digest": as_code(meta["config_digest"]) if "config_digest" in meta else None,

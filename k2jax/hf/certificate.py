@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from k2jax.errors import NumericsError
-from k2jax.hf.reference import llama_logits
+from k2jax.hf.reference import numpy_logits
 from k2jax.hf.stream import BUDGET_BYTES, ahead, blocks, read, rounded
 from k2jax.model.attention import attend_causally
 from k2jax.model.decoder import Block, dense, parameter_table, rms_norm, rope_table
@@ -105,9 +105,9 @@ def _lookup(tokens_BT: np.ndarray, weights: Iterator[np.ndarray], num_rows: int)
 def compare_logits(folder: Path, tokens_BT: np.ndarray, logits_BTV: np.ndarray) -> Comparison:
     """k2jax's logits against those of the files in `folder`; NumericsError when they differ by more than rounding."""
     try:
-        found = llama_logits(folder, tokens_BT)
+        found = numpy_logits(folder, tokens_BT)
     except (ValueError, KeyError, IndexError) as error:
-        raise NumericsError(f"the exported files are not of a LLaMA that can be computed: {error}") from error
+        raise NumericsError(f"the exported files are not of a model that can be computed: {error}") from error
     if found.logits.shape != logits_BTV.shape:
         shapes = f"{found.logits.shape}, k2jax's {logits_BTV.shape}"
         raise NumericsError(f"the exported files do not compute what k2jax does: their logits are {shapes}")
@@ -137,7 +137,7 @@ def describe(tokens_BT: np.ndarray, logits_BTV: np.ndarray, comparison: Comparis
         **comparison._asdict(),
         "paths": {
             "k2jax": "its own model code over the checkpoint's arrays",
-            "files": "LLaMA in plain numpy over the written files",
+            "files": "a forward pass in plain numpy over the written files",
             "both": "weights rounded to the export's type, computed in float32, no document mask",
         },
         "tokens": tokens_BT.tolist(),

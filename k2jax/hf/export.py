@@ -13,25 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from k2jax import __version__, files, upload
 from k2jax.bucket import BucketPath
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError, NumericsError, StorageError
 from k2jax.hf import card, certificate
-from k2jax.hf.layout import config_from_hf, config_to_hf, tensors
+from k2jax.hf.families import config_from_hf, config_to_hf
+from k2jax.hf.layout import tensors
 from k2jax.hf.safetensors_io import CODES, DTYPES, INDEX, Entry, ShardWriter, index_json, plan_shards
 from k2jax.hf.stream import Converted, stream
 from k2jax.run.saved import SavedStep, check_tokenizer
 
 CERTIFICATE = "parity.json"
 # Of the checkpoint's meta, what the certificate repeats; a run that was imported has not all of it.
-RECORDED = (
-    "parent", "tokens_seen", "config_digest", "manifest_digest", "tokenizer_sha256", "commit", "versions", "imported",
-)  # fmt: skip
+RECORDED = ("parent", "tokens_seen", "config_digest", "manifest_digest", "tokenizer_sha256", "commit", "versions")
 # Keys of the model section that config.json does not hold.
-NOT_INFERENCE = ("remat", "unroll", "attention", "mask_documents")
+NOT_INFERENCE = ("remat", "rings", "unroll", "attention", "pipeline", "mask_documents")
 
 
 class Exported(NamedTuple):
@@ -127,7 +125,8 @@ def refuse_nonfinite(saved: SavedStep, dtype: str, sums: dict[str, TensorSums]) 
 def lineage(saved: SavedStep) -> dict[str, Any]:
     """Which checkpoint it is, and what it records of where it came from."""
     recorded = {key: saved.meta[key] for key in RECORDED if key in saved.meta}
-    return {"name": saved.config.name, "step": saved.step, "digest": saved.digest, **recorded}
+    imported = {} if saved.imported is None else {"imported": saved.imported}
+    return {"name": saved.config.name, "step": saved.step, "digest": saved.digest, **recorded, **imported}
 
 
 # ---- the small files -------------------------------------------------------------------------------------------------
@@ -135,11 +134,13 @@ def lineage(saved: SavedStep) -> dict[str, Any]:
 
 def small_files(saved: SavedStep, dtype: str) -> dict[str, bytes]:
     """{file name: bytes} of what the run determines besides the weights."""
-    eos_id, context = saved.meta["eos_id"], saved.stage.sequence_length
+    eos_id, context = saved.meta["eos_id"], saved.context
     tokenizer = check_tokenizer(saved)
     tokens = card.special_tokens(tokenizer, eos_id)
-    values = config_to_hf(saved.config.model, saved.stage, dtype=dtype, bos_id=None, eos_id=eos_id)
-    check_config(values, saved.config.model, saved.stage)
+    kind = saved.imported["config"].get("model_type") if saved.imported else None
+    ids = {"bos_id": None, "eos_id": eos_id}
+    values = config_to_hf(saved.config.model, saved.stage, dtype=dtype, context=context, imported=kind, **ids)
+    check_config(values, saved)
     return {
         "config.json": as_json(values),
         "generation_config.json": as_json(card.generation_config(tokenizer, tokens, eos_id)),
@@ -149,11 +150,11 @@ def small_files(saved: SavedStep, dtype: str) -> dict[str, bytes]:
     }
 
 
-def check_config(values: dict[str, Any], m: ConfigDict, stage: ConfigDict) -> None:
+def check_config(values: dict[str, Any], saved: SavedStep) -> None:
     """Reads config.json's values back: ConfigError when they do not give the model that the run has."""
     read = config_from_hf(json.loads(json.dumps(values)))
-    found = {**read.model, "rope_base": read.rope_base, "sequence_length": read.context}
-    expected = {**m, "rope_base": stage.rope_base, "sequence_length": stage.sequence_length}
+    found = {**read.model, "rope_base": read.rope_base, "context": read.context}
+    expected = {**saved.config.model, "rope_base": saved.stage.rope_base, "context": saved.context}
     for key in expected.keys() - set(NOT_INFERENCE):
         off = key == "rope_scaling" and found[key].factor == expected[key].factor == 1.0
         if found[key] != expected[key] and not off:

@@ -1,4 +1,4 @@
-"""A LLaMA-class folder in Hugging Face's format to a run directory that trains, generates and evaluates.
+"""A folder in Hugging Face's format, of a family in families.py, to a run that trains, generates and evaluates.
 
 The folder is somebody else's: `untrusted.py` reads it, config.json decides every shape, and nothing is allocated before
 the files are found to hold exactly those. The run's checkpoint 0 holds the parameters and no optimizer state.
@@ -8,7 +8,7 @@ them encoded until it is done: 2.7 times the model's float32 size at most (measu
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError, NumericsError
 from k2jax.hf.export import new_folder
-from k2jax.hf.layout import NAMES, HfModel, Tensor, config_from_hf, tensors
+from k2jax.hf.families import FAMILIES, HfModel, config_from_hf
+from k2jax.hf.layout import NAMES, Tensor, tensors
 from k2jax.hf.newrun import Source, write_run
 from k2jax.hf.safetensors_io import INDEX, sha256_of
 from k2jax.hf.stream import sum_of_squares
@@ -51,9 +52,14 @@ class Imported(NamedTuple):
 
 
 def import_hf(
-    folder: Path, out: Path, name: str, allow_nonfinite: bool, progress: Callable[[int], None] = lambda _: None
+    folder: Path,
+    out: Path,
+    name: str,
+    allow_nonfinite: bool,
+    progress: Callable[[int], None] = lambda _: None,
+    ignore: Collection[str] = (),
 ) -> Imported:
-    """Makes the run directory `out`; `progress` is told of the bytes read.
+    """Makes the run directory `out`; `progress` is told of the bytes read, `ignore` as of config_from_hf.
 
     Raises ConfigError for a folder that is not what it should be, or `out` not empty; NumericsError for values that are
     not finite and not allowed. In every case nothing is left of `out`.
@@ -61,7 +67,7 @@ def import_hf(
     name = name or re.sub(r"[^A-Za-z0-9._-]", "-", folder.resolve().name)
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise ConfigError(f"--name={short(name)}: expected letters, digits, '.', '_' and '-'")
-    source = open_source(folder)
+    source = open_source(folder, ignore)
     with new_folder(out) as run:
         with ThreadPoolExecutor(1) as pool:
             hashes = pool.submit(hash_files, source)  # beside the conversion
@@ -76,12 +82,12 @@ def import_hf(
 # ---- what the folder says of itself ----------------------------------------------------------------------------------
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path, ignore: Collection[str] = ()) -> Source:
     """The folder, with everything but the weights' values checked. Raises ConfigError."""
     if not folder.is_dir():
         raise ConfigError(f"--hf={folder}: no such folder")
     config = read_json(folder, "config.json")
-    hf = config_from_hf(config)
+    hf = config_from_hf(config, ignore)
     weights = read_weights(folder)
     check_tensors(hf, weights)
     tokenizer = check_tokenizer(folder, hf.model.vocab_size)
@@ -236,10 +242,17 @@ def describe(imported: Imported) -> str:
     """For a person: what was imported, and what to do next."""
     m, source, out = imported.source.hf.model, imported.source, imported.workdir
     lines = [
-        f"imported {source.folder}: {num_params(m):,} parameters ({source.dtype}), {m.num_layers} layers, vocabulary "
-        f"{m.vocab_size:,}, context {source.hf.context:,}, rope base {source.hf.rope_base:g}",
+        f"imported {source.folder}: {FAMILIES[source.hf.kind].title}, {num_params(m):,} parameters ({source.dtype}), "
+        f"{m.num_layers} layers, vocabulary {m.vocab_size:,}, context {source.hf.context:,}, rope base "
+        f"{source.hf.rope_base:g}",
         f"{'group':<12}{'parameters':>18}{'norm':>14}{'not finite':>14}",
     ]
+    if source.hf.rows < source.hf.context:
+        rows = f"rows of at most {source.hf.rows:,} tokens: no row reaches beyond its sliding window"
+        lines.insert(1, f"the run is for {rows}")
+    if source.hf.ignored:
+        keys = ", ".join(map(short, source.hf.ignored))
+        lines.insert(1, f"left out of config.json, as you said, and recorded: {keys}")
     for group, (count, sums) in imported.groups.items():
         lines.append(f"{group:<12}{count:>18,}{sums.square**0.5:>14.6g}{sums.num_nonfinite:>14,}")
     return "\n".join(

@@ -14,7 +14,7 @@ from k2jax.data.launches import write_launches
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.files import write_text
-from k2jax.hf.layout import HfModel
+from k2jax.hf.families import HfModel
 from k2jax.hf.untrusted import StoredTensor
 from k2jax.run import drift
 from k2jax.run.checkpoint import Checkpoints
@@ -52,7 +52,14 @@ def write_run(
         raise ConfigError(f"{source.tokenizer} has changed while it was read: import again once it stands still")
     config = saved_config(source.hf, name)
     here = environment({})
-    imported = {"source": source.folder.resolve().name, "files": files, "config": source.config, "dtype": source.dtype}
+    imported = {
+        "source": source.folder.resolve().name,
+        "files": files,
+        "config": source.config,
+        "dtype": source.dtype,
+        "context": source.hf.context,
+        "ignored": source.hf.ignored,
+    }
     origin = {"kind": "import", "eos_id": source.eos_id, "tokenizer_sha256": identity, **imported}
     epoch = new_epoch(
         [], run=new_name(), after_step=0, config=configuration.to_dict(config), manifest=None, origin=origin
@@ -84,7 +91,7 @@ def saved_config(hf: HfModel, name: str) -> ConfigDict:
     """The configuration of checkpoint 0: one stage of no data, that gives rope base and context to readers."""
     config = configuration.base().unlock()
     config.name, config.model = name, hf.model
-    config.stages = (configuration.stage(name="imported", rope_base=hf.rope_base, sequence_length=hf.context),)
+    config.stages = (configuration.stage(name="imported", rope_base=hf.rope_base, sequence_length=hf.rows),)
     return config.lock()
 
 
@@ -136,7 +143,7 @@ def experiment(source: Source, name: str) -> str:
         name=name,
         eos_id=source.eos_id,
         model="\n".join(f"    c.{key} = {value!r}" for key, value in fixed.items()),
-        sequence_length=min(hf.context, MAX_SEQUENCE_LENGTH),
+        sequence_length=min(hf.rows, MAX_SEQUENCE_LENGTH),
         context=hf.context,
         rope_base=hf.rope_base,
     )

@@ -1,6 +1,6 @@
-"""LLaMA's and Qwen3's forward pass in plain numpy, straight from a Hugging Face folder: what an export is held against.
+"""The families' forward passes in plain numpy, straight from a Hugging Face folder: what an export is held against.
 
-Written from LLaMA's definition with Hugging Face's names, and knows nothing of k2jax's own layout, model or converter:
+Written from their definitions with Hugging Face's names, and knows nothing of k2jax's own layout, model or converter:
 a mistake there cannot be made here, too. float32; weights are read a block of rows at a time.
 """
 
@@ -66,7 +66,7 @@ class Folder:
         return found
 
 
-def llama_logits(path: Path, tokens: np.ndarray) -> Logits:
+def numpy_logits(path: Path, tokens: np.ndarray) -> Logits:
     """The logits of `tokens` (B, T) by the files in `path`.
 
     The rows are computed twice, the second time with every intermediate result off by its last bit up or down at
@@ -85,15 +85,24 @@ def llama_logits(path: Path, tokens: np.ndarray) -> Logits:
     x = nudge(folder.lookup("model.embed_tokens.weight", np.concatenate([tokens, tokens])))
     cos, sin = rotary(c, tokens.shape[1])
     for i in range(c["num_hidden_layers"]):
-        layer = f"model.layers.{i}."
-        h = nudge(norm(x, folder.vector(f"{layer}input_layernorm.weight"), c["rms_norm_eps"]))
-        x = x + nudge(attention(folder, f"{layer}self_attn.", h, cos, sin, nudge))
-        h = nudge(norm(x, folder.vector(f"{layer}post_attention_layernorm.weight"), c["rms_norm_eps"]))
-        x = x + nudge(swiglu(folder, f"{layer}mlp.", h, nudge))
+        x = block(folder, f"model.layers.{i}.", x, cos, sin, nudge)
     x = nudge(norm(x, folder.vector("model.norm.weight"), c["rms_norm_eps"]))
     head = "model.embed_tokens.weight" if c["tie_word_embeddings"] else "lm_head.weight"
     logits, nudged = np.split(folder.linear(head, x), 2)
     return Logits(logits, float(np.abs(logits - nudged).max()))
+
+
+def block(folder: Folder, layer: str, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, nudge: Nudge) -> np.ndarray:
+    """One layer of (B, T, D): OLMo-2 norms what attention and MLP give, the others what these take."""
+
+    def normed(x: np.ndarray, name: str) -> np.ndarray:
+        return nudge(norm(x, folder.vector(f"{layer}{name}_layernorm.weight"), folder.config["rms_norm_eps"]))
+
+    if folder.config["model_type"] == "olmo2":
+        x = x + normed(nudge(attention(folder, f"{layer}self_attn.", x, cos, sin, nudge)), "post_attention")
+        return x + normed(nudge(swiglu(folder, f"{layer}mlp.", x, nudge)), "post_feedforward")
+    x = x + nudge(attention(folder, f"{layer}self_attn.", normed(x, "input"), cos, sin, nudge))
+    return x + nudge(swiglu(folder, f"{layer}mlp.", normed(x, "post_attention"), nudge))
 
 
 def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -104,19 +113,25 @@ def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 def attention(
     folder: Folder, prefix: str, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, nudge: Nudge
 ) -> np.ndarray:
-    """Causal attention of (B, T, D), each key and value head serving a group of query heads."""
+    """Causal attention of (B, T, D), each key and value head serving a group of query heads.
+
+    Qwen2 adds biases to the three, Qwen3 norms each head of queries and keys, OLMo-2 all of them together.
+    """
     c = folder.config
     batch, length, _ = x.shape
     head_dim, groups = c["head_dim"], c["num_attention_heads"] // c["num_key_value_heads"]
 
     def heads(name: str) -> np.ndarray:
-        y = nudge(folder.linear(f"{prefix}{name}.weight", x))
-        return y.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)
+        y = nudge(folder.linear(f"{prefix}{name}_proj.weight", x))
+        if c["model_type"] == "qwen2":
+            y = nudge(y + folder.vector(f"{prefix}{name}_proj.bias"))
+        each = y.reshape(batch, length, -1, head_dim)
+        if name != "v" and c["model_type"] in ("qwen3", "olmo2"):
+            together = each if c["model_type"] == "qwen3" else y
+            each = nudge(norm(together, folder.vector(f"{prefix}{name}_norm.weight"), c["rms_norm_eps"]))
+        return each.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)
 
-    query, key, value = heads("q_proj"), heads("k_proj"), heads("v_proj")
-    if c["model_type"] == "qwen3":
-        query = nudge(norm(query, folder.vector(f"{prefix}q_norm.weight"), c["rms_norm_eps"]))
-        key = nudge(norm(key, folder.vector(f"{prefix}k_norm.weight"), c["rms_norm_eps"]))
+    query, key, value = heads("q"), heads("k"), heads("v")
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     key, value = np.repeat(key, groups, axis=1), np.repeat(value, groups, axis=1)
     scores = query @ key.transpose(0, 1, 3, 2) / np.float32(math.sqrt(head_dim))

@@ -100,7 +100,7 @@ def check_tensors(folder: Path, parity: dict[str, Any], progress: Callable[[int]
 def check_run(saved: SavedStep, folder: Path, parity: dict[str, Any]) -> None:
     """The small files are those that the run gives now."""
     values = json.loads((folder / "config.json").read_bytes())
-    check_config(values, saved.config.model, saved.stage)
+    check_config(values, saved)
     for name, data in small_files(saved, parity["dtype"]).items():
         if hashlib.sha256(data).hexdigest() != parity["files"].get(name):
             raise ConfigError(f"{folder}: {name} is not the one that step {saved.step} of {saved.workdir} gives")

@@ -1,5 +1,7 @@
 """The model: a dense decoder in LLaMA's layout, with K2's numbers (k2-facts: 65,286,184,960 parameters).
 
+A few keys make Qwen2, Qwen3 and OLMo-2 of it: biases on q, k and v, QK-norm, norms behind attention and MLP.
+
 Axes, the same letters in the whole project: B batch, T query positions, S key positions, D width, F ffn width,
 N query heads, K key and value heads, H head dim, V vocabulary, L layers.
 
@@ -39,15 +41,22 @@ LAYOUT_VERSION = 1  # of the names and shapes of parameter_table, recorded in ev
 class Parameter(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # logical, see sharding.RULES
-    std: float | None  # of a normal distribution; None: ones
+    std: float | None  # of a normal distribution; 0: zeros, of a bias; None: ones, of a norm
     group: str  # for norms by layer group in the metrics
+
+    @property
+    def is_matrix(self) -> bool:
+        """What products are made of: decayed, and cast to the type that they are computed in. Norms and biases are
+        neither."""
+        return bool(self.std)
 
 
 def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
     """Every parameter of the model section `m`: {name: shape, axes, initialisation, group}.
 
     Initialisation is K2's (Megatron's): normal with std 0.02, and the two matrices that write into the residual
-    stream scaled by 1/sqrt(2 L), because 2 L of them add up there; norms start at one; no biases.
+    stream scaled by 1/sqrt(2 L), because 2 L of them add up there; norms start at one, biases at zero. A layer's are in
+    the order in which a Block takes them.
     """
     L, D, F, V, H = m.num_layers, m.dim, m.ffn_dim, m.vocab_size, m.head_dim
     N, K, std = m.num_heads, m.num_kv_heads, m.init_std
@@ -58,27 +67,40 @@ def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
         "layers.wq_LDNH": Parameter((L, D, N, H), ("layers", "embed", "heads", "head_dim"), std, "q"),
         "layers.wk_LDKH": Parameter((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "k"),
         "layers.wv_LDKH": Parameter((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "v"),
+        "layers.bq_LNH": Parameter((L, N, H), ("layers", "heads", "head_dim"), 0.0, "biases"),
+        "layers.bk_LKH": Parameter((L, K, H), ("layers", "kv_heads", "head_dim"), 0.0, "biases"),
+        "layers.bv_LKH": Parameter((L, K, H), ("layers", "kv_heads", "head_dim"), 0.0, "biases"),
         "layers.q_norm_LH": Parameter((L, H), ("layers", "head_dim"), None, "norms"),
         "layers.k_norm_LH": Parameter((L, H), ("layers", "head_dim"), None, "norms"),
+        "layers.q_norm_LNH": Parameter((L, N, H), ("layers", "heads", "head_dim"), None, "norms"),
+        "layers.k_norm_LKH": Parameter((L, K, H), ("layers", "kv_heads", "head_dim"), None, "norms"),
         "layers.wo_LNHD": Parameter((L, N, H, D), ("layers", "heads", "head_dim", "embed"), residual, "o"),
+        "layers.attention_out_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
         "layers.mlp_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
         "layers.w_gate_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "gate"),
         "layers.w_up_LDF": Parameter((L, D, F), ("layers", "embed", "ffn"), std, "up"),
         "layers.w_down_LFD": Parameter((L, F, D), ("layers", "ffn", "embed"), residual, "down"),
+        "layers.mlp_out_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
         "final_norm_D": Parameter((D,), ("norm",), None, "norms"),
         "head_DV": Parameter((D, V), ("embed", "vocab"), std, "head"),
     }
-    absent = {"head_DV"} if m.tie_embeddings else set()
-    absent |= set() if m.qk_norm else {"layers.q_norm_LH", "layers.k_norm_LH"}
-    return {name: p for name, p in table.items() if name not in absent}
+    present = {
+        "head_DV": not m.tie_embeddings,
+        **dict.fromkeys(("layers.bq_LNH", "layers.bk_LKH", "layers.bv_LKH"), m.qkv_bias),
+        **dict.fromkeys(("layers.q_norm_LH", "layers.k_norm_LH"), m.qk_norm and not m.qk_norm_whole),
+        **dict.fromkeys(("layers.q_norm_LNH", "layers.k_norm_LKH"), m.qk_norm and m.qk_norm_whole),
+        **dict.fromkeys(("layers.attention_norm_LD", "layers.mlp_norm_LD"), not m.reordered_norm),
+        **dict.fromkeys(("layers.attention_out_norm_LD", "layers.mlp_out_norm_LD"), m.reordered_norm),
+    }
+    return {name: p for name, p in table.items() if present.get(name, True)}
 
 
 def init_params(m: ConfigDict, seed: int) -> Params:
     """Parameters in float32. Each has a key made of its name, so that one does not depend on what else there is."""
 
     def draw(name: str, p: Parameter) -> jax.Array:
-        if p.std is None:
-            return jnp.ones(p.shape, jnp.float32)
+        if not p.is_matrix:
+            return jnp.full(p.shape, 1.0 if p.std is None else 0.0, jnp.float32)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         return p.std * jax.random.normal(key, p.shape, jnp.float32)
 
@@ -98,9 +120,10 @@ def compute_dtype(config: ConfigDict) -> jnp.dtype:
 
 
 def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm in float32, result in the type of `x`."""
+    """Root-mean-square norm in float32 over the dimensions that the weight has, result in the type of `x`."""
     x32 = x_BTD.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    over = tuple(range(-weight_D.ndim, 0)) if weight_D.ndim > 1 else -1
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=over, keepdims=True) + eps)
     return (x32 * scale * weight_D.astype(jnp.float32)).astype(x_BTD.dtype)
 
 
@@ -146,10 +169,13 @@ def dense(x: jax.Array, w: Matrices, into: int = 0, rings: Rings = (), products:
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm(x)), then x + swiglu(norm(x)). Its arrays may be stacked along L, for the scan."""
+    """One layer: x + attention(norm(x)), then x + swiglu(norm(x)); reordered, the norms are around those two.
+
+    What a model lacks of norms and biases is left out. Each weight is taken once, in the table's order.
+    """
 
     def __init__(self, m: ConfigDict, params: Params):
-        self.m = m
+        self.m, self.names = m, frozenset(parameter_table(m))
         for name, value in params.items():
             setattr(self, name, nnx.Param(value))
 
@@ -158,24 +184,38 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """`attend(q, k, v)` decides whom a position sees, `product(x, w)` how w is laid out: training and generation
         differ in nothing else."""
-        y_BTD = rms_norm(x_BTD, self.attention_norm_LD[...], self.m.norm_eps)
+        y_BTD = self._normed(x_BTD, "attention_norm_LD")
         # y[B_data, T, D] . wq[D_fsdp, N_tensor, H] -> q[B_data, T, N_tensor, H]: wq is gathered over fsdp
         q_BTNH, k_BTKH, v_BTKH = product(y_BTD, (self.wq_LDNH[...], self.wk_LDKH[...], self.wv_LDKH[...]))
+        q_BTNH, k_BTKH = self._biased(q_BTNH, "bq_LNH"), self._biased(k_BTKH, "bk_LKH")
+        v_BTKH = self._biased(v_BTKH, "bv_LKH")
         q_BTNH, k_BTKH = self._normed(q_BTNH, "q_norm_LH"), self._normed(k_BTKH, "k_norm_LH")
+        # mean over [N_tensor, H]: summed over tensor
+        q_BTNH, k_BTKH = self._normed(q_BTNH, "q_norm_LNH"), self._normed(k_BTKH, "k_norm_LKH")
         q_BTNH = kept(shard(apply_rope(q_BTNH, *rope), "q_BTNH"), "q")
         k_BTKH = kept(shard(apply_rope(k_BTKH, *rope), "k_BTKH"), "k")
         v_BTKH = kept(shard(v_BTKH, "k_BTKH"), "v")
         a_BTNH = shard(attend(q_BTNH, k_BTKH, v_BTKH), "q_BTNH")
         # a[B_data, T, N_tensor, H] . wo[N_tensor, H, D_fsdp] -> [B_data, T, D]: summed over tensor
-        x_BTD = kept(shard(x_BTD + product(a_BTNH, self.wo_LNHD[...], 2), "x_BTD"), "middle")
-        y_BTD = rms_norm(x_BTD, self.mlp_norm_LD[...], self.m.norm_eps)
+        y_BTD = self._normed(product(a_BTNH, self.wo_LNHD[...], 2), "attention_out_norm_LD")
+        x_BTD = kept(shard(x_BTD + y_BTD, "x_BTD"), "middle")
+        y_BTD = self._normed(x_BTD, "mlp_norm_LD")
         gate_BTF, up_BTF = product(y_BTD, (self.w_gate_LDF[...], self.w_up_LDF[...]))
         h_BTF = shard(jax.nn.silu(kept(gate_BTF, "gate")) * kept(up_BTF, "up"), "h_BTF")
-        return shard(x_BTD + product(h_BTF, self.w_down_LFD[...], 1), "x_BTD")
+        y_BTD = self._normed(product(h_BTF, self.w_down_LFD[...], 1), "mlp_out_norm_LD")
+        return shard(x_BTD + y_BTD, "x_BTD")
 
-    def _normed(self, x_BTNH: jax.Array, weight: str) -> jax.Array:
-        """Each head by itself, where the model has QK-norm (Henry et al., arXiv:2010.04245, with weights)."""
-        return rms_norm(x_BTNH, getattr(self, weight)[...], self.m.norm_eps) if self.m.qk_norm else x_BTNH
+    def _normed(self, x: jax.Array, weight: str) -> jax.Array:
+        """RMS-normed where the model has that norm. QK-norm: Henry et al., arXiv:2010.04245, with weights."""
+        if LAYERS + weight not in self.names:
+            return x
+        return rms_norm(x, getattr(self, weight)[...], self.m.norm_eps)
+
+    def _biased(self, x_BTNH: jax.Array, bias: str) -> jax.Array:
+        """With the bias added where the model has it: in float32, so that its gradient is summed in that."""
+        if LAYERS + bias not in self.names:
+            return x_BTNH
+        return (x_BTNH.astype(jnp.float32) + getattr(self, bias)[...]).astype(x_BTNH.dtype)
 
 
 def remat_policy(remat: str) -> Callable:

@@ -3,11 +3,12 @@
 XLA's cost analysis counts a scanned layer once, so it is never used for this.
 """
 
+import math
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from k2jax.model.decoder import num_params
+from k2jax.model.decoder import parameter_table
 
 # Dense bf16 FLOP/s of one device, by the start of JAX's `device_kind`; the longest match counts. Vendors' data sheets.
 PEAK_FLOPS = {
@@ -38,8 +39,8 @@ def flops_per_token(m: ConfigDict, sequence_length: int) -> FlopsPerToken:
     K2-65B at length 2048: 398.2e9 causal, 406.2e9 non-causal.
     """
     lookup_only = 0 if m.tie_embeddings else m.vocab_size * m.dim
-    norms = (2 * m.num_layers + 1) * m.dim + (2 * m.num_layers * m.head_dim if m.qk_norm else 0)
-    matrices = 6.0 * (num_params(m) - lookup_only - norms)
+    in_matrices = sum(math.prod(p.shape) for p in parameter_table(m).values() if p.is_matrix)
+    matrices = 6.0 * (in_matrices - lookup_only)
     attention = 12.0 * m.num_layers * m.num_heads * m.head_dim * sequence_length
     return FlopsPerToken(matrices + attention / 2, matrices + attention)
 

@@ -90,6 +90,12 @@ class Generator:
         check_sampling(sampling)
         rows = [list(ids) or [self.eos_id] for ids in prompts]
         largest = max(map(max, rows), default=0)
+        longest = max(map(len, rows), default=0) + max_new_tokens
+        if self.m.sliding_window and longest > self.m.sliding_window:
+            raise ConfigError(
+                f"prompt and new tokens are {longest:,} together, beyond model.sliding_window={self.m.sliding_window}: "
+                f"attention within a window is not computed: give shorter prompts, or ask for fewer tokens"
+            )
         if largest >= self.m.vocab_size:
             raise ConfigError(
                 f"token id {largest} in a prompt: the model has {self.m.vocab_size}; is this the tokenizer it is for?"
@@ -173,9 +179,9 @@ def _unstack(m: ConfigDict, params: Params, mesh: Mesh, dtype: jnp.dtype) -> Wei
     weights: Weights = {"layers": [{} for _ in range(m.num_layers)]}
     for name, p in parameter_table(m).items():
         array, axes = params.pop(name), p.axes
-        kind = array.dtype if p.std is None else dtype  # norms are computed in float32
+        kind = dtype if p.is_matrix else array.dtype  # norms and biases are computed in float32
         if name.startswith("layers."):
-            inputs = 0 if p.std is None else INPUTS.get(name, 1)
+            inputs = INPUTS.get(name, 1) if p.is_matrix else 0
             place = sharding.named(mesh, axes[1 + inputs :] + axes[1 : 1 + inputs])
             for number, layer in enumerate(weights["layers"]):
                 layer[name.removeprefix("layers.")] = _take_layer(array, number, inputs, kind, place)

@@ -53,12 +53,14 @@ def together(arrays: Arrays) -> Arrays:
     return {name: jnp.stack(x) if isinstance(x, tuple) else x for name, x in arrays.items()}
 
 
-def cast_once(m: ConfigDict, arrays: Arrays, dtype: jnp.dtype) -> Arrays:
-    """The matrices in `dtype`, as `with_masters` takes them, where layers are apart; else none: each use casts them.
+def is_matrix(name: str) -> bool:
+    """Of an array; norms and biases are none: what is done with them is float32."""
+    return "norm" not in name and not name.startswith(f"{LAYERS}b")
 
-    Norms are left out, whose products are float32.
-    """
-    names = [name for name in arrays if "norm" not in name] if are_apart(m) else []
+
+def cast_once(m: ConfigDict, arrays: Arrays, dtype: jnp.dtype) -> Arrays:
+    """The matrices in `dtype`, as `with_masters` takes them, where layers are apart; else none: each use casts them."""
+    names = [name for name in arrays if is_matrix(name)] if are_apart(m) else []
     return {name: jax.tree.map(lambda w: w.astype(dtype), arrays[name]) for name in names}
 
 

@@ -4,6 +4,8 @@ import uuid
 from typing import Any
 
 from k2jax import __version__
+from k2jax import config as configuration
+from k2jax.hf.families import title_of
 from k2jax.release.cards import numbers
 from k2jax.release.record import Record
 from k2jax.release.scratch import Scratch
@@ -46,7 +48,7 @@ def bom(record: Record, facts: dict[str, Any], scratch: Scratch, results: list[d
 
 
 def _model(record: Record, facts: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
-    m, last = record.config["model"], facts["checkpoints"][-1]
+    m, last = configuration.from_dict(record.config).model, facts["checkpoints"][-1]
     metrics = [
         {"type": f"{result['task']} {name}", "value": repr(value)}
         for result in results
@@ -71,7 +73,7 @@ def _model(record: Record, facts: dict[str, Any], results: list[dict[str, Any]])
                 "approach": {"type": "self-supervised"},
                 "task": "text-generation",
                 "architectureFamily": "transformer decoder",
-                "modelArchitecture": "Qwen3" if m["qk_norm"] else "LLaMA",
+                "modelArchitecture": title_of(m, record.imported_kind),
                 "datasets": [{"ref": f"data:{name}"} for name in sorted(record.manifest["stores"])],
                 "inputs": [{"format": "token ids"}],
                 "outputs": [{"format": "logits"}],

@@ -11,6 +11,7 @@ import yaml
 
 from k2jax import config as configuration
 from k2jax.data.manifest import manifest_digest
+from k2jax.hf.families import kind_of
 from k2jax.model.decoder import num_params
 from k2jax.release.outcome import cost_table, prediction
 from k2jax.release.record import Record
@@ -77,7 +78,7 @@ def model_card(
 
 def front_matter(record: Record, config: Any, results: list[dict[str, Any]]) -> str:
     """Hugging Face's metadata."""
-    kind = "qwen3" if config.model.qk_norm else "llama"
+    kind = kind_of(config.model, record.imported_kind) or "decoder"
     values: dict[str, Any] = {
         "license": "other",
         "license_name": "see-licenses",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from k2jax.bucket import BucketPath
 from k2jax.data.chunks import checkpoint_steps, tokens_before
-from k2jax.data.epochs import Epoch, check_journal, order_of, read_epochs
+from k2jax.data.epochs import Epoch, check_journal, imported, order_of, read_epochs
 from k2jax.data.journal import Entry, read_journal
 from k2jax.data.launches import Launch, read_launches
 from k2jax.data.order import Order
@@ -64,6 +64,12 @@ class Record(NamedTuple):
     @property
     def step(self) -> int:
         return self.checkpoints[-1].step
+
+    @property
+    def imported_kind(self) -> str | None:
+        """The model_type of the folder that the run began with."""
+        begun = imported(self.epochs)
+        return begun["config"].get("model_type") if begun else None
 
     @property
     def chunks(self) -> list[tuple[int, int]]:

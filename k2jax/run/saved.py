@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax.bucket import BucketPath, at
-from k2jax.data.epochs import Epoch, has_epochs
+from k2jax.data.epochs import Epoch, has_epochs, imported
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import Params, parameter_table
@@ -39,6 +39,21 @@ class SavedStep(NamedTuple):
     def digest(self) -> str:
         """Of the whole checkpoint (SHA-256, hex): its identity in evaluations, exports and lineage."""
         return self.meta["digest"]
+
+    @property
+    def imported(self) -> dict[str, Any] | None:
+        """See epochs.imported."""
+        return imported(self.epochs)
+
+    @property
+    def context(self) -> int:
+        """The length that the model is for: that of the stage's rows; of an imported one its own, unless it was trained
+        on longer rows."""
+        lengths = [row.sequence_length for row in self.config.stages[: self.meta["stage"] + 1]]
+        if self.imported is None:
+            return lengths[-1]
+        own = self.imported.get("context") or self.epochs[0].config["stages"][0]["sequence_length"]
+        return max(own, *lengths)
 
     @property
     def tokenizer(self) -> Path | BucketPath:

@@ -46,7 +46,7 @@ def adamw(config: ConfigDict, state: TrainState, grads: Params) -> tuple[Params,
     """
     o = config.optimizer
     spared = () if o.decay_embeddings else ("embed_VD",)
-    decayed = {n: p.std is not None and n not in spared for n, p in parameter_table(config.model).items()}
+    decayed = {n: p.is_matrix and n not in spared for n, p in parameter_table(config.model).items()}
     chain = optax.chain(
         optax.scale_by_adam(o.b1, o.b2, o.eps), optax.add_decayed_weights(o.weight_decay, decayed)
     )

@@ -99,7 +99,8 @@ def update_scales(
 
 
 def qk_clip(config: ConfigDict, params: Params, logits_LN: jax.Array) -> tuple[Params, jax.Array]:
-    """The parameters, in which heads whose largest logit is above `qk_clip` get smaller wq and wk; how many heads.
+    """The parameters, in which heads whose largest logit is above `qk_clip` get smaller wq and wk, and biases; how many
+    heads.
 
     QK-Clip of MuonClip (Kimi K2, arXiv:2507.20534, algorithm 1): the logit is multiplied by limit / logit, half of it
     by each of the two. Keys that several heads share stay as they are, and wq has it all, as that paper does with the
@@ -108,9 +109,11 @@ def qk_clip(config: ConfigDict, params: Params, logits_LN: jax.Array) -> tuple[P
     scale_LN = jnp.minimum(1.0, config.optimizer.qk_clip / jnp.maximum(logits_LN, 1e-30))
     shared = config.model.num_kv_heads < config.model.num_heads
     scale_L1N1 = (scale_LN if shared else jnp.sqrt(scale_LN))[:, None, :, None]
-    new = {**params, "layers.wq_LDNH": params["layers.wq_LDNH"] * scale_L1N1}
+    scale_LN1 = scale_L1N1[:, 0]
+    scales = {"layers.wq_LDNH": scale_L1N1, "layers.bq_LNH": scale_LN1}
     if not shared:
-        new["layers.wk_LDKH"] = params["layers.wk_LDKH"] * scale_L1N1
+        scales |= {"layers.wk_LDKH": scale_L1N1, "layers.bk_LKH": scale_LN1}
+    new = params | {name: params[name] * scale for name, scale in scales.items() if name in params}
     return new, jnp.sum(scale_LN < 1.0, dtype=jnp.int32)
 
 

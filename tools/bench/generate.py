@@ -66,11 +66,11 @@ def torch_generate(m: ConfigDict) -> Generate:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from k2jax.hf import layout
+    from k2jax.hf import families, layout
     from k2jax.model.decoder import init_params
 
     stage = config.stage(sequence_length=2048, rope_base=ROPE_BASE)
-    values = layout.config_to_hf(m, stage, dtype="float32", bos_id=None, eos_id=EOS)
+    values = families.config_to_hf(m, stage, dtype="float32", bos_id=None, eos_id=EOS)
     model = LlamaForCausalLM(LlamaConfig(**values)).train(False)
     params = {name: np.asarray(value) for name, value in jax.jit(partial(init_params, m, 0))().items()}
     weights = {}

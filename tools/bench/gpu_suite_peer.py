@@ -15,7 +15,7 @@ import numpy as np
 from gpu_suite_cases import Row, tried
 from ml_collections import ConfigDict
 
-from k2jax.hf.layout import config_to_hf
+from k2jax.hf.families import config_to_hf
 
 
 def make_model(c: ConfigDict, device: str) -> Any:
