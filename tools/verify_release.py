@@ -1330,7 +1330,8 @@ def check_documents(release: Release) -> int:
 # ---- 7 rest: what was made of checkpoints ----------------------------------------------------------------------------
 
 TYPES = {"F32": ("<u4", "float32"), "BF16": ("<u2", "bfloat16"), "F16": ("<u2", "float16")}
-# §8.2: {tensor: (our array, how many of its dimensions, after the layers, are summed over)}
+# §8.2: {tensor: (our array, how many of its dimensions, after the layers, are summed over)}; of a model that has an array
+# of OTHERS, that one.
 TENSORS = {
     "model.embed_tokens.weight": ("embed_VD", 0),
     "model.norm.weight": ("final_norm_D", 0),
@@ -1346,7 +1347,17 @@ TENSORS = {
     "mlp.gate_proj.weight": ("layers.w_gate_LDF", 1),
     "mlp.up_proj.weight": ("layers.w_up_LDF", 1),
     "mlp.down_proj.weight": ("layers.w_down_LFD", 1),
+    "self_attn.q_proj.bias": ("layers.bq_LNH", 0),
+    "self_attn.k_proj.bias": ("layers.bk_LKH", 0),
+    "self_attn.v_proj.bias": ("layers.bv_LKH", 0),
+    "post_feedforward_layernorm.weight": ("layers.mlp_out_norm_LD", 0),
 }
+OTHERS = {
+    "post_attention_layernorm.weight": ("layers.attention_out_norm_LD", 0),
+    "self_attn.q_norm.weight": ("layers.q_norm_LNH", 0),
+    "self_attn.k_norm.weight": ("layers.k_norm_LKH", 0),
+}
+SUMMED = {**dict(TENSORS.values()), **dict(OTHERS.values())}
 
 
 class Tensor(NamedTuple):
@@ -1454,12 +1465,13 @@ def check_weights(release: Release) -> int:
             continue
         arrays, found = Arrays(release, f"{checkpoint}/params"), tensors_of(release, folder)
         by_array: dict[str, dict[int | None, Tensor]] = {}
+        expected = {name.removeprefix("params/") for name in meta["arrays"] if name.startswith("params/")}
+        names = TENSORS | {theirs: one for theirs, one in OTHERS.items() if one[0] in expected}
         for name, tensor in found.items():
             match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
-            ours, _ = TENSORS.get(match[2] if match else name, (None, 0))
+            ours, _ = names.get(match[2] if match else name, (None, 0))
             must(ours and bool(match) == ours.startswith("layers."), f"{folder}: no tensor is named {shown(name)}")
             by_array.setdefault(ours, {})[int(match[1]) if match else None] = tensor
-        expected = {name.removeprefix("params/") for name in meta["arrays"] if name.startswith("params/")}
         same(sorted(by_array), sorted(expected), f"{folder}: the arrays that it has")
         for ours, tensors in by_array.items():
             compare_array(release, folder, arrays, meta, ours, tensors)
@@ -1471,7 +1483,7 @@ def check_weights(release: Release) -> int:
 
 def compare_array(release: Release, folder: str, arrays: Arrays, meta: dict, ours: str, tensors: dict) -> None:
     shape, dtype = described(meta, f"params/{ours}")
-    stacked, summed = ours.startswith("layers."), dict(TENSORS.values())[ours]
+    stacked, summed = ours.startswith("layers."), SUMMED[ours]
     same(sorted(tensors), list(range(shape[0])) if stacked else [None], f"{folder}: the layers of {ours}")
     inner = shape[1:] if stacked else shape
     for first, values in arrays.blocks(f"params/{ours}", shape, dtype):
@@ -1481,7 +1493,8 @@ def compare_array(release: Release, folder: str, arrays: Arrays, meta: dict, our
             tensor, block = tensors[layer], values[i] if stacked else values
             # Theirs is (out..., in...), ours (in..., out...): the same numbers with the two groups changed round.
             theirs = [*inner[summed:], *inner[:summed]]
-            flat_shape = [math.prod(inner[summed:]), math.prod(inner[:summed])] if summed else theirs
+            flat = [math.prod(inner)] if ours != "embed_VD" else theirs
+            flat_shape = [math.prod(inner[summed:]), math.prod(inner[:summed])] if summed else flat
             same(tensor.shape, flat_shape, f"{folder}: the shape of {ours}")
             stored = np.memmap(release.root / tensor.path, TYPES[tensor.dtype][0], "r", tensor.begin, tuple(theirs))
             back = np.moveaxis(stored, range(-summed, 0), range(summed)) if summed else stored
