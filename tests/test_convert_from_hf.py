@@ -118,7 +118,7 @@ def tokenizer(tiny_data: Path) -> Path:
 
 
 def importing(folder: Path, out: Path, **kwargs):
-    return import_hf(folder, out, kwargs.pop("name", ""), kwargs.pop("allow_nonfinite", False))
+    return import_hf(folder, out, kwargs.pop("name", ""), kwargs.pop("allow_nonfinite", False), **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,8 @@ def test_the_run_explains_itself(imported: Path):
         "files": of_files,
         "config": json.loads((source / "config.json").read_text()),
         "dtype": "float32",
+        "context": 64,
+        "ignored": {},
     }
     assert saved.meta["tokenizer_sha256"] == of_files["tokenizer.json"]
     assert (imported / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
@@ -281,14 +283,14 @@ def test_rope_is_read_in_both_spellings():
 
 
 WRONG_CONFIGS = {
-    "another architecture": ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+    "another architecture": ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
     "gpt2": ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "'gpt2'"),
     "another head": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     "biases": ({"attention_bias": True}, "attention_bias is True"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "unknown key": ({"window": 4096}, "'window'"),
-    "sliding window": ({"sliding_window": 4096}, "sliding_window is 4096"),
+    "sliding window": ({"sliding_window": 32}, "sliding_window is 32"),
     "missing key": ({"hidden_size": None}, "hidden_size is None"),
     "a size that is none": ({"hidden_size": "32"}, "hidden_size is '32'"),
     "no size": ({"vocab_size": True}, "vocab_size is True"),

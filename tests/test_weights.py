@@ -37,7 +37,10 @@ def gradients(c, compute: str, microbatches: int):
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize("overrides", [{}, {"qk_norm": True, "tie_embeddings": True}])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"qk_norm": True, "tie_embeddings": True}, {"qkv_bias": True, "reordered_norm": True}],
+)
 def test_gradients_are_the_scans(compute: str, microbatches: int, overrides: dict[str, bool]):
     found = []
     for unroll in (1, LAYERS):

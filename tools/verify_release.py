@@ -1330,8 +1330,8 @@ def check_documents(release: Release) -> int:
 # ---- 7 rest: what was made of checkpoints ----------------------------------------------------------------------------
 
 TYPES = {"F32": ("<u4", "float32"), "BF16": ("<u2", "bfloat16"), "F16": ("<u2", "float16")}
-# §8.2: {tensor: (our array, how many of its dimensions, after the layers, are summed over)}; of a model that has an array
-# of OTHERS, that one.
+# §8.2: {tensor: (our array, how many of its dimensions, after the layers, are summed over)}; of a model that has an
+# array of OTHERS, that one.
 TENSORS = {
     "model.embed_tokens.weight": ("embed_VD", 0),
     "model.norm.weight": ("final_norm_D", 0),
