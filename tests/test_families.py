@@ -262,6 +262,22 @@ def test_tensors_changed_round_are_found_by_the_certificate(kind, swap, tiny_dat
         export(open_step(tmp_path / "run"), tmp_path / "out", "float32", 10**9, lambda _: None)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_verifier_knows_every_tensor(kind: str):
+    """It has a list of its own, and imports nothing of k2jax."""
+    verifier = runpy.run_path(str(TOOLS / "verify_release.py"))
+    m = small_model(**FAMILIES[kind].keys)
+    arrays = parameter_table(m)
+    others = {theirs: one for theirs, one in verifier["OTHERS"].items() if one[0] in arrays}
+    found = {}
+    for t in layout.tensors(m):
+        name = t.name if t.layer is None else t.name.removeprefix(f"model.layers.{t.layer}.")
+        found[t.array] = (verifier["TENSORS"] | others)[name]
+        vector = not arrays[t.array].is_matrix or t.array in layout.AS_THEY_ARE
+        assert found[t.array] == (t.array, 0 if vector else layout.INPUTS.get(t.array, 1))
+    assert found.keys() == arrays.keys() and verifier["SUMMED"].items() >= dict(found.values()).items()
+
+
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 

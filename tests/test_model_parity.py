@@ -1,4 +1,4 @@
-"""k2jax.model against transformers' LlamaForCausalLM and Qwen3ForCausalLM: the same logits and gradients.
+"""k2jax.model against transformers' models of its families: the same logits and gradients.
 
 From the same weights, in float32."""
 
@@ -12,6 +12,7 @@ from conftest import Later
 from test_model import logits_of, small_model
 
 from k2jax import config
+from k2jax.hf.families import FAMILIES, kind_of
 from k2jax.model.decoder import init_params
 from k2jax.training.step import loss_sums
 
@@ -28,6 +29,8 @@ CASES = {
     "one kv head, head dim apart from dim / heads": {"num_kv_heads": 1, "head_dim": 24},
     "tied embeddings, norm eps": {"tie_embeddings": True, "norm_eps": 1e-2},
     "LLaMA-3 rope scaling": {"rope_base": 500_000.0, "rope_scaling": LLAMA3, "num_kv_heads": 2},
+    "biases: Qwen2": {"qkv_bias": True, "num_kv_heads": 2},
+    "norms behind: OLMo-2": {**FAMILIES["olmo2"].keys, "num_kv_heads": 2, "norm_eps": 1e-3},
     "QK-norm: Qwen3": {"qk_norm": True, "num_kv_heads": 2, "head_dim": 24, "norm_eps": 1e-3},
 }
 
@@ -52,13 +55,13 @@ class Pair:
         }
         self.m, self.rope_base = small_model(**{**sizes, **changes}), rope_base
         draw = np.random.default_rng(1)
-        # Norm weights are drawn too: at one, as initialised, they would hide a mistake.
+        # Norm weights and biases are drawn too: as initialised, they would hide a mistake.
         self.params = {
-            name: jnp.asarray(draw.normal(1, 0.3, p.shape), jnp.float32) if "norm" in name else p
+            name: p + jnp.asarray(draw.normal(0, 0.3, p.shape), jnp.float32) if "norm" in name or ".b" in name else p
             for name, p in jax.jit(partial(init_params, self.m, seed=3))().items()
         }
-        kind = transformers.Qwen3ForCausalLM if self.m.qk_norm else transformers.LlamaForCausalLM
-        self.torch_model = kind(self._torch_config()).float()
+        self.kind = kind_of(self.m)
+        self.torch_model = getattr(transformers, FAMILIES[self.kind].architecture)(self._torch_config()).float()
         self.torch_model.load_state_dict(self.to_torch(self.params), strict=True)
 
     def _torch_config(self):
@@ -68,8 +71,8 @@ class Pair:
             rope |= {"rope_type": "llama3", "factor": r.factor}
             rope |= {"low_freq_factor": r.low_freq_factor, "high_freq_factor": r.high_freq_factor}
             rope["original_max_position_embeddings"] = r.original_context
-        kind = transformers.Qwen3Config if m.qk_norm else transformers.LlamaConfig
-        return kind(
+        return transformers.AutoConfig.for_model(
+            self.kind,
             vocab_size=m.vocab_size,
             hidden_size=m.dim,
             intermediate_size=m.ffn_dim,
@@ -97,10 +100,15 @@ class Pair:
             out[layer + "self_attn.o_proj.weight"] = a["layers.wo_LNHD"][i].reshape(-1, self.m.dim).T
             for ours, theirs in (("w_gate_LDF", "gate"), ("w_up_LDF", "up"), ("w_down_LFD", "down")):
                 out[f"{layer}mlp.{theirs}_proj.weight"] = a["layers." + ours][i].T
-            for name in ("q_norm", "k_norm") if self.m.qk_norm else ():
-                out[f"{layer}self_attn.{name}.weight"] = a[f"layers.{name}_LH"][i]
-            out[layer + "input_layernorm.weight"] = a["layers.attention_norm_LD"][i]
-            out[layer + "post_attention_layernorm.weight"] = a["layers.mlp_norm_LD"][i]
+            norms = {"self_attn.q_norm": "q_norm_LH", "self_attn.k_norm": "k_norm_LH"} if self.kind == "qwen3" else {}
+            norms |= {"input_layernorm": "attention_norm_LD", "post_attention_layernorm": "mlp_norm_LD"}
+            if self.kind == "olmo2":
+                norms = {"self_attn.q_norm": "q_norm_LNH", "self_attn.k_norm": "k_norm_LKH"}
+                norms["post_attention_layernorm"] = "attention_out_norm_LD"
+                norms["post_feedforward_layernorm"] = "mlp_out_norm_LD"
+            out |= {f"{layer}{theirs}.weight": a[f"layers.{ours}"][i].reshape(-1) for theirs, ours in norms.items()}
+            for name, heads in (("q", "N"), ("k", "K"), ("v", "K")) if self.kind == "qwen2" else ():
+                out[f"{layer}self_attn.{name}_proj.bias"] = a[f"layers.b{name}_L{heads}H"][i].reshape(-1)
         return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in out.items()}
 
     def our_logits(self, inputs, documents=None):

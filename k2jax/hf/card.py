@@ -6,7 +6,7 @@ from typing import Any
 from k2jax import __version__
 from k2jax.data.epochs import read_epochs
 from k2jax.data.tokenizer import UNK, Tokenizer
-from k2jax.hf.families import title_of
+from k2jax.hf.families import kind_of, title_of
 from k2jax.model.decoder import num_params
 from k2jax.run.saved import SavedStep
 from k2jax.text import as_code, for_markdown
@@ -42,17 +42,18 @@ def model_card(saved: SavedStep, dtype: str, parity: dict[str, Any]) -> str:
     """README.md of the export."""
     m, stage, logits = saved.config.model, saved.stage, parity["logits"]
     imported = saved.imported
-    name, kind = for_markdown(saved.config.name), title_of(m, imported and imported["config"].get("model_type"))
+    family = m, imported and imported["config"].get("model_type")
+    name = for_markdown(saved.config.name)
     facts = {
         "Parameters": f"{num_params(m):,}",
-        "Architecture": f"{kind}: {m.num_layers} layers, width {m.dim}, {m.num_heads} query and {m.num_kv_heads} "
-        f"key-value heads of {m.head_dim}, SwiGLU of {m.ffn_dim}, vocabulary {m.vocab_size:,}",
+        "Architecture": f"{title_of(*family)}: {m.num_layers} layers, width {m.dim}, {m.num_heads} query and "
+        f"{m.num_kv_heads} key-value heads of {m.head_dim}, SwiGLU of {m.ffn_dim}, vocabulary {m.vocab_size:,}",
         "Context": f"{saved.context:,} tokens, RoPE base {stage.rope_base:g}",
         "Step": f"{saved.step:,} (stage {stage.name})",
         "Tokens seen": f"{saved.meta['tokens_seen']:,}" if "tokens_seen" in saved.meta else None,
         "Weights": dtype,
     }
-    tags = f"tags: [k2jax, {kind.lower()}]"
+    tags = f"tags: [k2jax, {kind_of(*family)}]"
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", tags, "---", ""]
     lines += [f"# {name}, step {saved.step:,}", "", *_table(facts), ""]
     lines += ["## Use", "", "```python", _EXAMPLE, "```", ""]
