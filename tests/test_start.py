@@ -13,7 +13,7 @@ from faults import runs
 
 from k2jax import train
 from k2jax.errors import ConfigError
-from k2jax.parallel import fsdp
+from k2jax.parallel import fsdp, xla_options
 from k2jax.run.saved import open_step
 from k2jax.training.optimizer import first_state
 from k2jax.training.placement import begin_state, mesh_of, place_state
@@ -88,16 +88,17 @@ def test_no_weight_gradient_makes_a_transposed_copy_of_its_input(dtype, copies):
         assert len(re.findall(r"= \S+ (?:transpose|copy)\(", lowered.compile().as_text())) == copies
 
 
-def test_a_cpus_compiler_gets_the_options_of_the_experiment_but_those_of_the_environment(
+def test_a_cpus_compiler_gets_the_options_of_its_kind_but_those_of_the_environment(
     tiny_config, monkeypatch: pytest.MonkeyPatch
 ):
     lowered = jax.jit(lambda x: x + 1).lower(jnp.zeros(3))
     compile_lowered(lowered, tiny_config())
-    wrong = tiny_config(**{"compiler.cpu": "('xla_no_such_option=1',)"})
-    with pytest.raises(ConfigError, match="compiler.cpu: the installed compiler knows no option 'xla_no_such_option'"):
-        compile_lowered(lowered, wrong)
+    monkeypatch.setitem(xla_options.BY_KIND, "cpu", {"xla_no_such_option": "1"})
+    with pytest.raises(ConfigError, match="compiler.defaults=True: .* no option 'xla_no_such_option': set"):
+        compile_lowered(lowered, tiny_config())
+    compile_lowered(lowered, tiny_config(**{"compiler.defaults": False}))
     monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_option=2")  # read long ago, by XLA itself
-    compile_lowered(lowered, wrong)
+    compile_lowered(lowered, tiny_config())
 
 
 def test_a_run_records_the_type_that_it_computed_in_and_goes_on_in_it(tiny_config, tiny_run: Path, tmp_path: Path):
