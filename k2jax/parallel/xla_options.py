@@ -22,6 +22,7 @@ _TPU = {
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
 
 BY_KIND: dict[str, dict[str, str]] = {
+    "TPU v5 lite": _TPU | {_VMEM: "65536"},
     "TPU v5": _TPU | {_VMEM: "65536"},
     "TPU v6 lite": _TPU | {_VMEM: "98304"},
     "TPU7x": _TPU | {_VMEM: "65536"},
