@@ -58,7 +58,7 @@ REQUIRED = {
     "pruned_heads": ({}, None),
     **dict.fromkeys(
         """attention_bias mlp_bias bias rope_interleaved add_cross_attention is_encoder_decoder alibi
-        use_qk_norm qk_layernorm use_logn_attn use_dynamic_ntk""".split(),
+        use_qk_norm qk_layernorm use_logn_attn use_dynamic_ntk use_mrope""".split(),
         (False, None),
     ),
     **dict.fromkeys(
@@ -67,7 +67,7 @@ REQUIRED = {
     **dict.fromkeys(
         """attention_multiplier attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar clip_qkv
         attention_chunk_size no_rope_layers scale_emb scale_depth num_experts num_local_experts n_routed_experts
-        moe_intermediate_size""".split(),
+        moe_intermediate_size dual_chunk_attention_config""".split(),
         (None,),
     ),
 }
@@ -84,7 +84,7 @@ HARMLESS = set(
     max_sequence_length model_max_length transformers.js_config unsloth_fixed unsloth_version max_window_layers
     do_sample temperature top_k top_p typical_p repetition_penalty length_penalty diversity_penalty early_stopping
     num_beams num_beam_groups num_return_sequences max_length min_length max_new_tokens no_repeat_ngram_size
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty""".split()
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty cache_implementation neftune_noise_alpha""".split()
 )
 READ = set(
     """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
