@@ -243,7 +243,7 @@ def _unsupported(values: dict[str, Any], family: Family, ignore: Collection[str]
             problems.append(f"{key} is {short(values[key])}, only {' or '.join(map(repr, allowed))} is supported")
     layers = values.get("layer_types")
     if layers is not None and not (isinstance(layers, list) and all(one == "full_attention" for one in layers)):
-        problems.append(f"layer_types is {short(layers)}, only 'full_attention' is supported")
+        problems.append(f"layer_types is {short(layers)}, only a list of 'full_attention' is supported")
     known = READ | HARMLESS | REQUIRED.keys()
     unknown = {key: value for key, value in values.items() if key not in known and value is not None}
     for key in sorted(set(ignore) - unknown.keys()):
@@ -287,8 +287,8 @@ def _read_window(values: dict[str, Any], kind: str, layers: int, context: int) -
     on, first = kind not in ("qwen2", "qwen3") or _flag(values, "use_sliding_window"), values.get("max_window_layers")
     if on and window < context and values.get("layer_types") is None and not (type(first) is int and first >= layers):
         raise ConfigError(
-            f"sliding_window is {window}, which max_position_embeddings {context} goes beyond: supported are null, "
-            f"{context} and more, and of Mistral's all, for rows that are no longer"
+            f"sliding_window is {window}, which max_position_embeddings {context} goes beyond: supported are null, and "
+            f"{context} and more"
         )
     return 0
 
