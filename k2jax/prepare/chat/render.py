@@ -20,7 +20,6 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -118,6 +117,14 @@ class Program:
         return spans
 
 
+def compiled(template: ChatTemplate) -> Program:
+    """The template's program. Raises Refused if it is none: it may name a filter that there is not."""
+    try:
+        return Program(template)
+    except (jinja2.TemplateError, *FAILURES) as error:
+        raise Refused("the template cannot be compiled", f"{type(error).__name__}: {error}") from error
+
+
 def _environment(date: str) -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -139,7 +146,10 @@ def _environment(date: str) -> jinja2.Environment:
 
 
 def names_and_literals(template: ChatTemplate) -> tuple[set[str], str]:
-    """The variables that a template looks up, and the text that it writes by itself. ConfigError if it is none."""
+    """The variables that a template looks up, and the text that it writes by itself. ConfigError if it is none.
+
+    It is parsed and no more: Jinja works out constants when it compiles, and 10 ** 10 ** 10 is one.
+    """
     environment = _environment(template.date)
     try:
         parsed = environment.parse(template.text)
@@ -149,7 +159,8 @@ def names_and_literals(template: ChatTemplate) -> tuple[set[str], str]:
         ) from error
     texts = [node.data for node in parsed.find_all(jinja2.nodes.TemplateData)]
     texts += [node.value for node in parsed.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
-    return jinja2.meta.find_undeclared_variables(parsed), "\n".join(texts)
+    names = [(node.name, node.ctx) for node in parsed.find_all(jinja2.nodes.Name)]
+    return {name for name, _ in names} - {name for name, use in names if use == "store"}, "\n".join(texts)
 
 
 def _with_reasoning(turn: dict[str, Any]) -> dict[str, Any]:

@@ -87,12 +87,12 @@ def main() -> None:
 
     with contextlib.suppress(ValueError, OSError):  # systems without such a limit
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    start = json.loads(sys.stdin.buffer.readline())
-    program = render.Program(ChatTemplate(**start["template"]))
+    start, program = json.loads(sys.stdin.buffer.readline()), None
     for line in sys.stdin.buffer:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_VIRTUAL, start["seconds"])  # its signal, which nobody catches, ends the process
         try:
+            program = program or render.compiled(ChatTemplate(**start["template"]))
             found = _answer(program, asked, start)
         except render.Refused as error:
             found = {"reason": error.reason, "what": error.what[:500]}
