@@ -1,4 +1,4 @@
-"""Chat templates of well-known families, written here from their documented formats, and what they say of one dialogue."""
+"""Chat templates of well-known families, written from their documented formats, and what they make of a dialogue."""
 
 from typing import NamedTuple
 

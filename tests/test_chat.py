@@ -1,6 +1,7 @@
 """Conversations to ids and loss masks: as transformers renders and tokenizes, only answers learned, nothing guessed."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ from chat_templates import CHATML, CHATML_BLOCKS, DIALOGUE, FAMILIES, QWEN3
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 pytest.importorskip("datatrove")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from collections import Counter
+import transformers
 
-from k2jax.data.tokenizer import Tokenizer, load_tokenizer
+from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.prepare import recipe
-from k2jax.prepare.chat import mask, render, rows, template
+from k2jax.prepare.chat import fit, mask, render, rows, template
 from k2jax.prepare.chat.template import ChatTemplate
 from k2jax.prepare.chat.worker import Renderer
 from k2jax.prepare.documents import document
@@ -32,7 +33,9 @@ def byte_level(control, bos, trim=False):
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False))
+    made.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    )
     return finished(made, control, bos, [processors.ByteLevel(trim_offsets=trim)])
 
 
@@ -87,7 +90,7 @@ def opened(folder, **options):
     config = config_of(folder, **options)
     encoder = load_tokenizer(config.tokenizer, config.eos)
     chosen = template.find(config, encoder)
-    template.check(chosen, encoder)
+    fit.check(chosen, encoder)
     control = tuple(sorted(encoder.id_to_token(id) for id in encoder.control_ids))
     return config.subsets.chat, encoder, chosen, control
 
@@ -99,7 +102,9 @@ def learned_of(turns):
 def encode(folder, turns, **options):
     """(ids, mask, counts) of a conversation, by the whole path but the process."""
     subset, encoder, chosen, control = opened(folder, **options)
-    text, answers, compared = render.conversation(render.Program(chosen), turns, None, learned_of(turns), list(control))
+    text, answers, compared = render.conversation(
+        render.Program(chosen), turns, None, learned_of(turns), list(control)
+    )
     metadata = {"answers": answers, "turns": len(turns), "compared": compared, "source": "chat.jsonl:1"}
     counts, tally = Counter(), Tally()
     found = mask.encoded(
@@ -130,7 +135,9 @@ def test_stock_templates_give_transformers_ids_and_their_answers(name, tmp_path)
     assert runs(ids, learned, load_tokenizer(folder / "tokenizer.json")) == family.answers
     assert (counts["conversations"], counts["answers"], counts["endless"]) == (1, 2, 0)
     if family.bos and family.text.startswith(family.bos):
-        assert ids[0] == theirs.bos_token_id != ids[1], "BOS comes from the template, and not again from the tokenizer"
+        assert ids[0] == theirs.bos_token_id != ids[1], (
+            "BOS comes from the template, and not again from the tokenizer"
+        )
 
 
 @pytest.mark.parametrize("made", [byte_level, lambda control, bos: byte_level(control, bos, trim=True)])
@@ -165,7 +172,9 @@ def test_a_template_that_drops_earlier_reasoning_is_refused_but_for_the_last_ans
     """Its prefixes are no beginnings of the whole: guessing would learn text that is not there."""
     _, encoder, chosen, control = opened(folder_of(tmp_path / "t", FAMILIES["chatml"], QWEN3)[0])
     program = render.Program(chosen)
-    turns = [{**turn, "content": turn["content"].replace("Four", "<think>\nHm.\n</think>\n\nFour")} for turn in DIALOGUE]
+    turns = [
+        {**turn, "content": turn["content"].replace("Four", "<think>\nHm.\n</think>\n\nFour")} for turn in DIALOGUE
+    ]
     with pytest.raises(render.Refused) as error:
         render.conversation(program, turns, None, [2, 4], list(control))
     assert "earlier turns otherwise" in error.value.reason and "answers='last'" in error.value.what
@@ -236,7 +245,9 @@ def test_a_conversation_that_is_too_long_is_cut_dropped_or_refused(tmp_path):
         kept = list(mask.encoded([one], encoder, chosen, control=control, tally=tally, counts=Counter()))
         return len(kept), tally.to_json()["steps"]["tokens"]["removed"]
 
-    with pytest.raises(ConfigError, match=r"chat\.jsonl:7: no answer to learn \(of 2 answers all are behind max_tokens\)"):
+    with pytest.raises(
+        ConfigError, match=r"chat\.jsonl:7: no answer to learn \(of 2 answers all are behind max_tokens\)"
+    ):
         left(max_tokens=first, too_long="cut")
     with pytest.raises(ConfigError, match=rf"chat\.jsonl:7: too long \({len(whole)} tokens\): raise max_tokens"):
         left(max_tokens=first)
@@ -262,7 +273,8 @@ SHARE = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
         ({"messages": [ASK, {**TELL, "weight": 0}, ASK, {**TELL, "weight": 1.0}]}, [ASK, TELL, ASK, TELL], [3]),
         ({"messages": [ASK, {**TELL, "tool_calls": None, "name": None}]}, [ASK, TELL], [1]),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TELL]}, [ASK, TELL], [1]),
-        ({"messages": [{"role": "developer", "content": "S"}, ASK, TELL]}, [{"role": "system", "content": "S"}, ASK, TELL], [2]),
+        ({"messages": [{"role": "developer", "content": "S"}, ASK, TELL]},
+         [{"role": "system", "content": "S"}, ASK, TELL], [2]),
     ],
 )  # fmt: skip
 def test_rows_of_every_form_give_the_same_turns(row, expected, learned):
@@ -335,10 +347,13 @@ def test_what_a_recipe_allows_beside():
 def test_a_template_is_held_in_its_process(text, reason, what):
     """Whatever it does costs its row alone: the next is rendered. Seen to fail with no limit, by never ending."""
     bad = "{% if messages[0].content == 'bad' %}" + text + "{% endif %}"
-    good = "{% for m in messages %}{{ m.role + ':' + m.content + ';' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    good = "{% for m in messages %}{{ m.role + ':' + m.content + ';' }}{% endfor %}"
+    good += "{% if add_generation_prompt %}assistant:{% endif %}"
     chosen = ChatTemplate(bad + good, "t.jinja", {}, "")
     if "generation" in text:
-        chosen = chosen._replace(text=bad + good.replace("{{ m", "{% generation %}{{ m", 1).replace("}}", "}}{% endgeneration %}", 1))
+        chosen = chosen._replace(
+            text=bad + good.replace("{{ m", "{% generation %}{{ m", 1).replace("}}", "}}{% endgeneration %}", 1)
+        )
     with Renderer(chosen, [], most=60, seconds=0.5) as renderer:
         found = renderer([{**ASK, "content": "bad"}, TELL], None, [1])
         assert found["reason"] == reason and what in found["what"], found
@@ -383,7 +398,12 @@ def test_where_a_template_comes_from(tmp_path):
     ("text", "tokens", "date", "said"),
     [
         ("{{ bos_token }}", {}, "", "writes bos_token, which the tokenizer's side files do not name"),
-        ("{{ eos_token }}", {"eos_token": "<|no|>"}, "", "eos_token is '<|no|>', no control token of the tokenizer but"),
+        (
+            "{{ eos_token }}",
+            {"eos_token": "<|no|>"},
+            "",
+            "eos_token is '<|no|>', no control token of the tokenizer but",
+        ),
         ("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}", {}, "", "name one, chat.date"),
         ("{% for %}", {}, "", "t.jinja: is no Jinja template (line 1"),
     ],
@@ -391,7 +411,7 @@ def test_where_a_template_comes_from(tmp_path):
 def test_a_template_that_does_not_fit_is_an_error_before_any_row(text, tokens, date, said, tmp_path):
     encoder = load_tokenizer(folder_of(tmp_path / "t", FAMILIES["chatml"])[0] / "tokenizer.json")
     with pytest.raises(ConfigError) as error:
-        template.check(ChatTemplate(text, "t.jinja", tokens, date), encoder)
+        fit.check(ChatTemplate(text, "t.jinja", tokens, date), encoder)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -404,8 +424,11 @@ def test_a_templates_tokens_that_the_tokenizer_splits_are_named(tmp_path):
     """ChatML on a tokenizer without its tokens: told before, and its answers are counted as endless."""
     folder, _ = folder_of(tmp_path / "t", FAMILIES["llama-2"], CHATML)
     _, encoder, chosen, _ = opened(folder)
-    notes = template.check(chosen, encoder)
+    notes = fit.check(chosen, encoder)
     assert ["'<|im_end|>' of the template" in notes[0], "'<|im_start|>' of the template" in notes[1]] == [True, True]
-    assert template.check(chosen, load_tokenizer(folder_of(tmp_path / "u", FAMILIES["chatml"])[0] / "tokenizer.json")) == []
+    assert (
+        fit.check(chosen, load_tokenizer(folder_of(tmp_path / "u", FAMILIES["chatml"])[0] / "tokenizer.json"))
+        == []
+    )
     _, _, counts = encode(folder, DIALOGUE)
     assert counts["endless"] == 2 and "learn to stop" in "".join(mask.notes(counts))

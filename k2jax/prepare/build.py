@@ -27,7 +27,7 @@ from k2jax.errors import ConfigError, StorageError
 from k2jax.files import remove_leftovers, write_bytes, write_json
 from k2jax.prepare import clean, kept, pieces, recipe, spm, tally, token_sources, tokenise
 from k2jax.prepare.card import card
-from k2jax.prepare.chat import mask, template
+from k2jax.prepare.chat import fit, mask, template
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
@@ -135,14 +135,14 @@ def _conversations(config: ConfigDict) -> list[str]:
 def _check_template(config: ConfigDict) -> None:
     """Raises ConfigError before anything is begun, so that the recipe can be corrected."""
     encoder = _recipe_tokenizer(config)
-    template.check(template.find(config, encoder), encoder)
+    fit.check(template.find(config, encoder), encoder)
 
 
 def _take_template(config: ConfigDict, out: Path, tokenizer: Path) -> list[str]:
     """The recipe's chat template, as chat_template.jinja and for the tasks; returns what a person should know of it."""
     encoder, place = load_tokenizer(tokenizer, config.eos), clean.template_of(out)
     chosen = template.find(config, encoder)
-    notes = template.check(chosen, encoder)
+    notes = fit.check(chosen, encoder)
     if place.exists() and template.load(place).template != chosen:
         raise ConfigError(
             f"--out={out}: {chosen.source} has changed since this preparation began: remove the folder and begin again"

@@ -1,4 +1,4 @@
-"""A chat template: where it comes from, and whether it fits the tokenizer.
+"""A chat template: where it comes from.
 
 A template is taken as transformers takes it: from chat_template.jinja beside the tokenizer, else from the key
 `chat_template` of tokenizer_config.json, a text or a list of named ones. A recipe can name another file.
@@ -6,7 +6,6 @@ A template is taken as transformers takes it: from chat_template.jinja beside th
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +17,6 @@ from k2jax.errors import ConfigError, StorageError
 from k2jax.files import write_json
 
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-# What reads like a control token in a template's own text. "[INST]" does not: LLaMA-2's is text.
-LIKE_CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,60}[|\uff5c]>|<[a-z]+_of_[a-z]+>|</?s>|<(?:bos|eos)>")
 
 
 class ChatTemplate(NamedTuple):
@@ -111,40 +108,6 @@ def _json(path: Path | BucketPath) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: is {type(found).__name__}, expected a JSON object: restore it")
     return found
-
-
-def check(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
-    """What a person should know of a template with this tokenizer: one line each.
-
-    Raises ConfigError if it is no template, or needs a token or the date and there is none.
-    """
-    from k2jax.prepare.chat import render  # Jinja, which only conversations need
-
-    names, literals = render.names_and_literals(template)
-    for name in ("bos_token", "eos_token"):
-        if name in names and name not in template.tokens:
-            raise ConfigError(
-                f"{template.source}: writes {name}, which the tokenizer's side files do not name, so that nothing "
-                f"would stand there: set {name} in tokenizer_config.json, or name another template as chat.template"
-            )
-    controls = {tokenizer.id_to_token(id) for id in tokenizer.control_ids}
-    for name, token in template.tokens.items():
-        if name in names and token not in controls:
-            raise ConfigError(
-                f"{template.source}: {name} is {token!r}, no control token of the tokenizer but "
-                f"{len(tokenizer.encode(token))} tokens of text: add it to tokenizer.json, or correct its side files"
-            )
-    if "strftime_now" in names and not template.date:
-        raise ConfigError(
-            f"{template.source}: writes the day (strftime_now), and the same recipe must give the same tokens on every "
-            "day: name one, chat.date='YYYY-MM-DD'"
-        )
-    split = sorted(set(LIKE_CONTROL.findall(literals)) - controls)
-    return [
-        f"{token!r} of the template is no token of its own in this tokenizer: it is {len(tokenizer.encode(token))} "
-        "tokens of text"
-        for token in split
-    ]
 
 
 def save(path: Path, template: ChatTemplate, tokenizer: Tokenizer) -> None:
