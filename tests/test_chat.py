@@ -432,3 +432,18 @@ def test_a_templates_tokens_that_the_tokenizer_splits_are_named(tmp_path):
     )
     _, _, counts = encode(folder, DIALOGUE)
     assert counts["endless"] == 2 and "learn to stop" in "".join(mask.notes(counts))
+
+
+def test_every_character_has_its_token(tmp_path):
+    """GPT-2's file trims white space off the places of tokens, which would leave an answer's own unlearned."""
+    family = FAMILIES["chatml"]
+    folder, _ = folder_of(tmp_path / "t", family, made=byte_level(family.control, None, trim=True))
+    text = "<|im_start|>a  b\n\n c 日 <|im_end|>\n"
+    [(_, offsets)] = load_tokenizer(folder / "tokenizer.json").encode_rendered([text])
+    assert {i for start, stop in offsets for i in range(start, stop)} == set(range(len(text)))
+
+
+def test_a_template_that_cannot_be_compiled_is_said_for_its_row():
+    with Renderer(ChatTemplate("{{ 1 | nothing }}", "t", {}, ""), [], most=9) as renderer:
+        found = renderer([ASK, TELL], None, [1])
+    assert found["reason"] == "the template cannot be compiled" and "nothing" in found["what"]

@@ -1,5 +1,6 @@
 """Conversations from files to stores, by the whole preparation: what is learned, whence it came, what was refused."""
 
+import datetime
 import json
 
 import numpy as np
@@ -59,6 +60,9 @@ def made(tmp_path_factory):
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     (root / "openai.jsonl").write_text(text, encoding="utf-8")
     pq.write_table(pa.table({"messages": [turns(100 + i) for i in range(20)]}), root / "rows.parquet")
+    turn = {"timestamp": datetime.datetime(2024, 7, 26), "toxic": False}  # as collected conversations have them
+    late = [[{**one, **turn, "content": one["content"] + " late"} for one in turns(i)] for i in range(3)]
+    pq.write_table(pa.table({"messages": late}), root / "late.parquet")
     share = [[{"from": "human", "value": f"a {i}"}, {"from": "gpt", "value": "b " * i + "."}] for i in range(12)]
     table = pa.table({"conversations": share, "id": [f"s{i}" for i in range(12)]})
     with (
@@ -71,6 +75,7 @@ def made(tmp_path_factory):
         folder,
         openai=recipe.conversations(f"jsonl:{root}/openai.jsonl", bad_rows="drop", licence="MIT"),
         rows=recipe.conversations(f"parquet:{root}/rows.parquet", tasks=2),
+        late=recipe.conversations(f"parquet:{root}/late.parquet"),
         share=recipe.conversations(f"arrow:{root}/*.arrow", max_tokens=26, too_long="drop"),
         text=recipe.subset(f"text:{root}/text.txt"),
     )
@@ -248,4 +253,4 @@ def test_a_conversation_is_shown_with_what_is_learned(made):
     coloured = show.picture(np.array(ids), mask, encoder, colours=True)
     assert coloured == f"    <|eot_id|>a{green}\\u001b[2J\\u009b b{back}\n    {green}c naïve{back}"
     shown = show.examples(root / "out", data, colours=False)
-    assert shown.count("what is learned is in [[ ]]") == 3 and "[[It is " in shown and ".<|eot_id|>]]" in shown
+    assert shown.count("what is learned is in [[ ]]") == 4 and "[[It is " in shown and ".<|eot_id|>]]" in shown

@@ -15,7 +15,10 @@ def check(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
 
     Raises ConfigError if it is no template, or needs a token or the date and there is none.
     """
-    from k2jax.prepare.chat import render  # Jinja, which only conversations need
+    try:
+        from k2jax.prepare.chat import render  # Jinja, which only conversations need
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'k2jax[data]'") from error
 
     names, literals = render.names_and_literals(template)
     for name in ("bos_token", "eos_token"):

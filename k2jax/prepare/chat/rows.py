@@ -170,7 +170,7 @@ def _problem(
     if not isinstance(record.get("tools") or [], list):
         return Bad("tools that are no list", type(record["tools"]).__name__)
     for i, turn in enumerate(turns) if not options.control_in_turns else ():
-        text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False)
+        text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False, default=str)
         if within := next((token for token in special if token in text), None):
             return Bad("a control token in a turn", f"turn {i + 1} holds {within!r}, which would not be text")
     return None

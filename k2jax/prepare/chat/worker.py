@@ -78,7 +78,7 @@ class Renderer:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value).encode() + b"\n"
+    return json.dumps(value, default=str).encode() + b"\n"  # a table's turns may hold the time of day
 
 
 def main() -> None:
