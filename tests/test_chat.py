@@ -203,6 +203,22 @@ def test_a_turn_that_the_template_leaves_out_is_refused(tmp_path):
     assert error.value.args == ("a turn that the template leaves out", "turn 1, of role system")
 
 
+def test_tools_and_calls_that_the_template_leaves_out_are_refused(tmp_path):
+    """An answer that is a call would else be an empty one: the model would learn to say nothing."""
+    _, _, chosen, control = opened(folder_of(tmp_path / "t", FAMILIES["llama-3"])[0])
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    turns, tools = [DIALOGUE[1], call], [{"type": "function", "function": {"name": "add"}}]
+    cases = [((turns, None), "turn 2: 'add'"), ((DIALOGUE, tools), "tools: 'add'"), ((DIALOGUE, ["x"]), "tools")]
+    for given, what in cases:
+        with pytest.raises(render.Refused) as error:
+            render.conversation(render.Program(chosen), *given, learned_of(given[0]), list(control))
+        assert error.value.reason == "a tool or a call that the template leaves out" and what in error.value.what
+    with_calls = chosen.text.replace("m['content'] | trim", "(m['content'] or m.tool_calls | tojson) | trim")
+    known = chosen._replace(text=with_calls)
+    text, [(start, stop)], _ = render.conversation(render.Program(known), turns, None, [1], list(control))
+    assert text[start:stop] == '[{"function": {"name": "add", "arguments": "{}"}}]<|eot_id|>'
+
+
 def test_a_token_across_the_border_is_learned_and_counted(tmp_path):
     """The header's line feed and the answer's first letter are one token here."""
     made = tokenizers.Tokenizer(models.BPE())

@@ -239,7 +239,7 @@ def load_tokenizer(path: str | Path | BucketPath, eos: str = "") -> Tokenizer:
         file = at(path).read_bytes().decode()
     except FileNotFoundError as error:
         raise ConfigError(f"tokenizer {path}: no such file; tools/prepare_data.py makes one") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:  # no UTF-8; or a name that this locale cannot write
         raise ConfigError(f"tokenizer {path}: cannot be read ({error}): restore it, or prepare again") from error
     return Tokenizer(file, str(path), eos)
 

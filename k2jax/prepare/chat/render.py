@@ -191,6 +191,7 @@ def conversation(
     """
     text = program.render(turns, tools)
     _check_all_there(turns, text)
+    _check_tools_there(turns, tools, text)
     if not program.has_generation:
         return text, [_answer(program, turns, tools, i, text, control) for i in learned], False
     blocks = _learned_blocks(program.blocks(turns, tools, text), turns, learned)
@@ -260,6 +261,16 @@ def _check_all_there(turns: list[dict], text: str) -> None:
         if isinstance(content, str) and turn["role"] in ("system", "user", "assistant"):
             if content.rpartition("</think>")[2].strip() not in text:
                 raise Refused("a turn that the template leaves out", f"turn {i + 1}, of role {turn['role']}")
+
+
+def _check_tools_there(turns: list[dict], tools: list | None, text: str) -> None:
+    """Tools and calls are in it by their names: else an answer that is a call would teach to say nothing."""
+    calls = [(f"turn {i + 1}", call) for i, turn in enumerate(turns) for call in turn.get("tool_calls") or ()]
+    for where, one in [*(("tools", tool) for tool in tools or ()), *calls]:
+        function = one.get("function", one) if isinstance(one, dict) else {}
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name or name not in text:
+            raise Refused("a tool or a call that the template leaves out", f"{where}: {str(name)[:60]!r}")
 
 
 def _compare(text: str, blocks: list[tuple[int, int]], answers: list[tuple[int, int]]) -> None:

@@ -94,6 +94,8 @@ def _read(path: Path | BucketPath) -> str | None:
         return None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is no UTF-8 (byte {error.start}): restore it") from error
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{path}: this locale cannot write that name ({error.encoding}): set PYTHONUTF8=1") from error
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
 
