@@ -291,7 +291,7 @@ def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str)
     """Raises ConfigError if another recipe made what lies in `out`."""
     wanted = redacted(config.to_dict())
     made = {"eos": "", "chat": recipe.base().chat.to_dict(), **made}  # before there were these keys
-    made["subsets"] = {name: {"conversations": {}, **chosen} for name, chosen in made["subsets"].items()}
+    made["subsets"] = {name: {"conversations": {}, **chosen} for name, chosen in made.get("subsets", {}).items()}
     if made != wanted:
         changes = "; ".join(
             f"{key} was {made.get(key)}, asked for is {wanted.get(key)}"
