@@ -172,5 +172,6 @@ def _problem(
     for i, turn in enumerate(turns) if not options.control_in_turns else ():
         text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False, default=str)
         if within := next((token for token in special if token in text), None):
-            return Bad("a control token in a turn", f"turn {i + 1} holds {within!r}, which would not be text; control_in_turns=True allows it")
+            what = f"turn {i + 1} holds {within!r}, which would not be text; control_in_turns=True allows it"
+            return Bad("a control token in a turn", what)
     return None
