@@ -316,12 +316,6 @@ def test_stores_that_have_moved_are_named(copy: Path, tiny_data: Path, tmp_path:
     assert moved.num_new == 1
 
 
-def test_several_processes_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(ConfigError, match="one process"):
-        session(run)
-
-
 def test_a_checkpoint_deleted_meanwhile_is_skipped_with_a_line(copy: Path):
     lines: list[str] = []
     s = session(copy, lines.append)
