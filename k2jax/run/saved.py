@@ -130,21 +130,22 @@ def restore_params(saved: SavedStep, mesh: Mesh) -> Params:
 def restore_copy(saved: SavedStep, mesh: Mesh, dtype: jnp.dtype) -> Params:
     """As `restore_params`, with every matrix in the type that products take, which computes the same in half the room.
 
-    Read one array at a time: float32 are at most that array, each host's part of it, and the norms, which stay so.
+    Read one array at a time: float32 are at most that array, of which a host has one device's part at a time, and the
+    norms, which stay so.
     """
     params = {}
     for name, p in parameter_table(saved.config.model).items():
-        found = _read(saved, mesh, (name,))
+        found = _read(saved, mesh, (name,), one_by_one=True)
         check_digests(saved, _digests(found))
         params[name] = found[name] if p.std is None else found[name].astype(dtype)
     return params
 
 
-def _read(saved: SavedStep, mesh: Mesh, names: tuple[str, ...]) -> Params:
+def _read(saved: SavedStep, mesh: Mesh, names: tuple[str, ...], one_by_one: bool = False) -> Params:
     table = parameter_table(saved.config.model)
     places = {f"params/{name}": sharding.named(mesh, table[name].axes) for name in names}
     try:
-        read = storage.read_arrays(_folder(saved), saved.meta, places)
+        read = storage.read_arrays(_folder(saved), saved.meta, places, one_by_one=one_by_one)
     except StorageError:
         raise
     except Exception as error:
