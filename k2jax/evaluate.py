@@ -121,10 +121,11 @@ def main() -> None:
 
 def join() -> None:
     """Joins the other processes of this evaluation, where there are any."""
-    from k2jax import stopping
+    from k2jax import output, stopping
     from k2jax.parallel import cluster, place
 
     if place.find_place(cluster.START_S):
+        output.libraries_to_stderr()
         cluster.initialize()
         stopping.at_once("what was measured is stored")
 

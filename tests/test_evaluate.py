@@ -29,6 +29,7 @@ from k2jax.data.store import StoreWriter
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError, run_main
 from k2jax.evals import memorization, suites
+from k2jax.evals.identity import stores_digest
 from k2jax.evals.results import Identity, Outcome, Results, read_result
 from k2jax.evals.session import Session, Wanted, select_steps
 from k2jax.evals.subject import Subject
@@ -172,9 +173,10 @@ def test_results_say_of_what_and_with_what(copy: Path):
     s.run()
     [r] = s.results
     assert r["checkpoint"] == open_step(copy).digest and r["step"] == 25 and r["seed"] == 1234
-    assert r["settings"] == {"windows": None, "stage": "stage2", "sequence_length": 64}
+    of = {"windows": "all", "stage": "stage2", "sequence_length": 64, "dtype": "float32"}
+    assert r["settings"] == {**of, "data_sha256": stores_digest(open_step(copy), ["code", "web"])}
     assert r["devices"] == {"kind": "cpu", "count": 8, "mesh": {**dict.fromkeys(MESH_AXES, 1), "fsdp": 8}}
-    assert r["versions"]["jax"] == jax.__version__ and r["compute"] == "float32" and r["seconds"] >= 0
+    assert r["processes"] == 1 and r["versions"]["jax"] == jax.__version__ and r["compute"] == "float32" and r["seconds"] >= 0
 
 
 def test_a_kill_between_samples_and_result_leaves_nothing_that_counts(copy: Path, monkeypatch: pytest.MonkeyPatch):
