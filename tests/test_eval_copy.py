@@ -1,4 +1,4 @@
-"""A model that computes in bfloat16 is evaluated from a copy in it: the same numbers, in half the room, part by part."""
+"""A model that computes in bfloat16 is evaluated from a copy in it: the same numbers, half the room."""
 
 from pathlib import Path
 from typing import Any

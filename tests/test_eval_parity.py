@@ -1,4 +1,4 @@
-"""An imported folder has the numbers of the harness's own `hf` model on the folder itself, whatever it does with BOS."""
+"""An imported folder has the numbers of the harness's own `hf` model on the folder itself, whatever its BOS."""
 
 import os
 from collections.abc import Callable
