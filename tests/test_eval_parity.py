@@ -150,6 +150,7 @@ def test_a_continuation_without_a_token_is_refused_by_name(both: tuple[Checkpoin
         ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, 1),
         ({"tokenizer_config.json": '{"bos_token": "<not there>"}'}, None),
         ({"tokenizer_config.json": '{"bos_token": 5}'}, None),
+        ({"tokenizer_config.json": '{"chat_template": "' + "{" * 90 + '", "bos_token": "<s>"}'}, 1),
     ],
 )
 def test_a_folder_names_its_bos(files: dict[str, str], expected: int | None, tiny_data: Path, tmp_path: Path):
@@ -157,3 +158,10 @@ def test_a_folder_names_its_bos(files: dict[str, str], expected: int | None, tin
         (tmp_path / name).write_text(text)
     assert load_tokenizer(tiny_data / "tokenizer.json").token_to_id("<s>") == 1
     assert read_bos_id(tmp_path, tiny_data / "tokenizer.json") == expected
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[1]", '"\\ud800', ""])
+def test_a_file_that_is_no_json_is_named(text: str, tiny_data: Path, tmp_path: Path):
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ConfigError, match="tokenizer_config.json (cannot be read as JSON|is not a JSON object)"):
+        read_bos_id(tmp_path, tiny_data / "tokenizer.json")
