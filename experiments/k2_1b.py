@@ -25,7 +25,6 @@ def get_config() -> ConfigDict:
     c.model.ffn_dim = 5504
     # A chunk is 4 minutes: what it saves is enough, and checkpoint.every_steps stays 0.
     c.model.remat = "dots"
-    c.compiler.tpu = k2.TPU_OPTIONS
     c.stages = (
         config.stage(
             name="stage1",

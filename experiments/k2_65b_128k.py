@@ -21,7 +21,6 @@ def get_config() -> ConfigDict:
     c.name = "k2_65b_128k"
     c.model.mask_documents = True  # Llama 3 found it to matter for long rows (arXiv:2407.21783, section 3.2)
     c.model.remat = "full"
-    c.compiler.tpu = k2.TPU_OPTIONS
     # Parameters are cut into 128 and not 512, 16 rows of a matrix, which the TPU compiler gathers by an all-reduce.
     c.mesh.replica, c.mesh.fsdp, c.mesh.context = 4, 8, 16
     c.loss.block = 2048  # after each, devices add up their gradients of the head

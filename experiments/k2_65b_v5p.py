@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
     c.model.rings = (8, 8, 8)  # the torus: most of a gather goes over its first axis, 8 chips
     # As much as fits in 90% of the memory. What is computed again is cheapest for its bytes: attention, wo, up.
     c.model.remat = "q+k+v+gate"
-    c.compiler.tpu = k2.TPU_OPTIONS
     c.checkpoint.every_steps = 85  # 15 min at 10.5 s a step (16 in stage two); chunks are 2.7 hours
     c.checkpoint.moments_every = 10  # all of the 380 would be 298 TB; with every tenth 120 TB, every weight in it
     c.data.label_shift = "inside"  # K2 lost one target a row; "next" does not

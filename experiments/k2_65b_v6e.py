@@ -21,7 +21,6 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = 256
     c.model.rings = (16, 16)
     c.model.remat = "full"  # smaller microbatches could keep more, but gather the weights for fewer tokens
-    c.compiler.tpu = k2.TPU_OPTIONS
     c.checkpoint.every_steps = 50  # 15 min at 17.7 s a step (16 in stage two); chunks are 4.6 hours
     c.checkpoint.moments_every = 10  # all of the 380 would be 298 TB; with every tenth 120 TB, every weight in it
     c.data.label_shift = "inside"  # K2 lost one target a row; "next" does not

@@ -27,7 +27,6 @@ def get_config() -> ConfigDict:
     c.model.ffn_dim = 11008
     # A chunk is 13 minutes: what it saves is enough, and checkpoint.every_steps stays 0.
     c.model.remat = "q+k+v+gate"  # all of "dots" takes 97 GiB on v5p:4x4x4
-    c.compiler.tpu = k2.TPU_OPTIONS
     c.stages = (
         config.stage(
             name="stage1",

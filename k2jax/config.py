@@ -167,7 +167,7 @@ def validate(config: ConfigDict) -> None:
     project = config.log.wandb_project
     has_wandb = not project or importlib.util.find_spec("wandb") is not None
     need(has_wandb, "log.wandb_project", project, "wandb is not installed: pip install 'k2jax[wandb]'")
-    for key in ("tpu", "gpu", "cpu"):
+    for key in ("tpu", "gpu"):
         options = config.compiler[key]
         need(all("=" in o for o in options), f"compiler.{key}", options, "each must be written OPTION=VALUE")
     names = [row.name for row in config.stages]

@@ -9,20 +9,6 @@ from ml_collections import ConfigDict
 
 from k2jax import config
 
-# XLA's options for the TPU compiler, tried in libtpu 0.0.42 by tools/plan.py on K2-65B, v5p:8x8x8, stage one: 15.3 s a
-# step without any of this, 10.5 s with them and the weights' gathers written out (k2jax/parallel/fsdp.py).
-TPU_OPTIONS = (
-    "xla_enable_async_all_gather=true",
-    "xla_enable_async_collective_permute=true",
-    "xla_tpu_enable_async_collective_fusion=true",  # a gather's steps within a product that does not need it yet
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps=true",
-    "xla_tpu_overlap_compute_collective_tc=true",
-    "xla_tpu_decompose_einsum_reduce_scatter=true",  # weight gradients: parts travel while the next is multiplied
-    "xla_tpu_enable_ag_backward_pipelining=true",  # the next layer's gather beside this one's products
-    "xla_tpu_scoped_vmem_limit_kib=65536",  # larger tiles: products at 99% of the matrix units' rate, not 90%
-)
-
 STAGE1_MIX = {
     "refinedweb": 1,
     "redpajama-wikipedia": 6,

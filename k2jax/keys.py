@@ -100,10 +100,10 @@ def base() -> ConfigDict:
     c.stability.rollback.replay = 50      # a spike at most so many steps after that checkpoint is run again: doctor.py
     c.stability.rollback.watch = 200      # steps after the spike's place without another one: it has helped
 
-    c.compiler = ConfigDict()             # XLA's options, as ("xla_tpu_enable_async_collective_fusion=true",)
-    c.compiler.tpu = ()                   # on TPUs; an option that the installed compiler does not know is an error
-    c.compiler.gpu = ()                   # on GPUs
-    c.compiler.cpu = ("xla_backend_optimization_level=1",) # on CPUs: compiles in 2/3 of the time; XLA_FLAGS goes first
+    c.compiler = ConfigDict()
+    c.compiler.defaults = True            # XLA's options for this kind of device, as xla_options.py lists them
+    c.compiler.tpu = ()                   # after them, on TPUs, as ("xla_tpu_enable_async_collective_fusion=false",)
+    c.compiler.gpu = ()                   # on GPUs; an option that the installed compiler does not know is an error
     c.compiler.deterministic = True       # GPUs: sums in one order, and what XLA tunes is kept: bits repeat
 
     c.mesh = ConfigDict()                 # product = number of devices; -1 (one axis only) takes what is left

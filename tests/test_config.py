@@ -138,6 +138,18 @@ def test_to_dict_and_from_dict_are_inverse():
         configuration.from_dict({"model": {"width": 3}, "stages": []})
 
 
+@pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("tpu", "bfloat16"), ("gpu", "bfloat16")])
+def test_a_settled_configuration_names_the_type_that_auto_is(platform: str, dtype: str):
+    config = configuration.load("experiments/smoke.py")
+    assert config.precision.compute == "auto"
+    settled = configuration.settled(config, platform)
+    assert (settled.precision.compute, config.precision.compute, settled.is_locked) == (dtype, "auto", True)
+    assert configuration.settled(settled, "tpu").precision.compute == dtype  # wherever it goes on
+    other = "bfloat16" if dtype == "float32" else "float32"
+    chosen = configuration.load("experiments/smoke.py", [f"precision.compute={other}"])
+    assert configuration.settled(chosen, platform).precision.compute == other
+
+
 def test_drift_names_keys_and_leaves_free_ones_alone():
     old = configuration.to_dict(configuration.load(SMOKE))
     changed = configuration.load(

@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import runs
 
 from k2jax import train
-from k2jax.parallel import fsdp
+from k2jax.errors import ConfigError
+from k2jax.parallel import fsdp, xla_options
+from k2jax.run.saved import open_step
 from k2jax.training.optimizer import first_state
 from k2jax.training.placement import begin_state, mesh_of, place_state
+from k2jax.training.program import compile_lowered
 
 REPO = Path(__file__).parent.parent
 PROGRAMS = 4  # the first state, the step; with the constants that the two are given
@@ -82,3 +86,25 @@ def test_no_weight_gradient_makes_a_transposed_copy_of_its_input(dtype, copies):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
     if copies is not None:
         assert len(re.findall(r"= \S+ (?:transpose|copy)\(", lowered.compile().as_text())) == copies
+
+
+def test_a_cpus_compiler_gets_the_options_of_its_kind_but_those_of_the_environment(
+    tiny_config, monkeypatch: pytest.MonkeyPatch
+):
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.zeros(3))
+    compile_lowered(lowered, tiny_config())
+    monkeypatch.setitem(xla_options.BY_KIND, "cpu", {"xla_no_such_option": "1"})
+    with pytest.raises(ConfigError, match="compiler.defaults=True: .* no option 'xla_no_such_option': set"):
+        compile_lowered(lowered, tiny_config())
+    compile_lowered(lowered, tiny_config(**{"compiler.defaults": False}))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_option=2")  # read long ago, by XLA itself
+    compile_lowered(lowered, tiny_config())
+
+
+def test_a_run_records_the_type_that_it_computed_in_and_goes_on_in_it(tiny_config, tiny_run: Path, tmp_path: Path):
+    assert tiny_config().precision.compute == "auto"
+    run = runs.copy_run(tiny_run, tmp_path / "run")
+    assert open_step(run).config.precision.compute == "float32"
+    other = tiny_config(**{"precision.compute": "bfloat16"})  # what "auto" is on another platform
+    with pytest.raises(ConfigError, match="precision.compute.*float32.*bfloat16"):
+        train.train(other, run)

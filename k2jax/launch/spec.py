@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError
 from k2jax.launch.hosts import Hosts
-from k2jax.parallel import sharding
+from k2jax.parallel import sharding, xla_options
 from k2jax.plan.chips import GIB
 from k2jax.run import drift
 from k2jax.training.placement import check_mesh
@@ -81,7 +81,10 @@ class Launch:
 
     def compiler_options(self) -> Sequence[str]:
         """XLA's, which the trainer itself gives to the compiler."""
-        return self.config.compiler[self.hosts.platform]
+        compiler, chip = self.config.compiler, self.hosts.chip
+        chosen = {"tpu": compiler.tpu, "gpu": compiler.gpu}.get(self.hosts.platform, ())
+        kept = xla_options.of_kind(chip.kind if chip else "cpu") if compiler.defaults else {}
+        return (*(f"{name}={text}" for name, text in kept.items()), *chosen)
 
     def expected(self) -> tuple[str, ...]:
         """What preflight holds the hosts against, as its arguments."""
@@ -122,7 +125,7 @@ class Launch:
             f"code: commit {self.commit}; sha256 {self.code_digest}; requirements.lock sha256 {self.lock_digest}",
             f"configuration: sha256 {self.config_digest} of the keys that decide what is computed (k2jax/run/drift.py)",
             *([f"image: {self.image}"] if self.image else []),
-            *(f"XLA, by the trainer: {option}" for option in self.compiler_options()),
+            *([f"XLA, by the trainer: {' '.join(options)}"] if (options := self.compiler_options()) else []),
             f"exit codes: 75 restarts at once, 74 and a lost host after {self.delay_s} s, at most {self.max_restarts} "
             f"times in all; 65, 70, 78 and others stop",
             "Written by tools/launch.py, which runs nothing: read it, then run it.",

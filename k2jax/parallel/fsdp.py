@@ -4,7 +4,7 @@ they live.
 Left to the partitioner, a weight's gradient is summed by an all-reduce of all of it and then cut: twice the bytes. What
 is here runs on each device's own rows and positions, so that a gradient can be scattered as it is summed; gathers and
 scatters go over one ring of devices after the other (an axis of a TPU's torus each), which compilers run
-beside the products where they are asked to (`compiler.tpu` in the experiment files).
+beside the products where they are asked to (xla_options.py).
 
 Mesh axes: "replica", "fsdp" and "context" split what a step reads, "fsdp" and "context" the parameters as well. What
 replicas have in common is no matter of this file where a step trains (replicas.py); its readers know no replicas.

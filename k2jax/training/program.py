@@ -18,7 +18,7 @@ from k2jax.data.order import Order, StagePlan
 from k2jax.data.store import Store
 from k2jax.errors import ConfigError
 from k2jax.model.decoder import compute_dtype
-from k2jax.parallel import compile_cache, sharding
+from k2jax.parallel import compile_cache, sharding, xla_options
 from k2jax.run.state import TrainState
 from k2jax.run.tuning import Tuning
 from k2jax.training.launch import Launch
@@ -77,18 +77,18 @@ def batch_shapes(config: ConfigDict, stage: ConfigDict) -> Batch:
 
 
 def compile_lowered(lowered: Any, config: ConfigDict, tuning: Tuning | None = None) -> Any:
-    """With the options of the platform in use, and with what was tuned, which is kept.
+    """With the options of the devices in use, and with what was tuned, which is kept.
 
     ConfigError for an option that its compiler does not know.
     """
-    platform = sharding.platform()
-    compiler = config.compiler
-    options = {"tpu": compiler.tpu, "gpu": compiler.gpu, "cpu": compiler.cpu}.get(platform, ())
-    pairs = dict(option.split("=", 1) for option in options)
+    platform, compiler = sharding.platform(), config.compiler
+    pairs = dict(xla_options.of_kind(sharding.device_kind()) if compiler.defaults else {})
     if platform == "cpu":  # where the environment is the user's way to them, as for what else XLA compiles there
         pairs = {name: text for name, text in pairs.items() if f"--{name}=" not in os.environ.get("XLA_FLAGS", "")}
+    chosen = dict(option.split("=", 1) for option in {"tpu": compiler.tpu, "gpu": compiler.gpu}.get(platform, ()))
+    pairs |= chosen
     if platform == "gpu":  # whose compiler takes no text for a bool or a number
-        ordered = {"xla_gpu_exclude_nondeterministic_ops": True} if config.compiler.deterministic else {}
+        ordered = {"xla_gpu_exclude_nondeterministic_ops": True} if compiler.deterministic else {}
         pairs = {name: _value(text) for name, text in pairs.items()} | ordered
     try:
         compiled = lowered.compile(compiler_options=pairs | (tuning.options if tuning else {}))
@@ -96,9 +96,12 @@ def compile_lowered(lowered: Any, config: ConfigDict, tuning: Tuning | None = No
         unknown = re.search(r"No such compile option: '([^']*)'", str(error))
         if not unknown:
             raise
+        name = unknown.group(1)
+        whose = f"compiler.{platform}" if name in chosen else "compiler.defaults=True"
+        remedy = "take it out of the experiment" if name in chosen else "set compiler.defaults=False"
         raise ConfigError(
-            f"compiler.{platform}: the installed compiler knows no option {unknown.group(1)!r}: take it out of the "
-            f"experiment, or install the compiler that it was chosen for"
+            f"{whose}: the installed compiler knows no option {name!r}: {remedy}, or install the compiler that it was "
+            f"chosen for"
         ) from error
     if tuning:
         tuning.keep()

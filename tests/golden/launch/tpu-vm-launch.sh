@@ -3,7 +3,7 @@
 # plan: fits, 79.2 of 95.7 GiB a chip; stage1 10.500 s a step, MFU 67.9% causal; 43.0 days (estimated)
 # code: commit cccccccccccccccccccccccccccccccccccccccc; sha256 2222222222222222222222222222222222222222222222222222222222222222; requirements.lock sha256 1111111111111111111111111111111111111111111111111111111111111111
 # configuration: sha256 <config_digest> of the keys that decide what is computed (k2jax/run/drift.py)
-# XLA, by the trainer: xla_of_tpus=true
+# XLA, by the trainer: xla_enable_async_all_gather=true xla_enable_async_collective_permute=true xla_tpu_enable_async_collective_fusion=true xla_tpu_enable_async_collective_fusion_fuse_all_gather=true xla_tpu_enable_async_collective_fusion_multiple_steps=true xla_tpu_overlap_compute_collective_tc=true xla_tpu_decompose_einsum_reduce_scatter=true xla_tpu_enable_ag_backward_pipelining=true xla_tpu_scoped_vmem_limit_kib=65536 xla_of_tpus=true
 # exit codes: 75 restarts at once, 74 and a lost host after 60 s, at most 100 times in all; 65, 70, 78 and others stop
 # Written by tools/launch.py, which runs nothing: read it, then run it.
 
