@@ -197,6 +197,7 @@ def test_the_run_explains_itself(imported: Path):
         "files": of_files,
         "config": json.loads((source / "config.json").read_text()),
         "dtype": "float32",
+        "bos_id": None,
     }
     assert saved.meta["tokenizer_sha256"] == of_files["tokenizer.json"]
     assert (imported / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
