@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 from faults.runs import QUICKLY_COMPILED
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.processes
 
 TASK = """
 task: local_{name}
