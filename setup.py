@@ -41,6 +41,7 @@ EXTRAS = {
     # datatrove's own extras bring more than is used here, and lack lxml_html_clean, which trafilatura imports.
     "data": [
         "datatrove>=0.10.1,<0.11",
+        "jinja2>=3.1.6,<4",  # chat templates; older ones let a template out of the sandbox
         "lxml_html_clean>=0.4,<0.5",
         "orjson>=3.10,<4",
         "regex>=2024.11,<2027",

@@ -4,7 +4,8 @@
     python -m k2jax.evaluate --workdir=runs/k2 --watch
 
 Reads the run directory and the stores that its manifest names, and writes evals/ in it: a result that is there is never
-made again or changed.
+changed, nor made again unless --again says so. A model that needs several hosts is evaluated by several processes,
+which come together as those of a training do.
 """
 
 import argparse
@@ -18,14 +19,15 @@ from k2jax.run import branches
 
 EPILOG = """\
 tasks:
-  validation     loss, perplexity and bits per byte by subset, on windows that training never reads
+  validation     loss, perplexity and bits per byte by subset, on some of the windows that training never reads
   memorization   share of tokens recited of what the run read, by chunk (LLM360: 32 tokens after 32)
   k2             the 22 metrics of K2-65B's evaluation, beside its published values
   anything else  a task, group or tag of lm-evaluation-harness (pip install 'k2jax[eval]'), or of --task-dir
 
 A task, group or tag of the harness may name data on the Hugging Face hub, which is downloaded, and its file may name
 Python functions, which are run: that goes for --task-dir, too.
-Exit codes: 0 done, 74 a checkpoint or the storage is damaged, 78 asked for what is not there, 130 Ctrl-C, 70 a bug.
+Exit codes: 0 done, 74 a checkpoint or the storage is damaged, 78 asked for what is not there, 130 Ctrl-C, 70 a bug;
+of several processes 75 stopped by a signal, 70 another process failed.
 """
 
 
@@ -45,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=_positive, metavar="N", help="only the first N examples of each harness task")
     add("--num-fewshot", type=_count, metavar="N", help="examples before each question, for harness tasks named in "
         "--tasks; k2 has its own")  # fmt: skip
-    add("--windows", type=_positive, metavar="N", help="held-out windows of each subset, evenly spaced (default: all)")
+    add("--windows", type=_windows, default=512, metavar="N", help="held-out windows of each subset, evenly spaced, or "
+        "all (default: 512; the result has the standard error)")  # fmt: skip
     add("--memorization-steps", default="chunks", metavar="A,B", help="steps to take rows from (default: chunks: "
         "four of every chunk up to the checkpoint)")  # fmt: skip
     add("--memorization-rows", type=_positive, default=64, metavar="N", help="rows of each chunk, or of each step "
@@ -58,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "devices (default: 16384)")  # fmt: skip
     add("--seed", type=_count, default=1234, metavar="N", help="of few-shot examples and of sampling (default: the "
         "harness's, 1234)")  # fmt: skip
+    add("--again", action="store_true", help="also what is stored: the new result is put beside the first")
     add("--watch", action="store_true", help="evaluate each checkpoint as it appears, to the run's last; may run "
         "beside the training")  # fmt: skip
     add("--poll-s", type=float, default=10.0, metavar="S", help="seconds between looks with --watch (default: 10)")
@@ -77,7 +81,7 @@ def main() -> None:
         os.environ["TQDM_DISABLE"] = "1"  # the harness's and its libraries' bars; read when tqdm is imported
 
     from k2jax.evals.session import Session, Wanted  # here, as JAX takes its time, and --help should not
-    from k2jax.parallel import compile_cache
+    from k2jax.parallel import cluster, compile_cache
 
     wanted = Wanted(
         workdir=args.workdir,
@@ -93,10 +97,14 @@ def main() -> None:
         batch_tokens=args.batch_tokens,
         seed=args.seed,
         stores=args.stores,
+        again=args.again,
     )
 
+    join()
+
     def say(line: str) -> None:
-        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+        if cluster.is_main():
+            print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     session = Session(wanted, say)
     compile_cache.use(say)
@@ -107,8 +115,23 @@ def main() -> None:
     else:
         session.run()
     say(f"{session.num_new} new, {len(session.results) - session.num_new} stored before: {args.workdir / 'evals'}")
-    if args.json:
+    if args.json and cluster.is_main():
         print(session.as_json())
+
+
+def join() -> None:
+    """Joins the other processes of this evaluation, where there are any."""
+    from k2jax import output, stopping
+    from k2jax.parallel import cluster, place
+
+    if place.find_place(cluster.START_S):
+        output.libraries_to_stderr()
+        cluster.initialize()
+        stopping.at_once("what was measured is stored")
+
+
+def _windows(text: str) -> int | None:
+    return None if text == "all" else _positive(text)
 
 
 def _steps(p: argparse.ArgumentParser, text: str) -> tuple[int, ...]:

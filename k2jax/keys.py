@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from k2jax.errors import ConfigError
 
 # Arrays of a layer that `model.remat` may keep; "attention" is its output, "middle" the stream between its two halves.
+ATTENTION_SUMS = "attention_sums"  # of its softmax: kept with it
 REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
 PRODUCTS = ("compute", "float8", "int8")  # that precision.products may be
 PATHS = {"root": True, "tokenizer": False}  # keys of `data` that are paths, and whether they may be URLs

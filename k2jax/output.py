@@ -117,6 +117,14 @@ def guarded(*, ends: bool, raw: bool) -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def libraries_to_stderr() -> None:
+    """What libraries in C print to stdout from here on, as Gloo does of its peers: a program may read our stdout."""
+    sys.stdout.flush()
+    ours = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, 1)
+    sys.stdout = Output(ours)
+
+
 def _open_standard_descriptors() -> None:
     """Where a shell closed them (>&-), the next file to be opened would get what libraries print."""
     for descriptor in (0, 1, 2):

@@ -120,8 +120,8 @@ def _attend_forward(
 ) -> tuple[jax.Array, tuple]:
     documents, dtype = document_BT if document_BT is None else (document_BT, document_BT), q_BNTH.dtype
     arrays = scaled(q_BNTH), k_BKTH, v_BKTH, documents
-    found = forward_by_parts(*arrays, causal=True, options=options, out_dtype=dtype)
-    out_BNTH, lse_BN1T = (checkpoint_name(x, "attention") for x in found)
+    out_BNTH, lse_BN1T = forward_by_parts(*arrays, causal=True, options=options, out_dtype=dtype)
+    out_BNTH, lse_BN1T = checkpoint_name(out_BNTH, "attention"), checkpoint_name(lse_BN1T, "attention_sums")
     return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, out_BNTH, lse_BN1T)
 
 

@@ -102,7 +102,8 @@ def _attend_forward(
     found = parts.forward(q, k_BKTH, v_BKTH, _documents(document_BT, document_BT, both, both), causal=True)
     found, ahead = lax.fori_loop(1, devices - 1, one, (found, ahead))
     out_BNTH, lse_BN1T = compute(devices - 1, found, ahead)
-    out_BNTH, lse_BN1T = (checkpoint_name(x, "attention") for x in (out_BNTH.astype(q_BNTH.dtype), lse_BN1T))
+    out_BNTH = checkpoint_name(out_BNTH.astype(q_BNTH.dtype), "attention")
+    lse_BN1T = checkpoint_name(lse_BN1T, "attention_sums")
     return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, document_BT, device_1, out_BNTH, lse_BN1T)
 
 

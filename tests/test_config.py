@@ -1,10 +1,12 @@
 """The configuration: unknown keys, wrong types and bad values are refused, all problems at once; drift is named."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from k2jax import config as configuration
+from k2jax.data.store import Store, StoreWriter
 from k2jax.errors import ConfigError
 from k2jax.run import drift
 from k2jax.training.setup import open_data
@@ -22,6 +24,18 @@ def test_the_name_of_eos_must_be_that_of_the_stores(tiny_config):
         with pytest.raises(ConfigError, match=message):
             open_data(tiny_config(**{"data.eos": eos}))
     assert drift.config_digest(tiny_config(**{"data.eos": "</s>"})) == drift.config_digest(tiny_config())
+
+
+def test_a_store_of_conversations_is_no_text_to_train_on(tiny_config, tmp_path: Path):
+    root = shutil.copytree(tiny_config().data.root, tmp_path / "data")
+    told = Store.open(root / "web").info
+    keys = {key: told[key] for key in ("tokenizer_sha256", "vocab_size", "eos_id")}
+    with StoreWriter(root / "web", **keys, masked=True, overwrite=True) as writer:
+        for i in range(40):
+            writer.add([5] * 100, id="0" * 64, source=f"chat:{i}", eos=False, mask=[0] * 50 + [1] * 50)
+        writer.finish()
+    with pytest.raises(ConfigError, match=r"stages.*: web in .*: of conversations, .*: take them out of the mix"):
+        open_data(tiny_config(**{"data.root": str(root), "data.tokenizer": str(root / "tokenizer.json")}))
 
 
 def test_overrides_take_the_type_of_what_they_replace():

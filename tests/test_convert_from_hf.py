@@ -199,6 +199,7 @@ def test_the_run_explains_itself(imported: Path):
         "dtype": "float32",
         "context": 64,
         "ignored": {},
+        "bos_id": None,
     }
     assert saved.meta["tokenizer_sha256"] == of_files["tokenizer.json"]
     assert (imported / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()

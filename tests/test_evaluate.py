@@ -28,7 +28,8 @@ from k2jax.data.provenance import open_run
 from k2jax.data.store import StoreWriter
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError, run_main
-from k2jax.evals import memorization, suites
+from k2jax.evals import held_out, memorization, suites
+from k2jax.evals.identity import stores_digest
 from k2jax.evals.results import Identity, Outcome, Results, read_result
 from k2jax.evals.session import Session, Wanted, select_steps
 from k2jax.evals.subject import Subject
@@ -128,6 +129,59 @@ def test_a_cap_takes_windows_evenly_and_agrees_with_the_end_of_the_run(copy: Pat
         assert found[name]["unigram_loss"] == pytest.approx(at_the_end[name]["unigram_loss"], rel=1e-6)
 
 
+def test_a_budget_is_the_default_and_is_stated(copy: Path):
+    parse = evaluate.parser().parse_args
+    assert parse(["--workdir=x"]).windows == held_out.WINDOWS == 512
+    assert parse(["--workdir=x", "--windows=all"]).windows is None
+    every, some = session(copy, steps="10"), session(copy, steps="10,20", windows=3)
+    every.run()
+    some.run()
+    [a], [b, later] = every.results, some.results
+    there = {name: part["windows"] for name, part in a["metrics"]["subsets"].items()}
+    assert min(there.values()) > 3 and len(set(there.values())) > 1
+    assert {name: part["held_out_windows"] for name, part in b["metrics"]["subsets"].items()} == there
+    assert b["settings"]["windows"] == 3 and b["metrics"]["total"]["windows"] == 9
+    total = sum(there.values())
+    assert f"on 9 of {total} held-out windows" in b["headline"] and " +/- 0.0" in b["headline"]
+    assert f"on {total} of {total} held-out windows" in a["headline"] and a["settings"]["windows"] == "all"
+    starts = [[(s["subset"], s["start"]) for s in samples_of(copy, r)] for r in (b, later)]
+    assert starts[0] == starts[1], "every checkpoint is read the same windows"
+    losses = b["metrics"]["subsets"]
+    expected = sum(losses[name]["loss"] * count for name, count in there.items()) / total
+    assert b["metrics"]["total"]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def samples_of(workdir: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "evals" / str(result["step"]) / result["samples"]["file"]).open()]
+
+
+def test_a_budgets_total_estimates_that_of_all_windows_within_its_error():
+    """A small subset weighs what it holds out, not what was read of it."""
+    draw = np.random.default_rng(0)
+    losses = {"small": draw.normal(5, 0.5, 100), "large": draw.normal(2, 0.3, 5000)}
+    there = {name: len(values) for name, values in losses.items()}
+
+    def windows(budget: int) -> dict[str, list[dict[str, Any]]]:
+        chosen = {name: np.arange(min(budget, n)) * n // min(budget, n) for name, n in there.items()}
+        of = {name: losses[name][places] for name, places in chosen.items()}
+        return {name: [{"loss": x, "tokens": 64, "bytes": 200} for x in values] for name, values in of.items()}
+
+    whole = held_out.summary(windows(10_000), there)
+    assert whole["loss"] == pytest.approx(np.mean([*losses["small"], *losses["large"]]))
+    errors = []
+    for budget in (20, 50, 90, 500):
+        some = held_out.summary(windows(budget), there)
+        weights = [n / 5100 for n in there.values()]
+        variances = [v.var(ddof=1) / min(budget, len(v)) for v in losses.values()]
+        expected = sum(w * w * v for w, v in zip(weights, variances, strict=True)) ** 0.5
+        assert some["loss_stderr"] == pytest.approx(expected, rel=0.35)
+        errors.append(abs(some["loss"] - whole["loss"]) / some["loss_stderr"])
+        assert some["bits_per_byte"] == pytest.approx(some["loss"] * 64 / 200 / math.log(2))
+        assert some["held_out_windows"] == 5100
+    assert max(errors) < 3
+    assert held_out.summary({"small": windows(1)["small"]}, there)["loss_stderr"] is None
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 8), (2, 1, 2, 1, 2)])
 def test_another_mesh_gives_the_same_loss(run: Path, sizes: tuple[int, ...], tiny_config: Callable):
     saved, data = open_step(run), open_run(run)
@@ -172,9 +226,11 @@ def test_results_say_of_what_and_with_what(copy: Path):
     s.run()
     [r] = s.results
     assert r["checkpoint"] == open_step(copy).digest and r["step"] == 25 and r["seed"] == 1234
-    assert r["settings"] == {"windows": None, "stage": "stage2", "sequence_length": 64}
+    of = {"windows": "all", "stage": "stage2", "sequence_length": 64, "dtype": "float32"}
+    assert r["settings"] == {**of, "data_sha256": stores_digest(open_step(copy), ["code", "web"])}
     assert r["devices"] == {"kind": "cpu", "count": 8, "mesh": {**dict.fromkeys(MESH_AXES, 1), "fsdp": 8}}
     assert r["versions"]["jax"] == jax.__version__ and r["compute"] == "float32" and r["seconds"] >= 0
+    assert r["processes"] == 1
 
 
 def test_a_kill_between_samples_and_result_leaves_nothing_that_counts(copy: Path, monkeypatch: pytest.MonkeyPatch):
@@ -316,12 +372,6 @@ def test_stores_that_have_moved_are_named(copy: Path, tiny_data: Path, tmp_path:
     assert moved.num_new == 1
 
 
-def test_several_processes_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(ConfigError, match="one process"):
-        session(run)
-
-
 def test_a_checkpoint_deleted_meanwhile_is_skipped_with_a_line(copy: Path):
     lines: list[str] = []
     s = session(copy, lines.append)
@@ -367,7 +417,7 @@ def test_the_command_prints_json_and_exits_with_the_codes(
     assert code == 78 and err.startswith("error: ") and err.count("\n") == 1
     assert call("--steps=newest", "--watch")[0] == 2
     assert call("--memorization-steps=x")[0] == 2
-    assert call("--limit=0")[0] == 2
+    assert call("--limit=0")[0] == call("--windows=some")[0] == call("--windows=0")[0] == 2
 
 
 def test_help_is_quick_as_it_imports_nothing_heavy():

@@ -173,6 +173,13 @@ def hf(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
 
 
+def theirs(task: tasks.HarnessTask) -> dict[str, Any]:
+    """The task loaded once more, for the harness's own model."""
+    again = tasks.HarnessTask(task._manager, task.name, num_fewshot=task._num_fewshot, limit=task._limit)
+    again._begin()
+    return again._loaded
+
+
 def evaluate_both(subject: Subject, hf: Any, task_dir: Path, name: str, **options: Any) -> Both:
     """One task through `HarnessTask`, with our model and with theirs in its place."""
     task = tasks.HarnessTask(tasks.open_manager([name], task_dir), name, **options)
@@ -180,7 +187,7 @@ def evaluate_both(subject: Subject, hf: Any, task_dir: Path, name: str, **option
 
     def capture(lm: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         found.append(real(lm, *arguments, **keywords))
-        found.append(real(hf, task._load(subject.seed), **keywords))
+        found.append(real(hf, theirs(task), **keywords))
         return found[0]
 
     real, tasks.evaluate = tasks.evaluate, capture
@@ -422,7 +429,7 @@ def test_tasks_and_groups_are_stored_once(workdir: Path, task_dir: Path, tmp_pat
     assert again.num_new == 0 and again.results == first.results
     # A prompt changed, the version not: another evaluation. The folder alone makes no difference.
     moved = session(workdir, changed, "local_letters", num_fewshot=2, limit=10)
-    assert moved.evaluations[0].settings(None)["num_fewshot"] == 2
+    assert moved.evaluations[0].settings(open_step(workdir))["num_fewshot"] == 2
     (changed / "letters.yaml").write_text((changed / "letters.yaml").read_text().replace("{{question}}", "{{word}}"))
     other = session(workdir, changed, "local_letters", num_fewshot=2, limit=10)
     other.run()

@@ -273,6 +273,8 @@ def test_names_with_host_are_saved_in_the_hosts_memory_and_no_others():
     assert saved_floats("q+up@host") == saved_floats("q+up")
     assert saved_floats("q+up@host", jax.memory.Space.Host) == tokens * F
     assert saved_floats("q@host+up@host", jax.memory.Space.Host) == tokens * (NH + F)
+    assert saved_floats("attention@host", jax.memory.Space.Host) == tokens * NH, "without its sums"
+    assert saved_floats("attention@host") == saved_floats("attention") == saved_floats("full") + tokens * (NH + 4)
     assert saved_floats("dots", jax.memory.Space.Host) == 0
 
 

@@ -391,3 +391,69 @@ def test_disk_full(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(tmp_path / "s") in one_line(error)
     assert not Path(tmp_path / "s" / "store.json").exists()
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_loss_mask_is_read_as_tokens_are(tmp_path_factory, data):
+    """Of windows and of documents, whatever the shards; documents end as they were given, and where offsets say."""
+    flags = st.lists(st.booleans(), min_size=1, max_size=50)
+    masks = data.draw(st.lists(flags, min_size=1, max_size=8))
+    path = tmp_path_factory.mktemp("masked") / "s"
+    with StoreWriter(path, vocab_size=1000, masked=True, **OPTIONS) as writer:
+        for i, mask in enumerate(masks):
+            tokens = np.full(len(mask), EOS)  # EOS anywhere tells nothing here
+            writer.add(tokens, id=str(i), source=f"chat {i}", eos=bool(i % 2), mask=np.array(mask))
+        info = writer.finish()
+    opened = pickle.loads(pickle.dumps(Store.open(path, verify="sha256")))
+    flat = np.concatenate([mask + [False] * (i % 2) for i, mask in enumerate(masks)])
+    assert opened.masked and info["supervised_tokens"] == flat.sum()
+    length = data.draw(st.integers(1, len(flat)))
+    starts = np.arange(len(flat) - length + 1)
+    found = opened.read_mask(starts, length)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, flat[starts[:, None] + np.arange(length)])
+    for i, mask in enumerate(masks):
+        record = opened.document(i)
+        assert record["num_tokens"] == len(mask) + i % 2
+        assert opened.read_mask([record["start"]], record["num_tokens"])[0, : len(mask)].tolist() == mask
+
+
+def test_the_mask_is_in_the_digest_and_a_store_without_is_as_before(tmp_path, path):
+    """Seen red with the mask's files left out of store.json."""
+
+    def masked(name, mask):
+        with StoreWriter(tmp_path / name, vocab_size=1000, masked=True, **OPTIONS) as writer:
+            writer.add([5, 6, 7], id="a", source="s", eos=False, mask=mask)
+            return writer.finish()
+
+    one, other = masked("one", [0, 1, 1]), masked("other", [1, 0, 1])
+    assert one["root_digest"] != other["root_digest"]
+    assert one["supervised_tokens"] == other["supervised_tokens"] == 2
+    file = tmp_path / "one" / "loss_mask" / "c" / "0"
+    damaged = bytearray(file.read_bytes())
+    damaged[1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ConfigError, match="loss_mask/c/0: SHA-256"):
+        Store.open(tmp_path / "one", verify="sha256")
+    with pytest.raises(StorageError, match="cannot read the window at token 0"):
+        Store.open(tmp_path / "one").read_mask([0], 3)
+    file.unlink()
+    with pytest.raises(ConfigError, match="loss_mask/c/0: no file"):
+        Store.open(tmp_path / "one")
+
+    plain = Store.open(path)
+    assert not plain.masked and not any(name.startswith("loss_mask") for name in plain.info["files"])
+    assert set(plain.info) == {
+        "format", "tokenizer_sha256", "vocab_size", "eos_id", "dtype", "shard_tokens", "chunk_tokens", "max_token_id",
+        "num_tokens", "num_documents", "num_train_tokens", "files", "root_digest",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="has no loss mask"):
+        plain.read_mask([0], 1)
+    (tmp_path / "one" / "store.json").unlink()
+    masked("one", [0, 1, 1])
+    assert Store.open(tmp_path / "one", verify="sha256").root_digest == one["root_digest"]
+    write_again = StoreWriter(tmp_path / "one", vocab_size=1000, overwrite=True, **OPTIONS)
+    write_again.add([5], id="a", source="s")
+    write_again.finish()
+    assert not (tmp_path / "one" / "loss_mask").exists(), "a mask that was there belongs to no store without"

@@ -5,7 +5,8 @@
 
 DIR gets tokenizer.json, a store for each subset, card/ (what came in, what was left out and why, as data.md, data.json
 and index.html) and data.json. Stopped at any time, the same command goes on where it was; a finished DIR is left as it
-is. What comes out does not depend on the executor or the workers.
+is. Of conversations DIR also gets chat_template.jinja, and one is shown with what is learned of it. What comes out does
+not depend on the executor or the workers.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def main() -> None:
         parser.error("--seqio_mixture needs --module, the module that registers it")
     try:
         from k2jax.prepare import build, recipe  # after the arguments: --help needs none of it
+        from k2jax.prepare.chat import show
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'k2jax[data]'") from error
 
@@ -57,6 +59,8 @@ def main() -> None:
         f"tokenizer of {data['vocab_size']:,} ids, SHA-256 {data['tokenizer_sha256'][:16]}"
     )
     print(build.describe(data), flush=True)
+    if picture := show.examples(Path(args.out), data, colours=show.wants_colours(sys.stderr)):
+        print(picture, file=sys.stderr, flush=True)  # which passes colours on
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 A store is a Zarr v3 group at a local path or a gs:// or s3:// URL:
 
     tokens/            one 1-D array, uint16 or uint32: each document, then EOS; crc32c over every chunk
+    loss_mask/         of conversations alone: uint8, for each token 1 if it is learned, 0 if it is only read
     document_start/    int64: where each document starts in tokens, and last the number of tokens
     documents.parquet  per document: id, source, num_tokens (EOS included), metadata (JSON)
     documents.blocks   the SHA-256 of each MiB of that, a line of hex each
     store.json         counts, tokenizer, size and SHA-256 of every other file, a root digest; written last
 
 Tokens from `num_train_tokens` on, whole documents, are held out for validation. A store without a valid
-store.json is unfinished and is refused.
+store.json is unfinished and is refused. With a loss mask a document ends as its writer left it, mostly without EOS, and
+may hold EOS anywhere: `document_start` alone tells such documents apart. store.json then has `supervised_tokens`.
 """
 
 import json
@@ -36,7 +38,7 @@ from k2jax.text import without_secrets
 
 FORMAT = 1
 DOCUMENTS_FILE, BLOCKS_FILE = "documents.parquet", "documents.blocks"
-FILES = ("store.json", "zarr.json", "tokens", "document_start", DOCUMENTS_FILE, BLOCKS_FILE)  # deleted in this order
+FILES = ("store.json", "zarr.json", "tokens", "loss_mask", "document_start", DOCUMENTS_FILE, BLOCKS_FILE)  # deleted so
 DOCUMENTS = pa.schema(
     [("id", pa.string()), ("source", pa.string()), ("num_tokens", pa.int64()), ("metadata", pa.string())]
 )
@@ -67,6 +69,7 @@ class StoreWriter:
         path: local path, or gs:// or s3:// URL.
         shard_tokens: tokens in a file, a multiple of chunk_tokens.
         chunk_tokens: tokens under one checksum, the least that a read fetches.
+        masked: each document comes with a loss mask, see `add`.
         overwrite: replace a finished store.
 
     Raises ConfigError if `path` holds a finished store or other things; StorageError, here and in the
@@ -82,6 +85,7 @@ class StoreWriter:
         eos_id: int,
         shard_tokens: int = 1 << 24,
         chunk_tokens: int = 1 << 16,
+        masked: bool = False,
         overwrite: bool = False,
     ):
         assert 0 <= eos_id < vocab_size, (eos_id, vocab_size)
@@ -106,6 +110,10 @@ class StoreWriter:
             layout = (self._info["dtype"], shard_tokens, chunk_tokens)
             self._tokens = storage.ArrayWriter(f"{self.path}/tokens", *layout)
             self._starts = storage.ArrayWriter(f"{self.path}/document_start", "int64", *STARTS_LAYOUT)
+            self._mask = None
+            if masked:  # a store without has the bytes, and so the digest, that it had before there were masks
+                self._mask = storage.ArrayWriter(f"{self.path}/loss_mask", "uint8", shard_tokens, chunk_tokens)
+                self._info["supervised_tokens"] = 0
             self._file = self._fs.open_output_stream(f"{self._root}/{DOCUMENTS_FILE}", compression=None)
             # Ids are random: a dictionary of them would only take space.
             options = {"compression": "zstd", "use_dictionary": ["source", "metadata"]}
@@ -134,6 +142,7 @@ class StoreWriter:
         source: str,
         metadata: dict[str, Any] | None = None,
         eos: bool = True,
+        mask: npt.ArrayLike | None = None,
     ) -> None:
         """Appends one document, and EOS after it.
 
@@ -142,24 +151,28 @@ class StoreWriter:
             id: SHA-256 (hex) of the document's text.
             source: the path or URL that it came from.
             metadata: what preparation knows of it, anything that JSON can hold.
-            eos: False for a row that was cut from a stream of documents; it is not empty.
+            eos: False for a row that was cut from a stream of documents, or a conversation; it is not empty.
+            mask: (n,) of 0 and 1, in a store that is `masked`: which tokens are learned. EOS after them is not.
 
         Raises ConfigError, and appends nothing, if a token is outside the vocabulary.
         """
         tokens = np.asarray(tokens, np.int64)
         self._check(tokens, f"document {id} ({source})")
         ended = np.append(tokens, self._info["eos_id"]) if eos else tokens
-        self._append(ended, [(id, source, len(ended), canonical_json(metadata or {}).decode())])
+        mask = np.append(mask, 0) if eos and mask is not None else mask
+        self._append(ended, [(id, source, len(ended), canonical_json(metadata or {}).decode())], mask)
 
-    def extend(self, tokens: np.ndarray, documents: pa.RecordBatch) -> None:
+    def extend(self, tokens: np.ndarray, documents: pa.RecordBatch, mask: np.ndarray | None = None) -> None:
         """Appends documents (rows of DOCUMENTS) and their tokens, all in one array, with every EOS that they have.
+
+        `mask` is as long as `tokens`, in a store that is `masked`.
 
         Raises ConfigError, and appends nothing, if a token is outside the vocabulary.
         """
         assert sum(documents["num_tokens"].to_pylist()) == len(tokens), "the documents' tokens, all of them"
         self._check(tokens, f"one of the documents from {documents['id'][0]} on")
         columns = (documents[name].to_pylist() for name in DOCUMENTS.names)
-        self._append(tokens, list(zip(*columns, strict=True)))
+        self._append(tokens, list(zip(*columns, strict=True)), mask)
 
     def _check(self, tokens: np.ndarray, whose: str) -> None:
         low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
@@ -170,11 +183,17 @@ class StoreWriter:
             )
         self._info["max_token_id"] = max(self._info["max_token_id"], high)
 
-    def _append(self, tokens: np.ndarray, rows: list[tuple]) -> None:
+    def _append(self, tokens: np.ndarray, rows: list[tuple], mask: npt.ArrayLike | None) -> None:
+        assert (mask is None) == (self._mask is None), "all documents of a store have a loss mask, or none"
         lengths = np.array([row[2] for row in rows], np.int64)
         with storage_errors(f"cannot write the store {self.path}"):
             self._starts.append(self._tokens.size + np.cumsum(lengths) - lengths)
             self._tokens.append(tokens)
+            if self._mask:
+                mask = np.asarray(mask, np.uint8)
+                assert len(mask) == len(tokens) and mask.max(initial=0) <= 1, "one for each token, 0 or 1"
+                self._mask.append(mask)
+                self._info["supervised_tokens"] += int(mask.sum(dtype=np.int64))
             # A document's source and URL may be links with a token in them.
             self._rows += [(id, without_secrets(source), n, without_secrets(more)) for id, source, n, more in rows]
             while len(self._rows) >= ROW_GROUP:
@@ -199,6 +218,8 @@ class StoreWriter:
         with storage_errors(f"cannot write the store {self.path}"):
             self._starts.append(np.array([num_tokens]))
             self._tokens.finish()
+            if self._mask:
+                self._mask.finish()
             starts = self._starts.finish()
             if self._rows:
                 self._write_rows()
@@ -255,11 +276,16 @@ class Store:
             ):
                 raise ConfigError(f"store {path}: {damage}: {REMEDY}")
             store = cls(path, info)
-            _ = store._tokens, store._starts  # a wrong zarr.json shows now
+            _ = store._tokens, store._starts, store.masked and store._mask  # a wrong zarr.json shows now
         return store
 
     def __reduce__(self) -> tuple:
         return type(self), (self.path, self.info)
+
+    @property
+    def masked(self) -> bool:
+        """Whether its tokens have a loss mask: it is of conversations."""
+        return "supervised_tokens" in self.info
 
     @cached_property
     def num_train_documents(self) -> int:
@@ -274,9 +300,16 @@ class Store:
 
     @cached_property
     def _tokens(self) -> ts.TensorStore:
-        layout = [self.info[key] for key in ("dtype", "num_tokens", "shard_tokens", "chunk_tokens")]
+        return self._open("tokens", self.info["dtype"])
+
+    @cached_property
+    def _mask(self) -> ts.TensorStore:
+        return self._open("loss_mask", "uint8")
+
+    def _open(self, name: str, dtype: str) -> ts.TensorStore:
+        layout = [self.info[key] for key in ("num_tokens", "shard_tokens", "chunk_tokens")]
         with storage_errors(f"cannot read the store {self.path}"):
-            return storage.open_array(storage.array_spec(f"{self.path}/tokens", *layout))
+            return storage.open_array(storage.array_spec(f"{self.path}/{name}", dtype, *layout))
 
     @cached_property
     def _starts(self) -> ts.TensorStore:
@@ -307,21 +340,54 @@ class Store:
 
     def start_reading(self, starts: npt.ArrayLike, length: int) -> Callable[[], np.ndarray]:
         """As `read`, but returns at once, all reads in flight, with a function that waits for the tokens."""
-        starts, tokens = np.asarray(starts, np.int64).tolist(), self._tokens
-        with ts.Batch() as batch:  # one request for what lies close together in a shard
-            reads = [tokens[start : start + length].read(batch=batch) for start in starts]
+        starts = np.asarray(starts, np.int64).tolist()
+        reading = self._start_reading(self._tokens, starts, length, np.uint32)
 
         def finish() -> np.ndarray:
-            rows = np.empty((len(reads), length), np.uint32)
-            for row, start, read in zip(rows, starts, reads, strict=True):
-                with storage_errors(f"store {self.path}: cannot read the window at token {start}"):
-                    row[:] = read.result()
+            rows = reading()
             if rows.size and rows.max() >= self.info["vocab_size"]:
                 row, column = np.unravel_index(rows.argmax(), rows.shape)
                 raise ConfigError(
                     f"store {self.path}: token {starts[row] + column} has id {rows.max()}, outside the "
                     f"vocabulary of {self.info['vocab_size']}: {REMEDY}"
                 )
+            return rows
+
+        return finish
+
+    def read_mask(self, starts: npt.ArrayLike, length: int) -> np.ndarray:
+        """The loss mask of what `read` gives for the same arguments: uint8 (n, length), 1 where a token is learned.
+
+        Of document i it is `read_mask([start], num_tokens)` with both from `document(i)`. Raises ConfigError if the
+        store has no mask or one holds anything but 0 and 1, StorageError as `read`.
+        """
+        return self.start_reading_mask(starts, length)()
+
+    def start_reading_mask(self, starts: npt.ArrayLike, length: int) -> Callable[[], np.ndarray]:
+        """As `read_mask`, but returns at once, as `start_reading` does."""
+        if not self.masked:
+            raise ConfigError(f"store {self.path}: has no loss mask: name one that was prepared from conversations")
+        reading = self._start_reading(self._mask, np.asarray(starts, np.int64).tolist(), length, np.uint8)
+
+        def finish() -> np.ndarray:
+            rows = reading()
+            if rows.max(initial=0) > 1:
+                raise ConfigError(f"store {self.path}: its loss mask holds {rows.max()}, expected 0 or 1: {REMEDY}")
+            return rows
+
+        return finish
+
+    def _start_reading(
+        self, array: ts.TensorStore, starts: list[int], length: int, dtype: npt.DTypeLike
+    ) -> Callable[[], np.ndarray]:
+        with ts.Batch() as batch:  # one request for what lies close together in a shard
+            reads = [array[start : start + length].read(batch=batch) for start in starts]
+
+        def finish() -> np.ndarray:
+            rows = np.empty((len(reads), length), dtype)
+            for row, start, read in zip(rows, starts, reads, strict=True):
+                with storage_errors(f"store {self.path}: cannot read the window at token {start}"):
+                    row[:] = read.result()
             return rows
 
         return finish

@@ -74,7 +74,7 @@ class Tokenizer:
         """Of the text of a tokenizer.json; `name` is for messages, `eos` as in `load_tokenizer`. Raises ConfigError."""
         self._arguments = file, name, eos
         self._file, self._name, self._eos = file, f"tokenizer {name}".strip(), eos
-        self._variants: dict[tuple[bool, bool], tokenizers.Tokenizer] = {}
+        self._variants: dict[tuple[bool, bool, bool], tokenizers.Tokenizer] = {}
         named = {eos, *EOS_NAMES, *BOS_NAMES}
         self._whole, moved, self._control, self._puts_space = self._built(lambda: tokenizer_file.load(file, named))
         added = self._whole.get_added_tokens_decoder()
@@ -118,6 +118,11 @@ class Tokenizer:
         """Of control tokens. As text, only characters that the vocabulary lacks become one, and that is <unk>."""
         return {self._whole.token_to_id(token) for token in self._control} - {None}
 
+    @property
+    def special_tokens(self) -> set[str]:
+        """Names of the added tokens that the file marks special: a control token may be none, such as <think>."""
+        return {token.content for token in self._whole.get_added_tokens_decoder().values() if token.special}
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token by its name in the file."""
         return self._whole.token_to_id(token)
@@ -147,6 +152,14 @@ class Tokenizer:
         """The ids of a text, where control tokens in it are their ids; framed: with the file's own BOS and EOS."""
         return self._variant(True, continues).encode(text, add_special_tokens=framed).ids
 
+    def encode_rendered(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Of texts that write their own control tokens: the ids, and the characters [start, stop) that each stands for.
+
+        Nothing is added; a character's bytes, where they are tokens of their own, all stand for that character.
+        """
+        found = self._variant(True, False, bare=True).encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in found]
+
     def decode(self, ids: Sequence[int], *, skip_control: bool = False) -> str:
         """The text of ids; control tokens are written by name, or left out."""
         return self._whole.decode(ids, skip_special_tokens=skip_control)
@@ -174,13 +187,13 @@ class Tokenizer:
         """Writes the tokenizer.json, as it was given."""
         files.write_bytes(path, self._file.encode())
 
-    def _variant(self, control: bool, continues: bool) -> tokenizers.Tokenizer:
+    def _variant(self, control: bool, continues: bool, bare: bool = False) -> tokenizers.Tokenizer:
         """Made when it is first needed: many readers only decode."""
         continues = continues and self._puts_space
-        key = control, continues
+        key = control, continues, bare
         if key not in self._variants:
             as_text = partial(tokenizer_file.as_text, control=self._control)
-            make = tokenizer_file.with_control if control else as_text
+            make = partial(tokenizer_file.with_control, bare=bare) if control else as_text
             self._variants[key] = self._built(lambda: make(self._file, continues=continues))
         return self._variants[key]
 
@@ -226,7 +239,7 @@ def load_tokenizer(path: str | Path | BucketPath, eos: str = "") -> Tokenizer:
         file = at(path).read_bytes().decode()
     except FileNotFoundError as error:
         raise ConfigError(f"tokenizer {path}: no such file; tools/prepare_data.py makes one") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:  # no UTF-8; or a name that this locale cannot write
         raise ConfigError(f"tokenizer {path}: cannot be read ({error}): restore it, or prepare again") from error
     return Tokenizer(file, str(path), eos)
 

@@ -41,9 +41,11 @@ def load(file: str, named: Iterable[str]) -> Loaded:
     return Loaded(tokenizer, moved, control | ({unknown} - {None, ""}), _without_space(parsed) != parsed)
 
 
-def with_control(file: str, *, continues: bool) -> Tokenizer:
-    """For text whose control tokens are control tokens."""
+def with_control(file: str, *, continues: bool, bare: bool = False) -> Tokenizer:
+    """For text whose control tokens are control tokens; bare: without what adds some, or trims tokens' places in it."""
     parsed = _read(file)
+    if bare:
+        parsed["post_processor"] = None
     return _build(_without_space(parsed) if continues else parsed)
 
 

@@ -10,12 +10,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from k2jax.data.tokenizer import load_tokenizer
+from k2jax.data.tokenizer import Tokenizer, load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.evals.progress import bar
 from k2jax.evals.scoring import Row
 from k2jax.evals.subject import Subject
 from k2jax.model.generation import Sampling
+from k2jax.run.saved import SavedStep
 
 DEFAULT_NEW_TOKENS = 256  # as the harness's own models
 GENERATED_AT_ONCE = 64  # prompts in one call of the generator, at most
@@ -32,10 +33,9 @@ class CheckpointLM(TemplateLM):
         super().__init__()
         self._subject = subject
         self._encoder = load_tokenizer(subject.saved.tokenizer)
-        # An imported tokenizer may put BOS there; ours puts nothing.
-        before_a_text = self._encoder.encode_with_control("", framed=True)
-        self._prefix = before_a_text[0] if before_a_text else subject.eos_id
+        self._prefix = prefix_id(subject.saved, self._encoder)
         self._prefix_text = self.tok_decode([self._prefix])
+        self.num_apart = 0  # requests whose continuation was tokenized by itself
 
     @property
     def eot_token_id(self) -> int:
@@ -62,20 +62,40 @@ class CheckpointLM(TemplateLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As the harness, which cuts the tokens of both texts together where the context's alone would end.
 
-        Where they run over it ("a" and "b" make one token "ab") that leaves nothing of the continuation, which would
-        be certain and greedy whatever the model. There it is tokenized by itself, as text that continues.
+        Where they run over it ("a" and "b" make one token "ab") that leaves nothing of the continuation; the harness's
+        own model stops there with an assertion. Its characters are scored all the same: tokenized by themselves, as
+        text that continues, after the context's own tokens.
         """
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
         if not continuation_ids:
             moved = context[len(context.rstrip()) :] + continuation  # as the harness does with spaces at the border
             continuation_ids = self._encoder.encode_with_control(moved, continues=True)
+            self.num_apart += bool(continuation_ids)
         return context_ids, continuation_ids
+
+    def _encode_alone(self, text: str) -> tuple[list[int], list[int]]:
+        """A text after nothing: the prefix stands before it, unless it begins with that token itself."""
+        ids = self.tok_encode(text, add_special_tokens=False)
+        return [self._prefix], ids[1:] if ids[1:] and ids[0] == self._prefix else ids
 
     # ---- log-likelihoods -------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[LogLikelihood]:
-        """The harness splits context and continuation and calls `_loglikelihood_tokens`; its own bars stay off."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        """Of each request's continuation after its context.
+
+        Raises ConfigError for a continuation of no tokens: it would be certain and greedy whatever the model, and win.
+        """
+        rows = []
+        for request in requests:
+            context, continuation = request.args
+            encoded = self._encode_pair(context, continuation) if context else self._encode_alone(continuation)
+            if not encoded[1]:
+                raise ConfigError(
+                    f"task {request.task_name}, document {request.doc_id}: the continuation {continuation!r} after "
+                    f"...{context[-20:]!r} has no token to score: give it a text, or leave the task out"
+                )
+            rows.append((request.args, *encoded))
+        return self._loglikelihood_tokens(rows)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Of whole texts: windows of the model's length that meet end to end, every token predicted once."""
@@ -96,9 +116,7 @@ class CheckpointLM(TemplateLM):
         """Requests with the same input share its row: the choices of a question, when each is one token."""
         rows: dict[tuple[int, ...], Row] = {}
         places = []  # of each request: its row's input, and where in the row's wanted tokens its own are
-        for texts, context, continuation in requests:
-            if not continuation and texts[1]:  # which is the prefix token, and was taken for it
-                continuation = context
+        for _, context, continuation in requests:
             tokens, wanted = self._row(context, continuation)
             row = rows.setdefault(tokens, Row(tokens, []))
             places.append((tokens, slice(len(row.wanted), len(row.wanted) + len(wanted))))
@@ -170,6 +188,18 @@ class CheckpointLM(TemplateLM):
             first_row=first_row,
         )
         return [postprocess_generated_text(text, wish.until, None) for text in texts]
+
+
+def prefix_id(saved: SavedStep, encoder: Tokenizer) -> int:
+    """The token that stands before a text with nothing before it: as the harness has it, BOS if there is one, else EOS.
+
+    An import keeps what the folder names as BOS, which its tokenizer need not put anywhere. Ours have none.
+    """
+    origin = next((epoch.origin for epoch in saved.epochs if epoch.origin and "bos_id" in epoch.origin), None)
+    if origin:
+        return saved.meta["eos_id"] if origin["bos_id"] is None else origin["bos_id"]
+    framed = encoder.encode_with_control("", framed=True)
+    return framed[0] if framed else saved.meta["eos_id"]
 
 
 class Wish(NamedTuple):

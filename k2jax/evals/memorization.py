@@ -14,6 +14,7 @@ from k2jax.data.loader import validation_starts
 from k2jax.data.order import Order
 from k2jax.data.provenance import Run
 from k2jax.errors import ConfigError
+from k2jax.evals.identity import stores_digest
 from k2jax.evals.progress import bar
 from k2jax.evals.results import Outcome
 from k2jax.evals.subject import Subject
@@ -43,7 +44,13 @@ class Memorization:
         self.steps, self.rows = steps, rows
 
     def settings(self, saved: SavedStep) -> dict[str, Any]:
-        return {"steps": list(self.steps) if self.steps else "chunks", "rows": self.rows, "tokens": [PROMPT, NEW]}
+        return {
+            "steps": list(self.steps) if self.steps else "chunks",
+            "rows": self.rows,
+            "tokens": [PROMPT, NEW],
+            "data_sha256": stores_digest(saved),
+            "order": saved.meta["data"].get("order"),
+        }
 
     def evaluate(self, subject: Subject) -> Outcome:
         run, last = subject.run, subject.saved.step

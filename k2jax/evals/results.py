@@ -3,11 +3,14 @@
     evals/20/gsm8k-3f9c2a81d04e.json            one task under one setting: what was measured, of what, with what
     evals/20/gsm8k-3f9c2a81d04e.samples.jsonl   the outputs behind it, a line a sample
 
-A result is named by its identity: task, version, settings, seed and the checkpoint's digest. It is written last and
-never replaced: what is there is complete, and an evaluation with the same identity need not be done again.
+A result is named by its identity: task, version, settings (digests of data, functions and template among them), seed
+and the checkpoint's digest. It is written last and never replaced: what is there is complete, and an evaluation with
+the same identity need not be done again. Where it is wanted again, the second record stands beside the first: its
+settings have "again": 1, those of a third "again": 2.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -41,6 +44,10 @@ class Identity(NamedTuple):
         """Of the result's files, without a suffix."""
         return f"{re.sub(r'[^A-Za-z0-9_-]', '_', self.task)}-{sha256_json(self._asdict())[:12]}"
 
+    def again(self, number: int) -> "Identity":
+        """Of a record of the same evaluation that was made after so many others."""
+        return self._replace(settings={**self.settings, "again": number}) if number else self
+
 
 class Outcome(NamedTuple):
     """What an evaluation gives."""
@@ -58,20 +65,25 @@ class Results:
         self.directory = workdir / "evals"
 
     def find(self, step: int, identity: Identity) -> dict[str, Any] | None:
-        """The stored result of this identity. Raises StorageError when it is damaged."""
-        path = self._path(step, identity)
-        return read_result(path) if path.exists() else None
+        """The stored result of this identity, the last of several. Raises StorageError when it is damaged."""
+        there = self._there(step, identity)
+        return read_result(self._path(step, identity.again(there - 1))) if there else None
 
-    def add(self, step: int, identity: Identity, outcome: Outcome, about: dict[str, Any]) -> dict[str, Any]:
+    def add(
+        self, step: int, identity: Identity, outcome: Outcome, about: dict[str, Any], *, again: bool = False
+    ) -> dict[str, Any]:
         """Stores a result and returns it; where one of this identity has appeared meanwhile, returns that one.
 
         Args:
             about: how and when it was made: versions, devices, seconds.
+            again: store it beside those that are there.
         """
-        path = self._path(step, identity)
         with self._locked(step):
-            if path.exists():
-                return read_result(path)
+            there = self._there(step, identity)
+            if there and not again:
+                return read_result(self._path(step, identity.again(there - 1)))
+            identity = identity.again(there)
+            path = self._path(step, identity)
             samples = path.with_suffix(".samples.jsonl")
             text = "".join(json.dumps(plain(sample)) + "\n" for sample in outcome.samples).encode()
             files.write_bytes(samples, text)
@@ -98,6 +110,10 @@ class Results:
         """Every result of the run, by step and name."""
         paths = [p for p in self.directory.glob("*/*.json") if p.parent.name.isdigit()]
         return [read_result(p) for p in sorted(paths, key=lambda p: (int(p.parent.name), p.name))]
+
+    def _there(self, step: int, identity: Identity) -> int:
+        """How many records of an identity there are."""
+        return next(n for n in itertools.count() if not self._path(step, identity.again(n)).exists())
 
     def _path(self, step: int, identity: Identity) -> Path:
         return self.directory / str(step) / f"{identity.name}.json"

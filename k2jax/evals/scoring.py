@@ -81,7 +81,9 @@ class Scorer:
         return found
 
     def _placed(self, x: np.ndarray) -> jax.Array:
-        return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(sharding.data_axes(self._mesh))))
+        """Of an array that every process has whole, each puts the rows of its own devices there."""
+        place = NamedSharding(self._mesh, PartitionSpec(sharding.data_axes(self._mesh)))
+        return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
 
     def _collect(self, rows: list[Row], running: tuple, found: list, progress: Callable[[int], None]) -> None:
         indices, (logprobs_BC, greedy_BC) = running[0], jax.device_get(running[1])
@@ -121,7 +123,8 @@ def _score(
 
     blocks = (hidden_BCD.reshape(B, C // block, block, -1), targets_BC.reshape(B, C // block, block))
     logprobs, greedy = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks))
-    return jnp.moveaxis(logprobs, 0, 1).reshape(B, C), jnp.moveaxis(greedy, 0, 1).reshape(B, C)
+    found_BC = (jnp.moveaxis(x, 0, 1).reshape(B, C) for x in (logprobs, greedy))
+    return tuple(sharding.replicated(x) for x in found_BC)  # every process reads all of them
 
 
 def make_batches(rows: list[Row], batch_tokens: int, multiple: int) -> Iterator[Batch]:

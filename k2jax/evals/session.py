@@ -2,10 +2,10 @@
 
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,8 +20,10 @@ from k2jax.errors import ConfigError, StorageError
 from k2jax.evals import suites
 from k2jax.evals.held_out import Validation
 from k2jax.evals.memorization import Memorization
-from k2jax.evals.results import Identity, Outcome, Results
+from k2jax.evals.results import Identity, Outcome, Results, plain
 from k2jax.evals.subject import Subject
+from k2jax.model.decoder import compute_dtype
+from k2jax.parallel import cluster
 from k2jax.run.saved import SavedStep, check_tokenizer, open_step, saved_steps, steps_so_far
 from k2jax.training.placement import mesh_for
 
@@ -48,22 +50,25 @@ class Wanted(NamedTuple):
     task_dir: str | Path | None
     num_fewshot: int | None
     limit: int | None
-    windows: int | None
+    windows: int | None  # None for all
     memorization_steps: tuple[int, ...] | None
     memorization_rows: int
     allow_code: bool
     batch_tokens: int
     seed: int
     stores: str | Path | None = None  # folder that they have moved to
+    again: bool = False  # also what is stored
 
 
 class Session:
-    """The tasks of a call, and what it has found: `results` of every evaluation, done now or stored before."""
+    """The tasks of a call, and what it has found: `results` of every evaluation, done now or stored before.
+
+    Of several processes each asks the model the same; process 0 says which steps, what is stored already, and stores.
+    The others have no results.
+    """
 
     def __init__(self, wanted: Wanted, say: Callable[[str], None]):
         """Raises ConfigError for a task that is not there, before any checkpoint is touched."""
-        if int(os.environ.get("JAX_NUM_PROCESSES", "1")) > 1:
-            raise ConfigError("evaluation runs in one process, JAX_NUM_PROCESSES says there are more: unset it")
         self.wanted, self.say = wanted, say
         self.skipped: list[dict[str, str]] = []
         self.suite: dict[str, Evaluation] = {}  # by the metric's name
@@ -92,7 +97,7 @@ class Session:
         found: list[Evaluation] = [own[name]() for name in dict.fromkeys(w.tasks) if name in own]
         for name in dict.fromkeys(named):
             task = tasks.HarnessTask(
-                manager, name, num_fewshot=w.num_fewshot, limit=w.limit, allow_code=w.allow_code
+                manager, name, num_fewshot=w.num_fewshot, limit=w.limit, allow_code=w.allow_code, seed=w.seed
             )
             found += self._unless_unsafe(name, task)
         for m in suite:
@@ -104,6 +109,8 @@ class Session:
                 limit=w.limit,
                 pass_at=pass_at,
                 allow_code=w.allow_code,
+                seed=w.seed,
+                choices=m.choices,
             )
             kept = self._unless_unsafe(m.name, task)
             if kept:
@@ -124,7 +131,7 @@ class Session:
 
     def run(self) -> None:
         """Evaluates the steps asked for."""
-        for step in select_steps(self.wanted.workdir, self.wanted.steps):
+        for step in cluster.decide("chooses steps", lambda: select_steps(self.wanted.workdir, self.wanted.steps)):
             self.evaluate_step(step)
 
     def watch(self, poll_s: float) -> None:
@@ -133,20 +140,21 @@ class Session:
         if isinstance(workdir, Path) and not workdir.is_dir():
             raise ConfigError(f"--workdir={workdir}: no such folder")
         while True:
-            expected = expected_steps(workdir, self.wanted.steps) if has_epochs(workdir) else None
-            there = steps_so_far(workdir)
-            new = [
-                step
-                for step in there
-                if step not in done and (self.wanted.steps == "all" or (expected and step in expected))
-            ]
+            new, last = cluster.decide("looks for new steps", lambda: self._look(done))
             for step in new:
                 self.evaluate_step(step)
                 done.add(step)
-            if expected and expected[-1] in done:
+            if last in done:
                 return
             if not new:
                 time.sleep(poll_s)
+
+    def _look(self, done: set[int]) -> tuple[list[int], int | None]:
+        """The steps that there are now, but those done, and the last that there will be, if it is known."""
+        workdir, every = self.wanted.workdir, self.wanted.steps == "all"
+        expected = expected_steps(workdir, self.wanted.steps) if has_epochs(workdir) else None
+        there = [step for step in steps_so_far(workdir) if step not in done]
+        return [step for step in there if every or (expected and step in expected)], expected[-1] if expected else None
 
     def evaluate_step(self, step: int) -> None:
         """What of one step is not stored yet; nothing for a step whose checkpoint has been deleted meanwhile."""
@@ -155,41 +163,53 @@ class Session:
             check_tokenizer(saved)
             self._evaluate(saved)
         except (ConfigError, StorageError):
-            # A run keeps only the newest of the checkpoints between chunks.
-            if step in saved_steps(self.wanted.workdir):
+            # A run keeps only the newest of the checkpoints between chunks. Of several processes, those that have read
+            # their part would wait for the others: all end.
+            if cluster.count() > 1 or step in saved_steps(self.wanted.workdir):
                 raise
             self.say(f"step {step}: skipped, its checkpoint has been deleted")
 
     def _evaluate(self, saved: SavedStep) -> None:
         subject = None
         stored: dict[Evaluation, dict[str, Any]] = {}
+        w, dtype = self.wanted, str(compute_dtype(saved.config))
         for task in self.evaluations:
-            identity = Identity(
-                task.name, task.version, task.settings(saved), self.wanted.seed, saved.digest
-            )
-            result, verb = self._store.find(saved.step, identity), "already evaluated: "
-            if result is None:
+            settings = {**task.settings(saved), "dtype": dtype}
+            identity = Identity(task.name, task.version, plain(settings), w.seed, saved.digest)
+            cluster.agree(f"evaluation of {task.name}", identity._asdict())
+            if not w.again and cluster.decide("looks for a result", partial(self._is_stored, saved.step, identity)):
+                result, verb = self._found(saved.step, identity), "already evaluated: "
+            else:
                 if subject is None:
-                    w, mesh = self.wanted, mesh_for(saved.config)
+                    mesh = mesh_for(saved.config)
                     subject = Subject(saved, mesh, batch_tokens=w.batch_tokens, seed=w.seed, stores=w.stores)
                 result, verb = self._measure(task, identity, subject), ""
                 self.num_new += 1
-            self.say(f"step {saved.step} {task.name}: {verb}{result['headline']}")
-            stored[task] = result
-            self.results.append(result)
-        if self.suite:
+            if result:
+                self.say(f"step {saved.step} {task.name}: {verb}{result['headline']}")
+                stored[task] = result
+                self.results.append(result)
+        if self.suite and stored:
             found = {name: stored[task]["metrics"] for name, task in self.suite.items()}
             self.tables[saved.step] = suites.compare(found)
             for line in suites.as_text(self.tables[saved.step]):
                 self.say(line)
 
-    def _measure(self, task: Evaluation, identity: Identity, subject: Subject) -> dict[str, Any]:
+    def _is_stored(self, step: int, identity: Identity) -> bool:
+        return self._store.find(step, identity) is not None
+
+    def _found(self, step: int, identity: Identity) -> dict[str, Any] | None:
+        return self._store.find(step, identity) if cluster.is_main() else None
+
+    def _measure(self, task: Evaluation, identity: Identity, subject: Subject) -> dict[str, Any] | None:
         started = time.time()
         with jax.set_mesh(subject.mesh):
             outcome = task.evaluate(subject)
+        if not cluster.is_main():
+            return None
         when = datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
         about = {**subject.about(), "time": when, "seconds": round(time.time() - started, 1)}
-        return self._store.add(subject.saved.step, identity, outcome, about)
+        return self._store.add(subject.saved.step, identity, outcome, about, again=self.wanted.again)
 
     def as_json(self) -> str:
         """Everything found, with what was stored before."""

@@ -13,8 +13,9 @@ from k2jax.errors import ConfigError
 from k2jax.evals.scoring import Scorer
 from k2jax.model.decoder import Params, compute_dtype
 from k2jax.model.generation import Generator
+from k2jax.parallel import cluster
 from k2jax.run.directory import git_commit
-from k2jax.run.saved import SavedStep, restore_params
+from k2jax.run.saved import SavedStep, restore_copy, restore_params
 
 
 class Subject:
@@ -34,8 +35,10 @@ class Subject:
 
     @cached_property
     def params(self) -> Params:
-        """Verified. Raises StorageError when they are damaged."""
-        return restore_params(self.saved, self.mesh)
+        """Verified; of the type that is computed in, where that is not float32. StorageError when they are damaged."""
+        if self.compute_dtype == jnp.float32:
+            return restore_params(self.saved, self.mesh)
+        return restore_copy(self.saved, self.mesh, self.compute_dtype)
 
     @cached_property
     def run(self) -> Run:
@@ -64,6 +67,7 @@ class Subject:
         return {
             "versions": self._versions(),
             "devices": {"kind": device.device_kind, "count": self.mesh.devices.size, "mesh": dict(self.mesh.shape)},
+            "processes": cluster.count(),
             "compute": str(self.compute_dtype),
         }
 

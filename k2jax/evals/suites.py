@@ -2,7 +2,8 @@
 
 LLM360 did not publish K2's few-shot settings or which of a task's metrics it took. For Amber and Crystal, evaluated by
 the same group with the same harness, the settings are public (Analysis360, analysis/metrics/README.md): where there is
-one we take it. The rest, and every choice between acc and acc_norm, is ours, and marked. So numbers here are beside
+one we take it. The rest, such as how answers that are code are drawn, and every choice between acc and acc_norm, is
+ours, and marked. So numbers here are beside
 K2's, not the same measurement.
 """
 
@@ -24,12 +25,26 @@ class Metric(NamedTuple):
     k2: float
     k2_stage1: float
     pass_at: dict[str, Any] | None = None  # of sampled solutions
+    sampling: dict[str, tuple[Any, str]] = {}  # of answers that are code: what is set, and where that is from
+
+    @property
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """What a result says of its settings: {name: its value (None: the task's own), and where that is from}."""
+        settings = {"num_fewshot": (self.num_fewshot, self.fewshot_source), **self.sampling}
+        return {name: {"value": value, "source": source} for name, (value, source) in settings.items()}
 
 
 ACC, ACC_NORM = "acc,none", "acc_norm,none"
-# Temperatures are those of Amber and Crystal; how many solutions are sampled, and top-p, is our choice.
+# LLM360 did not publish how K2's solutions were drawn. Temperatures of 10 are those of Amber and Crystal.
+GREEDY = {"samples": (1, OURS), "temperature": (0.0, OURS)}
 HUMANEVAL_10 = {"k": 10, "samples": 20, "temperature": 0.2, "top_p": 0.95}
 MBPP_10 = {"k": 10, "samples": 20, "temperature": 0.1, "top_p": 0.95}
+DRAWN = {"samples": OURS, "temperature": AMBER, "top_p": OURS}
+HUMANEVAL_TOKENS = {"max_new_tokens": (1024, f"{OURS}: the harness's task")}
+MBPP_TOKENS = {"max_new_tokens": (256, f"{OURS}: the harness's default")}
+HUMANEVAL_1, MBPP_1 = GREEDY | HUMANEVAL_TOKENS, GREEDY | MBPP_TOKENS
+HUMANEVAL_DRAWN = {name: (HUMANEVAL_10[name], source) for name, source in DRAWN.items()} | HUMANEVAL_TOKENS
+MBPP_DRAWN = {name: (MBPP_10[name], source) for name, source in DRAWN.items()} | MBPP_TOKENS
 
 WINOGRANDE = "our choice of the two published for Amber and Crystal, 0 and 5"
 # fmt: off
@@ -53,10 +68,10 @@ SUITE = (
     Metric("MedMCQA", "medmcqa", ACC_NORM, 0, OURS, 53.5, 56.0),
     Metric("PubMedQA", "pubmedqa", ACC, 0, OURS, 73.6, 78.6),
     Metric("BBH", "bbh", "exact_match,get-answer", None, OURS, 69.8, 64.6),
-    Metric("HumanEval p@1", "humaneval", "pass@1,create_test", 0, K2, 38.5, 32.0),
-    Metric("HumanEval p@10", "humaneval", "pass@10,create_test", 0, K2, 59.8, 48.2, HUMANEVAL_10),
-    Metric("MBPP p@1", "mbpp", "pass_at_1,none", None, OURS, 36.5, 25.7),
-    Metric("MBPP p@10", "mbpp", "pass@10,all", None, OURS, 56.8, 51.0, MBPP_10),
+    Metric("HumanEval p@1", "humaneval", "pass@1,create_test", 0, K2, 38.5, 32.0, None, HUMANEVAL_1),
+    Metric("HumanEval p@10", "humaneval", "pass@10,create_test", 0, K2, 59.8, 48.2, HUMANEVAL_10, HUMANEVAL_DRAWN),
+    Metric("MBPP p@1", "mbpp", "pass_at_1,none", None, OURS, 36.5, 25.7, None, MBPP_1),
+    Metric("MBPP p@10", "mbpp", "pass@10,all", None, OURS, 56.8, 51.0, MBPP_10, MBPP_DRAWN),
 )
 # fmt: on
 
@@ -94,4 +109,9 @@ def as_text(lines: list[Line]) -> list[str]:
         shots = "the task's own" if line.num_fewshot is None else str(line.num_fewshot)
         source = f"  {shots} ({line.fewshot_source})" if line.fewshot_source else ""
         rows.append(f"{line.name:16}{ours:>8}{line.k2:>8.1f}{line.k2_stage1:>9.1f}{source}")
+    measured = {line.name for line in lines if line.ours is not None}
+    for m in SUITE:
+        if m.sampling and m.name in measured:
+            said = (f"{name.replace('_', ' ')} {value:g} ({source})" for name, (value, source) in m.sampling.items())
+            rows.append(f"{m.name}: {', '.join(said)}")
     return rows

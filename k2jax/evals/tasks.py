@@ -2,24 +2,24 @@
 
 import contextlib
 import difflib
-import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import random
 import sys
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from lm_eval.evaluator import evaluate
+from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
 
 from k2jax.errors import ConfigError
 from k2jax.evals.harness import CheckpointLM
+from k2jax.evals.identity import configs_digest, documents_digest, requests_digest
 from k2jax.evals.results import Outcome
 from k2jax.evals.subject import Subject
 from k2jax.run.saved import SavedStep
@@ -51,10 +51,19 @@ class HarnessTask:
         limit: int | None = None,
         pass_at: PassAt | None = None,
         allow_code: bool = False,
+        seed: int = 1234,
+        choices: dict[str, Any] | None = None,
     ):
-        """`num_fewshot` None leaves the task's own. Nothing is loaded or downloaded yet."""
+        """Nothing is loaded or downloaded yet.
+
+        Args:
+            num_fewshot: None leaves the task's own.
+            seed: of few-shot examples.
+            choices: what a result says of where its settings are from.
+        """
         self.name, self._manager = name, manager
         self._num_fewshot, self._limit, self._pass_at, self._allow_code = num_fewshot, limit, pass_at, allow_code
+        self._seed, self._choices = seed, choices
         self._configs = task_configs(manager, name)
         own = manager.task_index[name].cfg or {}
         self.version = (own.get("metadata") or {}).get("version")
@@ -64,13 +73,35 @@ class HarnessTask:
         """Whether it runs the code that the model writes."""
         return any(own.get("unsafe_code") for own in self._configs.values())
 
+    @cached_property
+    def _loaded(self) -> dict[str, Any]:
+        """Its tasks with their data, once for all checkpoints. Raises ConfigError where the data cannot be had."""
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for our results
+            loaded = self._load()
+        return {**loaded, "tasks": dict(sorted(loaded["tasks"].items()))}  # those of a tag come in any order
+
+    @cached_property
+    def _data(self) -> dict[str, str]:
+        """Digests of what is asked, and of the documents; the requests themselves are not kept."""
+        loaded = self._loaded["tasks"]
+        self._begin()
+        with contextlib.redirect_stdout(sys.stderr):
+            for task in loaded.values():
+                self._trying(task.build_all_requests, limit=get_sample_size(task, self._limit))
+        found = {"requests_sha256": requests_digest(loaded), "documents_sha256": documents_digest(loaded)}
+        self._forget()
+        return found
+
     def settings(self, saved: SavedStep) -> dict[str, Any]:
-        """Its configuration's digest stands for the prompts: a version is not always raised when they change."""
+        """What is asked, and how an answer is measured: a version is not always raised when they change."""
         return {
             "num_fewshot": self._num_fewshot,
             "limit": self._limit,
             "pass_at": self._pass_at and self._pass_at._asdict(),
-            "configs_sha256": configs_digest(self._manager, self._configs),
+            "configs_sha256": self._configs_digest(),
+            **self._data,
+            "harness": VERSION,
+            "template_sha256": None,  # of the chat template that the requests were put in, and system text
         }
 
     def evaluate(self, subject: Subject) -> Outcome:
@@ -78,35 +109,50 @@ class HarnessTask:
         os.environ["DISABLE_MULTIPROC"] = "1"
         if self._allow_code:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-        if not sys.stderr.isatty():
-            import datasets
-
-            datasets.disable_progress_bars()
-        random.seed(0)  # as the harness's command line
-        np.random.seed(subject.seed)
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for our results
-            loaded = self._load(subject.seed)
+        lm, loaded, expected = CheckpointLM(subject), self._loaded, self._data["requests_sha256"]
+        self._begin()
+        with contextlib.redirect_stdout(sys.stderr):
             found = evaluate(
-                CheckpointLM(subject),
+                lm,
                 loaded,
                 limit=self._limit,
                 bootstrap_iters=BOOTSTRAPS,
                 confirm_run_unsafe_code=self._allow_code,
             )
+        if requests_digest(loaded["tasks"]) != expected:
+            raise ConfigError(
+                f"task {self.name} asks something else each time that it is rendered, so that no result of it can be "
+                f"told from another: draw in its functions with a seed, or leave it out"
+            )
+        self._forget()
         samples = [{"task": task, **sample} for task, rows in found["samples"].items() for sample in rows]
         kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
         details = {"harness": {"version": VERSION, **{key: found[key] for key in kept if key in found}}}
+        details |= {"tokenized_apart": lm.num_apart, "choices": self._choices}
         metrics = found["results"].get(self.name) or found["results"]
         return Outcome(headline(metrics), metrics, samples, details)
 
-    def _load(self, seed: int) -> dict[str, Any]:
-        """Its tasks with their data. Raises ConfigError where the data cannot be had."""
-        try:
-            spec = pass_at_spec(self.name, self._configs[self.name], self._pass_at) if self._pass_at else self.name
-            loaded = self._manager.load([spec])
-        except Exception as error:  # datasets and the harness raise of every kind: no network, no file, a bad YAML
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise ConfigError(f"task {self.name}: cannot be loaded: {type(error).__name__}: {reason[:300]}") from error
+    def _begin(self) -> None:
+        """Puts back what the harness draws from, so that a task renders the same each time."""
+        random.seed(0)  # as the harness's command line
+        np.random.seed(self._seed)
+        for task in self._loaded["tasks"].values():
+            task.set_fewshot_seed(seed=self._seed)
+
+    def _forget(self) -> None:
+        """A suite's requests would be gigabytes together."""
+        for task in self._loaded["tasks"].values():
+            task._instances = None
+
+    def _load(self) -> dict[str, Any]:
+        if not sys.stderr.isatty():
+            import datasets
+
+            datasets.disable_progress_bars()
+        spec = pass_at_spec(self.name, self._configs[self.name], self._pass_at) if self._pass_at else self.name
+        random.seed(0)
+        np.random.seed(self._seed)
+        loaded = self._trying(self._manager.load, [spec])
         for task in loaded["tasks"].values():
             own = task.get_config("num_fewshot")
             # As the harness does: a task that says 0 is never given examples.
@@ -114,8 +160,21 @@ class HarnessTask:
                 task.set_config("num_fewshot", self._num_fewshot)
             elif own is None:
                 task.set_config("num_fewshot", 0)
-            task.set_fewshot_seed(seed=seed)
         return loaded
+
+    def _trying(self, load: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return load(*arguments, **keywords)
+        except Exception as error:  # datasets and the harness raise of every kind: no network, no file, a bad YAML
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ConfigError(f"task {self.name}: cannot be loaded: {type(error).__name__}: {reason[:300]}") from error
+
+    def _configs_digest(self) -> str:
+        index = self._manager.task_index
+        groups = {name: index[name].cfg for name in groups_of(self._manager, self.name)}
+        entries = [index[name] for name in (*self._configs, *groups) if name in index]
+        folders = [entry.yaml_path.parent for entry in entries if entry.yaml_path]
+        return configs_digest({"tasks": self._configs, "groups": groups}, folders)
 
 
 def open_manager(names: list[str], task_dir: str | Path | None) -> TaskManager:
@@ -165,13 +224,14 @@ def task_configs(manager: TaskManager, name: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def configs_digest(manager: TaskManager, configs: dict[str, dict[str, Any]]) -> str:
-    """SHA-256 (hex) of configurations, whatever folder they lie in."""
-    text = json.dumps(configs, sort_keys=True, default=str)
-    folders = {str(e.yaml_path.parent) for n in configs if (e := manager.task_index.get(n)) and e.yaml_path}
-    for folder in sorted(folders, key=len, reverse=True):  # of functions, which are named by their files' paths
-        text = text.replace(folder, "")
-    return hashlib.sha256(text.encode()).hexdigest()
+def groups_of(manager: TaskManager, name: str) -> list[str]:
+    """The groups of a name, itself and those inside: how tasks make one number is written there."""
+    entry = manager.task_index.get(name)
+    members = (entry.cfg or {}).get("task") if entry else None
+    if not isinstance(members, list):
+        return []
+    inside = [member if isinstance(member, str) else member.get("task", member.get("group")) for member in members]
+    return [name, *(group for child in inside if isinstance(child, str) for group in groups_of(manager, child))]
 
 
 def headline(metrics: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name as kept
 from jax.sharding import PartitionSpec
 
 from k2jax.errors import ConfigError
+from k2jax.keys import ATTENTION_SUMS
 from k2jax.parallel import context, sharding
 
 MASKED = -1e30  # finite, so that a row with every key masked gives numbers and not NaN
@@ -216,7 +217,8 @@ def _attend_forward(
         out_BKGTH = _product("BKGTS,BKSH->BKGTH", weight_BKGTS.astype(v_BKSH.dtype), v_BKSH) / sum_BKGT1
         outs.append(out_BKGTH.astype(q_BKGTH.dtype))
         lses.append(most_BKGT1 + jnp.log(sum_BKGT1))
-    out_BKGTH, lse_BKGT1 = (kept(jnp.concatenate(parts, axis=3), "attention") for parts in (outs, lses))
+    out_BKGTH = kept(jnp.concatenate(outs, axis=3), "attention")
+    lse_BKGT1 = kept(jnp.concatenate(lses, axis=3), ATTENTION_SUMS)
     return out_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, document_BT, lse_BKGT1, out_BKGTH)
 
 

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name as kept
 from ml_collections import ConfigDict
 
 from k2jax.config import settled
-from k2jax.keys import ON_HOST, REMAT_NAMES
+from k2jax.keys import ATTENTION_SUMS, ON_HOST, REMAT_NAMES
 from k2jax.model.attention import attend_causally
 from k2jax.model.weights import LAYERS, Arrays, are_apart, layers_in_turn, wide
 from k2jax.parallel import context, pipeline
@@ -219,13 +219,16 @@ class Block(nnx.Module):
 
 
 def remat_policy(remat: str) -> Callable:
-    """Of a layer's arrays, those named in `model.remat` are kept for its backward pass ("attention": with its sums).
+    """Of a layer's arrays, those named in `model.remat` are kept for its backward pass.
 
-    Where the device's memory is the host's, as on CPU, it is all the same where they are kept.
+    "attention" keeps its sums as well, on the device in any case: they are small, and a copy to the host that begins
+    as a layer ends is waited for. Where the device's memory is the host's, as on CPU, it is all the same.
     """
     if remat == "none":
         return pipeline.keep_computed
-    names = {"dots": REMAT_NAMES, "full": ()}.get(remat, remat.split("+"))
+    names = list({"dots": REMAT_NAMES, "full": ()}.get(remat, remat.split("+")))
+    if "attention" in names or f"attention{ON_HOST}" in names:
+        names.append(ATTENTION_SUMS)
     by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[name for name in names if not name.endswith(ON_HOST)],
         names_which_can_be_offloaded=[name.removesuffix(ON_HOST) for name in names if name.endswith(ON_HOST)],

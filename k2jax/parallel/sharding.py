@@ -192,6 +192,13 @@ def shard(x: jax.Array, name: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS[name]))
 
 
+def replicated(x: jax.Array) -> jax.Array:
+    """Whole on every device of the current mesh, so that every process can read it; as it is without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def row_parts(mesh: Mesh | AbstractMesh) -> int:
     """Among how many devices, or groups of them, the rows of a microbatch are split there."""
     return math.prod(mesh.shape[axis] for axis in data_axes(mesh))

@@ -6,6 +6,7 @@ Each stage can be stopped and goes on where it was. data.json, written last, say
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -21,11 +22,12 @@ from ml_collections import ConfigDict
 import k2jax
 from k2jax import errors, locks
 from k2jax.data.store import Store
-from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
+from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import remove_leftovers, write_bytes, write_json
 from k2jax.prepare import clean, kept, pieces, recipe, spm, tally, token_sources, tokenise
 from k2jax.prepare.card import card
+from k2jax.prepare.chat import fit, mask, template
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
@@ -33,12 +35,14 @@ from k2jax.prepare.tokenise import Bucket
 from k2jax.text import redacted
 
 FORMAT = 2
+TEMPLATE = "chat_template.jinja"  # of conversations: it goes with the tokenizer
 
 
 def build(
     config: ConfigDict, out: str | Path, *, executor: str = "local", workers: int = 0, keep_stages: bool = False
 ) -> tuple[dict[str, Any], bool]:
-    """Makes tokenizer.json, the stores, the data card and, last, data.json in the folder `out`.
+    """Makes tokenizer.json, the stores, the data card and, last, data.json in the folder `out`; of conversations the
+    chat_template.jinja, too.
 
     Returns what data.json holds, and whether it was there already. What an interrupted preparation finished is not
     done again. `workers` tasks run at once, 0 for as many as there are cores. `keep_stages` leaves what lies between
@@ -56,6 +60,8 @@ def build(
             check_executor(executor, config.slurm.to_dict())
             token_sources.check(config)
             inputs = clean.check(config)
+            if _conversations(config):
+                _check_template(config)
             set_environment(workers)
             out.mkdir(parents=True, exist_ok=True)
             with _claimed(config, out):
@@ -75,6 +81,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     stages, plain, tokenizer = out / "stages", config.to_dict(), out / "tokenizer.json"
     if config.tokenizer:
         _take_tokenizer(config, tokenizer, stages)  # first: one that cannot be used ends it before the long stages
+    notes = _take_template(config, out, tokenizer) if _conversations(config) else []
     deal, *rest = clean.stages(config, out)
     engine.run(deal)
     _check_inputs(inputs, stages)
@@ -95,6 +102,10 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
 
     write = partial(tokenise.tokenize, config=plain, out=stages, buckets=buckets, tokenizer=tokenizer, eos=eos)
     engine.run(Stage("tokens", len(buckets), write))
+    chats = tokenise.conversations_of(stages, buckets)
+    for name in (name for name, found in chats.items() if not found["counts"]["conversations"]):
+        why = ", ".join(f"{count:,} {reason}" for reason, count in left_out(chats[name]["tally"]).items())
+        raise ConfigError(f"subset {name}: no conversation of it has an answer to learn ({why}): see max_tokens")
     engine.run(token_sources.stage(config, stages, tokenizer))
 
     names = sorted(path.name for path in (stages / "tokens").iterdir())
@@ -106,9 +117,39 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
 
     data = {"format": FORMAT, "config": redacted(plain), **options, "inputs": inputs}
     data |= _summary(config, out, names)
+    if chats:
+        sha256 = hashlib.sha256((out / TEMPLATE).read_bytes()).hexdigest()
+        counts = {name: found["counts"] for name, found in chats.items()}
+        data |= {"chat": {"template_sha256": sha256, "notes": notes, "conversations": counts}}
+        for name, found in chats.items():
+            data["subsets"][name]["tokens"] = found["tally"]
     card.write_card(out, data)
     write_json(out / "data.json", data)
     return data
+
+
+def _conversations(config: ConfigDict) -> list[str]:
+    return [name for name, chosen in config.subsets.items() if chosen.conversations]
+
+
+def _check_template(config: ConfigDict) -> None:
+    """Raises ConfigError before anything is begun, so that the recipe can be corrected."""
+    encoder = _recipe_tokenizer(config)
+    fit.check(template.find(config, encoder), encoder)
+
+
+def _take_template(config: ConfigDict, out: Path, tokenizer: Path) -> list[str]:
+    """The recipe's chat template, as chat_template.jinja and for the tasks; returns what a person should know of it."""
+    encoder, place = load_tokenizer(tokenizer, config.eos), clean.template_of(out)
+    chosen = template.find(config, encoder)
+    notes = fit.check(chosen, encoder)
+    if place.exists() and template.load(place).template != chosen:
+        raise ConfigError(
+            f"--out={out}: {chosen.source} has changed since this preparation began: remove the folder and begin again"
+        )
+    template.save(place, chosen, encoder)
+    write_bytes(out / TEMPLATE, chosen.text.encode())
+    return notes
 
 
 def _check_inputs(inputs: dict[str, Any], stages: Path) -> None:
@@ -166,12 +207,14 @@ def left_out(*tallies: dict[str, Any]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def _recipe_tokenizer(config: ConfigDict) -> Tokenizer:
+    tokenizer = open_tokenizer(config.tokenizer)
+    return k2_tokens(tokenizer) if config.add_k2_tokens else tokenizer
+
+
 def _take_tokenizer(config: ConfigDict, path: Path, stages: Path) -> None:
     """The recipe's tokenizer as tokenizer.json: one that is one already keeps its bytes, and so its identity."""
-    tokenizer = open_tokenizer(config.tokenizer)
-    if config.add_k2_tokens:
-        tokenizer = k2_tokens(tokenizer)
-    write_bytes(path, tokenizer.to_str().encode())
+    write_bytes(path, _recipe_tokenizer(config).to_str().encode())
     if spm.is_model(config.tokenizer):
         write_bytes(stages / spm.FILE, spm.read(config.tokenizer))
     _ = load_tokenizer(path, config.eos).eos_id
@@ -213,6 +256,7 @@ def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
             "train_tokens": store.num_train_tokens,
             "root_digest": store.root_digest,
             "repeats": mix[name],
+            **({"supervised_tokens": store.info["supervised_tokens"]} if store.masked else {}),
         }
     cleaned, dealt = _tallies(config, stages / "clean" / "tally"), _tallies(config, stages / "kept")
     subsets = {name: {"clean": cleaned[name], "duplicates": dealt[name]} for name in cleaned} | token_subsets
@@ -246,7 +290,8 @@ def _locked(path: Path, out: Path) -> locks.Lock:
 def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str) -> None:
     """Raises ConfigError if another recipe made what lies in `out`."""
     wanted = redacted(config.to_dict())
-    made = {"eos": "", **made}  # before there was the key
+    made = {"eos": "", "chat": recipe.base().chat.to_dict(), **made}  # before there were these keys
+    made["subsets"] = {name: {"conversations": {}, **chosen} for name, chosen in made.get("subsets", {}).items()}
     if made != wanted:
         changes = "; ".join(
             f"{key} was {made.get(key)}, asked for is {wanted.get(key)}"
@@ -263,12 +308,14 @@ def _finished(config: ConfigDict, out: Path) -> dict[str, Any]:
         data = json.loads((out / "data.json").read_text(encoding="utf-8"))
         made, expected = data["config"], {name: row["root_digest"] for name, row in data["stores"].items()}
         expected["tokenizer.json"] = data["tokenizer_sha256"]
+        expected |= {TEMPLATE: data["chat"]["template_sha256"]} if "chat" in data else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{out}/data.json is damaged: {again}") from error
     _check_recipe(made, config, out, "was made by")
     for name, digest in expected.items():
         path = out / name
-        found = tokenizer_sha256(path) if name == "tokenizer.json" else Store.open(str(path)).root_digest
+        is_file = name in ("tokenizer.json", TEMPLATE)
+        found = tokenizer_sha256(path) if is_file else Store.open(str(path)).root_digest
         if found != digest:
             raise ConfigError(f"{out}/{name} has digest {found}, data.json says {digest}: {again}")
     return data
@@ -286,4 +333,16 @@ def describe(data: dict[str, Any]) -> str:
         reasons = left_out(*counts.values())
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         lines += [f"left out of {name}: {why}"] if why else []
-    return "\n".join(lines)
+    return "\n".join(lines + _describe_chat(data["chat"]) if "chat" in data else lines)
+
+
+def _describe_chat(chat: dict[str, Any]) -> list[str]:
+    lines = [f"chat template: {note}" for note in chat["notes"]]
+    for name, n in chat["conversations"].items():
+        lines.append(
+            f"{name}: {n['conversations']:,} conversations, {n['turns']:,} turns, {n['answers']:,} answers; "
+            f"{n['supervised_tokens']:,} of {n['tokens']:,} tokens are learned"
+            + (f"; {n['cut']:,} conversations cut" if n["cut"] else "")
+        )
+        lines += [f"{name}: {note}" for note in mask.notes(n)]
+    return lines

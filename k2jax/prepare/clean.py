@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from k2jax.data.manifest import sha256_json
 from k2jax.files import whole_file, write_json
 from k2jax.prepare import contamination, recipe, rules
+from k2jax.prepare.chat import rows
 from k2jax.prepare.documents import write_documents
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import File, list_files
@@ -81,6 +82,11 @@ def deal_files(_: int, *, config: dict[str, Any], out: Path) -> None:
     write_json(out / "stages" / "clean" / "files" / "summary.json", summary)
 
 
+def template_of(out: str | Path) -> Path:
+    """The chat template that every task reads, as it was when the preparation began."""
+    return Path(out) / "stages" / "chat_template.json"
+
+
 def _files_of(out: Path, rank: int) -> Path:
     return out / "stages" / "clean" / "files" / f"{rank:05d}.json"
 
@@ -127,17 +133,19 @@ def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Pat
     if config.contamination.sources:
         check_of = contamination.Contamination(contamination.folder_of(out), remove=config.contamination.remove)
         steps.append(Rule("contamination", check_of.apply))
-    raw = documents(
-        chosen,
-        [File(*row) for row in json.loads(_files_of(Path(out), rank).read_bytes())],
-        name=name,
-        shard=shard,
-        num_shards=num_shards,
-        tally=tally,
-        keep_removed=removed.keep,
-    )
-    found = clean(raw, steps, tally=tally, keep_removed=removed.keep)
-    with _index(folder / "index" / f"{rank:05d}.parquet") as index:
+    with contextlib.ExitStack() as stack:
+        raw = documents(
+            chosen,
+            [File(*row) for row in json.loads(_files_of(Path(out), rank).read_bytes())],
+            name=name,
+            shard=shard,
+            num_shards=num_shards,
+            tally=tally,
+            keep_removed=removed.keep,
+            render=stack.enter_context(rows.rendering(template_of(out), chosen)) if chosen.conversations else None,
+        )
+        found = clean(raw, steps, tally=tally, keep_removed=removed.keep)
+        index = stack.enter_context(_index(folder / "index" / f"{rank:05d}.parquet"))
         write_documents(folder / "documents" / f"{rank:05d}.jsonl.zst", map(index, found))
     write_documents(folder / "removed" / f"{rank:05d}.jsonl.zst", removed.documents)
     if check_of:

@@ -9,12 +9,15 @@ import datetime
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import xxhash
 from datatrove.data import Document
 from ml_collections import ConfigDict
 
+from k2jax.errors import ConfigError
+from k2jax.prepare.chat.rows import COLUMNS
 from k2jax.prepare.documents import document
 from k2jax.prepare.files import File, place, shown_name
 from k2jax.prepare.recipe import kind_of
@@ -28,12 +31,13 @@ from k2jax.prepare.records import (
     text_of,
     text_records,
 )
-from k2jax.prepare.tally import Tally
+from k2jax.prepare.tally import Tally, clean_name
 
 FIELDS = ("url", "id", "license", "licence", "date", "dump")  # kept of a record beside its text
 IDS_WATCHED = 1 << 20  # of a file, for those seen before: 100 MB; later ones are not compared
 QUIET = ("not status 200", "no page")  # counted without a line each: most of a web archive
 KeepRemoved = Callable[[Document, str, str], None]  # (document, step, reason)
+RenderRow = Callable[[dict[str, Any], ConfigDict], tuple[str, dict[str, Any]] | Bad]  # (row, subset) to text, metadata
 
 
 def documents(
@@ -45,8 +49,12 @@ def documents(
     num_shards: int,
     tally: Tally,
     keep_removed: KeepRemoved | None = None,
+    render: RenderRow | None = None,
 ) -> Iterator[Document]:
     """The documents of one task of subset `name`: those of its files, in their order.
+
+    `render` gives the text of a row, and more metadata, where rows are conversations: a row that is none is then a
+    ConfigError that names file and row, unless the recipe says bad_rows="drop".
 
     `max_bytes` is dealt out evenly: the task ends before the document that exceeds its part, counted as "over
     max_bytes". Documents shorter or longer than the subset's limits are removed here, in step "read"; with `extract`
@@ -58,8 +66,11 @@ def documents(
     for file in files:
         seen: set[int] = set()
         for line, record in records(chosen.source, file, chosen=chosen):
-            one = record if isinstance(record, Bad) else _document(record, chosen, name, file, line)
+            make = partial(_conversation, render=render) if render else _document
+            one = record if isinstance(record, Bad) else make(record, chosen, name, file, line)
             if isinstance(one, Bad):
+                if render and chosen.conversations.bad_rows == "refuse":
+                    raise ConfigError(_refusal(one, file, line))
                 _count(tally, one, file, line)
                 continue
             size = len(one.text.encode())
@@ -98,7 +109,8 @@ def in_order(files: list[File], seed: int) -> list[File]:
 def records(source: str, file: File, *, chosen: ConfigDict, every_field: bool = False) -> Iterator[Record]:
     """What a file of the source holds, in its order, one by one; all columns if `every_field`, else those we keep."""
     kind, _ = kind_of(source)
-    columns = None if every_field else (chosen.text_key, *FIELDS)
+    conversations = bool(chosen.conversations) and not every_field
+    columns = None if every_field else (*COLUMNS, *FIELDS) if conversations else (chosen.text_key, *FIELDS)
     if kind == "warc":
         from k2jax.prepare.warc import warc_records  # warcio is needed for these alone
 
@@ -109,7 +121,7 @@ def records(source: str, file: File, *, chosen: ConfigDict, every_field: bool = 
         return text_records(file, chosen.max_line_bytes, chosen.text_key)
     if kind == "jsonl":
         return json_records(file, chosen.max_line_bytes)
-    required = None if every_field else chosen.text_key
+    required = None if every_field or conversations else chosen.text_key
     return (parquet_records if kind == "parquet" else arrow_records)(file, columns, required)
 
 
@@ -117,8 +129,23 @@ def _document(record: dict[str, Any], chosen: ConfigDict, name: str, file: File,
     if chosen.text_key not in record:
         return Bad("no text", f"key {chosen.text_key!r} is missing")
     text = text_of(record[chosen.text_key], chosen.max_line_bytes)
-    if isinstance(text, Bad):
-        return text
+    return text if isinstance(text, Bad) else document(text, **_metadata(record, chosen, name, file, line))
+
+
+def _conversation(
+    record: dict[str, Any], chosen: ConfigDict, name: str, file: File, line: int, *, render: RenderRow
+) -> Document | Bad:
+    found = render(record, chosen)
+    text = found if isinstance(found, Bad) else text_of(found[0], chosen.max_line_bytes)
+    return text if isinstance(text, Bad) else document(text, **_metadata(record, chosen, name, file, line), **found[1])
+
+
+def _refusal(bad: Bad, file: File, line: int) -> str:
+    what = f" ({clean_name(bad.what)})" if bad.what else ""
+    return f"{place(file, line)}: {bad.reason}{what}: correct the row or take it out, or set bad_rows='drop'"
+
+
+def _metadata(record: dict[str, Any], chosen: ConfigDict, name: str, file: File, line: int) -> dict[str, str]:
     source = shown_name(file.name)
     metadata = {
         "subset": name,
@@ -129,7 +156,7 @@ def _document(record: dict[str, Any], chosen: ConfigDict, name: str, file: File,
         "date": _short(record.get("date")),
         "dump": _short(record.get("dump")) or chosen.dump or _dump_of(file),
     }
-    return document(text, **{key: value for key, value in metadata.items() if value})
+    return {key: value for key, value in metadata.items() if value}
 
 
 def _dump_of(file: File) -> str:

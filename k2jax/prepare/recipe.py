@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from k2jax import paths
 from k2jax.data.tokenizer import EOS, NUM_FIXED
 from k2jax.errors import ConfigError
+from k2jax.prepare.chat import options
 
 SUBSET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 KINDS = {  # of sources: "KIND:WHERE"; WHERE is a path or URL with wildcards (local, gs://, s3://, hf://)
@@ -63,6 +64,10 @@ def base() -> ConfigDict:
     c.slurm.time = "24:00:00"
     c.slurm.gib_per_cpu = 4
     c.slurm.environment = ""  # command that activates the Python environment on a node
+    c.chat = ConfigDict()  # of the subsets that are conversations()
+    c.chat.template = ""  # file of a Jinja template; empty: the one beside `tokenizer`
+    c.chat.name = ""  # of the templates beside `tokenizer`, where there are several; empty: the default
+    c.chat.date = ""  # YYYY-MM-DD: the day that a template writes (strftime_now)
     c.subsets = ConfigDict()
     c.lock()
     c.subsets.unlock()
@@ -122,6 +127,33 @@ def subset(
     c.fim_stores = fim_stores  # plain, PSM and SPM documents in stores NAME, NAME-fim, NAME-spm, as K2 had
     c.repeats = repeats  # of its stores in the mix
     c.upsample = upsample  # ((copies, factor), ...): documents of at least so many copies go to a store NAME-xFACTOR
+    c.conversations = ConfigDict()  # empty of text; see conversations()
+    return c.lock()
+
+
+def conversations(
+    source: str,
+    *,
+    max_tokens: int = 0,
+    too_long: str = "refuse",
+    bad_rows: str = "refuse",
+    answers: str = "all",
+    roles: tuple[tuple[str, str], ...] = (),
+    control_in_turns: bool = False,
+    **of_any_subset: Any,
+) -> ConfigDict:
+    """A subset of conversations: its stores have a loss mask. `of_any_subset` is subset()'s, less what edits text.
+
+    Its rows have `messages`, `conversations`, or `prompt` and `completion` (chat/rows.py); near duplicates stay, since
+    conversations that share a system turn look nearly the same.
+    """
+    c = subset(source, **of_any_subset).unlock()
+    c.conversations.max_tokens = max_tokens  # of one conversation, 0 for no limit
+    c.conversations.too_long = too_long  # longer ones: "refuse" (an error), "drop" (left out, counted) or "cut" to it
+    c.conversations.bad_rows = bad_rows  # rows that give no conversation, or none to learn: "refuse" or "drop"
+    c.conversations.answers = answers  # learned of a conversation: "all", or its "last"
+    c.conversations.roles = roles  # ((a row's name, system|user|assistant|tool), ...) beside those that are known
+    c.conversations.control_in_turns = control_in_turns  # turns may hold names of special tokens, which become those
     return c.lock()
 
 
@@ -179,6 +211,7 @@ def load_config(path: str | Path) -> ConfigDict:
         )
     validate(config)
     config.tokenizer = tokenizer_path(config.tokenizer)
+    config.chat.template = config.chat.template and str(paths.parse(config.chat.template, "chat.template"))
     return config.lock()
 
 
@@ -206,6 +239,8 @@ def _base_problems(config: ConfigDict) -> list[str]:
         tokenizer_path(config.tokenizer)
     except ConfigError as error:
         problems.append(str(error))
+    if config.chat.date and not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", config.chat.date):
+        problems.append(f"chat.date={config.chat.date!r}: must be a day, YYYY-MM-DD")
     if config.vocab_size < NUM_FIXED + 2:
         problems.append(f"vocab_size={config.vocab_size}: must be at least {NUM_FIXED + 2}")
     if not 0 <= config.validation_fraction < 1:
@@ -237,9 +272,12 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
         problems.append(f"{where}: the name is a folder's: use lower-case letters, digits, - and _")
     if not isinstance(chosen, ConfigDict):
         return problems + [f"{where}={chosen!r}: must be made by subset()"]
-    if keys := _key_problems(f"{where}.", chosen, subset("")):
+    expected = conversations("") if chosen.get("conversations") else subset("")
+    if keys := _key_problems(f"{where}.", chosen, expected):
         return problems + keys
     kind, rest = kind_of(chosen.source)
+    if chosen.conversations:
+        problems += options.problems(where, chosen, kind, tokenizer, usual=subset(""))
     if kind not in KINDS or not rest:
         known = "; ".join(f"{kind}:WHERE ({meaning})" for kind, meaning in KINDS.items())
         problems.append(f"{where}.source={chosen.source!r}: must be one of {known}")

@@ -4,6 +4,8 @@ A subset gives one store or several: by how a document is turned for FIM, and by
 """
 
 import contextlib
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +17,15 @@ from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError
 from k2jax.files import whole_file, write_json
 from k2jax.prepare import fim, kept, spm
+from k2jax.prepare.chat import mask
 from k2jax.prepare.pieces import PieceWriter
 from k2jax.prepare.recipe import stores_of
+from k2jax.prepare.tally import Tally, combine
 
 BATCH_BYTES = 1 << 20  # of text handed to the tokenizer at a time: enough for every core
-KEPT_METADATA = ("subset", "url", "source_id", "licence", "date", "dump", "language", "duplicates", "contaminated")
+KEPT_METADATA = (
+    "subset", "url", "source_id", "licence", "date", "dump", "language", "duplicates", "contaminated", "turns"
+)  # fmt: skip
 
 
 class Bucket(NamedTuple):
@@ -46,6 +52,9 @@ def tokenize(rank: int, *, config: dict[str, Any], out: Path, buckets: list[Buck
     bucket, recipe = buckets[rank], ConfigDict(config)
     chosen = recipe.subsets[bucket.subset]
     encoder = load_tokenizer(tokenizer)
+    if chosen.conversations:
+        _tokenize_conversations(rank, recipe, out, bucket, encoder, eos)
+        return
     library = spm.Encoder(out / spm.FILE, encoder) if spm.is_model(recipe.tokenizer) else None
     sentinels = sentinel_ids(encoder, tokenizer) if chosen.fim_rate else {}
     documents = kept.bucket_of(out, bucket.ranks, bucket.index, recipe.seed)
@@ -66,6 +75,54 @@ def tokenize(rank: int, *, config: dict[str, Any], out: Path, buckets: list[Buck
             num_bytes[store] += len(document.text.encode())
     for store, path in paths.items():
         write_json(f"{path}.json", {"bytes": num_bytes[store]})
+
+
+def _tokenize_conversations(
+    rank: int, recipe: ConfigDict, out: Path, bucket: Bucket, encoder: Tokenizer, eos: int
+) -> None:
+    """The same of conversations, whose pieces have a loss mask and end as their template ends them.
+
+    What was counted lies in conversations/<rank>.json, written last.
+    """
+    chosen, tally, counts = recipe.subsets[bucket.subset], Tally(), Counter()
+    control = tuple(sorted(filter(None, map(encoder.id_to_token, encoder.control_ids))))
+    documents = kept.bucket_of(out, bucket.ranks, bucket.index, recipe.seed)
+    paths = {store: out / "tokens" / store / f"{bucket.index:05d}" for store in stores_of(recipe, bucket.subset)}
+    num_bytes = dict.fromkeys(paths, 0)
+    with contextlib.ExitStack() as stack:
+        options = {"vocab_size": encoder.vocab_size, "eos_id": eos, "masked": True}
+        pieces = {store: stack.enter_context(PieceWriter(path, **options)) for store, path in paths.items()}
+        for batch in batches(documents):
+            found = mask.encoded(batch, encoder, chosen.conversations, control=control, tally=tally, counts=counts)
+            for one, ids, learned in found:
+                copies = one.metadata.get("duplicates", {}).get("copies", 1)
+                store = store_of(chosen, bucket.subset, "plain", copies)
+                metadata = {key: one.metadata[key] for key in KEPT_METADATA if one.metadata.get(key)}
+                source = one.metadata["source"]
+                pieces[store].add(ids, id=one.id, source=source, metadata=metadata, eos=False, mask=learned)
+                num_bytes[store] += len(one.text.encode())
+    for store, path in paths.items():
+        write_json(f"{path}.json", {"bytes": num_bytes[store]})
+    write_json(out / "conversations" / f"{rank:05d}.json", {"tally": tally.to_json(), "counts": dict(counts)})
+
+
+def conversations_of(out: Path, buckets: list[Bucket]) -> dict[str, dict[str, dict]]:
+    """What was counted of each subset of conversations: {"tally": of step "tokens", "counts": of what is in stores}."""
+    found: dict[str, list[dict[str, dict]]] = {}
+    for rank, bucket in enumerate(buckets):
+        if (path := out / "conversations" / f"{rank:05d}.json").exists():
+            found.setdefault(bucket.subset, []).append(json.loads(path.read_bytes()))
+    return {
+        name: {"tally": combine([one["tally"] for one in parts]), "counts": _sum(one["counts"] for one in parts)}
+        for name, parts in found.items()
+    }
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total = Counter(dict.fromkeys(mask.COUNTS, 0))
+    for one in counts:
+        total.update(one)
+    return dict(total)
 
 
 def encoded(

@@ -306,20 +306,26 @@ def open_array(step_folder: epath.PathLike, meta: dict[str, Any], name: str) -> 
 
 
 def read_arrays(
-    step_folder: epath.PathLike, meta: dict[str, Any], places: Mapping[str, Sharding]
+    step_folder: epath.PathLike, meta: dict[str, Any], places: Mapping[str, Sharding], *, one_by_one: bool = False
 ) -> dict[str, jax.Array]:
     """{name: array} as `places` says: a process reads the parts of its own devices, one that several have once.
 
-    Raises what TensorStore raises; StorageError when the step is gone as a whole, which says nothing of it.
+    `one_by_one`: of an array, its host then has one part at a time. Raises what TensorStore raises; StorageError when
+    the step is gone as a whole, which says nothing of it.
     """
 
     def read(name: str) -> jax.Array:
         store, place = open_array(step_folder, meta, name), places[name]
         index_of = place.addressable_devices_indices_map(store.shape)
         indices = {str(index): index for index in index_of.values()}
-        reads = {key: store[index].read() for key, index in indices.items()}
-        parts = [jax.device_put(reads[str(index)].result(), device) for device, index in index_of.items()]
-        return jax.make_array_from_single_device_arrays(store.shape, place, parts)
+        reads = {} if one_by_one else {key: store[index].read() for key, index in indices.items()}
+        parts = {}
+        for key, index in indices.items():
+            part = (reads.pop(key) if reads else store[index].read()).result()
+            parts |= {device: jax.device_put(part, device) for device, i in index_of.items() if str(i) == key}
+            if one_by_one:
+                jax.block_until_ready(list(parts.values()))
+        return jax.make_array_from_single_device_arrays(store.shape, place, [parts[device] for device in index_of])
 
     try:
         with ThreadPoolExecutor(READERS) as pool:  # TensorStore reads and decodes outside of Python's lock

@@ -29,6 +29,11 @@ def open_data(config: ConfigDict, verify: str | None = None) -> tuple[dict[str, 
     names = sorted({name for stage in config.stages for name in stage.mix})
     root = storage.normal_path(config.data.root)
     stores = {name: Store.open(f"{root}/{name}", verify=verify or config.data.verify) for name in names}
+    if masked := [name for name, store in stores.items() if store.masked]:
+        raise ConfigError(
+            f"stages.*.mix: {', '.join(masked)} in {root}: of conversations, whose loss masks no stage reads: every "
+            f"token would be learned, and EOS tells such documents not apart: take them out of the mix"
+        )
     stages = [configuration.to_dict(stage) for stage in config.stages]
     manifest = build_manifest(
         stages=stages,

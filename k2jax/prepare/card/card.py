@@ -22,7 +22,7 @@ from k2jax.prepare.tally import combine
 FORMAT = 1
 LIBRARIES = (
     "datatrove", "tokenizers", "trafilatura", "lxml", "fasttext-numpy2-wheel", "warcio", "xxhash", "numpy",
-    "pyarrow", "zstandard", "orjson", "tensorstore", "fsspec", "seqio", "ray",
+    "pyarrow", "jinja2", "zstandard", "orjson", "tensorstore", "fsspec", "seqio", "ray",
 )  # fmt: skip
 HITS = 20  # contaminated documents shown
 
@@ -62,6 +62,7 @@ def make_card(stages: Path, data: dict[str, Any]) -> dict[str, Any]:
         "subsets": subsets,
         "total": _total(subsets, data["stores"]),
         "stores": mix_of(data["stores"]),
+        "chat": data.get("chat", {"template_sha256": "", "notes": [], "conversations": {}}),
         "upsampling": _upsampling(config, copies["documents_by_copies"]),
         "duplicates": {**duplicates, **copies},
         "contamination": _contamination(stages / "clean" / "contamination", config),

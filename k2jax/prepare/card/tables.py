@@ -19,6 +19,12 @@ SECTIONS = (  # (key, title, what it is), in their order
     ("reasons", "Why documents were removed", "By subset, step and reason."),
     ("duplicates", "Duplicates", "One document of a cluster of copies stays, by the priority of its subset."),
     ("stores", "Stores and their mix", "Tokens in the mix are those for training times the repeats."),
+    (
+        "conversations",
+        "Conversations",
+        "What is in the stores. Only answers are learned. Joined ones begin within a token of the prompt, endless ones "
+        "end with no control token; compared are conversations whose generation blocks were held against prefixes.",
+    ),
     ("lengths", "Lengths", ""),
     ("languages", "Languages", "Where a step identifies them, or the source names them."),
     ("licences", "Licences", "As the sources or the recipe name them; nobody has checked them."),
@@ -73,6 +79,7 @@ def tables_of(key: str, card: dict[str, Any]) -> list[Table]:
         "reasons": _reasons,
         "duplicates": _duplicates,
         "stores": _stores,
+        "conversations": _conversations,
         "lengths": lambda card: [],
         "languages": lambda card: _names(card, "languages"),
         "licences": lambda card: _names(card, "licences"),
@@ -241,6 +248,19 @@ def _stores(card: dict[str, Any]) -> list[Table]:
         "share",
     ]
     return [Table(head, rows, numeric=tuple(range(2, 9)))]
+
+
+def _conversations(card: dict[str, Any]) -> list[Table]:
+    chat = card["chat"]
+    if not chat["conversations"]:
+        return []
+    rows = [[name, *counts.values()] for name, counts in chat["conversations"].items()]
+    head = ["subset", *(key.replace("_", " ") for key in next(iter(chat["conversations"].values())))]
+    told = [["SHA-256", chat["template_sha256"]], *(["note", note] for note in chat["notes"])]
+    return [
+        Table(head, rows, numeric=tuple(range(1, len(head)))),
+        Table(["of the chat template", ""], told, code=(1,)),
+    ]
 
 
 def stated(card: dict[str, Any], key: str) -> dict[str, list[dict[str, int]]]:

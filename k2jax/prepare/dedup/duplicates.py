@@ -69,6 +69,7 @@ def stages(config: ConfigDict, clean: Path, out: Path) -> list[Stage]:
         function = functools.partial(
             sign, clean=documents, exact_folder=folders["exact"], folder=folders["signatures"],
             num_partitions=partitions, config=minhash,
+            exempt=frozenset(name for name, chosen in config.subsets.items() if chosen.conversations),
         )  # fmt: skip
         result.append(Stage("signatures", num_tasks, function))
         function = functools.partial(
@@ -93,9 +94,22 @@ def minhash_of(config: ConfigDict) -> MinHash:
 
 
 def sign(
-    rank: int, *, clean: Clean, exact_folder: Path, folder: Path, num_partitions: int, config: MinHash
+    rank: int,
+    *,
+    clean: Clean,
+    exact_folder: Path,
+    folder: Path,
+    num_partitions: int,
+    config: MinHash,
+    exempt: frozenset[str] = frozenset(),
 ) -> None:
-    """Writes the signatures of a task's documents that are no exact copies (num_partitions=0: of all)."""
+    """Writes the signatures of a task's documents that are no exact copies (num_partitions=0: of all).
+
+    Subsets that are `exempt` have none: their documents are nearly the same as no other.
+    """
+    if clean.subsets[rank] in exempt:
+        write_signatures((), folder, rank, config)
+        return
     removed = (
         exact.removed_of_task(rank, folder=exact_folder, num_partitions=num_partitions).tolist()
         if num_partitions

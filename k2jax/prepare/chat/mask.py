@@ -1,0 +1,116 @@
+"""Rendered conversations to ids and their loss mask.
+
+A token is learned if any character that it stands for is an answer's. One that spans the border is: what the model must
+write there is that token. (At an answer's beginning this means that the tokens of the prompt alone would be others;
+such answers are counted as `joined`.) It is also transformers' rule for its assistant masks.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from datatrove.data import Document
+from ml_collections import ConfigDict
+
+from k2jax.data.tokenizer import Tokenizer
+from k2jax.errors import ConfigError
+from k2jax.prepare.tally import Tally
+
+STEP = "tokens"
+COUNTS = (  # of conversations that are in stores, all as they were before any was cut, but for tokens
+    "conversations", "turns", "answers", "tokens", "supervised_tokens", "cut", "joined", "endless", "compared",
+)  # fmt: skip
+
+
+class Encoded(NamedTuple):
+    """A conversation in tokens."""
+
+    document: Document
+    ids: np.ndarray  # (n,)
+    mask: np.ndarray  # (n,) uint8: 1 where a token is learned
+
+
+def mask_of(offsets: np.ndarray, answers: list[list[int]]) -> np.ndarray:
+    """The mask (n,) of tokens that stand for the characters [start, stop) of `offsets` (n, 2).
+
+    A token that stands for nothing, as some tokenizers put before a text, goes with the character that it is before.
+    """
+    starts, stops = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+    mask = np.zeros(len(offsets), np.uint8)
+    for begin, end in answers:
+        mask |= (starts < end) & (stops > begin)
+    return mask
+
+
+def encoded(
+    batch: list[Document],
+    encoder: Tokenizer,
+    options: ConfigDict,
+    *,
+    control: tuple[str, ...],
+    tally: Tally,
+    counts: Counter,
+) -> Iterator[Encoded]:
+    """The conversations of a batch that stay, by `options`, the subset's for conversations; the others are counted.
+
+    `control` are the names of control tokens. Raises ConfigError, naming file and row, where the recipe says so of one
+    that is too long or teaches nothing.
+    """
+    for one, (ids, offsets) in zip(batch, encoder.encode_rendered([one.text for one in batch]), strict=True):
+        size, answers = len(one.text.encode()), one.metadata["answers"]
+        ids, offsets = np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
+        mask = mask_of(offsets, answers)
+        tally.saw(STEP, size)
+        cut = 0 < options.max_tokens < len(ids)
+        if cut and options.too_long != "cut":
+            remedy = "raise max_tokens, or set too_long to 'cut' or 'drop'"
+            _leave_out(one, "too long", f"{len(ids)} tokens", options.too_long, remedy)
+            tally.removed(STEP, "too long", size)
+            continue
+        if cut:
+            ids, mask = ids[: options.max_tokens], mask[: options.max_tokens]
+        if not mask.any():
+            what = f"of {len(answers)} answers {'all are behind max_tokens' if cut else 'none has a token'}"
+            _leave_out(one, "no answer to learn", what, options.bad_rows, "take the row out, or set bad_rows='drop'")
+            tally.removed(STEP, "no answer to learn", size)
+            continue
+        tally.kept(size, licence=one.metadata.get("licence", ""))
+        _count(counts, one, mask, offsets, control, cut)
+        yield Encoded(one, ids, mask)
+
+
+def _leave_out(one: Document, reason: str, what: str, how: str, remedy: str) -> None:
+    if how == "refuse":
+        raise ConfigError(f"{one.metadata['source']}: {reason} ({what}): {remedy}")
+
+
+def _count(
+    counts: Counter, one: Document, mask: np.ndarray, offsets: np.ndarray, control: tuple[str, ...], cut: bool
+) -> None:
+    answers, starts = one.metadata["answers"], set(offsets[:, 0].tolist())
+    counts.update(
+        conversations=1,
+        turns=one.metadata["turns"],
+        answers=len(answers),
+        tokens=len(mask),
+        supervised_tokens=int(mask.sum()),
+        cut=int(cut),
+        joined=sum(begin not in starts for begin, _ in answers),
+        endless=sum(not one.text[begin:end].rstrip().endswith(control) for begin, end in answers),
+        compared=int(one.metadata["compared"]),
+    )
+
+
+def notes(counts: dict[str, int]) -> Iterable[str]:
+    """What a person should know of a subset's conversations: one line each."""
+    if counts["endless"]:
+        yield (
+            f"{counts['endless']:,} of {counts['answers']:,} answers end with no control token: what learns them does "
+            "not learn to stop"
+        )
+    if counts["joined"]:
+        yield (
+            f"{counts['joined']:,} of {counts['answers']:,} answers begin within a token of the prompt: a prompt that "
+            "is tokenized alone has other tokens there"
+        )
