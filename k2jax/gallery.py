@@ -159,7 +159,8 @@ def _generated(saved: Any, wanted: list[dict[str, Any]], settings: dict[str, Any
     sampling = Sampling(settings["temperature"], settings["top_k"], settings["top_p"])
     check_sampling(sampling)
     encoder, most = check_tokenizer(saved), settings["max_new_tokens"]
-    ids = [encode(encoder, Prompt(entry["prompt"], entry["suffix"]), "psm") for entry in wanted]
+    begin_ids = saved.begin_ids
+    ids = [encode(encoder, Prompt(entry["prompt"], entry["suffix"]), "psm", begin_ids) for entry in wanted]
     generator = open_generator(saved, mesh_for(saved.config))
     new: list[list[int]] = []
     for entry, start in zip(wanted, ids, strict=True) if sampling.temperature else ():

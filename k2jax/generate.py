@@ -41,7 +41,8 @@ def main() -> None:
     encoder = check_tokenizer(saved)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     check_sampling(sampling)
-    ids = [encode(encoder, prompt, args.fim_order) for prompt in prompts]
+    begin_ids = saved.begin_ids
+    ids = [encode(encoder, prompt, args.fim_order, begin_ids) for prompt in prompts]
     longest = max(map(len, ids)) + args.max_new_tokens
     if longest > saved.stage.sequence_length:
         print(
@@ -117,7 +118,8 @@ def open_generator(saved: Any, mesh: Any) -> Any:
     for name, p in parameter_table(m).items():
         check_divisible(name, p.shape, p.axes, mesh)
     params, dtype = restore_params(saved, mesh), compute_dtype(saved.config)
-    options = {"eos_id": saved.meta["eos_id"], "keep_params": False}  # memory peaks at the parameters and one array
+    options = {"eos_id": saved.meta["eos_id"], "stop_ids": saved.stop_ids}
+    options["keep_params"] = False  # memory peaks at the parameters and one array
     return Generator(m, saved.stage.rope_base, params, mesh, dtype, **options)
 
 
@@ -160,8 +162,8 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def encode(encoder: Any, prompt: Prompt, fim_order: str) -> list[int]:
-    """The ids that the model sees. ConfigError for a suffix where the tokenizer has no FIM tokens.
+def encode(encoder: Any, prompt: Prompt, fim_order: str, begin_ids: list[int]) -> list[int]:
+    """The ids that the model sees, `begin_ids` first. ConfigError for a suffix where the tokenizer has no FIM tokens.
 
     psm: <fim_prefix> prefix <fim_suffix> suffix <fim_middle>; spm, as K2's data preparation wrote it (StarCoder's
     second variant): <fim_prefix> <fim_suffix> suffix <fim_middle> prefix. As there, the suffix continues a document
@@ -169,15 +171,15 @@ def encode(encoder: Any, prompt: Prompt, fim_order: str) -> list[int]:
     """
     text = encoder.encode(prompt.text)
     if prompt.suffix is None:
-        return text
+        return begin_ids + text
     marks = [encoder.token_to_id(token) for token in FIM]
     if None in marks:
         raise ConfigError(f"--suffix: the run's tokenizer has no token {FIM[marks.index(None)]}: leave it out")
     suffix = encoder.encode(prompt.suffix, continues=True)
     before, after, middle = ([mark] for mark in marks)
     if fim_order == "psm":
-        return before + text + after + suffix + middle
-    return before + after + suffix + middle + text
+        return begin_ids + before + text + after + suffix + middle
+    return begin_ids + before + after + suffix + middle + text
 
 
 # ---- ids to text -----------------------------------------------------------------------------------------------------

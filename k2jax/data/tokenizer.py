@@ -114,6 +114,12 @@ class Tokenizer:
         return next((self._added[token] for token in BOS_NAMES if token in self._added), None)
 
     @property
+    def begin_ids(self) -> list[int]:
+        """What the file itself puts before a text, where it is asked to: mostly BOS, or nothing."""
+        framed, bare = (self.encode_with_control("a", framed=framed) for framed in (True, False))
+        return framed[: next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)]
+
+    @property
     def control_ids(self) -> set[int]:
         """Of control tokens. As text, only characters that the vocabulary lacks become one, and that is <unk>."""
         return {self._whole.token_to_id(token) for token in self._control} - {None}

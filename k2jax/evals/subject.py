@@ -59,7 +59,8 @@ class Subject:
     @cached_property
     def generator(self) -> Generator:
         m, rope_base = self.saved.config.model, self.saved.stage.rope_base
-        return Generator(m, rope_base, self.params, self.mesh, self.compute_dtype, eos_id=self.eos_id)
+        ids = {"eos_id": self.eos_id, "stop_ids": self.saved.stop_ids}
+        return Generator(m, rope_base, self.params, self.mesh, self.compute_dtype, **ids)
 
     def about(self) -> dict[str, Any]:
         """What a result says of how it was made."""

@@ -5,7 +5,8 @@ from typing import Any
 
 from k2jax import __version__
 from k2jax.data.epochs import read_epochs
-from k2jax.data.tokenizer import UNK, Tokenizer
+from k2jax.data.tokenizer import UNK, Tokenizer, load_tokenizer
+from k2jax.hf import side_files
 from k2jax.hf.families import kind_of, title_of
 from k2jax.model.decoder import num_params
 from k2jax.run.saved import SavedStep
@@ -57,7 +58,7 @@ def model_card(saved: SavedStep, dtype: str, parity: dict[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", tags, "---", ""]
     lines += [f"# {name}, step {saved.step:,}", "", *_table(facts), ""]
     lines += ["## Use", "", "```python", _EXAMPLE, "```", ""]
-    lines += ["No token goes before a text (there is no BOS).", "", *_data(saved), *_stages(saved)]
+    lines += [_before_a_text(saved), "", *_data(saved), *_stages(saved)]
     lines += ["## Where it comes from", "", *_table(_origin(saved)), ""]
     lines += [
         "## Certificate",
@@ -70,7 +71,7 @@ def model_card(saved: SavedStep, dtype: str, parity: dict[str, Any]) -> str:
         "",
         "## Licence",
         "",
-        "Not recorded by the run: whoever publishes these weights states it here.",
+        _licence(side_files.licences(side_files.of_run(saved))),
     ]
     return "\n".join(lines) + "\n"
 
@@ -81,6 +82,23 @@ tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", dtype="auto")
 inputs = tokenizer("The order of the data is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
+
+
+def _before_a_text(saved: SavedStep) -> str:
+    tokenizer = load_tokenizer(saved.tokenizer)
+    put = ", ".join(as_code(tokenizer.id_to_token(id) or str(id)) for id in tokenizer.begin_ids)
+    if not put:
+        return "No token goes before a text (tokenizer.json puts none there)."
+    return f"Before a text, tokenizer.json puts {put}" + (
+        "." if saved.imported else "; the documents that it was trained on had none there."
+    )
+
+
+def _licence(names: list[str]) -> str:
+    if not names:
+        return "Not recorded by the run: whoever publishes these weights states it here."
+    files = ", ".join(map(as_code, names))
+    return f"The weights that it began with came with {files}, which is here too: whoever publishes these keeps to it."
 
 
 def _table(facts: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from k2jax import __version__, files, upload
 from k2jax.bucket import BucketPath
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError, NumericsError, StorageError
-from k2jax.hf import card, certificate
+from k2jax.hf import card, certificate, side_files
 from k2jax.hf.families import config_from_hf, config_to_hf
 from k2jax.hf.layout import tensors
 from k2jax.hf.safetensors_io import CODES, DTYPES, INDEX, Entry, ShardWriter, index_json, plan_shards
@@ -125,7 +125,8 @@ def refuse_nonfinite(saved: SavedStep, dtype: str, sums: dict[str, TensorSums]) 
 def lineage(saved: SavedStep) -> dict[str, Any]:
     """Which checkpoint it is, and what it records of where it came from."""
     recorded = {key: saved.meta[key] for key in RECORDED if key in saved.meta}
-    imported = {} if saved.imported is None else {"imported": saved.imported}
+    imported = {} if saved.imported is None else {"imported": {**saved.imported}}
+    imported.get("imported", {}).pop("side_files", None)  # which are files of the folder
     return {"name": saved.config.name, "step": saved.step, "digest": saved.digest, **recorded, **imported}
 
 
@@ -133,21 +134,24 @@ def lineage(saved: SavedStep) -> dict[str, Any]:
 
 
 def small_files(saved: SavedStep, dtype: str) -> dict[str, bytes]:
-    """{file name: bytes} of what the run determines besides the weights."""
+    """{file name: bytes} of what the run determines besides the weights, and of what came with those it began with."""
     eos_id, context = saved.meta["eos_id"], saved.context
     tokenizer = check_tokenizer(saved)
-    tokens = card.special_tokens(tokenizer, eos_id)
+    tokens, kept = card.special_tokens(tokenizer, eos_id), side_files.of_run(saved)
     kind = saved.imported["config"].get("model_type") if saved.imported else None
     ids = {"bos_id": None, "eos_id": eos_id}
     values = config_to_hf(saved.config.model, saved.stage, dtype=dtype, context=context, imported=kind, **ids)
+    values |= side_files.token_ids(saved)
     check_config(values, saved)
-    return {
+    ours = {
         "config.json": as_json(values),
         "generation_config.json": as_json(card.generation_config(tokenizer, tokens, eos_id)),
         "tokenizer.json": saved.tokenizer.read_bytes(),
-        "tokenizer_config.json": as_json(card.tokenizer_config(tokens, context)),
-        "special_tokens_map.json": as_json(tokens),
     }
+    if side_files.TOKENIZER_CONFIG not in kept:  # which says of its own which tokens play which role
+        ours[side_files.TOKENIZER_CONFIG] = as_json(card.tokenizer_config(tokens, context))
+        ours[side_files.TOKENS_MAP] = as_json(tokens)
+    return ours | {name: text.encode() for name, text in kept.items()}
 
 
 def check_config(values: dict[str, Any], saved: SavedStep) -> None:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError, NumericsError
-from k2jax.hf.bos import BOS_FILES
+from k2jax.hf import side_files
 from k2jax.hf.export import new_folder
 from k2jax.hf.families import FAMILIES, HfModel, config_from_hf
 from k2jax.hf.layout import NAMES, Tensor, tensors
@@ -92,7 +92,8 @@ def open_source(folder: Path, ignore: Collection[str] = ()) -> Source:
     weights = read_weights(folder)
     check_tensors(hf, weights)
     tokenizer = check_tokenizer(folder, hf.model.vocab_size)
-    return Source(folder, config, hf, weights, read_eos_id(folder, config, hf.model.vocab_size), tokenizer)
+    eos_id = read_eos_id(folder, config, hf.model.vocab_size)
+    return Source(folder, config, hf, weights, eos_id, tokenizer, side_files.read(folder))
 
 
 def check_tensors(hf: HfModel, weights: dict[str, StoredTensor]) -> None:
@@ -173,7 +174,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> Path:
 def hash_files(source: Source) -> dict[str, str]:
     """{file name: SHA-256} of every file that the import reads."""
     names = {stored.path.name for stored in source.weights.values()}
-    small = ("config.json", "generation_config.json", "tokenizer.json", INDEX, *BOS_FILES)
+    small = ("config.json", "tokenizer.json", INDEX, *source.side_files)
     names |= {name for name in small if has(source.folder, name)}
     return {name: sha256_of(plain_file(source.folder, name)) for name in sorted(names)}
 

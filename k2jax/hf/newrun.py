@@ -36,6 +36,7 @@ class Source(NamedTuple):
     weights: dict[str, StoredTensor]
     eos_id: int
     tokenizer: Path
+    side_files: dict[str, str]  # by name, see side_files.py
 
     @property
     def dtype(self) -> str:
@@ -62,7 +63,8 @@ def write_run(
         "ignored": source.hf.ignored,
         "bos_id": read_bos_id(source.folder, run / "tokenizer.json"),
     }
-    origin = {"kind": "import", "eos_id": source.eos_id, "tokenizer_sha256": identity, **imported}
+    kept = {"eos_id": source.eos_id, "tokenizer_sha256": identity, "side_files": source.side_files}
+    origin = {"kind": "import", **kept, **imported}
     epoch = new_epoch(
         [], run=new_name(), after_step=0, config=configuration.to_dict(config), manifest=None, origin=origin
     )

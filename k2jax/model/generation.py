@@ -61,13 +61,15 @@ class Generator:
         compute_dtype: jnp.dtype,
         *,
         eos_id: int,
+        stop_ids: Sequence[int] = (),
         keep_params: bool = True,
     ):
-        """`params` as parameter_table names them, on `mesh`.
+        """`params` as parameter_table names them, on `mesh`. EOS ends documents; a text is ended by it or `stop_ids`.
 
         With `keep_params=False` the dictionary is emptied on the way: memory peaks at the parameters and one array.
         """
         self.m, self.rope_base, self.mesh, self.eos_id = FrozenConfigDict(m), rope_base, mesh, eos_id
+        self.stop_ids = tuple(dict.fromkeys((eos_id, *stop_ids)))
         self.weights = _unstack(m, dict(params) if keep_params else params, mesh, jnp.dtype(compute_dtype))
 
     def generate(
@@ -81,7 +83,7 @@ class Generator:
         on_tokens: Callable[[int, list[int]], bool | None] | None = None,
         first_row: int = 0,
     ) -> list[list[int]]:
-        """The new ids of each prompt, without the EOS that ended it. An empty prompt is a document's beginning.
+        """The new ids of each prompt, without the token that ended it. An empty prompt is a document's beginning.
 
         `on_tokens(row, ids)` is called with every piece as it comes; where it returns True, the row ends there.
         What a row draws depends on the seed, its number (`first_row` is that of the first prompt here) and the
@@ -110,13 +112,14 @@ class Generator:
                 limit = min(left, PIECE if on_tokens else LONG_PIECE)
                 left -= limit
                 rest = np.uint32(seed % 2**32), np.int32(limit), sampling, np.bool_(stop_at_eos)
-                model = self.m, self.rope_base, self.eos_id
+                model = self.m, self.rope_base, self.eos_id, self.stop_ids
                 out_BS, state = _decode(*model, self.weights, state, number_B, *rest)
                 pieces = np.asarray(out_BS)[: len(rows), :limit].tolist()
                 for row in sorted(going):
                     ids = pieces[row]
-                    if stop_at_eos and self.eos_id in ids:
-                        ids = ids[: ids.index(self.eos_id)]
+                    end = next((i for i, id in enumerate(ids) if id in self.stop_ids), None) if stop_at_eos else None
+                    if end is not None:
+                        ids = ids[:end]
                         going.remove(row)
                     new[row] += ids
                     if on_tokens and ids and on_tokens(row, ids):
@@ -271,11 +274,12 @@ def _prefill(
     return _forward(m, weights, cache, tokens_BC, rope, first, allowed_BCS)[1]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
 def _decode(
     m: FrozenConfigDict,
     rope_base: float,
     eos_id: int,
+    stop_ids: tuple[int, ...],
     weights: Weights,
     state: State,
     number_B: jax.Array,
@@ -305,7 +309,8 @@ def _decode(
         token_B = draw(shard(scores_VB.T, "scores_BV"), uniform_B, sampling)
         if m.mask_documents:
             visible_BS = visible_BS & (s.token_B != eos_id)[:, None]
-        ended_B = s.ended_B | (stop_at_eos & (token_B == eos_id))
+        stops_B = (token_B[:, None] == jnp.asarray(stop_ids)).any(axis=1)
+        ended_B = s.ended_B | (stop_at_eos & stops_B)
         out_BS = jax.lax.dynamic_update_slice(out_BS, token_B[:, None], (0, i))
         return i + 1, out_BS, State(cache, visible_BS, token_B, s.position_B + 1, s.slot + 1, ended_B)
 

@@ -76,7 +76,8 @@ def _identity(subject: Subject) -> list[tuple[str, Any]]:
     if flops:
         found.insert(4, ("FLOPs a token", f"{flops.causal:.4g} causal, {flops.noncausal:.4g} non-causal attention"))
     if last.origin:
-        found.append(("comes from", _shown(last.origin)))
+        origin = {key: value for key, value in last.origin.items() if key != "side_files"}  # whole files
+        found.append(("comes from", _shown(origin)))
     return found
 
 

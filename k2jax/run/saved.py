@@ -4,6 +4,7 @@ Generation, evaluation and conversion need a run directory and nothing else: not
 trained, not the optimizer's state. Arrays are read through TensorStore from where Orbax put them.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,22 @@ class SavedStep(NamedTuple):
             return lengths[-1]
         own = self.imported.get("context") or self.epochs[0].config["stages"][0]["sequence_length"]
         return max(own, *lengths)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: the run's EOS, then what an imported folder lists beside it."""
+        imported, found = self.imported or {"config": {}}, [self.meta["eos_id"]]
+        generation = json.loads(imported.get("side_files", {}).get("generation_config.json", "{}"))
+        for ids in (imported["config"].get("eos_token_id"), generation.get("eos_token_id")):
+            found += ids if isinstance(ids, list) else [ids]
+        size = self.config.model.vocab_size
+        return tuple(dict.fromkeys(id for id in found if type(id) is int and 0 <= id < size))
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """What goes before a prompt: of an imported model what its tokenizer.json puts there; else nothing, as in
+        training."""
+        return load_tokenizer(self.tokenizer).begin_ids if self.imported else []
 
     @property
     def tokenizer(self) -> Path | BucketPath:
