@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.name = "k2_65b_v6e"
     c.mesh.fsdp = 256
     c.model.rings = (16, 16)
-    # Device memory holds the layers' inputs alone; what goes to the host's and back (5.4 GB a layer and step) is
+    # Device memory holds the layers' inputs alone; what goes to the host's and back (1.3 GB a layer and step) is
     # cheapest to send for what it saves: with gate or up, forward would wait for the link.
     c.model.remat = "q@host+k@host+v@host+attention@host+middle@host"
     c.checkpoint.every_steps = 50  # 15 min at 17.7 s a step (16 in stage two); chunks are 4.6 hours
