@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from k2jax import paths
@@ -162,7 +162,7 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def encode(encoder: Any, prompt: Prompt, fim_order: str, begin_ids: list[int]) -> list[int]:
+def encode(encoder: Any, prompt: Prompt, fim_order: str, begin_ids: Sequence[int] = ()) -> list[int]:
     """The ids that the model sees, `begin_ids` first. ConfigError for a suffix where the tokenizer has no FIM tokens.
 
     psm: <fim_prefix> prefix <fim_suffix> suffix <fim_middle>; spm, as K2's data preparation wrote it (StarCoder's
@@ -171,15 +171,15 @@ def encode(encoder: Any, prompt: Prompt, fim_order: str, begin_ids: list[int]) -
     """
     text = encoder.encode(prompt.text)
     if prompt.suffix is None:
-        return begin_ids + text
+        return [*begin_ids, *text]
     marks = [encoder.token_to_id(token) for token in FIM]
     if None in marks:
         raise ConfigError(f"--suffix: the run's tokenizer has no token {FIM[marks.index(None)]}: leave it out")
     suffix = encoder.encode(prompt.suffix, continues=True)
     before, after, middle = ([mark] for mark in marks)
     if fim_order == "psm":
-        return begin_ids + before + text + after + suffix + middle
-    return begin_ids + before + after + suffix + middle + text
+        return [*begin_ids, *before, *text, *after, *suffix, *middle]
+    return [*begin_ids, *before, *after, *suffix, *middle, *text]
 
 
 # ---- ids to text -----------------------------------------------------------------------------------------------------
