@@ -8,7 +8,7 @@ import ast
 import importlib.util
 import re
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,26 @@ from k2jax.keys import (
     PRODUCTS,
     RANGES,
     REMAT_NAMES,
+    SCHEDULES,
     base,
     closest,
     range_of,
     stage,
 )
 
-__all__ = ["FREE_KEYS", "RANGES", "base", "from_dict", "load", "range_of", "settled", "stage", "to_dict", "validate"]
+__all__ = [
+    "FREE_KEYS",
+    "RANGES",
+    "base",
+    "described_rate",
+    "from_dict",
+    "load",
+    "range_of",
+    "settled",
+    "stage",
+    "to_dict",
+    "validate",
+]
 
 
 def _inside(value: float, interval: str) -> bool:
@@ -74,6 +87,12 @@ def settled(config: ConfigDict, platform: str) -> ConfigDict:
         with config.unlocked():
             config.precision.compute = "float32" if platform == "cpu" else "bfloat16"
     return config.lock()
+
+
+def described_rate(row: Mapping[str, Any]) -> str:
+    """A stage's learning rate for a reader, such as "0.00015 to 1.5e-05, cosine"; `row` may be an older version's."""
+    name = row.get("schedule", "cosine")
+    return f"{row['lr_peak']:g}, {name}" if name == "constant" else f"{row['lr_peak']:g} to {row['lr_final']:g}, {name}"
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -207,6 +226,7 @@ def _validate_stage(need: Any, prefix: str, row: ConfigDict, window: int) -> Non
     )
     within = 0 <= row.lr_final <= row.lr_peak
     need(within, prefix + "lr_final", row.lr_final, f"must lie in [0, lr_peak={row.lr_peak}]")
+    need(row.schedule in SCHEDULES, prefix + "schedule", row.schedule, f"must be one of {', '.join(SCHEDULES)}")
     need(
         0 <= row.warmup_steps <= row.steps_per_chunk * row.chunks,
         prefix + "warmup_steps",

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax import files, paths
@@ -213,7 +212,7 @@ def scheduled(order: Order, epoch: Epoch, step: int) -> float | None:
     if stage is None:
         return None
     in_stage = step - (plan.first_step - plan.done) + 1
-    return float(learning_rate(ConfigDict(stage), np.asarray(in_stage), plan.num_steps))
+    return float(learning_rate(configuration.stage(**stage), np.asarray(in_stage), plan.num_steps))
 
 
 def _thinned(workdir: AnyFolder, step: int) -> list[int]:

@@ -16,6 +16,7 @@ from k2jax.errors import ConfigError
 # Arrays of a layer that `model.remat` may keep; "attention" is its output, "middle" the stream between its two halves.
 ATTENTION_SUMS = "attention_sums"  # of its softmax: kept with it
 REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
+SCHEDULES = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")  # training/optimizer.py has what they are
 PRODUCTS = ("compute", "float8", "int8")  # that precision.products may be
 PATHS = {"root": True, "tokenizer": False}  # keys of `data` that are paths, and whether they may be URLs
 ON_HOST = "@host"  # after a name, as in q+k+up@host: that one is kept in the host's memory
@@ -170,8 +171,10 @@ def stage(**overrides: Any) -> ConfigDict:
     s.chunks = 360                        # in the stage
     s.rope_base = 10000.0
     s.lr_peak = 1.5e-4
-    s.lr_final = 1.5e-5                   # reached at the stage's last step, along a cosine
-    s.warmup_steps = 2000                 # linear from `lr_start`
+    s.schedule = "cosine"                 # from lr_peak to lr_final, or "linear", "constant", "wsd", "wsd_sqrt"
+    s.lr_final = 1.5e-5                   # reached at the stage's last step; by "constant" never
+    s.decay_share = 0.1                   # of the steps after the warm-up, the last, in which "wsd..." decays
+    s.warmup_steps = 2000                 # linear from `lr_start`: in a later stage, up again from where the last ended
     s.lr_start = 0.0
     s.mix = ConfigDict()                  # {subset: repeats}: weight of each of its windows; epochs result
     s.lock()
@@ -210,6 +213,7 @@ RANGES = {
         model.rope_scaling.high_freq_factor model.rope_scaling.original_context stages.*.mix.*
         stability.deviations""",
     "(1, inf)": "stages.*.rope_base",
+    "(0, 1)": "stages.*.decay_share",
     "[0, 1)": "optimizer.b1 optimizer.b2 optimizer.adagc.beta",
     "[0, 4294967296)": "seed",
 }

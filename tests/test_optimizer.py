@@ -5,13 +5,15 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_model import EOS, small_model
 
 import k2jax.training.step
-from k2jax import config
+from k2jax import config, keys
+from k2jax.errors import ConfigError
 from k2jax.model.decoder import parameter_table
-from k2jax.training.optimizer import adamw, init_state, learning_rate
+from k2jax.training.optimizer import SCHEDULES, adamw, init_state, learning_rate
 from k2jax.training.step import Batch, mean_gradients, train_step
 
 STAGE = {"sequence_length": 12, "rows_per_step": 8, "steps_per_chunk": 10, "chunks": 2, "warmup_steps": 4}
@@ -154,6 +156,36 @@ def test_the_warmup_starts_at_lr_start_and_may_be_none():
         found = jax.vmap(partial(learning_rate, cold, num_steps=total))(steps[:total])
         expected = [numpy_rate(i, total, 0, 1e-2, 1e-3) for i in range(1, total + 1)]
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_each_schedule_is_its_closed_form(name: str, warmup: int):
+    peak, final, total, share = 1e-2, 1e-3, 24, 0.25
+    row = config.stage(
+        **{**STAGE, "warmup_steps": warmup}, lr_peak=peak, lr_final=final, schedule=name, decay_share=share
+    )
+    found = np.asarray(jax.vmap(partial(learning_rate, row, num_steps=total))(jnp.arange(1, total + 1)))
+    after = total - warmup
+    decay = int(after * share)
+    falls = {
+        "cosine": optax.cosine_decay_schedule(peak, after, alpha=final / peak),
+        "linear": optax.linear_schedule(peak, final, after),
+        "constant": optax.constant_schedule(peak),
+        "wsd": optax.linear_schedule(peak, final, decay, transition_begin=after - decay),
+        "wsd_sqrt": lambda i: peak - (peak - final) * max(0, (i - (after - decay)) / decay) ** 0.5,
+    }
+    expected = [peak * i / warmup if i < warmup else float(falls[name](i - warmup)) for i in range(1, total + 1)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert found[-1] == np.float32(peak if name == "constant" else final)
+    with pytest.raises(ConfigError, match="stages.0.schedule='cosin': must be one of cosine, linear"):
+        broken = config.base().unlock()
+        broken.stages = (config.stage(**STAGE, schedule="cosin"),)
+        config.validate(broken)
+
+
+def test_the_names_of_schedules_are_those_of_the_table():
+    assert keys.SCHEDULES == tuple(SCHEDULES)
 
 
 def test_a_stages_rate_counts_from_the_stages_first_step():

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from k2jax import __version__
+from k2jax.config import described_rate
 from k2jax.data.epochs import read_epochs
 from k2jax.data.tokenizer import UNK, Tokenizer, load_tokenizer
 from k2jax.hf import side_files
@@ -131,7 +132,7 @@ def _stages(saved: SavedStep) -> list[str]:
     for row in saved.config.stages[: saved.meta["stage"] + 1]:
         lines.append(
             f"| {for_markdown(row.name)} | {row.sequence_length:,} | {row.rows_per_step:,} "
-            f"| {row.steps_per_chunk * row.chunks:,} | {row.rope_base:g} | {row.lr_peak:g} to {row.lr_final:g} |"
+            f"| {row.steps_per_chunk * row.chunks:,} | {row.rope_base:g} | {described_rate(row)} |"
         )
     masked = "masked at the ends of documents" if saved.config.model.mask_documents else "not masked at documents' ends"
     return [*lines, "", f"Steps are the stage's as planned. Rows are packed, attention is {masked}.", ""]

@@ -187,7 +187,7 @@ def _stages(config: Any) -> list[str]:
     for row in config.stages:
         lines.append(
             f"| {for_markdown(row.name)} | {row.sequence_length:,} | {row.rows_per_step:,} "
-            f"| {row.steps_per_chunk * row.chunks:,} | {row.rope_base:g} | {row.lr_peak:g} to {row.lr_final:g} |"
+            f"| {row.steps_per_chunk * row.chunks:,} | {row.rope_base:g} | {configuration.described_rate(row)} |"
         )
     return [*lines, "", "The whole configuration, with each change of it, is in `run/epochs/`."]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from k2jax.config import flatten, from_dict
+from k2jax.config import described_rate, flatten, from_dict
 from k2jax.model.decoder import num_params
 from k2jax.report.parts import Details, Facts, Section, Table, Text
 from k2jax.report.subject import Subject
@@ -94,7 +94,7 @@ def _stages(subject: Subject) -> Table:
                 f"{stage['sequence_length']:,}",
                 f"{tokens:,}",
                 short_count(tokens * steps),
-                f"{stage['lr_peak']:g} to {stage['lr_final']:g}",
+                described_rate(stage),
                 f"{stage['rope_base']:g}",
             ]
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from k2jax.config import FREE_KEYS, flatten, to_dict
+from k2jax.config import FREE_KEYS, base, flatten, stage, to_dict
 
 
 def config_digest(config: ConfigDict) -> str:
@@ -20,13 +20,24 @@ def config_digest(config: ConfigDict) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys that differ between two `to_dict` configurations and are not free: {key: (old, new)}."""
+    """Keys that differ between two `to_dict` configurations and are not free: {key: (old, new)}.
+
+    A key that k2jax did not have yet when the old one was saved is there by its default: what was done before it came.
+    """
     old_flat, new_flat = flatten(old), flatten(new)
+    old_flat = {key: value for key, value in _defaults(old_flat).items() if key in new_flat} | old_flat
     return {
         key: (old_flat.get(key), new_flat.get(key))
         for key in sorted(old_flat.keys() | new_flat.keys())
         if old_flat.get(key) != new_flat.get(key) and not _matches(key, FREE_KEYS)
     }
+
+
+def _defaults(keys: Iterable[str]) -> dict[str, Any]:
+    """Of every key; of the stages that `keys` name."""
+    stages = {key.split(".")[1] for key in keys if key.startswith("stages.")}
+    rows = {f"stages.{i}.{key}": value for i in stages for key, value in flatten(to_dict(stage())).items()}
+    return flatten(to_dict(base())) | rows
 
 
 def not_allowed(found: dict[str, tuple[Any, Any]], allowed: Iterable[str]) -> list[str]:

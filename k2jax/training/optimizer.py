@@ -1,5 +1,7 @@
 """AdamW with K2's settings, its first state, and the learning rate as a function of the step."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,8 +28,25 @@ def init_state(m: ConfigDict, seed: int) -> TrainState:
     return TrainState(count, count, count, params, zeros(), zeros())
 
 
+def _decayed(progress: jax.Array, share: float) -> jax.Array:
+    """From 0 to 1 over the last `share` of the steps."""
+    return jnp.clip((progress - (1.0 - share)) / share, 0.0, 1.0)
+
+
+# How much of the way from lr_final up to lr_peak is left, by the share of the steps after the warm-up that are done,
+# and the share of them that decay. "wsd": warm-up, stable, decay (MiniCPM, arXiv:2404.06395), in a line; "wsd_sqrt" by
+# 1 less the root, which Haegele et al. (arXiv:2405.18392) found better.
+SCHEDULES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+    "cosine": lambda progress, _: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+    "linear": lambda progress, _: 1.0 - progress,
+    "constant": lambda progress, _: jnp.ones_like(progress),
+    "wsd": lambda progress, share: 1.0 - _decayed(progress, share),
+    "wsd_sqrt": lambda progress, share: 1.0 - jnp.sqrt(_decayed(progress, share)),
+}
+
+
 def learning_rate(stage: ConfigDict, step_in_stage: jax.Array, num_steps: int) -> jax.Array:
-    """Linear from `lr_start` to `lr_peak` over the warm-up, then a cosine to `lr_final` at the stage's last step.
+    """Linear from `lr_start` to `lr_peak` in the warm-up, then `stage.schedule` to `lr_final` at the stage's last step.
 
     `num_steps` are those that the stage has: where the journal skips some, fewer than its chunks would give.
     `step_in_stage` counts from 1, so the first of 2000 warm-up steps already has 1/2000 of the peak (Megatron's rule).
@@ -35,8 +54,8 @@ def learning_rate(stage: ConfigDict, step_in_stage: jax.Array, num_steps: int) -
     step = step_in_stage.astype(jnp.float32)
     warm = stage.lr_start + (stage.lr_peak - stage.lr_start) * step / max(stage.warmup_steps, 1)
     progress = jnp.clip((step - stage.warmup_steps) / max(num_steps - stage.warmup_steps, 1), 0.0, 1.0)
-    cosine = stage.lr_final + (stage.lr_peak - stage.lr_final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-    return jnp.where(step < stage.warmup_steps, warm, cosine)
+    above = SCHEDULES[stage.schedule](progress, stage.decay_share)
+    return jnp.where(step < stage.warmup_steps, warm, stage.lr_final + (stage.lr_peak - stage.lr_final) * above)
 
 
 def adamw(config: ConfigDict, state: TrainState, grads: Params) -> tuple[Params, Params, Params]:
