@@ -172,11 +172,14 @@ def test_drift_names_keys_and_leaves_free_ones_alone():
     found = drift.differences(old, configuration.to_dict(changed))
     assert found == {"model.dim": (224, 64), "stages.0.chunks": (4, 9)}
     older = configuration.to_dict(configuration.load(SMOKE))
+    settled = configuration.to_dict(configuration.settled(configuration.load(SMOKE), "cpu"))
     del older["model"]["qkv_bias"], older["stages"][1]["schedule"], older["mesh"]["stage"]  # not thought of yet
     assert drift.differences(older, old) == {}, "they are what was done before they came"
     other = configuration.load(SMOKE, ["model.qkv_bias=True", "stages.1.schedule=linear"])
     expected = {"model.qkv_bias": (False, True), "stages.1.schedule": ("cosine", "linear")}
     assert drift.differences(older, configuration.to_dict(other)) == expected
+    assert old["precision"]["compute"] == "auto" and drift.differences(older, settled) == {}
+    assert drift.differences(settled, old) == {"precision.compute": ("float32", "auto")}
     assert drift.not_allowed(found, ("stages",)) == ["model.dim"]
     assert drift.not_allowed(found, ("stages.0.chunks", "model")) == []
     assert drift.not_allowed(found, ("model.di",)) == ["model.dim", "stages.0.chunks"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from k2jax import preflight
+from k2jax.config import settled
 from k2jax.errors import run_main
 from k2jax.launch import checks, measure
 from k2jax.launch.checks import Options, run_checks
@@ -43,7 +44,7 @@ def run(tiny_data, tmp_path, monkeypatch, capsys):
 
 
 def test_all_is_well(run, tiny_config, tmp_path):
-    digest = drift.config_digest(tiny_config())
+    digest = drift.config_digest(settled(tiny_config(), "cpu"))  # as launched
     code, out, error = run("--topology=cpu:1x8", f"--config-digest={digest}", "--step-seconds=10")
     assert (code, error) == (0, "")
     assert [line.split()[:2] for line in out.splitlines()] == [["ok", name] for name in CHECKS]

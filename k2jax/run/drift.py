@@ -23,9 +23,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     """Keys that differ between two `to_dict` configurations and are not free: {key: (old, new)}.
 
     A key that k2jax did not have yet when the old one was saved is there by its default: what was done before it came.
+    A type that was left open (of a prediction, or before runs recorded it) is not contradicted by the one it became.
     """
     old_flat, new_flat = flatten(old), flatten(new)
     old_flat = {key: value for key, value in _defaults(old_flat).items() if key in new_flat} | old_flat
+    if old_flat.get("precision.compute") == "auto":
+        old_flat["precision.compute"] = new_flat.get("precision.compute")
     return {
         key: (old_flat.get(key), new_flat.get(key))
         for key in sorted(old_flat.keys() | new_flat.keys())
