@@ -3,16 +3,19 @@ licences; and what it says is done here, too.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 from chat_templates import CHATML, DIALOGUE
-from conftest import Later
+from conftest import REPOSITORY, Later
 
 from k2jax.bucket import at
 from k2jax.errors import ConfigError
+from k2jax.evals.subject import Subject
 from k2jax.hf import side_files
 from k2jax.hf.export import export
 from k2jax.hf.importer import import_hf
@@ -109,6 +112,11 @@ def test_transformers_renders_encodes_and_answers_the_same(there_and_back: tuple
     new = answers[0][2][len(prompt) :]
     expected = new[:-1] if new[-1] in saved.stop_ids else new
     assert generator.generate([prompt], 24) == [expected]
+    assert Subject(saved, mesh, batch_tokens=64, seed=0).generator.stop_ids == saved.stop_ids
+    options = ["--prompt=abc de", "--max-new-tokens=24", "--temperature=0", "--json"]
+    command = [sys.executable, "-m", "k2jax.generate", f"--workdir={run}", *options]
+    told = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=REPOSITORY).stdout)
+    assert told["ids"] == expected
 
 
 def test_each_of_several_tokens_ends_a_text(there_and_back: tuple[Path, Path, Path]):

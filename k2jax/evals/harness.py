@@ -195,11 +195,9 @@ def prefix_id(saved: SavedStep, encoder: Tokenizer) -> int:
 
     An import keeps what the folder names as BOS, which its tokenizer need not put anywhere. Ours have none.
     """
-    origin = next((epoch.origin for epoch in saved.epochs if epoch.origin and "bos_id" in epoch.origin), None)
-    if origin:
-        return saved.meta["eos_id"] if origin["bos_id"] is None else origin["bos_id"]
-    framed = encoder.encode_with_control("", framed=True)
-    return framed[0] if framed else saved.meta["eos_id"]
+    put = next(iter(encoder.begin_ids), None)  # of an import that did not keep it yet
+    found = (saved.imported or {}).get("bos_id", put)
+    return saved.meta["eos_id"] if found is None else found
 
 
 class Wish(NamedTuple):

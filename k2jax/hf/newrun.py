@@ -14,7 +14,7 @@ from k2jax.data.launches import write_launches
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.files import write_text
-from k2jax.hf.bos import read_bos_id
+from k2jax.hf import side_files
 from k2jax.hf.families import HfModel
 from k2jax.hf.untrusted import StoredTensor
 from k2jax.run import drift
@@ -61,7 +61,7 @@ def write_run(
         "dtype": source.dtype,
         "context": source.hf.context,
         "ignored": source.hf.ignored,
-        "bos_id": read_bos_id(source.folder, run / "tokenizer.json"),
+        "bos_id": side_files.bos_id(source.side_files, run / "tokenizer.json"),
     }
     kept = {"eos_id": source.eos_id, "tokenizer_sha256": identity, "side_files": source.side_files}
     origin = {"kind": "import", **kept, **imported}

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.hf.untrusted import plain_file, short
 from k2jax.run.saved import SavedStep
@@ -19,6 +20,7 @@ KEPT = re.compile(
     r"|(?i:(licen[sc]e|notice|use_policy)[a-z0-9._-]*)"
 )
 MAX_BYTES = 8 << 20  # of all of them: a tokenizer_config.json with thousands of added tokens has one
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")  # of transformers, which have a BOS unless told otherwise
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
 
 
@@ -49,6 +51,21 @@ def read_object(text: str) -> dict[str, Any]:
     return values
 
 
+def bos_id(texts: dict[str, str], tokenizer: Path) -> int | None:
+    """Of the token that they name as the beginning of a text; None for none, or one that tokenizer.json does not have.
+
+    Whether it is put there is for tokenizer.json to say (transformers 5 asks nothing else). But what is named stands
+    before a text that has nothing before it when it is scored.
+    """
+    found = [read_object(texts[name]) for name in (TOKENIZER_CONFIG, TOKENS_MAP) if name in texts]
+    values = [said["bos_token"] for said in found if "bos_token" in said]  # the first that names one says which
+    if not values and any(said.get("tokenizer_class") in LLAMA_CLASSES for said in found):
+        values = ["<s>"]
+    value = values[0] if values else None
+    token = value.get("content") if isinstance(value, dict) else value  # older files have it with its properties
+    return load_tokenizer(tokenizer).token_to_id(token) if isinstance(token, str) else None
+
+
 def of_run(saved: SavedStep) -> dict[str, str]:
     """Of a checkpoint's run, as an export has them; {} where it was not imported, or with none."""
     imported = saved.imported or {}
@@ -60,7 +77,7 @@ def of_run(saved: SavedStep) -> dict[str, str]:
         if saved.context > imported["context"] and isinstance(longest, int | float) and longest < saved.context:
             values["model_max_length"], changed = saved.context, True
         if changed:
-            texts[TOKENIZER_CONFIG] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            texts[TOKENIZER_CONFIG] = json.dumps(values, indent=2) + "\n"
     return texts
 
 

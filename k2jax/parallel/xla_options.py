@@ -17,7 +17,7 @@ _TPU = {
     "xla_tpu_enable_ag_backward_pipelining": "true",  # the next layer's gather beside this one's products
 }
 # Of VMEM, to a product's tiles. v5p: 64 MiB, products at 99% of the matrix units' rate and not at 90%. v6e: 96 MiB, as
-# MaxText's recipes for it: K2-65B's gate product at 0.88 of the rate and its weight's gradient at 0.90; 0.80 and 0.83
+# Levanter's notes have it: K2-65B's gate product at 0.88 of the rate and its weight's gradient at 0.90; 0.80 and 0.83
 # with 64.
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
 
