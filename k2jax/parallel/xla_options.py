@@ -26,7 +26,7 @@ BY_KIND: dict[str, dict[str, str]] = {
     "TPU v5": _TPU | {_VMEM: "65536"},
     "TPU v6 lite": _TPU | {_VMEM: "98304"},
     "TPU7x": _TPU | {_VMEM: "65536"},
-    # A step as fast as with all of LLVM's passes, compiled in two thirds of the time (58M parameters).
+    # A step as fast as with all of LLVM's passes, compiled in 5.5 to 9.6 s for 11.2 (58M parameters).
     "cpu": {"xla_backend_optimization_level": "1"},
 }
 
