@@ -14,14 +14,15 @@ pytest.importorskip("transformers")
 
 import transformers
 
+from k2jax.chat import render, template
+from k2jax.chat.template import ChatTemplate
+from k2jax.chat.worker import Renderer
+from k2jax.data.records import Bad
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.prepare import recipe
-from k2jax.prepare.chat import fit, mask, render, rows, template
-from k2jax.prepare.chat.template import ChatTemplate
-from k2jax.prepare.chat.worker import Renderer
+from k2jax.prepare.chat import fit, mask, rows
 from k2jax.prepare.documents import document
-from k2jax.prepare.records import Bad
 from k2jax.prepare.tally import Tally
 
 TEXTS = [turn["content"] for turn in DIALOGUE] * 3 + ["user assistant system model [INST] [/INST] <<SYS>> four Four"]

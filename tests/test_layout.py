@@ -53,7 +53,7 @@ OTHERS_THAT_DO = {
 # The rooms, each importing only from itself and from those named here, of which every one stands further up.
 COMMON = {"text", "output", "errors", "stopping", "bucket", "transfer", "locks", "files", "paths", "lease"}
 COMMON |= {"upload", "keys", "config", "k2", "kernels", "__init__"}
-RUN = {"data", "parallel", "stability", "model", "run", "training"}
+RUN = {"data", "chat", "parallel", "stability", "model", "run", "training"}
 MAY_IMPORT = {
     "__init__": set(),
     "text": set(),
@@ -72,11 +72,12 @@ MAY_IMPORT = {
     "config": {"errors", "paths", "keys"},
     "k2": {"config"},
     "data": COMMON,
-    "prepare": COMMON | {"data"},
+    "chat": COMMON | {"data"},
+    "prepare": COMMON | {"data", "chat"},
     "parallel": COMMON,
     "stability": COMMON | {"data"},
     "model": COMMON | {"parallel"},
-    "run": COMMON | {"data", "parallel", "stability", "model"},
+    "run": COMMON | {"data", "chat", "parallel", "stability", "model"},
     "training": COMMON | RUN,
     "evals": COMMON | RUN,
     "hf": COMMON | RUN,

@@ -16,19 +16,18 @@ import xxhash
 from datatrove.data import Document
 from ml_collections import ConfigDict
 
+from k2jax.data.records import Bad, text_of
 from k2jax.errors import ConfigError
 from k2jax.prepare.chat.rows import COLUMNS
 from k2jax.prepare.documents import document
 from k2jax.prepare.files import File, place, shown_name
 from k2jax.prepare.recipe import kind_of
 from k2jax.prepare.records import (
-    Bad,
     Record,
     arrow_records,
     json_records,
     parquet_records,
     python_records,
-    text_of,
     text_records,
 )
 from k2jax.prepare.tally import Tally, clean_name

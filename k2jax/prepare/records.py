@@ -5,46 +5,21 @@ A reader gives (line, row or record; what is there or what is wrong with it), an
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from k2jax.data.records import TOO_LONG, Bad, text_of
 from k2jax.errors import ConfigError
 from k2jax.prepare import python_corpus
 from k2jax.prepare.files import DAMAGE, File, Stored, bounded_lines, opened, shown_name
 
 ROWS = 256  # of Parquet, in memory at a time
-TOO_LONG = "longer than max_line_bytes"
-
-
-class Bad(NamedTuple):
-    """Input that gives no document: the reason it is counted under, and what was found."""
-
-    reason: str
-    what: str = ""
 
 
 Record = tuple[int, dict[str, Any] | Bad]  # line, row or record from 1, 0 for a file as a whole; what is there
-
-
-def text_of(value: Any, most: int) -> str | Bad:
-    """The text, or why it is none."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            return Bad("not UTF-8", f"byte {error.start}")
-    if not isinstance(value, str):
-        return Bad("text is no string", type(value).__name__)
-    if "\0" in value:
-        return Bad("NUL in the text", f"character {value.index(chr(0))}")
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError as error:
-        return Bad("half a surrogate pair", f"character {error.start}")
-    return Bad(TOO_LONG, f"{size} bytes") if size > most else value
 
 
 def python_records(source: str, file: File, text_key: str) -> Iterator[Record]:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from datatrove.data import Document
 from ml_collections import ConfigDict
 
+from k2jax.data.records import Bad, text_of
 from k2jax.errors import ConfigError
 from k2jax.prepare.lines import drop_lines
 from k2jax.prepare.pii import pii_replacer
 from k2jax.prepare.read import size_problem
-from k2jax.prepare.records import Bad, text_of
 
 # A crawler keeps 1 MiB of a page (Common Crawl until 2025, then 5); what trafilatura takes grows faster than the page.
 HTML_BYTES = 5 << 20

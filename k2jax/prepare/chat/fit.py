@@ -2,9 +2,9 @@
 
 import re
 
+from k2jax.chat.template import ChatTemplate
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import ConfigError
-from k2jax.prepare.chat.template import ChatTemplate
 
 # What reads like a control token in a template's own text. "[INST]" does not: LLaMA-2's is text.
 LIKE_CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,60}[|\uff5c]>|<[a-z]+_of_[a-z]+>|</?s>|<(?:bos|eos)>")
@@ -16,7 +16,7 @@ def check(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
     Raises ConfigError if it is no template, or needs a token or the date and there is none.
     """
     try:
-        from k2jax.prepare.chat import render  # Jinja, which only conversations need
+        from k2jax.chat import render  # Jinja, which only conversations need
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'k2jax[data]'") from error
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import k2jax
+from k2jax.chat.template import ChatTemplate
 from k2jax.errors import RunError
-from k2jax.prepare.chat.template import ChatTemplate
 
 SECONDS = 20.0  # of processor time for one conversation; most take a hundredth
 BYTES = 4 << 30  # of address space
@@ -58,7 +58,7 @@ class Renderer:
         here = str(Path(k2jax.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "k2jax.prepare.chat.worker"],
+            [sys.executable, "-P", "-m", "k2jax.chat.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -83,7 +83,7 @@ def _line(value: dict[str, Any]) -> bytes:
 
 def main() -> None:
     """The process: the template comes first, then conversations, each answered by one line."""
-    from k2jax.prepare.chat import render
+    from k2jax.chat import render
 
     with contextlib.suppress(ValueError, OSError):  # systems without such a limit
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def _answer(program: Any, asked: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
-    from k2jax.prepare.chat import render
+    from k2jax.chat import render
 
     control = start["control"]
     text, answers, compared = render.conversation(program, asked["turns"], asked["tools"], asked["learned"], control)

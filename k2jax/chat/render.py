@@ -24,8 +24,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from k2jax.chat.template import ChatTemplate
 from k2jax.errors import ConfigError
-from k2jax.prepare.chat.template import ChatTemplate
 
 FAILURES = (MemoryError, RecursionError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field of a turn
