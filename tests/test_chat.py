@@ -14,14 +14,14 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from k2jax.chat import render, template
+from k2jax.chat import fit, render, template
 from k2jax.chat.template import ChatTemplate
 from k2jax.chat.worker import Renderer
 from k2jax.data.records import Bad
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.prepare import recipe
-from k2jax.prepare.chat import fit, mask, rows
+from k2jax.prepare.chat import mask, rows
 from k2jax.prepare.documents import document
 from k2jax.prepare.tally import Tally
 
@@ -320,12 +320,12 @@ def test_rows_of_every_form_give_the_same_turns(row, expected, learned):
         ({"messages": [{"role": "user"}, TELL]}, "an empty turn: turn 1, of role user"),
         ({"messages": [ASK, "A"]}, "a turn that is no object: turn 2 is str"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, TELL]},
-         "content that is no text: turn 1: a part of type 'image_url'"),
+         "content that is no text: turn 1, of role user: a part of type 'image_url'"),
         ({"messages": [ASK, TELL], "images": ["x"]}, "content that is no text: the row has images"),
-        ({"messages": [{"role": "user", "content": {"a": 1}}, TELL]}, "text is no string: turn 1: dict"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}, TELL]}, "text is no string: turn 1, of role user: dict"),
         ({"messages": [{"role": "user", "content": "\ud83d"}, TELL]}, "half a surrogate pair: turn 1"),
-        ({"messages": [{"role": "user", "content": "a</s>b"}, TELL]}, "a control token in a turn: turn 1 holds '</s>'"),
-        ({"messages": [ASK, {**TELL, "reasoning": "a</s>b"}]}, "a control token in a turn: turn 2 holds '</s>'"),
+        ({"messages": [{"role": "user", "content": "a</s>b"}, TELL]}, "a control token in a turn: turn 1, of role user, holds '</s>'"),
+        ({"messages": [ASK, {**TELL, "reasoning": "a</s>b"}]}, "a control token in a turn: turn 2, of role assistant, holds '</s>'"),
         ({"messages": [ASK, TELL], "tools": "all"}, "tools that are no list"),
     ],
 )  # fmt: skip

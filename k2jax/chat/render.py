@@ -203,6 +203,26 @@ def conversation(
     return text, blocks, True
 
 
+def prompt(program: Program, turns: list[dict], tools: list | None) -> str:
+    """The text after which the model answers. Raises Refused."""
+    text = program.render(turns, tools, prompt=True)
+    _check_all_there(turns, text)
+    _check_tools_there(turns, tools, text)
+    return text
+
+
+def begun(program: Program, turns: list[dict], tools: list | None) -> str:
+    """The text of turns whose last has only begun, without what the template writes behind it. Raises Refused."""
+    mark = f"\ue000{secrets.token_hex(16)}"
+    *before, last = turns
+    marked = program.render([*before, {**last, "content": f"{last['content']}{mark} "}], tools)
+    text, found, behind = marked.rpartition(mark)
+    if not found:
+        raise Refused("a turn that the template leaves out", f"turn {len(turns)}, which was to go on")
+    _check_all_there(turns, text)
+    return text if behind.startswith(" ") else text.rstrip()  # of one that trims its turns
+
+
 def _learned_blocks(blocks: list[tuple[int, int]], turns: list[dict], learned: list[int]) -> list[tuple[int, int]]:
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if len(learned) != len(answers):

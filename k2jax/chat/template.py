@@ -16,6 +16,8 @@ from k2jax.data.tokenizer import BOS_NAMES, EOS_NAMES, Tokenizer
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import write_json
 
+DEFAULT, MORE = "chat_template.jinja", "additional_chat_templates"  # beside a tokenizer: a file, and a folder of others
+TOKENIZER_CONFIG, TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -43,48 +45,67 @@ class Saved(NamedTuple):
 
 def find(config: ConfigDict, tokenizer: Tokenizer) -> ChatTemplate:
     """The template of a recipe's conversations. Raises ConfigError if there is none, or not the one that is named."""
-    folder, known = _folder(config.tokenizer), {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second has the last word
-        known |= _json(folder / name) if folder else {}
-    text, source = _text(config.chat, folder, known)
-    tokens = {name: known[name] for name in TOKENS if known.get(name)}
-    tokens = {name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items()}
-    if not known:  # nothing says what the tokens are but their names
+    folder = None if config.tokenizer.startswith("seqio:") else at(config.tokenizer).parent
+    chat, texts = config.chat, _beside(folder, config.chat.name) if folder else {}
+    tokens = tokens_of(texts, folder)
+    if not any(name in texts for name in (TOKENS_MAP, TOKENIZER_CONFIG)):  # nothing says what they are but their names
         for name, names in (("bos_token", BOS_NAMES), ("eos_token", (config.eos, *EOS_NAMES))):
             found = [token for token in names if token and tokenizer.token_to_id(token) is not None]
             tokens |= {name: found[0]} if found else {}
-    return ChatTemplate(text, source, tokens, config.chat.date)
-
-
-def _folder(tokenizer: str) -> Path | BucketPath | None:
-    return None if tokenizer.startswith("seqio:") else at(tokenizer).parent
-
-
-def _text(chat: ConfigDict, folder: Path | BucketPath | None, known: dict[str, Any]) -> tuple[str, str]:
-    """The template's text and the file that it is from."""
     if chat.template:
-        if (text := _read(at(chat.template))) is None:
-            raise ConfigError(f"chat.template={chat.template}: no such file; name a file that holds a Jinja template")
-        return text, chat.template
-    if folder is None:
+        text, source = read_file(at(chat.template), "chat.template"), chat.template
+    elif folder is None:
         raise ConfigError("chat.template: empty, and a tokenizer of seqio has no template: name a file that holds one")
-    place = folder / (f"additional_chat_templates/{chat.name}.jinja" if chat.name else "chat_template.jinja")
-    if (text := _read(place)) is not None:
-        return text, str(place)
-    found, place = known.get("chat_template"), folder / "tokenizer_config.json"
+    else:
+        text, source = named(texts, folder, chat.name)
+    return ChatTemplate(text, source, tokens, chat.date)
+
+
+def tokens_of(texts: dict[str, str], where: Any) -> dict[str, str]:
+    """The tokens that side files, {name: text}, name as bos_token, eos_token and so on; `where` is for messages."""
+    known: dict[str, Any] = {}
+    for name in (TOKENS_MAP, TOKENIZER_CONFIG):  # the second has the last word
+        known |= _json(texts, where, name)
+    tokens = {name: known[name] for name in TOKENS if known.get(name)}
+    return {name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items()}
+
+
+def named(texts: dict[str, str], where: Any, name: str, *, option: str = "chat.template") -> tuple[str, str]:
+    """The template of this name, "" the default one, of side files, and the file that it is from.
+
+    Raises ConfigError where there is none; `option` is what else can name one.
+    """
+    for file in (f"{MORE}/{name}.jinja" if name else DEFAULT, *((DEFAULT,) if name == "default" else ())):
+        if file in texts:
+            return texts[file], f"{where}/{file}"
+    found, place = _json(texts, where, TOKENIZER_CONFIG).get("chat_template"), f"{where}/{TOKENIZER_CONFIG}"
     if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        wanted = chat.name or "default"
-        if wanted not in named:
-            names = ", ".join(map(str, named))
-            raise ConfigError(f"{place}: has no chat template named {wanted!r}: set chat.name to one of {names}")
-        return named[wanted], f"{place} ({wanted})"
-    if not isinstance(found, str) or not found or chat.name not in ("", "default"):
+        templates = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        wanted = name or "default"
+        if not isinstance(templates.get(wanted), str):
+            names = ", ".join(map(str, templates))
+            setting = "set chat.name to" if option == "chat.template" else "name"
+            raise ConfigError(f"{place}: has no chat template named {wanted!r}: {setting} one of {names}")
+        return templates[wanted], f"{place} ({wanted})"
+    if not isinstance(found, str) or not found or name not in ("", "default"):
         raise ConfigError(
-            f"{folder}: has no chat template{f' named {chat.name!r}' if chat.name else ''} in chat_template.jinja or "
-            "tokenizer_config.json: name a file that holds one as chat.template"
+            f"{where}: has no chat template{f' named {name!r}' if name else ''} in {DEFAULT} or {TOKENIZER_CONFIG}: "
+            f"name a file that holds one as {option}"
         )
-    return found, str(place)
+    return found, place
+
+
+def read_file(path: Path | BucketPath, option: str) -> str:
+    """The text of a template's file that `option` names. Raises ConfigError."""
+    if (text := _read(path)) is None:
+        raise ConfigError(f"{option}={path}: no such file; name a file that holds a Jinja template")
+    return text
+
+
+def _beside(folder: Path | BucketPath, name: str) -> dict[str, str]:
+    """{name: text} of the files in a tokenizer's folder that a template of this name may be in."""
+    names = (TOKENS_MAP, TOKENIZER_CONFIG, DEFAULT, *((f"{MORE}/{name}.jinja",) if name else ()))
+    return {file: text for file in names if (text := _read(folder / file)) is not None}
 
 
 def _read(path: Path | BucketPath) -> str | None:
@@ -100,15 +121,14 @@ def _read(path: Path | BucketPath) -> str | None:
         raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
-def _json(path: Path | BucketPath) -> dict[str, Any]:
+def _json(texts: dict[str, str], where: Any, name: str) -> dict[str, Any]:
     """A side file of the tokenizer; {} if there is none."""
-    text = _read(path)
     try:
-        found = json.loads(text) if text is not None else {}
-    except ValueError as error:
-        raise ConfigError(f"{path}: is no JSON ({error}): restore it") from error
+        found = json.loads(texts.get(name, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}/{name}: is no JSON ({error}): restore it") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path}: is {type(found).__name__}, expected a JSON object: restore it")
+        raise ConfigError(f"{where}/{name}: is {type(found).__name__}, expected a JSON object: restore it")
     return found
 
 

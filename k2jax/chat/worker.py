@@ -17,19 +17,27 @@ from typing import Any, Self
 
 import k2jax
 from k2jax.chat.template import ChatTemplate
-from k2jax.errors import RunError
+from k2jax.errors import ConfigError, RunError
 
 SECONDS = 20.0  # of processor time for one conversation; most take a hundredth
 BYTES = 4 << 30  # of address space
 
 
+class Unrendered(ConfigError):
+    """Turns of which a template makes no prompt."""
+
+    def __init__(self, reason: str, what: str):
+        super().__init__(f"chat template: {reason}{f' ({what})' if what else ''}")
+        self.reason = reason
+
+
 class Renderer:
-    """Gives `render.conversation` a process to run in; to be used in a `with`."""
+    """Gives the functions of `render` a process to run in; to be used in a `with`."""
 
     def __init__(self, template: ChatTemplate, control: list[str], *, most: int, seconds: float = SECONDS):
-        """`control` as `render.conversation` has it; `most` bytes of text are taken."""
+        """`control` as `render.conversation` has it; `most` characters of text are taken."""
         values = {"template": template._asdict(), "control": control, "most": most, "seconds": seconds}
-        self._first, self._seconds = _line(values), seconds
+        self._first, self._seconds, self._control = _line(values), seconds, control
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> Self:
@@ -40,10 +48,29 @@ class Renderer:
 
     def __call__(self, turns: list[dict], tools: list | None, learned: list[int]) -> dict[str, Any]:
         """{"text", "answers": [[start, stop], ...], "compared"}, or {"reason", "what"} of a conversation without."""
+        return self._ask({"turns": turns, "tools": tools, "learned": learned})
+
+    def prompt(self, turns: list[dict], tools: list | None = None, *, begun: bool = False) -> str:
+        """The text after which the model answers; or, where the last turn has `begun`, goes on. Raises Unrendered."""
+        found = self._ask({"turns": turns, "tools": tools, "begun": begun})
+        if "reason" in found:
+            raise Unrendered(found["reason"], found["what"])
+        return found["text"]
+
+    def ends(self) -> list[str]:
+        """The control tokens that end an answer, as the template writes one; [] where it does not say."""
+        turns = [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "Number 1"}]
+        found = self(turns, None, [1])
+        if "reason" in found:
+            return []
+        [[_, stop]] = found["answers"]
+        return sorted((token for token in self._control if found["text"][:stop].endswith(token)), key=len)[-1:]
+
+    def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
         self._process = self._process or self._start()
         process = self._process
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(_line({"turns": turns, "tools": tools, "learned": learned}))
+            process.stdin.write(_line(asked))
             process.stdin.flush()
         if line := process.stdout.readline():
             return json.loads(line)
@@ -104,6 +131,11 @@ def main() -> None:
 def _answer(program: Any, asked: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
     from k2jax.chat import render
 
+    if "begun" in asked:
+        text = (render.begun if asked["begun"] else render.prompt)(program, asked["turns"], asked["tools"])
+        if len(text) > start["most"]:
+            raise render.Refused("a prompt that is too long", f"{len(text)} characters once rendered")
+        return {"text": text}
     control = start["control"]
     text, answers, compared = render.conversation(program, asked["turns"], asked["tools"], asked["learned"], control)
     if len(text) > start["most"]:

@@ -21,14 +21,14 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import errors, locks
-from k2jax.chat import template
+from k2jax.chat import fit, template
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import remove_leftovers, write_bytes, write_json
 from k2jax.prepare import clean, kept, pieces, recipe, spm, tally, token_sources, tokenise
 from k2jax.prepare.card import card
-from k2jax.prepare.chat import fit, mask
+from k2jax.prepare.chat import mask
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer

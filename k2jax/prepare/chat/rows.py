@@ -5,7 +5,6 @@ that is changed silently teaches something else.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +12,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from k2jax.chat import template
-from k2jax.chat.turns import turn_of
+from k2jax.chat.turns import MEDIA, control_token, turn_of, two_systems
 from k2jax.chat.worker import Renderer
 from k2jax.data.records import Bad
 
 COLUMNS = ("messages", "conversations", "prompt", "completion", "system", "tools", "image", "images", "audio", "videos")
-MEDIA = ("image", "images", "audio", "videos")
 
 
 class Turns(NamedTuple):
@@ -111,19 +109,13 @@ def _problem(
     record: dict[str, Any], turns: list[dict[str, Any]], learned: list[int], special: list[str], options: ConfigDict
 ) -> Bad | None:
     """What is wrong with a conversation as a whole."""
-    roles = [turn["role"] for turn in turns]
     if media := [name for name in MEDIA if record.get(name)]:
         return Bad("content that is no text", f"the row has {media[0]}")
-    if roles.count("system") > 1:
-        places = [str(i + 1) for i, role in enumerate(roles) if role == "system"]
-        return Bad("two system turns", f"turns {', '.join(places[:5])}")
+    if bad := two_systems(turns):
+        return bad
     if not learned:
         return Bad("no answer to learn", f"{len(turns)} turns, none of role assistant that is to be learned")
     if not isinstance(record.get("tools") or [], list):
         return Bad("tools that are no list", type(record["tools"]).__name__)
-    for i, turn in enumerate(turns) if not options.control_in_turns else ():
-        text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False, default=str)
-        if within := next((token for token in special if token in text), None):
-            what = f"turn {i + 1} holds {within!r}, which would not be text; control_in_turns=True allows it"
-            return Bad("a control token in a turn", what)
-    return None
+    bad = None if options.control_in_turns else control_token(turns, special)
+    return bad and bad._replace(what=f"{bad.what}; control_in_turns=True allows it")
