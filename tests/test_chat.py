@@ -324,8 +324,10 @@ def test_rows_of_every_form_give_the_same_turns(row, expected, learned):
         ({"messages": [ASK, TELL], "images": ["x"]}, "content that is no text: the row has images"),
         ({"messages": [{"role": "user", "content": {"a": 1}}, TELL]}, "text is no string: turn 1, of role user: dict"),
         ({"messages": [{"role": "user", "content": "\ud83d"}, TELL]}, "half a surrogate pair: turn 1"),
-        ({"messages": [{"role": "user", "content": "a</s>b"}, TELL]}, "a control token in a turn: turn 1, of role user, holds '</s>'"),
-        ({"messages": [ASK, {**TELL, "reasoning": "a</s>b"}]}, "a control token in a turn: turn 2, of role assistant, holds '</s>'"),
+        ({"messages": [{"role": "user", "content": "a</s>b"}, TELL]},
+         "a control token in a turn: turn 1, of role user, holds '</s>'"),
+        ({"messages": [ASK, {**TELL, "reasoning": "a</s>b"}]},
+         "a control token in a turn: turn 2, of role assistant, holds '</s>'"),
         ({"messages": [ASK, TELL], "tools": "all"}, "tools that are no list"),
     ],
 )  # fmt: skip

@@ -95,7 +95,7 @@ def test_a_sharded_model_gives_the_same_tokens(changes: dict):
     assert sharded.generate(PROMPTS[:1], NEW, stop_at_eos=False) == expected[:1]
     weights = jax.tree.leaves(sharded.weights)
     assert all(w.sharding.shard_shape(w.shape) != w.shape for w in weights if w.ndim > 1)
-    keys, _ = sharded._empty_cache(8, 16)[0]
+    keys, _ = sharded.empty_cache(8, 16)[0]
     assert keys.sharding.shard_shape(keys.shape) == (2, 1, 16, 8)
 
 
@@ -162,7 +162,7 @@ def test_a_token_that_the_model_lacks_is_an_error(grouped: Generator):
 def test_in_bfloat16_weights_and_cache_are_and_norms_are_not():
     m = small_model()
     half = Generator(m, 1e4, init_params(m, seed=3), one_device(), jnp.bfloat16, eos_id=EOS)
-    kinds = {w.dtype for w in jax.tree.leaves(half.weights) if w.ndim > 1} | {half._empty_cache(2, 16)[0][0].dtype}
+    kinds = {w.dtype for w in jax.tree.leaves(half.weights) if w.ndim > 1} | {half.empty_cache(2, 16)[0][0].dtype}
     assert kinds == {jnp.dtype("bfloat16")}
     assert half.weights["final_norm_D"].dtype == half.weights["layers"][0]["mlp_norm_LD"].dtype == jnp.float32
     assert len(half.generate([[5, 6]], 3, stop_at_eos=False)[0]) == 3

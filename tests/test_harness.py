@@ -380,8 +380,8 @@ def test_samples_of_one_prompt_differ_and_come_again_with_the_same_seed(subject:
 
 def test_generation_ends_when_every_text_has_met_its_end(subject: Subject, monkeypatch: pytest.MonkeyPatch):
     lm, calls = harness.CheckpointLM(subject), []
-    decode = generation._decode
-    monkeypatch.setattr(generation, "_decode", lambda *a: calls.append(1) or decode(*a))
+    decode = generation.decode
+    monkeypatch.setattr(generation, "decode", lambda *a: calls.append(1) or decode(*a))
 
     def texts(until: list[str]) -> list[str]:
         calls.clear()

@@ -89,6 +89,35 @@ class Generator:
         What a row draws depends on the seed, its number (`first_row` is that of the first prompt here) and the
         position: not on the other rows.
         """
+        rows = self.checked(prompts, max_new_tokens, sampling)
+        new: list[list[int]] = [[] for _ in rows]
+        going, left = set(range(len(rows))), max_new_tokens
+        if not rows or left <= 0:
+            return new
+        with jax.set_mesh(self.mesh):
+            state, number_B = self._begin(rows, max_new_tokens, first_row)
+            while going and left:
+                limit = min(left, PIECE if on_tokens else LONG_PIECE)
+                left -= limit
+                rest = np.uint32(seed % 2**32), np.int32(limit), sampling, np.bool_(stop_at_eos)
+                model = self.m, self.rope_base, self.eos_id, self.stop_ids
+                out_BS, state = decode(*model, self.weights, state, number_B, *rest)
+                pieces = np.asarray(out_BS)[: len(rows), :limit].tolist()
+                for row in sorted(going):
+                    ids = pieces[row]
+                    end = next((i for i, id in enumerate(ids) if id in self.stop_ids), None) if stop_at_eos else None
+                    if end is not None:
+                        ids = ids[:end]
+                        going.remove(row)
+                    new[row] += ids
+                    if on_tokens and ids and on_tokens(row, ids):
+                        going.discard(row)
+        return new
+
+    def checked(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+    ) -> list[list[int]]:
+        """The prompts as rows that have a token. Raises ConfigError for what cannot be computed."""
         check_sampling(sampling)
         rows = [list(ids) or [self.eos_id] for ids in prompts]
         largest = max(map(max, rows), default=0)
@@ -102,29 +131,7 @@ class Generator:
             raise ConfigError(
                 f"token id {largest} in a prompt: the model has {self.m.vocab_size}; is this the tokenizer it is for?"
             )
-        new: list[list[int]] = [[] for _ in rows]
-        going, left = set(range(len(rows))), max_new_tokens
-        if not rows or left <= 0:
-            return new
-        with jax.set_mesh(self.mesh):
-            state, number_B = self._begin(rows, max_new_tokens, first_row)
-            while going and left:
-                limit = min(left, PIECE if on_tokens else LONG_PIECE)
-                left -= limit
-                rest = np.uint32(seed % 2**32), np.int32(limit), sampling, np.bool_(stop_at_eos)
-                model = self.m, self.rope_base, self.eos_id, self.stop_ids
-                out_BS, state = _decode(*model, self.weights, state, number_B, *rest)
-                pieces = np.asarray(out_BS)[: len(rows), :limit].tolist()
-                for row in sorted(going):
-                    ids = pieces[row]
-                    end = next((i for i, id in enumerate(ids) if id in self.stop_ids), None) if stop_at_eos else None
-                    if end is not None:
-                        ids = ids[:end]
-                        going.remove(row)
-                    new[row] += ids
-                    if on_tokens and ids and on_tokens(row, ids):
-                        going.discard(row)
-        return new
+        return rows
 
     def _begin(self, rows: list[list[int]], max_new_tokens: int, first_row: int) -> tuple[State, jax.Array]:
         """The prompts in the cache, and the rows' numbers."""
@@ -143,18 +150,19 @@ class Generator:
         last_B = (np.arange(B), length_B - 1)
         visible_BS = (np.arange(S) < length_B[:, None] - 1) & (document_BS == document_BS[last_B][:, None])
 
-        cache = self._empty_cache(B, S)
-        documents = self._place(document_BS)
+        cache = self.empty_cache(B, S)
+        documents = self.place(document_BS)
         for first in range(0, calls * C, C or 1):
-            tokens_BC = self._place(tokens_BS[:, first : first + C])
-            cache = _prefill(self.m, self.rope_base, self.weights, cache, tokens_BC, documents, np.int32(first))
+            tokens_BC = self.place(tokens_BS[:, first : first + C])
+            cache = prefill(self.m, self.rope_base, self.weights, cache, tokens_BC, documents, np.int32(first))
         token_B, position_B = tokens_BS[last_B], length_B - 1
-        parts = map(self._place, (visible_BS, token_B, position_B))
-        ended_B = self._place(np.arange(B) >= len(rows))
+        parts = map(self.place, (visible_BS, token_B, position_B))
+        ended_B = self.place(np.arange(B) >= len(rows))
         state = State(cache, *parts, jnp.int32(calls * C), ended_B)
-        return state, self._place(np.arange(first_row, first_row + B, dtype=np.int32))
+        return state, self.place(np.arange(first_row, first_row + B, dtype=np.int32))
 
-    def _empty_cache(self, B: int, S: int) -> list[tuple[jax.Array, jax.Array]]:
+    def empty_cache(self, B: int, S: int) -> list[tuple[jax.Array, jax.Array]]:
+        """Of each layer keys and values, zeros, for B rows of S slots."""
         m, place = self.m, sharding.named(self.mesh, sharding.ACTIVATIONS["cache_BKSH"])
         shape = B, m.num_kv_heads, S, m.head_dim
         if B == 1:  # without it: XLA's CPU backend would copy the cache at every token
@@ -162,7 +170,7 @@ class Generator:
         zeros = partial(jnp.zeros, shape, self.weights["embed_VD"].dtype, device=place)
         return [(zeros(), zeros()) for _ in range(m.num_layers)]
 
-    def _place(self, array_BX: np.ndarray) -> jax.Array:
+    def place(self, array_BX: np.ndarray) -> jax.Array:
         """An array of the host, the same in every process, split over the batch."""
         place = sharding.named(self.mesh, ("batch", "position")[: array_BX.ndim])
         return jax.make_array_from_callback(array_BX.shape, place, lambda index: array_BX[index])
@@ -254,7 +262,7 @@ def _write(cache: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _prefill(
+def prefill(
     m: FrozenConfigDict,
     rope_base: float,
     weights: Weights,
@@ -275,7 +283,7 @@ def _prefill(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-def _decode(
+def decode(
     m: FrozenConfigDict,
     rope_base: float,
     eos_id: int,
