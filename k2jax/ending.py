@@ -7,8 +7,8 @@ import jax
 from ml_collections import ConfigDict
 
 from k2jax import files
+from k2jax.data.decoding import text_after
 from k2jax.data.tokenizer import load_tokenizer
-from k2jax.generate import text_after
 from k2jax.model.decoder import compute_dtype
 from k2jax.model.generation import Generator
 from k2jax.model.sampling import Sampling

@@ -21,8 +21,9 @@ from typing import Any
 
 from k2jax import files, locks, paths
 from k2jax.bucket import BucketPath
+from k2jax.data.decoding import text_after
 from k2jax.errors import StorageError, run_main
-from k2jax.generate import Prompt, encode, open_generator, read_prompts, text_after
+from k2jax.generate import Prompt, encode, open_generator, read_prompts
 from k2jax.lease import alone
 from k2jax.run import branches
 

@@ -3,6 +3,7 @@
     python -m k2jax.generate --workdir=runs/smoke --prompt="def read_file(path"
     python -m k2jax.generate --workdir=runs/k2 --prompt="def add(a, b):" --suffix="    return c" --temperature=0
     python -m k2jax.generate --workdir=runs/k2 --prompts=prompts.jsonl --json
+    python -m k2jax.generate --workdir=runs/k2-chat --chat
 
 One prompt streams to a terminal as it comes; several are batched, whatever their lengths. With --suffix the model fills
 in the middle, by K2's FIM tokens.
@@ -12,13 +13,15 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from k2jax import paths
+from k2jax.data.decoding import Streamer, text_after
 from k2jax.errors import ConfigError, run_main
 from k2jax.run import branches
 
+USUAL = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 
 
@@ -30,6 +33,11 @@ class Prompt(NamedTuple):
 def main() -> None:
     """The command."""
     args = parse()
+    if args.chat:
+        from k2jax.conversation import command
+
+        command.run(args, USUAL, open_generator, make_mesh)
+        return
     prompts = read_prompts(args)
 
     from k2jax.model.sampling import Sampling, check_sampling  # after the arguments: --help needs none of it
@@ -39,7 +47,7 @@ def main() -> None:
 
     saved = open_step(args.workdir, args.step)
     encoder = check_tokenizer(saved)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    sampling = Sampling(*sampling_of(args).values())
     check_sampling(sampling)
     begin_ids = saved.begin_ids
     ids = [encode(encoder, prompt, args.fim_order, begin_ids) for prompt in prompts]
@@ -86,39 +94,70 @@ def parse() -> argparse.Namespace:
     add("--suffix", metavar="TEXT", help="fill in between --prompt and this")
     add("--fim-order", choices=("psm", "spm"), default="psm", help="how the middle is asked for: prefix, suffix, middle"
         " (default), or suffix, prefix and middle in one")  # fmt: skip
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="of each prompt (default: 128)")
-    add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that have this "
-        "probability together (default: 1, all)")  # fmt: skip
+    add("--max-new-tokens", type=int, metavar="N", help="of each prompt (default: 128; of an answer of --chat: 1024)")
+    add("--temperature", type=float, help="0 is greedy (default: 0.8; with --chat what generation_config.json says)")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: 0, all; --chat: as above)")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that have this probability together "
+        "(default: 1, all; --chat: as above)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the draws (default: 0)")
     add("--batch-size", type=int, default=32, metavar="N", help="prompts generated together (default: 32)")
     add("--mesh", metavar="AXES", help="such as fsdp=2,tensor=4 (default: the experiment's where it fits the devices "
         "here, else all on fsdp). fsdp gathers the weights at every token, tensor leaves them in place")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object a prompt")
+    add("--chat", action="store_true", help="answer turns, by the run's chat template: at a terminal; with --json "
+        'lines of {"messages": [...]} from the standard input, one by one, or from --prompts, several at once')
+    add("--system", metavar="TEXT", help="with --chat: the system's turn, before those that have none")
+    paths.add(parser, "--chat-template", metavar="FILE", help="with --chat: a Jinja template in place of the run's")
     args = parser.parse_args()
     args.workdir = branches.chosen(args)
-    if not args.prompt and not args.prompts:
+    if args.chat:
+        check_chat(parser, args)
+    elif args.system is not None or args.chat_template:
+        parser.error("--system and --chat-template go with --chat")
+    elif not args.prompt and not args.prompts:
         parser.error("--prompt or --prompts is needed")
     if args.suffix is not None and len(args.prompt) != 1:
         parser.error("--suffix goes with one --prompt; several come from a .jsonl file")
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1024 if args.chat else 128
     if args.max_new_tokens < 1 or args.batch_size < 1:
         parser.error("--max-new-tokens and --batch-size must be 1 or more")
     return args
 
 
-def open_generator(saved: Any, mesh: Any) -> Any:
-    """The model of a saved step, its arrays verified, on a mesh. ConfigError where the mesh does not divide them."""
+def check_chat(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command where options do not go together."""
+    if args.prompt or args.suffix is not None:
+        parser.error("--prompt and --suffix are for text that is gone on from, not for --chat")
+    if args.prompts and not args.json:
+        parser.error("--chat --prompts=FILE takes and prints JSON: add --json")
+    if args.system is not None and not args.system.strip():
+        parser.error("--system: empty; leave it out")
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, float]:
+    """What the options say, and of the others what the command does by itself."""
+    given = {name: getattr(args, name) for name in USUAL}
+    return {name: USUAL[name] if value is None else value for name, value in given.items()}
+
+
+def open_generator(saved: Any, mesh: Any, *, stop_ids: Sequence[int] = (), whole: bool = False) -> Any:
+    """The model of a saved step, its arrays verified, on a mesh; `stop_ids` end a text beside the run's own.
+
+    A prompt is `whole` where EOS in it ends no document. ConfigError where the mesh does not divide the arrays.
+    """
     from k2jax.model.decoder import compute_dtype, parameter_table
     from k2jax.model.generation import Generator
     from k2jax.parallel.sharding import check_divisible
     from k2jax.run.saved import restore_params
 
-    m = saved.config.model
+    m = saved.config.model.copy_and_resolve_references()
+    with m.unlocked():
+        m.mask_documents = m.mask_documents and not whole
     for name, p in parameter_table(m).items():
         check_divisible(name, p.shape, p.axes, mesh)
     params, dtype = restore_params(saved, mesh), compute_dtype(saved.config)
-    options = {"eos_id": saved.meta["eos_id"], "stop_ids": saved.stop_ids}
+    options = {"eos_id": saved.meta["eos_id"], "stop_ids": (*saved.stop_ids, *stop_ids)}
     options["keep_params"] = False  # memory peaks at the parameters and one array
     return Generator(m, saved.stage.rope_base, params, mesh, dtype, **options)
 
@@ -182,36 +221,6 @@ def encode(encoder: Any, prompt: Prompt, fim_order: str, begin_ids: Sequence[int
     return [*begin_ids, *before, *after, *suffix, *middle, *text]
 
 
-# ---- ids to text -----------------------------------------------------------------------------------------------------
-
-
-def text_after(decode: Callable[[list[int]], str], start: list[int], new: list[int]) -> str:
-    """What `new` adds to the text of `start`: a token's text may depend on those before it."""
-    context = start[-8:]
-    return decode(context + new)[len(decode(context)) :]
-
-
-class Streamer:
-    """Turns tokens into text piece by piece; a character whose bytes are not all there is held back."""
-
-    def __init__(self, decode: Callable[[list[int]], str], start: list[int], write: Callable[[str], None]):
-        self.decode, self.start, self.write = decode, start, write
-        self.new: list[int] = []
-        self.told = 0
-
-    def add(self, piece: list[int]) -> None:
-        self.new += piece
-        text = text_after(self.decode, self.start, self.new)
-        self._tell(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-
-    def finish(self) -> None:
-        self._tell(text_after(self.decode, self.start, self.new))
-
-    def _tell(self, text: str) -> None:
-        self.write(text[self.told :])
-        self.told = max(self.told, len(text))
-
-
 def print_piece(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -233,7 +242,7 @@ def describe(saved: Any, prompt: Prompt, text: str, tokens: list[int], args: arg
         "step": saved.step,
         "checkpoint": saved.digest,
         "seed": args.seed,
-        "sampling": {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p},
+        "sampling": sampling_of(args),
     }
 
 

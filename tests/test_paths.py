@@ -100,7 +100,7 @@ def test_what_is_no_path_is_one_line(text, complaint):
 COMMANDS = {
     "k2jax.train": "--config=. --workdir=.",
     "k2jax.evaluate": "--workdir=. --task-dir=.",
-    "k2jax.generate": "--workdir=. --prompts=.",
+    "k2jax.generate": "--workdir=. --prompts=. --chat-template=.",
     "k2jax.replay": "--workdir=. --step=1",
     "k2jax.doctor": "--workdir=. --step=1 --out=.",
     "k2jax.goodput": "--workdir=.",

@@ -18,6 +18,7 @@ from k2jax.files import write_json
 
 DEFAULT, MORE = "chat_template.jinja", "additional_chat_templates"  # beside a tokenizer: a file, and a folder of others
 TOKENIZER_CONFIG, TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")  # have tokens that no file names
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -66,8 +67,11 @@ def tokens_of(texts: dict[str, str], where: Any) -> dict[str, str]:
     known: dict[str, Any] = {}
     for name in (TOKENS_MAP, TOKENIZER_CONFIG):  # the second has the last word
         known |= _json(texts, where, name)
-    tokens = {name: known[name] for name in TOKENS if known.get(name)}
-    return {name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items()}
+    if known.get("tokenizer_class") in LLAMA_CLASSES:
+        known = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **known}
+    found = {name: known.get(name) for name in TOKENS}
+    tokens = {name: one.get("content") if isinstance(one, dict) else one for name, one in found.items()}
+    return {name: token for name, token in tokens.items() if token and isinstance(token, str)}
 
 
 def named(texts: dict[str, str], where: Any, name: str, *, option: str = "chat.template") -> tuple[str, str]:

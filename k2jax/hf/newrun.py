@@ -18,6 +18,7 @@ from k2jax.hf import side_files
 from k2jax.hf.families import HfModel
 from k2jax.hf.untrusted import StoredTensor
 from k2jax.run import drift
+from k2jax.run.chat_template import of_side_files
 from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.directory import environment
 from k2jax.run.fork import new_name
@@ -79,6 +80,8 @@ def write_run(
         "commit": here["commit"],
         "imported": imported,
     }
+    if chat := of_side_files(source.side_files, source.folder.resolve().name):
+        meta["chat"] = chat
     write_epoch(run, epoch)
     write_launches(run, [{**here, "newest_step": None}])
     write_text(run / "experiment.py", experiment(source, name))

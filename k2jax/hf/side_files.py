@@ -8,19 +8,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+from k2jax.chat.template import LLAMA_CLASSES, TOKENIZER_CONFIG, TOKENS_MAP
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.hf.untrusted import plain_file, short
 from k2jax.run.saved import SavedStep
 
-TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
-TOKENS_MAP = "special_tokens_map.json"
+GENERATION_CONFIG = "generation_config.json"
 KEPT = re.compile(
     rf"{TOKENIZER_CONFIG}|{GENERATION_CONFIG}|{TOKENS_MAP}|chat_template\.(jinja|json)"
     r"|(?i:(licen[sc]e|notice|use_policy)[a-z0-9._-]*)"
 )
 MAX_BYTES = 8 << 20  # of all of them: a tokenizer_config.json with thousands of added tokens has one
-LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")  # of transformers, which have a BOS unless told otherwise
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
 
 
