@@ -57,7 +57,7 @@ from k2jax.training.placement import begin_state, mesh_of, place_state
 from k2jax.training.probe import Probe
 from k2jax.training.program import feed_steps
 from k2jax.training.recompute import Recompute
-from k2jax.training.setup import check_processes_agree, checkpoint_meta, describe_run, open_same_data
+from k2jax.training.setup import check_processes_agree, checkpoint_metas, describe_run, open_same_data
 
 
 def train(
@@ -127,8 +127,8 @@ def train_on(
         launch.did("restore" if checkpoints.last_meta else "new state")
 
         # ---- training ----------------------------------------------------------------------------------------------
-        meta = checkpoint_meta(config, manifest, mesh, epochs[-1])
-        save = partial(save_checkpoint, checkpoints, recorder, order, len(journal), meta)
+        metas = checkpoint_metas(config, manifest, mesh, epochs, stores, checkpoints.last_meta)
+        save = partial(save_checkpoint, checkpoints, recorder, order, len(journal), metas)
         tuning = Tuning.of_run(config, run.path)
         work = feed_steps(
             config, order, stores, manifest, mesh, shapes, shardings,
@@ -215,11 +215,12 @@ def save_checkpoint(
     recorder: Recorder,
     order: Order,
     decisions: int,
-    meta: dict[str, Any],
+    metas: list[dict[str, Any]],
     state: TrainState,
     step: int,
 ) -> None:
-    """Starts an asynchronous save, once the metrics of `step` are read and found good."""
+    """Starts an asynchronous save, once the metrics of `step` are read and found good; `metas` are by stage."""
+    stage = order.stage_of_step(step).index
     recorder.flush()
     check_parameters(recorder.last_row)
     recorder.sync()
@@ -229,7 +230,7 @@ def save_checkpoint(
         state,
         step,
         data={"next_step": step + 1, "order": order.digest(), "journal": decisions},
-        meta={**meta, "tokens_seen": recorder.tokens_seen, "stage": order.stage_of_step(step).index},
+        meta={**metas[stage], "tokens_seen": recorder.tokens_seen, "stage": stage},
     )
 
 

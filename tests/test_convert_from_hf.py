@@ -194,6 +194,7 @@ def test_the_run_explains_itself(imported: Path):
     of_files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in source.iterdir()}
     assert saved.meta["imported"] == {
         "source": "source",
+        "base_model": None,
         "files": of_files,
         "config": json.loads((source / "config.json").read_text()),
         "dtype": "float32",

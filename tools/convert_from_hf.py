@@ -32,6 +32,8 @@ def main() -> None:
     paths.add(parser, "--hf", required=True, metavar="DIR", help="config.json, weights, tokenizer.json")
     paths.add(parser, "--out", required=True, metavar="WORKDIR", help="the run; new, or empty")
     parser.add_argument("--name", default="", help="of the experiment (default: the folder's)")
+    base = "the model's name on the hub, which cards of what is exported name (default: the cache folder's)"
+    parser.add_argument("--base-model", default="", metavar="ORG/NAME", help=base)
     parser.add_argument("--allow-non-finite", action="store_true", help="take weights that are NaN or infinite, too")
     keys = "of config.json, unknown to k2jax, that change nothing of what is computed: left out, and recorded"
     parser.add_argument("--ignore", default="", metavar="KEY[,KEY]", help=keys)
@@ -45,7 +47,7 @@ def main() -> None:
 
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         ignore = [key for key in args.ignore.split(",") if key]
-        done = import_hf(args.hf, args.out, args.name, args.allow_non_finite, bar.update, ignore)
+        done = import_hf(args.hf, args.out, args.name, args.allow_non_finite, bar.update, ignore, args.base_model)
     if not args.json:
         print(describe(done))
         return
@@ -55,6 +57,7 @@ def main() -> None:
     }
     result = {
         "workdir": str(done.workdir),
+        "base_model": done.source.base_model,
         "step": 0,
         "digest": done.digest,
         "parameters": num_params(done.source.hf.model),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import k2jax
-from k2jax.chat.template import ChatTemplate
+from k2jax.chat.template import ChatTemplate, Saved
 from k2jax.errors import ConfigError, RunError
 
 SECONDS = 20.0  # of processor time for one conversation; most take a hundredth
@@ -102,6 +102,12 @@ class Renderer:
         self._process.stdout.close()
         code, self._process = self._process.wait(), None
         return code
+
+
+def written(saved: Saved) -> dict[str, Any]:
+    """The tokens that a preparation's template is rendered with, and those that end an answer."""
+    with Renderer(saved.template, saved.control, most=1 << 20) as renderer:
+        return {"tokens": saved.template.tokens, "ends": renderer.ends()}
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -14,12 +14,16 @@ from k2jax.run.saved import SavedStep
 from k2jax.text import as_code, for_markdown
 
 
-def special_tokens(tokenizer: Tokenizer, eos_id: int) -> dict[str, str]:
-    """By the role that transformers gives them. k2jax puts no token before a text, so that there is no `bos_token`."""
-    eos = tokenizer.id_to_token(eos_id)
-    # Never made from a text (it is written as bytes), so that padding with it hides no token that counts.
-    unknown = {"unk_token": UNK, "pad_token": UNK} if tokenizer.token_to_id(UNK) is not None else {"pad_token": eos}
-    return {"eos_token": eos, **unknown}
+def special_tokens(saved: SavedStep, tokenizer: Tokenizer) -> dict[str, str]:
+    """By the role that transformers gives them.
+
+    k2jax puts no token before a text, so that there is no `bos_token` but one that its chat template writes.
+    """
+    written = {name: (saved.meta.get("chat") or {}).get("tokens", {}).get(name) for name in ("bos_token", "eos_token")}
+    # Never made from a text (it is written as bytes), so that padding with it hides no token that counts. EOS does.
+    unknown = {"unk_token": UNK, "pad_token": UNK} if tokenizer.token_to_id(UNK) is not None else {}
+    tokens = {"eos_token": tokenizer.id_to_token(saved.meta["eos_id"]), **unknown}
+    return tokens | {name: token for name, token in written.items() if token}
 
 
 def tokenizer_config(tokens: dict[str, str], context: int) -> dict[str, Any]:
@@ -35,9 +39,17 @@ def tokenizer_config(tokens: dict[str, str], context: int) -> dict[str, Any]:
     }
 
 
-def generation_config(tokenizer: Tokenizer, tokens: dict[str, str], eos_id: int) -> dict[str, Any]:
-    """generation_config.json: where a text ends; how to sample is left to who generates."""
-    return {"eos_token_id": eos_id, "pad_token_id": tokenizer.token_to_id(tokens["pad_token"])}
+def generation_config(saved: SavedStep, tokenizer: Tokenizer, tokens: dict[str, str]) -> dict[str, Any]:
+    """generation_config.json: where a text ends; how to sample is left to who generates.
+
+    Of an import that had none, what transformers takes from its config.json instead.
+    """
+    ends = list(side_files.ends(saved))
+    found = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+    if saved.imported:
+        return {**side_files.token_ids(saved), **found}
+    pad = tokenizer.token_to_id(tokens["pad_token"]) if "pad_token" in tokens else None
+    return found if pad is None else {**found, "pad_token_id": pad}
 
 
 def model_card(saved: SavedStep, dtype: str, parity: dict[str, Any]) -> str:
@@ -56,7 +68,8 @@ def model_card(saved: SavedStep, dtype: str, parity: dict[str, Any]) -> str:
         "Weights": dtype,
     }
     tags = f"tags: [k2jax, {kind_of(*family)}]"
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", tags, "---", ""]
+    base = [f"{key}: {json.dumps(value)}" for key, value in _base(saved).items()]  # a text of JSON is one of YAML
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", *base, tags, "---", ""]
     lines += [f"# {name}, step {saved.step:,}", "", *_table(facts), ""]
     lines += ["## Use", "", "```python", _EXAMPLE, "```", ""]
     lines += [_before_a_text(saved), "", *_data(saved), *_stages(saved)]
@@ -102,6 +115,12 @@ def _licence(names: list[str]) -> str:
     return f"The weights that it began with came with {files}, which is here too: whoever publishes these keeps to it."
 
 
+def _base(saved: SavedStep) -> dict[str, str]:
+    """The model that the run began with, for Hugging Face's tree of models: also after steps, and in a fork's fork."""
+    base = (saved.imported or {}).get("base_model") or (saved.imported or {}).get("source")
+    return {"base_model": base, **({"base_model_relation": "finetune"} if saved.step else {})} if base else {}
+
+
 def _table(facts: dict[str, Any]) -> list[str]:
     """Values that begin with a backtick were made by `as_code`."""
     shown = {key: str(value) for key, value in facts.items() if value is not None}
@@ -145,6 +164,8 @@ def _origin(saved: SavedStep) -> dict[str, Any]:
     hardware = f"{devices['count']} x {devices['kind']}, mesh {json.dumps(devices['mesh'])}" if devices else None
     return {
         "Imported from": imported.get("source"),
+        "Base model": imported.get("base_model"),
+        "Chat template SHA-256": as_code(chat["sha256"]) if (chat := meta.get("chat")) else None,
         "Keys of its config.json that were left out": as_code(json.dumps(ignored))
         if (ignored := imported.get("ignored"))
         else None,

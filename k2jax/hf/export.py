@@ -57,6 +57,7 @@ def export(
     sums: dict[str, TensorSums] = {}
     with new_folder(out) as folder:
         for file, data in texts.items():
+            files.make_folder((folder / file).parent)
             files.write_bytes(folder / file, data)
         started = time.perf_counter()
         with ShardWriter(folder, shards) as writer:
@@ -137,7 +138,7 @@ def small_files(saved: SavedStep, dtype: str) -> dict[str, bytes]:
     """{file name: bytes} of what the run determines besides the weights, and of what came with those it began with."""
     eos_id, context = saved.meta["eos_id"], saved.context
     tokenizer = check_tokenizer(saved)
-    tokens, kept = card.special_tokens(tokenizer, eos_id), side_files.of_run(saved)
+    tokens, kept = card.special_tokens(saved, tokenizer), side_files.of_run(saved)
     kind = saved.imported["config"].get("model_type") if saved.imported else None
     ids = {"bos_id": None, "eos_id": eos_id}
     values = config_to_hf(saved.config.model, saved.stage, dtype=dtype, context=context, imported=kind, **ids)
@@ -145,7 +146,7 @@ def small_files(saved: SavedStep, dtype: str) -> dict[str, bytes]:
     check_config(values, saved)
     ours = {
         "config.json": as_json(values),
-        "generation_config.json": as_json(card.generation_config(tokenizer, tokens, eos_id)),
+        "generation_config.json": as_json(card.generation_config(saved, tokenizer, tokens)),
         "tokenizer.json": saved.tokenizer.read_bytes(),
     }
     if side_files.TOKENIZER_CONFIG not in kept:  # which says of its own which tokens play which role

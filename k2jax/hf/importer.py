@@ -33,6 +33,7 @@ from k2jax.parallel import sharding
 
 ROWS = 256  # of a tensor of theirs, copied at a time: five times as fast as a whole transposition
 MAX_TOKENIZER_BYTES = 128 << 20
+HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 TABLES = "model.layers.{}.self_attn.rotary_emb.inv_freq"  # LLaMA-1's folders hold RoPE's frequencies, too
 
 
@@ -59,8 +60,11 @@ def import_hf(
     allow_nonfinite: bool,
     progress: Callable[[int], None] = lambda _: None,
     ignore: Collection[str] = (),
+    base_model: str = "",
 ) -> Imported:
     """Makes the run directory `out`; `progress` is told of the bytes read, `ignore` as of config_from_hf.
+
+    `base_model` is the folder's name on the hub (default: that of the hub's cache, if the folder is in it).
 
     Raises ConfigError for a folder that is not what it should be, or `out` not empty; NumericsError for values that are
     not finite and not allowed. In every case nothing is left of `out`.
@@ -68,7 +72,9 @@ def import_hf(
     name = name or re.sub(r"[^A-Za-z0-9._-]", "-", folder.resolve().name)
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise ConfigError(f"--name={short(name)}: expected letters, digits, '.', '_' and '-'")
-    source = open_source(folder, ignore)
+    if not re.fullmatch(HUB_NAME, base_model or "a"):
+        raise ConfigError(f"--base-model={short(base_model)}: expected a name on the hub, ORGANISATION/NAME")
+    source = open_source(folder, ignore)._replace(base_model=base_model or cached_name(folder))
     with new_folder(out) as run:
         with ThreadPoolExecutor(1) as pool:
             hashes = pool.submit(hash_files, source)  # beside the conversion
@@ -78,6 +84,13 @@ def import_hf(
             files = hashes.result()
         meta = write_run(run, source, params, files, name)
     return Imported(out, source, meta["digest"], group_sums(source.hf.model, sums))
+
+
+def cached_name(folder: Path) -> str | None:
+    """Of a folder in the hub's cache, .../models--ORGANISATION--NAME/snapshots/COMMIT, the name on the hub."""
+    found = re.fullmatch(r"models--(.+)", folder.resolve().parent.parent.name)
+    name = found.group(1).replace("--", "/", 1) if found else ""
+    return name if re.fullmatch(HUB_NAME, name) else None
 
 
 # ---- what the folder says of itself ----------------------------------------------------------------------------------
@@ -175,8 +188,8 @@ def hash_files(source: Source) -> dict[str, str]:
     """{file name: SHA-256} of every file that the import reads."""
     names = {stored.path.name for stored in source.weights.values()}
     small = ("config.json", "tokenizer.json", INDEX, *source.side_files)
-    names |= {name for name in small if has(source.folder, name)}
-    return {name: sha256_of(plain_file(source.folder, name)) for name in sorted(names)}
+    names |= {name for name in small if "/" in name or has(source.folder, name)}
+    return {name: sha256_of(side_files.path_of(source.folder, name)) for name in sorted(names)}
 
 
 # ---- the weights -----------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class Source(NamedTuple):
     eos_id: int
     tokenizer: Path
     side_files: dict[str, str]  # by name, see side_files.py
+    base_model: str | None = None  # its name on the hub, if that is known
 
     @property
     def dtype(self) -> str:
@@ -57,6 +58,7 @@ def write_run(
     here = environment({})
     imported = {
         "source": source.folder.resolve().name,
+        "base_model": source.base_model,
         "files": files,
         "config": source.config,
         "dtype": source.dtype,

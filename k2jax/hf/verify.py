@@ -60,7 +60,8 @@ def verify(saved: SavedStep, folder: Path, progress: Callable[[int], None]) -> c
 def check_files(folder: Path, parity: dict[str, Any]) -> None:
     """Every file is there and is what the certificate says, and no other; names that begin with a dot are let be."""
     weights = {record["file"] for record in parity["tensors"].values()}
-    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - MAY_CHANGE
+    names = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
+    present = {name.as_posix() for name in names if not name.parts[0].startswith(".")} - MAY_CHANGE
     expected = parity["files"].keys() | weights
     for name in sorted(present ^ expected):
         raise StorageError(f"{folder}: {name} is {'missing' if name in expected else 'not of this export'}")

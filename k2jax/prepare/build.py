@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import errors, locks
-from k2jax.chat import fit, template
+from k2jax.chat import fit, template, worker
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
@@ -121,7 +121,8 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     if chats:
         sha256 = hashlib.sha256((out / TEMPLATE).read_bytes()).hexdigest()
         counts = {name: found["counts"] for name, found in chats.items()}
-        data |= {"chat": {"template_sha256": sha256, "notes": notes, "conversations": counts}}
+        written = worker.written(template.load(clean.template_of(out)))
+        data |= {"chat": {"template_sha256": sha256, "notes": notes, "conversations": counts, **written}}
         for name, found in chats.items():
             data["subsets"][name]["tokens"] = found["tally"]
     card.write_card(out, data)

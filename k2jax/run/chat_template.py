@@ -5,10 +5,16 @@ with, and those that end an answer. It is that of the folder which was imported,
 was trained on. Named ones beside the default are in an import's side files.
 """
 
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from k2jax.chat.template import ChatTemplate, named, read_file, tokens_of
+from ml_collections import ConfigDict
+
+from k2jax.bucket import at
+from k2jax.chat.template import DEFAULT, ChatTemplate, named, read_file, tokens_of
+from k2jax.data.epochs import Epoch, imported
 from k2jax.data.tokenizer import BOS_NAMES, load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.run.saved import SavedStep
@@ -26,6 +32,51 @@ def of_side_files(texts: dict[str, str], where: str) -> dict[str, Any] | None:
     except ConfigError:
         return None
     return recorded(ChatTemplate(text, source, tokens_of(texts, where), ""), [])
+
+
+def by_stage(
+    config: ConfigDict, masked: Collection[str], before: dict[str, Any] | None
+) -> list[dict[str, Any] | None]:
+    """Of each stage of a run what its checkpoints record: of the first on conversations (`masked` subsets) and those
+    after it the template of those, until then what the run began with, `before`.
+
+    Raises ConfigError where the template beside the stores is not the one that made them.
+    """
+    found, stages = before, []
+    for stage in config.stages:
+        if set(masked) & set(stage.mix):
+            found = _of_stores(config.data.root) or found
+        stages.append(found)
+    return stages
+
+
+def began_with(epochs: Sequence[Epoch], restored: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a run has before its first stage: that of the checkpoint it goes on from, whose meta is `restored`, or of
+    its import."""
+    if restored and "chat" in restored:
+        return restored["chat"]
+    return of_side_files((imported(epochs) or {}).get("side_files", {}), "the import")
+
+
+def _of_stores(root: str) -> dict[str, Any] | None:
+    """Of a preparation; None where its data.json is not beside the stores, or knows of no conversations."""
+    folder = at(root)
+    try:
+        chat = json.loads((folder / "data.json").read_bytes()).get("chat")
+        text = (folder / DEFAULT).read_bytes().decode() if chat else ""
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder}: its data.json or {DEFAULT} cannot be read ({error}): prepare it again") from error
+    if not chat:
+        return None
+    template = ChatTemplate(text, f"{folder}/{DEFAULT}", chat.get("tokens", {}), "")
+    if template.sha256 != chat["template_sha256"]:
+        raise ConfigError(
+            f"{template.source}: its SHA-256 is {template.sha256[:12]}, the conversations beside it were rendered by "
+            f"{str(chat['template_sha256'])[:12]}: restore it"
+        )
+    return recorded(template, chat.get("ends", []))
 
 
 def template_of(saved: SavedStep, *, file: Path | None = None, name: str = "", date: str = "") -> ChatTemplate:

@@ -1,5 +1,6 @@
 """What a run is, before its first step: data opened and identified, processes compared, the derived numbers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -16,7 +17,7 @@ from k2jax.errors import ConfigError
 from k2jax.model.decoder import compute_dtype, num_params
 from k2jax.model.flops import flops_per_token
 from k2jax.parallel import cluster
-from k2jax.run import drift
+from k2jax.run import chat_template, drift
 from k2jax.run.directory import environment, versions
 from k2jax.training.placement import state_bytes
 
@@ -102,11 +103,19 @@ def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:
     return "\n".join(lines)
 
 
-def checkpoint_meta(config: ConfigDict, manifest: dict[str, Any], mesh: Mesh, epoch: Epoch) -> dict[str, Any]:
-    """What every checkpoint of this launch says of where it came from."""
+def checkpoint_metas(
+    config: ConfigDict,
+    manifest: dict[str, Any],
+    mesh: Mesh,
+    epochs: Sequence[Epoch],
+    stores: dict[str, Store],
+    restored: dict[str, Any] | None,
+) -> list[dict[str, Any]]:
+    """What every checkpoint of this launch says of where it came from, by stage: each has the chat template that goes
+    with it. `restored` is the meta of the checkpoint that the run goes on from."""
     here = environment(dict(mesh.shape))
-    return {
-        "epoch": epoch.name,
+    meta = {
+        "epoch": epochs[-1].name,
         "config": configuration.to_dict(config),
         "config_digest": drift.config_digest(config),
         "manifest_digest": manifest_digest(manifest),
@@ -116,3 +125,7 @@ def checkpoint_meta(config: ConfigDict, manifest: dict[str, Any], mesh: Mesh, ep
         "commit": here["commit"],
         "devices": here["devices"],
     }
+    masked = [name for name, store in stores.items() if store.masked]
+    before = chat_template.began_with(epochs, restored)
+    chats = cluster.decide("finds chat templates", lambda: chat_template.by_stage(config, masked, before))
+    return [{**meta, "chat": chat} if chat else meta for chat in chats]
