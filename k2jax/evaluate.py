@@ -47,6 +47,12 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=_positive, metavar="N", help="only the first N examples of each harness task")
     add("--num-fewshot", type=_count, metavar="N", help="examples before each question, for harness tasks named in "
         "--tasks; k2 has its own")  # fmt: skip
+    add("--apply-chat-template", nargs="?", const=True, default=False, metavar="NAME", help="put the requests of "
+        "harness tasks in the run's chat template, or the one of this name")  # fmt: skip
+    paths.add(p, "--chat-template", metavar="FILE", help="with it: a Jinja template in place of the run's")
+    add("--system", metavar="TEXT", help="the system's turn of harness tasks; without a template text before them")
+    add("--fewshot-as-multiturn", nargs="?", type=_flag, const=True, metavar="BOOL", help="examples as turns of a "
+        "conversation (default with --apply-chat-template; false: in the question's)")  # fmt: skip
     add("--windows", type=_windows, default=512, metavar="N", help="held-out windows of each subset, evenly spaced, or "
         "all (default: 512; the result has the standard error)")  # fmt: skip
     add("--memorization-steps", default="chunks", metavar="A,B", help="steps to take rows from (default: chunks: "
@@ -77,12 +83,16 @@ def main() -> None:
     if args.watch and steps == "newest":
         p.error("--watch waits for steps: --steps is all, every:N or steps with commas between them")
     chosen = None if args.memorization_steps == "chunks" else _steps(p, args.memorization_steps)
+    if not args.apply_chat_template and (args.fewshot_as_multiturn or args.chat_template):
+        p.error("--fewshot-as-multiturn and --chat-template go with --apply-chat-template")
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # the harness's and its libraries' bars; read when tqdm is imported
 
+    from k2jax.evals.chat import Chat
     from k2jax.evals.session import Session, Wanted  # here, as JAX takes its time, and --help should not
     from k2jax.parallel import cluster, compile_cache
 
+    multiturn = args.apply_chat_template if args.fewshot_as_multiturn is None else args.fewshot_as_multiturn
     wanted = Wanted(
         workdir=args.workdir,
         steps=steps,
@@ -98,6 +108,7 @@ def main() -> None:
         seed=args.seed,
         stores=args.stores,
         again=args.again,
+        chat=Chat(args.apply_chat_template, args.system, bool(multiturn), args.chat_template),
     )
 
     join()
@@ -138,6 +149,12 @@ def _steps(p: argparse.ArgumentParser, text: str) -> tuple[int, ...]:
     if not all(part.strip().isdigit() for part in text.split(",")):
         p.error(f"--memorization-steps={text}: expected chunks, or steps with commas between them")
     return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: must be true or false")
+    return text.lower() == "true"
 
 
 def _positive(text: str) -> int:

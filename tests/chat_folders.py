@@ -14,6 +14,7 @@ KINDS = {
     "llama-3": (["<|end_of_text|>", "<|eot_id|>"], {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
     "llama-2": (["</s>"], {}),  # BOS by the template and by tokenizer.json; SentencePiece's kind
     "chatml": (["<|im_end|>", "<|endoftext|>"], {"do_sample": False}),  # no BOS at all
+    "gemma": (["<end_of_turn>", "<eos>"], {}),  # whose template refuses a system turn
     "mistral": (["</s>"], {"do_sample": True, "temperature": 0.7, "top_k": 20}),
 }
 

@@ -153,8 +153,8 @@ def test_an_answer_ends_with_the_context(talk: Talk):
 def test_a_system_text_is_put_first_or_refused_by_the_template(talk: Talk):
     turns = lines.with_system([{"role": "user", "content": "a"}], "Be brief.")
     assert lines.with_system(turns, "Other.") == turns
-    if talk.name == "mistral":
-        with pytest.raises(ConfigError, match="the template refuses it .only user and assistant roles"):
+    if talk.name in ("mistral", "gemma"):
+        with pytest.raises(ConfigError, match="the template refuses it .(only user and assistant|System role not)"):
             talk.answerer.prompt(turns)
     else:
         assert talk.answerer.prompt(turns).ids == their_answer(talk, turns)[0]

@@ -99,7 +99,7 @@ def test_what_is_no_path_is_one_line(text, complaint):
 # {program: its arguments}; each --OPTION=. in turn becomes a URL, and what does not take one must say so.
 COMMANDS = {
     "k2jax.train": "--config=. --workdir=.",
-    "k2jax.evaluate": "--workdir=. --task-dir=.",
+    "k2jax.evaluate": "--workdir=. --task-dir=. --chat-template=.",
     "k2jax.generate": "--workdir=. --prompts=. --chat-template=.",
     "k2jax.replay": "--workdir=. --step=1",
     "k2jax.doctor": "--workdir=. --step=1 --out=.",

@@ -112,7 +112,6 @@ class Answerer:
 
 
 def stop_ids(saved: SavedStep, encoder: Tokenizer, ends: list[str]) -> tuple[int, ...]:
-    """The tokens that end an answer: those of the run, then those by which the template and its training end one."""
-    named = [*ends, *(saved.meta.get("chat") or {}).get("ends", [])]
-    more = filter(None, map(encoder.token_to_id, named))
+    """The tokens that end an answer: those of the run, then those by which the template ends one."""
+    more = filter(None, map(encoder.token_to_id, ends))
     return tuple(dict.fromkeys((*saved.stop_ids, *more)))

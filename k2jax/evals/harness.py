@@ -12,6 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer
 from k2jax.errors import ConfigError
+from k2jax.evals.chat import Rendering
 from k2jax.evals.progress import bar
 from k2jax.evals.scoring import Row
 from k2jax.evals.subject import Subject
@@ -29,9 +30,10 @@ LogLikelihood = tuple[float, bool]
 class CheckpointLM(TemplateLM):
     """A checkpoint as the harness sees it."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: Subject, rendering: Rendering | None = None):
+        """`rendering` of the chat template that requests are put in, where they are."""
         super().__init__()
-        self._subject = subject
+        self._subject, self._rendering = subject.whole if rendering else subject, rendering
         self._encoder = load_tokenizer(subject.saved.tokenizer)
         self._prefix = prefix_id(subject.saved, self._encoder)
         self._prefix_text = self.tok_decode([self._prefix])
@@ -45,6 +47,21 @@ class CheckpointLM(TemplateLM):
     def prefix_token_id(self) -> int:
         """What stands before a text that has nothing before it."""
         return self._prefix
+
+    @property
+    def tokenizer_name(self) -> str:
+        """By which the harness tells its cached requests apart."""
+        template = self._rendering.template.sha256 if self._rendering else ""
+        return f"{self._subject.saved.meta['tokenizer_sha256']}{template}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The text of the template that requests are put in."""
+        return self._rendering.template.text if self._rendering and chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Turns as the template writes them."""
+        assert self._rendering, "the harness asks only where a template is applied"
+        return self._rendering(chat_history, add_generation_prompt)
 
     @property
     def max_length(self) -> int:

@@ -18,6 +18,7 @@ from k2jax.data.journal import read_journal
 from k2jax.data.order import Order
 from k2jax.errors import ConfigError, StorageError
 from k2jax.evals import suites
+from k2jax.evals.chat import PLAIN, Chat
 from k2jax.evals.held_out import Validation
 from k2jax.evals.memorization import Memorization
 from k2jax.evals.results import Identity, Outcome, Results, plain
@@ -58,6 +59,7 @@ class Wanted(NamedTuple):
     seed: int
     stores: str | Path | None = None  # folder that they have moved to
     again: bool = False  # also what is stored
+    chat: Chat = PLAIN  # how harness tasks are asked
 
 
 class Session:
@@ -85,6 +87,10 @@ class Session:
             "memorization": lambda: Memorization(w.memorization_steps, w.memorization_rows),
         }
         others = [name for name in w.tasks if name not in own]
+        if w.chat != PLAIN and not others:
+            raise ConfigError(
+                "--apply-chat-template and --system are for tasks of the harness: --tasks names none of them"
+            )
         if not others:
             return [own[name]() for name in dict.fromkeys(w.tasks)]
         if importlib.util.find_spec("lm_eval") is None:
@@ -97,7 +103,13 @@ class Session:
         found: list[Evaluation] = [own[name]() for name in dict.fromkeys(w.tasks) if name in own]
         for name in dict.fromkeys(named):
             task = tasks.HarnessTask(
-                manager, name, num_fewshot=w.num_fewshot, limit=w.limit, allow_code=w.allow_code, seed=w.seed
+                manager,
+                name,
+                num_fewshot=w.num_fewshot,
+                limit=w.limit,
+                allow_code=w.allow_code,
+                seed=w.seed,
+                chat=w.chat,
             )
             found += self._unless_unsafe(name, task)
         for m in suite:
@@ -111,6 +123,7 @@ class Session:
                 allow_code=w.allow_code,
                 seed=w.seed,
                 choices=m.choices,
+                chat=w.chat,
             )
             kept = self._unless_unsafe(m.name, task)
             if kept:

@@ -62,6 +62,19 @@ class Subject:
         ids = {"eos_id": self.eos_id, "stop_ids": self.saved.stop_ids}
         return Generator(m, rope_base, self.params, self.mesh, self.compute_dtype, **ids)
 
+    @cached_property
+    def whole(self) -> "Subject":
+        """The same where EOS ends no document: a conversation is one, whatever its template writes between turns."""
+        if not self.saved.config.model.mask_documents:
+            return self
+        config = self.saved.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.model.mask_documents = False
+        options = {"batch_tokens": self.batch_tokens, "seed": self.seed, "stores": self._stores}
+        other = Subject(self.saved._replace(config=config), self.mesh, **options)
+        other.__dict__["params"] = self.params  # read once
+        return other
+
     def about(self) -> dict[str, Any]:
         """What a result says of how it was made."""
         device = self.mesh.devices.flat[0]

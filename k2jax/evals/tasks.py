@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib.metadata
+import json
 import logging
 import os
 import random
@@ -17,7 +18,9 @@ from lm_eval.evaluator import evaluate
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
 
+from k2jax.chat.template import ChatTemplate
 from k2jax.errors import ConfigError
+from k2jax.evals.chat import PLAIN, Chat, Rendering
 from k2jax.evals.harness import CheckpointLM
 from k2jax.evals.identity import configs_digest, documents_digest, requests_digest
 from k2jax.evals.results import Outcome
@@ -53,6 +56,7 @@ class HarnessTask:
         allow_code: bool = False,
         seed: int = 1234,
         choices: dict[str, Any] | None = None,
+        chat: Chat = PLAIN,
     ):
         """Nothing is loaded or downloaded yet.
 
@@ -60,10 +64,12 @@ class HarnessTask:
             num_fewshot: None leaves the task's own.
             seed: of few-shot examples.
             choices: what a result says of where its settings are from.
+            chat: how its requests are put.
         """
         self.name, self._manager = name, manager
         self._num_fewshot, self._limit, self._pass_at, self._allow_code = num_fewshot, limit, pass_at, allow_code
-        self._seed, self._choices = seed, choices
+        self._seed, self._choices, self._chat = seed, choices, chat
+        self._known: dict[str, dict[str, str]] = {}
         self._configs = task_configs(manager, name)
         own = manager.task_index[name].cfg or {}
         self.version = (own.get("metadata") or {}).get("version")
@@ -80,28 +86,34 @@ class HarnessTask:
             loaded = self._load()
         return {**loaded, "tasks": dict(sorted(loaded["tasks"].items()))}  # those of a tag come in any order
 
-    @cached_property
-    def _data(self) -> dict[str, str]:
+    def _data(self, saved: SavedStep, template: ChatTemplate | None) -> dict[str, str]:
         """Digests of what is asked, and of the documents; the requests themselves are not kept."""
-        loaded = self._loaded["tasks"]
+        key = json.dumps(template and template._asdict(), sort_keys=True)  # checkpoints of one run may have others
+        if key in self._known:
+            return self._known[key]
+        loaded, chat = self._loaded["tasks"], self._chat
+        options: dict[str, Any] = {"system_instruction": chat.system, "fewshot_as_multiturn": chat.multiturn}
         self._begin()
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _rendering(template, saved) as rendering:
+            options |= {"apply_chat_template": bool(template), "chat_template": rendering}
             for task in loaded.values():
-                self._trying(task.build_all_requests, limit=get_sample_size(task, self._limit))
+                self._trying(task.build_all_requests, limit=get_sample_size(task, self._limit), **options)
         found = {"requests_sha256": requests_digest(loaded), "documents_sha256": documents_digest(loaded)}
         self._forget()
+        self._known[key] = found
         return found
 
     def settings(self, saved: SavedStep) -> dict[str, Any]:
         """What is asked, and how an answer is measured: a version is not always raised when they change."""
+        template = self._chat.template_of(saved)
         return {
             "num_fewshot": self._num_fewshot,
             "limit": self._limit,
             "pass_at": self._pass_at and self._pass_at._asdict(),
             "configs_sha256": self._configs_digest(),
-            **self._data,
+            **self._data(saved, template),
             "harness": VERSION,
-            "template_sha256": None,  # of the chat template that the requests were put in, and system text
+            **self._chat.settings(template),
         }
 
     def evaluate(self, subject: Subject) -> Outcome:
@@ -109,15 +121,20 @@ class HarnessTask:
         os.environ["DISABLE_MULTIPROC"] = "1"
         if self._allow_code:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-        lm, loaded, expected = CheckpointLM(subject), self._loaded, self._data["requests_sha256"]
+        template = self._chat.template_of(subject.saved)
+        loaded, expected = self._loaded, self._data(subject.saved, template)["requests_sha256"]
         self._begin()
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _rendering(template, subject.saved) as rendering:
+            lm = CheckpointLM(subject, rendering)
             found = evaluate(
                 lm,
                 loaded,
                 limit=self._limit,
                 bootstrap_iters=BOOTSTRAPS,
                 confirm_run_unsafe_code=self._allow_code,
+                system_instruction=self._chat.system,
+                apply_chat_template=bool(template),
+                fewshot_as_multiturn=self._chat.multiturn,
             )
         if requests_digest(loaded["tasks"]) != expected:
             raise ConfigError(
@@ -129,6 +146,9 @@ class HarnessTask:
         kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
         details = {"harness": {"version": VERSION, **{key: found[key] for key in kept if key in found}}}
         details |= {"tokenized_apart": lm.num_apart, "choices": self._choices}
+        if rendering:
+            about = {"template": template.text, "source": template.source, "notes": rendering.notes}
+            details["chat"] = {**about, "without_system": rendering.num_without_system}
         metrics = found["results"].get(self.name) or found["results"]
         return Outcome(headline(metrics), metrics, samples, details)
 
@@ -165,6 +185,8 @@ class HarnessTask:
     def _trying(self, load: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         try:
             return load(*arguments, **keywords)
+        except ConfigError as error:
+            raise ConfigError(f"task {self.name}: {error}") from error
         except Exception as error:  # datasets and the harness raise of every kind: no network, no file, a bad YAML
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ConfigError(f"task {self.name}: cannot be loaded: {type(error).__name__}: {reason[:300]}") from error
@@ -175,6 +197,10 @@ class HarnessTask:
         entries = [index[name] for name in (*self._configs, *groups) if name in index]
         folders = [entry.yaml_path.parent for entry in entries if entry.yaml_path]
         return configs_digest({"tasks": self._configs, "groups": groups}, folders)
+
+
+def _rendering(template: ChatTemplate | None, saved: SavedStep) -> contextlib.AbstractContextManager[Rendering | None]:
+    return Rendering(template, saved) if template else contextlib.nullcontext()
 
 
 def open_manager(names: list[str], task_dir: str | Path | None) -> TaskManager:

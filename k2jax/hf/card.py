@@ -44,7 +44,7 @@ def generation_config(saved: SavedStep, tokenizer: Tokenizer, tokens: dict[str, 
 
     Of an import that had none, what transformers takes from its config.json instead.
     """
-    ends = list(side_files.ends(saved))
+    ends = list(saved.stop_ids)
     found = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
     if saved.imported:
         return {**side_files.token_ids(saved), **found}

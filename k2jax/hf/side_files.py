@@ -88,7 +88,7 @@ def of_run(saved: SavedStep) -> dict[str, str]:
         texts.pop("chat_template.json", None)
     if GENERATION_CONFIG in texts and trained and trained["ends"]:
         values = read_object(texts[GENERATION_CONFIG])
-        texts[GENERATION_CONFIG] = json.dumps({**values, "eos_token_id": list(ends(saved))}, indent=2) + "\n"
+        texts[GENERATION_CONFIG] = json.dumps({**values, "eos_token_id": list(saved.stop_ids)}, indent=2) + "\n"
     if TOKENIZER_CONFIG in texts:
         values = read_object(texts[TOKENIZER_CONFIG])
         changed = values.pop("auto_map", None) is not None  # names code of the folder, which was not taken
@@ -106,13 +106,6 @@ def trained_chat(saved: SavedStep) -> dict[str, Any] | None:
     chat, texts = saved.meta.get("chat"), (saved.imported or {}).get("side_files", {})
     begun = chat_template.of_side_files(texts, "the import") if chat else None
     return chat if chat and (not begun or chat["sha256"] != begun["sha256"] or chat["ends"]) else None
-
-
-def ends(saved: SavedStep) -> tuple[int, ...]:
-    """The tokens that end a text: those of the run, then those by which the answers that it learned end."""
-    tokenizer = load_tokenizer(saved.tokenizer)
-    learned = [tokenizer.token_to_id(token) for token in (trained_chat(saved) or {}).get("ends", [])]
-    return tuple(dict.fromkeys((*saved.stop_ids, *(id for id in learned if id is not None))))
 
 
 def token_ids(saved: SavedStep) -> dict[str, Any]:

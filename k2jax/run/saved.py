@@ -59,11 +59,14 @@ class SavedStep(NamedTuple):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text: the run's EOS, then what an imported folder lists beside it."""
+        """The tokens that end a text: the run's EOS, then what an imported folder lists beside it, then those by which
+        the answers end that it learned."""
         imported, found = self.imported or {"config": {}}, [self.meta["eos_id"]]
         generation = json.loads(imported.get("side_files", {}).get("generation_config.json", "{}"))
         for ids in (imported["config"].get("eos_token_id"), generation.get("eos_token_id")):
             found += ids if isinstance(ids, list) else [ids]
+        if learned := self.meta.get("chat", {}).get("ends"):
+            found += map(load_tokenizer(self.tokenizer).token_to_id, learned)
         size = self.config.model.vocab_size
         return tuple(dict.fromkeys(id for id in found if type(id) is int and 0 <= id < size))
 
