@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_templates import DIALOGUE, FAMILIES
+from ml_collections import ConfigDict
 from test_chat import folder_of, runs
 
 pytest.importorskip("datatrove")
@@ -18,6 +19,7 @@ from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.prepare import build, recipe
 from k2jax.prepare.chat import show
+from k2jax.run import chat_template
 
 FAMILY = FAMILIES["llama-3"]
 GOOD = {"messages": DIALOGUE}
@@ -110,6 +112,27 @@ def test_stores_hold_each_conversation_once_as_its_template_writes_it(made):
     assert store.document(span.index)["id"] == record["id"] == store.document(store.find_document(record["id"]))["id"]
     assert (root / "out" / "chat_template.jinja").read_text() == FAMILY.template
     assert not Store.open(root / "out" / "text").masked and Store.open(root / "out" / "text").info["eos_id"]
+
+
+def test_a_run_on_the_stores_records_their_template(made, tmp_path):
+    """From its first stage on them; what it had before, until then."""
+    root, _, data = made
+    assert data["chat"]["ends"] == ["<|eot_id|>"] and data["chat"]["tokens"]["bos_token"] == "<|begin_of_text|>"
+    config = ConfigDict({"data": {"root": str(root / "out")}})
+    config.stages = tuple(ConfigDict({"mix": {name: 1}}) for name in ("text", "rows", "text"))
+    before = {"sha256": "of the import"}
+    first, *later = chat_template.by_stage(config, ["rows", "share"], before)
+    assert first is before and later[0] == later[1]
+    assert later[0]["template"] == FAMILY.template and later[0]["ends"] == ["<|eot_id|>"]
+    assert later[0]["sha256"] == data["chat"]["template_sha256"]
+    assert chat_template.by_stage(config, [], None) == [None] * 3
+    config.data.root = str(tmp_path)
+    assert chat_template.by_stage(config, ["rows"], before) == [before] * 3, "stores without what prepared them"
+    for name in ("data.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((root / "out" / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("other")
+    with pytest.raises(ConfigError, match=r"its SHA-256 is d9298a10d1b0, the conversations beside"):
+        chat_template.by_stage(config, ["rows"], None)
 
 
 def test_what_is_left_out_and_what_is_learned_is_counted(made):

@@ -5,20 +5,23 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import pytest
 from chat_folders import chat_folder, without_template
+from chat_templates import FAMILIES
+from test_chat import folder_of
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 for needed in ("lm_eval", "torch", "accelerate"):
     pytest.importorskip(needed)
 
 from k2jax import evaluate  # noqa: E402
+from k2jax.chat.template import ChatTemplate  # noqa: E402
 from k2jax.errors import ConfigError  # noqa: E402
 from k2jax.evals import tasks  # noqa: E402
-from k2jax.evals.chat import PLAIN, Chat  # noqa: E402
+from k2jax.evals.chat import PLAIN, Chat, Rendering  # noqa: E402
 from k2jax.evals.subject import Subject  # noqa: E402
 from k2jax.hf.importer import import_hf  # noqa: E402
 from k2jax.run.saved import open_step  # noqa: E402
@@ -74,7 +77,10 @@ def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["llama-3", "chatml", "gemma"])
+GEMMA = pytest.param("gemma", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["llama-3", "chatml", GEMMA])
 def both(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Subject, Any]:
     """(family, ours on the import, theirs on the folder)."""
     from lm_eval.models.huggingface import HFLM
@@ -139,6 +145,28 @@ def test_requests_and_numbers_are_the_harness_own(both: Any, task_dir: Path, mon
         assert name != "begun" or text.endswith((begun[family], begun[family].rstrip()))
     else:
         assert text.startswith("Be brief.") and "chat" not in outcome.details
+
+
+def test_a_system_turn_that_the_template_refuses_is_left_out_and_counted(tmp_path: Path):
+    """As the harness does with a line in its log."""
+    family = FAMILIES["gemma"]
+    folder, tokenizer = folder_of(tmp_path, family)
+    template = ChatTemplate(family.template, "t", {"bos_token": "<bos>"}, "")
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Four? "}]
+    with Rendering(template, OnlyTokenizer(folder / "tokenizer.json")) as rendering:
+        expected = tokenizer.apply_chat_template(turns[1:], tokenize=False, add_generation_prompt=True)
+        assert rendering(turns) == expected and rendering.num_without_system == 1
+        begun = [turns[1], {"role": "assistant", "content": " It is "}]
+        options = {"tokenize": False, "continue_final_message": True}
+        assert rendering(begun, False) == tokenizer.apply_chat_template(begun, **options)
+        with pytest.raises(ConfigError, match="no user|the template fails on it"):
+            rendering([{"role": "system", "content": "Be brief."}])
+
+
+class OnlyTokenizer(NamedTuple):
+    """A checkpoint, as far as a template asks it."""
+
+    tokenizer: Path
 
 
 def test_a_result_is_of_its_template_system_text_and_options(both: Any, task_dir: Path):

@@ -118,6 +118,7 @@ def main() -> None:
     """The process: the template comes first, then conversations, each answered by one line."""
     from k2jax.chat import render
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process, whose end ends this one
     with contextlib.suppress(ValueError, OSError):  # systems without such a limit
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     start, program = json.loads(sys.stdin.buffer.readline()), None
