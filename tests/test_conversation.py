@@ -102,6 +102,9 @@ def test_it_ends_at_every_token_of_the_list_and_at_the_templates_own(talk: Talk)
     stops, ends = KINDS[talk.name][0], talk.answerer._generator.stop_ids
     assert set(talk.tokenizer.convert_tokens_to_ids(stops)) <= set(ends)
     assert len(set(ends)) == len(ends) == len(stops), "the template ends a turn by one of the list"
+    saved, encoder = open_step(talk.run), talk.answerer.encoder
+    other = next(token for token in sorted(talk.special) if encoder.token_to_id(token) not in ends)
+    assert stop_ids(saved, encoder, [other, "<none>"]) == (*saved.stop_ids, encoder.token_to_id(other))
 
 
 def test_lines_of_json_are_answered_as_alone_and_bad_ones_by_what_is_wrong(talk: Talk):
