@@ -27,7 +27,7 @@ from k2jax.keys import ATTENTION_SUMS, ON_HOST, REMAT_NAMES
 from k2jax.model.attention import attend_causally, attend_turned, turns_heads
 from k2jax.model.weights import LAYERS, Arrays, are_apart, layers_in_turn, wide
 from k2jax.parallel import context, pipeline
-from k2jax.parallel.fsdp import Rings, lookup, matmul, matmuls
+from k2jax.parallel.fsdp import Rings, apart, lookup, matmul, matmuls
 from k2jax.parallel.sharding import num_stages, platform, shard
 
 Params = dict[str, jax.Array]
@@ -202,7 +202,8 @@ class Block(nnx.Module):
         q, k = self._normed(q, "q_norm_LH"), self._normed(k, "k_norm_LH")
         # mean over [N_tensor, H]: summed over tensor
         q, k = self._normed(q, "q_norm_LNH"), self._normed(k, "k_norm_LKH")
-        q, k = (q, k) if whole else (apply_rope(q, *rope), apply_rope(k, *rope))
+        if not whole:
+            q, k, v = apply_rope(apart(q), *rope), apply_rope(apart(k), *rope), apart(v)
         of_q, of_k = ("q_BTE", "q_BTE") if whole else ("q_BTNH", "k_BTKH")
         q, k, v = kept(shard(q, of_q), "q"), kept(shard(k, of_k), "k"), kept(shard(v, of_k), "v")
         a = shard(attend(q, k, v), of_q)
@@ -210,7 +211,7 @@ class Block(nnx.Module):
         y_BTD = self._normed(product(a, wo, a.ndim - 2), "attention_out_norm_LD")
         x_BTD = kept(shard(x_BTD + y_BTD, "x_BTD"), "middle")
         y_BTD = self._normed(x_BTD, "mlp_norm_LD")
-        gate_BTF, up_BTF = product(y_BTD, (self.w_gate_LDF[...], self.w_up_LDF[...]))
+        gate_BTF, up_BTF = map(apart, product(y_BTD, (self.w_gate_LDF[...], self.w_up_LDF[...])))
         h_BTF = shard(jax.nn.silu(kept(gate_BTF, "gate")) * kept(up_BTF, "up"), "h_BTF")
         y_BTD = self._normed(product(h_BTF, self.w_down_LFD[...], 1), "mlp_out_norm_LD")
         return shard(x_BTD + y_BTD, "x_BTD")

@@ -2,7 +2,7 @@
 
 What gives no document (bad JSON, bytes that are no UTF-8, a truncated file) is counted with its file and line, and
 what stands before and after it is read. A file that cannot be read at all is an error: a corpus must not shrink
-silently. Files are dealt to the tasks of a subset in an order that the seed draws.
+silently.
 """
 
 import datetime
@@ -44,25 +44,24 @@ def documents(
     files: list[File],
     *,
     name: str,
-    shard: int,
-    num_shards: int,
     tally: Tally,
+    last_bytes: int | None = None,
     keep_removed: KeepRemoved | None = None,
     render: RenderRow | None = None,
 ) -> Iterator[Document]:
-    """The documents of one task of subset `name`: those of its files, in their order.
+    """The documents of some files of subset `name`, in their order.
 
     `render` gives the text of a row, and more metadata, where rows are conversations: a row that is none is then a
     ConfigError that names file and row, unless the recipe says bad_rows="drop".
 
-    `max_bytes` is dealt out evenly: the task ends before the document that exceeds its part, counted as "over
-    max_bytes". Documents shorter or longer than the subset's limits are removed here, in step "read"; with `extract`
-    the upper limit is that of the text alone, not of the page. Raises ConfigError for a source without files or a
-    text column, StorageError for a file that cannot be read.
+    `last_bytes` is the text that is taken from the last file: it ends before the document that exceeds that, counted as
+    "over max_bytes". Documents shorter or longer than the subset's limits are removed here, in step "read"; with
+    `extract` the upper limit is that of the text alone, not of the page. Raises ConfigError for a source without files
+    or a text column, StorageError for a file that cannot be read.
     """
-    room = chosen.max_bytes // num_shards + (shard < chosen.max_bytes % num_shards)
     longest = 0 if chosen.extract else chosen.max_document_bytes
-    for file in files:
+    for number, file in enumerate(files, 1):
+        room = last_bytes if number == len(files) else None
         seen: set[int] = set()
         for line, record in records(chosen.source, file, chosen=chosen):
             make = partial(_conversation, render=render) if render else _document
@@ -72,8 +71,10 @@ def documents(
                     raise ConfigError(_refusal(one, file, line))
                 _count(tally, one, file, line)
                 continue
+            for bad in (record[key] for key in FIELDS if isinstance(record.get(key), Bad)):
+                tally.problem(bad.reason, place(file, line), f"{bad.what}; the document is kept without it")
             size = len(one.text.encode())
-            if chosen.max_bytes and size > room:
+            if room is not None and size > room:
                 tally.problem("over max_bytes", place(file, line), "reading stops here")
                 return
             if _seen_before(one, seen):
@@ -84,7 +85,7 @@ def documents(
                 if keep_removed:
                     keep_removed(one, "read", reason)
                 continue
-            room -= size
+            room = None if room is None else room - size
             yield one
 
 

@@ -68,7 +68,7 @@ def base() -> ConfigDict:
     c.chat.template = ""  # file of a Jinja template; empty: the one beside `tokenizer`
     c.chat.name = ""  # of the templates beside `tokenizer`, where there are several; empty: the default
     c.chat.date = ""  # YYYY-MM-DD: the day that a template writes (strftime_now)
-    c.subsets = ConfigDict()
+    c.subsets = ConfigDict(sort_keys=False)  # their order is that of their priority, where that is equal
     c.lock()
     c.subsets.unlock()
     return c
@@ -85,6 +85,7 @@ def subset(
     max_document_bytes: int = 0,
     max_line_bytes: int = 1 << 28,
     tasks: int = 1,
+    follow_links: bool = False,
     priority: int = 0,
     extract: bool = False,
     language_model: str = "",
@@ -112,7 +113,8 @@ def subset(
     c.max_document_bytes = max_document_bytes  # longer documents are left out, 0 for no limit
     c.max_line_bytes = max_line_bytes  # longer lines of JSON, and larger files of text, are not read
     c.tasks = tasks  # parts that the source's files are dealt into: the most workers that can read it at once
-    c.priority = priority  # of duplicates, the one in the subset of the lowest number stays: curated before web
+    c.follow_links = follow_links  # files of a local source may be links to others outside of its folder
+    c.priority = priority  # of duplicates, the one in the subset of the lowest number stays, of equal ones the first
     c.extract = extract  # text out of HTML, by trafilatura
     c.language_model = language_model  # fastText's file, such as lid.176.bin; needed by `languages`
     c.languages = languages  # kept, as ISO codes; empty for all
@@ -173,6 +175,14 @@ def tasks(config: ConfigDict, *, tokens: bool = False) -> list[Task]:
         if (kind_of(chosen.source)[0] in TOKEN_KINDS) == tokens
         for shard in range(chosen.tasks)
     ]
+
+
+def numbered(config: ConfigDict) -> ConfigDict:
+    """The recipe, its subsets' priorities all different: of equal ones the recipe's order, which its dict has not."""
+    names, config = list(config.subsets), config.copy_and_resolve_references().unlock()
+    for number, name in enumerate(sorted(names, key=lambda name: (config.subsets[name].priority, names.index(name)))):
+        config.subsets[name].priority = number
+    return config.lock()
 
 
 def stores_of(config: ConfigDict, name: str) -> dict[str, float]:
