@@ -19,6 +19,7 @@ from k2jax.errors import ConfigError
 from k2jax.keys import (
     FREE_KEYS,
     ON_HOST,
+    OPTIMIZERS,
     PATHS,
     PRODUCTS,
     RANGES,
@@ -162,7 +163,7 @@ def validate(config: ConfigDict) -> None:
     need(found in ("next", "inside"), "data.label_shift", found, "must be next or inside")
     found = config.data.verify
     need(found in ("sizes", "sha256"), "data.verify", found, "must be sizes or sha256")
-    _validate_remedies(need, config)
+    _validate_optimizer(need, config)
     axes = [config.mesh[axis] for axis in config.mesh]
     need(
         all(size == -1 or size > 0 for size in axes) and axes.count(-1) <= 1,
@@ -202,7 +203,11 @@ def _validate_model(need: Any, m: ConfigDict) -> None:
     need(m.qk_norm or not m.qk_norm_whole, "model.qk_norm_whole", True, "needs model.qk_norm, which is off")
 
 
-def _validate_remedies(need: Any, config: ConfigDict) -> None:
+def _validate_optimizer(need: Any, config: ConfigDict) -> None:
+    found = config.optimizer.name
+    need(found in OPTIMIZERS, "optimizer.name", found, f"must be one of {', '.join(OPTIMIZERS)}")
+    found, second = config.optimizer.update_clip, config.optimizer.name == "adamw"
+    need(not found or second, "optimizer.update_clip", found, "must be 0 (off) but for adamw: it takes all of nu")
     found = config.data.mask_repeats  # 2 would mask every row that has a token twice in a row
     need(found == 0 or found >= 3, "data.mask_repeats", found, "must be 0 (off), or 3 and more")
     normed = config.model.qk_norm and config.optimizer.qk_clip  # what wq is multiplied by would be divided out again

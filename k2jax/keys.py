@@ -17,6 +17,7 @@ from k2jax.errors import ConfigError
 ATTENTION_SUMS = "attention_sums"  # of its softmax: kept with it
 REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")  # training/optimizer.py has what they are
+OPTIMIZERS = ("adamw", "muon", "lion", "adafactor")  # there, too
 PRODUCTS = ("compute", "float8", "int8")  # that precision.products may be
 PATHS = {"root": True, "tokenizer": False}  # keys of `data` that are paths, and whether they may be URLs
 ON_HOST = "@host"  # after a name, as in q+k+up@host: that one is kept in the host's memory
@@ -72,8 +73,10 @@ def base() -> ConfigDict:
 
     c.stages = ()                         # the run, a row a stage: see `stage()`
 
-    c.optimizer = ConfigDict()            # AdamW; fp32 master parameters and moments
-    c.optimizer.b1 = 0.9
+    c.optimizer = ConfigDict()            # fp32 master parameters and moments
+    c.optimizer.name = "adamw"            # or "muon" (AdamW for all but layers' matrices), "lion", "adafactor"
+    c.optimizer.momentum = 0.95           # of Muon's one moment
+    c.optimizer.b1 = 0.9                  # AdamW's and Lion's, as b2
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms and biases
@@ -134,7 +137,7 @@ def base() -> ConfigDict:
     c.checkpoint.every_steps = 0          # more of them, every so many steps; 0: none
     c.checkpoint.keep_between = 2         # how many of those are kept
     c.checkpoint.max_launches = 20        # without a new checkpoint, one after the other; 0: no limit
-    c.checkpoint.moments_every = 1        # Adam's moments: kept of every so many chunks, and of the newest two
+    c.checkpoint.moments_every = 1        # the optimizer's moments: kept of every so many chunks, and of the newest two
 
     c.watchdog = ConfigDict()             # seconds that a process may be at one thing, else it ends with 70; 0: any
     c.watchdog.start = 14400              # data and run are opened, and hashed where data.verify says so
@@ -214,7 +217,7 @@ RANGES = {
         stability.deviations""",
     "(1, inf)": "stages.*.rope_base",
     "(0, 1)": "stages.*.decay_share",
-    "[0, 1)": "optimizer.b1 optimizer.b2 optimizer.adagc.beta",
+    "[0, 1)": "optimizer.b1 optimizer.b2 optimizer.momentum optimizer.adagc.beta",
     "[0, 4294967296)": "seed",
 }
 _RANGE_OF = {key: interval for interval, keys in RANGES.items() for key in keys.split()}

@@ -98,12 +98,16 @@ def check_arrays(step: int, meta: dict[str, Any], wanted: Mapping[str, list]) ->
     check_format(meta, f"checkpoint {step}")
     off = not has_clips(wanted)  # AdaGC, whose arrays nobody needs then
     found = {name for name in meta["arrays"] if not (off and name.startswith("clips/"))}
-    for name in sorted(wanted.keys() | found):
-        if wanted.get(name) != meta["arrays"].get(name):
-            raise ConfigError(
-                f"checkpoint {step}: array {name} is {meta['arrays'].get(name, 'absent')}, "
-                f"the configuration needs {wanted.get(name, 'none of that name')}"
-            )
+    differing = [name for name in sorted(wanted.keys() | found) if wanted.get(name) != meta["arrays"].get(name)]
+    if differing:
+        name = differing[0]
+        saved = meta.get("config", {}).get("optimizer", {}).get("name", "adamw")
+        why = f": its moments are of optimizer.name={saved!r}: train on with that one, or begin a run from its weights"
+        why += " (tools/convert_to_hf.py, then tools/convert_from_hf.py)"
+        raise ConfigError(
+            f"checkpoint {step}: array {name} is {meta['arrays'].get(name, 'absent')}, the configuration needs "
+            f"{wanted.get(name, 'none of that name')}{why if all(map(is_moment, differing)) else ''}"
+        )
 
 
 def has_moments(meta: dict[str, Any]) -> bool:

@@ -1,20 +1,31 @@
-"""AdamW with K2's settings, its first state, and the learning rate as a function of the step."""
+"""The optimizers, each a row of a table; the first state; and the learning rate as a function of the step.
 
+Axes: L layers, I what a matrix takes in, O what it gives. K2's is AdamW.
+"""
+
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from k2jax.model.decoder import Params, init_params, parameter_table
+from k2jax.model.decoder import Parameter, Params, init_params, parameter_table
+from k2jax.model.weights import LAYERS
+from k2jax.parallel.sharding import shard_layers
 from k2jax.run.state import TrainState
 from k2jax.training.remedies import first_clips
+
+Table = dict[str, Parameter]
+Step = tuple[Params, Params, Params]  # direction, mu, nu
 
 
 def first_state(config: ConfigDict) -> TrainState:
     """That of an experiment, with what its optimizer keeps besides the moments."""
-    return init_state(config.model, config.seed)._replace(clips=first_clips(config))
+    mu, nu = ({name: jnp.zeros(p.shape) for name, p in of.items()} for of in kept_moments(config))
+    return init_state(config.model, config.seed)._replace(mu=mu, nu=nu, clips=first_clips(config))
 
 
 def init_state(m: ConfigDict, seed: int) -> TrainState:
@@ -58,20 +69,159 @@ def learning_rate(stage: ConfigDict, step_in_stage: jax.Array, num_steps: int) -
     return jnp.where(step < stage.warmup_steps, warm, stage.lr_final + (stage.lr_peak - stage.lr_final) * above)
 
 
-def adamw(config: ConfigDict, state: TrainState, grads: Params) -> tuple[Params, Params, Params]:
-    """(direction, mu, nu): AdamW's step before the learning rate, decay on matrices and, unless spared, the embedding.
+# ---- the optimizers --------------------------------------------------------------------------------------------------
 
-    K2's fused Adam is decoupled too: p <- p - lr (m / (sqrt(v) + eps) + decay p).
+
+def direction(config: ConfigDict, state: TrainState, grads: Params) -> Step:
+    """(direction, mu, nu): a step before the learning rate, with the decay of matrices and, unless spared, embeddings.
+
+    The decay is decoupled, as in K2's fused Adam: p <- p - lr (what the optimizer says + decay p).
     """
+    found, mu, nu = OPTIMIZERS[config.optimizer.name].step(config, state, grads)
+    decay = decays(config)
+    found = {name: d + decay[name] * state.params[name] if decay[name] else d for name, d in found.items()}
+    return found, mu, nu
+
+
+def decays(config: ConfigDict) -> dict[str, float]:
+    """{name: its weight decay}."""
     o = config.optimizer
     spared = () if o.decay_embeddings else ("embed_VD",)
-    decayed = {n: p.is_matrix and n not in spared for n, p in parameter_table(config.model).items()}
-    chain = optax.chain(
-        optax.scale_by_adam(o.b1, o.b2, o.eps), optax.add_decayed_weights(o.weight_decay, decayed)
-    )
-    before = (
-        optax.ScaleByAdamState(state.updates, state.mu, state.nu),
-        optax.MaskedState(optax.EmptyState()),
-    )
-    direction, (adam, _) = chain.update(grads, before, state.params)
-    return direction, adam.mu, adam.nu
+    table = parameter_table(config.model)
+    return {name: o.weight_decay if p.is_matrix and name not in spared else 0.0 for name, p in table.items()}
+
+
+def adamw(config: ConfigDict, state: TrainState, grads: Params) -> Step:
+    o = config.optimizer
+    before = optax.ScaleByAdamState(state.updates, state.mu, state.nu)
+    found, after = optax.scale_by_adam(o.b1, o.b2, o.eps).update(grads, before)
+    return found, after.mu, after.nu
+
+
+def lion(config: ConfigDict, state: TrainState, grads: Params) -> Step:
+    """Chen et al., arXiv:2302.06675: the sign of a mean of gradients. It wants a rate of a third to a tenth of AdamW's.
+
+    Their b1 and b2 for language models: 0.95 and 0.98.
+    """
+    before = optax.ScaleByLionState(state.updates, state.mu)
+    found, after = optax.scale_by_lion(config.optimizer.b1, config.optimizer.b2).update(grads, before)
+    return found, after.mu, {}
+
+
+def muon(config: ConfigDict, state: TrainState, grads: Params) -> Step:
+    """Jordan et al.: the matrices of layers, one by one, step along an orthogonal matrix; AdamW has the rest.
+
+    As optax.contrib.muon, whose two halves are apart here: between them matrices move to where they are whole. Matched
+    in size to AdamW's steps, 0.2 (Moonlight, arXiv:2502.16982), so that one learning rate and decay serve both.
+    """
+    table, beta = parameter_table(config.model), config.optimizer.momentum
+    ours = [name for name in grads if _is_muons(name, table[name])]
+    rest = {name: g for name, g in grads.items() if name not in ours}
+    among = state._replace(mu={name: state.mu[name] for name in rest})
+    found, mu, nu = adamw(config, among, rest)
+    count = state.updates + 1
+    for name in ours:
+        g, p = grads[name], table[name]
+        mu[name] = beta * state.mu[name] + (1.0 - beta) * g
+        ahead = beta * mu[name] / (1.0 - beta ** (count + 1)) + (1.0 - beta) * g / (1.0 - beta**count)  # Nesterov's
+        given, taken = ins_and_outs(p)
+        x_LIO = ahead.reshape(len(g), math.prod(g.shape[i] for i in given), -1)
+        x_LIO = orthogonal(shard_layers(x_LIO, (p.axes[0], p.axes[given[0]], p.axes[taken[0]])))
+        found[name] = MUON_RMS * math.sqrt(max(x_LIO.shape[1:])) * x_LIO.reshape(g.shape)
+    return found, mu, nu
+
+
+MUON_RMS = 0.2  # of a step's elements: AdamW's are 0.2 to 0.4
+NEWTON_SCHULZ = 5, (3.4445, -4.7750, 2.0315)  # steps, and a polynomial whose slope at 0 is steep: Jordan's
+
+
+def orthogonal(x_LIO: jax.Array) -> jax.Array:
+    """Each matrix with singular values of about 1 (0.7 to 1.2) in the place of its own, by Newton and Schulz's steps.
+
+    A step is 4 m^2 n + 2 m^3 operations of an m x n matrix, m the smaller: five of a square one are those of 5 m tokens
+    in training. In float32, whose products TPUs round to bfloat16 as Muon does.
+    """
+    steps, (a, b, c) = NEWTON_SCHULZ
+    turned = x_LIO.shape[1] > x_LIO.shape[2]
+    x = jnp.swapaxes(x_LIO, 1, 2) if turned else x_LIO
+    x = x / (jnp.sqrt(jnp.square(x).sum(axis=(1, 2), keepdims=True)) + 1e-8)
+    for _ in range(steps):
+        gram = x @ jnp.swapaxes(x, 1, 2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return jnp.swapaxes(x, 1, 2) if turned else x
+
+
+def adafactor(config: ConfigDict, state: TrainState, grads: Params) -> Step:
+    """Shazeer and Stern, arXiv:1804.04235: of a matrix's second moments the means of rows and columns, and no first.
+
+    As optax.scale_by_factored_rms on each layer's matrix, clipped as there to an RMS of 1; without steps in proportion
+    to a parameter's size, so that learning rates are of AdamW's kind.
+    """
+    table = parameter_table(config.model)
+    decay = 1.0 - (state.updates + 1.0) ** -0.8
+    found, nu = {}, {}
+    for name, g in grads.items():
+        given, taken = ins_and_outs(table[name])
+        squares = jnp.square(g) + 1e-30
+        if given:
+            for key, over in ((f"{name}{IN}", taken), (f"{name}{OUT}", given)):
+                nu[key] = decay * state.nu[key] + (1.0 - decay) * squares.mean(axis=over)
+            of_rows, of_columns = jnp.expand_dims(nu[name + IN], taken), jnp.expand_dims(nu[name + OUT], given)
+            d = g * jax.lax.rsqrt(of_rows / of_rows.mean(axis=given, keepdims=True)) * jax.lax.rsqrt(of_columns)
+        else:
+            nu[name] = decay * state.nu[name] + (1.0 - decay) * squares
+            d = g * jax.lax.rsqrt(nu[name])
+        each = tuple(range(name.startswith(LAYERS), g.ndim))
+        rms = jnp.sqrt(jnp.square(d).mean(axis=each, keepdims=True))
+        found[name] = d / jnp.maximum(1.0, rms)
+    return found, {}, nu
+
+
+IN, OUT = ".in", ".out"  # of a factored matrix: what is by its inputs, and by its outputs
+
+
+def ins_and_outs(p: Parameter) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dimensions of a matrix's inputs and of its outputs, of which one are the model's width; ((), ()) of others.
+
+    wq_LDNH: (1,), (2, 3); wo_LNHD: (1, 2), (3,). An embedding's inputs are the vocabulary.
+    """
+    if not p.is_matrix:
+        return (), ()
+    dims = range(p.axes[0] == "layers", len(p.axes))
+    given = 1 if p.axes[dims[0]] == "embed" else len(dims) - 1
+    return tuple(dims[:given]), tuple(dims[given:])
+
+
+def _is_muons(name: str, p: Parameter) -> bool:
+    return p.is_matrix and name.startswith(LAYERS)
+
+
+def _factored(table: Table) -> Table:
+    """What Adafactor has of each parameter's second moments."""
+    found = {}
+    for name, p in table.items():
+        given, taken = ins_and_outs(p)
+        for key, left_out in ((name + IN, taken), (name + OUT, given)) if given else ((name, ()),):
+            kept = [i for i in range(len(p.shape)) if i not in left_out]
+            found[key] = p._replace(shape=tuple(p.shape[i] for i in kept), axes=tuple(p.axes[i] for i in kept))
+    return found
+
+
+class Optimizer(NamedTuple):
+    """A row of the table."""
+
+    step: Callable[[ConfigDict, TrainState, Params], Step]  # without decay
+    keeps: Callable[[Table], tuple[Table, Table]]  # of each parameter: mu and nu
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(adamw, lambda table: (table, table)),
+    "muon": Optimizer(muon, lambda table: (table, {n: p for n, p in table.items() if not _is_muons(n, p)})),
+    "lion": Optimizer(lion, lambda table: (table, {})),
+    "adafactor": Optimizer(adafactor, lambda table: ({}, _factored(table))),
+}
+
+
+def kept_moments(config: ConfigDict) -> tuple[Table, Table]:
+    """(mu, nu): name, shape and axes of every array that the optimizer keeps."""
+    return OPTIMIZERS[config.optimizer.name].keeps(parameter_table(config.model))

@@ -1,0 +1,211 @@
+"""Muon, Lion and Adafactor: each against optax's own, on meshes, over a resume, with remedies, and what it keeps."""
+
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_optimizer import batch_of, numpy_rate
+from test_remedies import MESHES, changed, run_to, stepping, tensors, three_steps
+
+from k2jax import config, keys
+from k2jax.errors import ConfigError
+from k2jax.model.decoder import parameter_table
+from k2jax.run.saved import open_step
+from k2jax.run.state import flat, unflat
+from k2jax.train import train
+from k2jax.training.optimizer import OPTIMIZERS, first_state, ins_and_outs, orthogonal
+from k2jax.training.placement import mesh_of, place_state, state_bytes
+
+OTHERS = ("muon", "lion", "adafactor")
+
+
+def named(name, **more):
+    """test_optimizer's experiment with another optimizer."""
+    return changed(**{"optimizer.name": name, **more})
+
+
+def begin(c):
+    return jax.jit(partial(first_state, c))()
+
+
+def test_the_names_of_optimizers_are_those_of_the_table():
+    assert keys.OPTIMIZERS == tuple(OPTIMIZERS)
+    with pytest.raises(ConfigError, match="optimizer.name='sgd': must be one of adamw, muon, lion, adafactor"):
+        config.validate(named("sgd"))
+    for name in OTHERS:
+        config.validate(named(name))
+        with pytest.raises(ConfigError, match="optimizer.update_clip=1.0: must be 0"):
+            config.validate(named(name, **{"optimizer.update_clip": 1.0}))
+
+
+# ---- against optax ---------------------------------------------------------------------------------------------------
+
+
+def theirs(c):
+    """optax's transformation of {(name, layer or None): tensor}, which ends before the learning rate, without decay."""
+    table, o = parameter_table(c.model), c.optimizer
+    if o.name == "lion":
+        return lambda key: optax.scale_by_lion(o.b1, o.b2)
+    if o.name == "adafactor":
+        factored = partial(optax.scale_by_factored_rms, min_dim_size_to_factor=1)
+        return lambda key: optax.chain(factored(table[key[0]].is_matrix), optax.clip_by_block_rms(1.0))
+
+    def muon(key):
+        if key[1] is None or not table[key[0]].is_matrix:
+            return optax.scale_by_adam(o.b1, o.b2, o.eps)
+        # The learning rate is multiplied in, with the sign of a descent.
+        return optax.contrib.muon(-1.0, beta=o.momentum, consistent_rms=0.2)
+
+    return muon
+
+
+def as_matrix(c, key, x):
+    """A layer's tensor with its inputs as rows and its outputs as columns; vectors as they are."""
+    given, _ = ins_and_outs(parameter_table(c.model)[key[0]])
+    return x.reshape(int(np.prod(x.shape[: len(given)])), -1) if given else x
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_eight_steps_are_those_of_optax(name):
+    """Each layer's matrix by itself: (D, N H) of wq, (N H, D) of wo."""
+    c = named(name)
+    step, state, make = stepping(c), begin(c), theirs(c)
+    params = {key: as_matrix(c, key, p).astype(np.float32) for key, p in tensors(state.params).items()}
+    rows = {key: make(key) for key in params}
+    states = {key: rows[key].init(p) for key, p in params.items()}
+    for t in range(8):
+        state, metrics, gradients = step(state, batch_of(t))
+        whole = min(1.0, 1.0 / float(metrics["grad_norm"]))
+        lr = float(numpy_rate(t + 1, 20, 4, 1e-2, 1e-3))
+        for key, g in tensors(gradients).items():
+            g = as_matrix(c, key, whole * g).astype(np.float32)
+            d, states[key] = rows[key].update(g, states[key], params[key])
+            decay = 0.0 if "norm" in key[0] else 0.1
+            expected = params[key] - lr * (d + decay * params[key])
+            found = as_matrix(c, key, tensors(state.params)[key])
+            wrong = np.abs(found - expected) > 2e-5
+            assert wrong.mean() <= (0.002 if name == "lion" else 0), (t, key, np.abs(found - expected).max())
+            params[key] = found.astype(np.float32)  # so that what is rounded otherwise does not add up
+
+
+def test_newton_schulz_makes_matrices_orthogonal_and_moves_by_the_larger_side():
+    x_LIO = jnp.asarray(np.random.default_rng(0).normal(size=(3, 24, 8)), jnp.float32)
+    for x in (x_LIO, jnp.swapaxes(x_LIO, 1, 2), 1e-3 * x_LIO):
+        values = np.linalg.svd(np.asarray(orthogonal(x)), compute_uv=False)
+        assert values.shape == (3, 8) and (values > 0.65).all() and (values < 1.25).all()
+    assert not np.any(orthogonal(jnp.zeros((1, 4, 4)))), "a matrix without a gradient stays"
+    c = named("muon", **{"optimizer.weight_decay": 0.0})
+    table = parameter_table(c.model)
+    new, metrics = three_and_before(c)
+    for name, p in table.items():
+        if p.is_matrix and name.startswith("layers."):
+            rms = np.sqrt(np.mean(np.square(new[name])))
+            assert 0.1 < rms / float(metrics["lr"]) < 0.25, name
+
+
+def three_and_before(c):
+    """(what a step added to each parameter, its metrics)."""
+    state = begin(c)
+    new, metrics, _ = stepping(c)(state, batch_of())
+    return {name: np.asarray(p) - np.asarray(state.params[name]) for name, p in new.params.items()}, metrics
+
+
+def test_inputs_and_outputs_of_every_matrix():
+    table = parameter_table(named("adamw", **{"model.qkv_bias": True}).model)
+    found = {name: ins_and_outs(p) for name, p in table.items()}
+    assert found["layers.wq_LDNH"] == ((1,), (2, 3)) and found["layers.wo_LNHD"] == ((1, 2), (3,))
+    assert found["layers.w_up_LDF"] == found["layers.w_down_LFD"] == ((1,), (2,))
+    assert found["embed_VD"] == found["head_DV"] == ((0,), (1,))
+    assert {name for name, (given, _) in found.items() if not given} == {
+        name for name in table if "norm" in name or ".b" in name
+    }
+
+
+# ---- on meshes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_same_on_one_device_and_on_meshes_of_every_axis(tiny_config, name):
+    more = {"optimizer.name": name, "model.pipeline.microbatches": 2, "stages.0.microbatches": 2}
+    one, first = three_steps(tiny_config(**more, **{"mesh.fsdp": 1}), jax.devices()[:1])
+    for mesh in MESHES:
+        c = tiny_config(**more, **{f"mesh.{axis}": size for axis, size in mesh.items()})
+        other, found = three_steps(c)
+        for a, b in zip(first, found, strict=True):
+            assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-4)
+        for array, value in flat(one).items():
+            apart = np.abs(flat(other)[array] - value)
+            scale = 1e-2 if array.startswith("params/") else np.abs(value).max() + 1e-30
+            allowed = 0.005 if name == "lion" else 0.001  # where a gradient is nearly 0
+            assert (apart > 2e-3 * scale).mean() <= allowed, (array, apart.max(), scale)
+
+
+@pytest.mark.parametrize("name", keys.OPTIMIZERS)
+def test_state_is_what_the_optimizer_keeps_and_is_sharded_over_every_axis(tiny_config, name):
+    c = tiny_config(**{"optimizer.name": name, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.replica": 2})
+    mesh, table = mesh_of(c), parameter_table(c.model)
+    shapes = jax.eval_shape(lambda: first_state(c))
+    places = flat(place_state(c, shapes, mesh))
+    assert places.keys() == flat(shapes).keys()
+    muons = {n for n, p in table.items() if p.is_matrix and n.startswith("layers.")}
+    factored = {f"{n}{end}" for n, p in table.items() if p.is_matrix for end in (".in", ".out")}
+    vectors = {n for n, p in table.items() if not p.is_matrix}
+    first = set() if name == "adafactor" else set(table)
+    second = {"adamw": set(table), "muon": set(table) - muons, "lion": set(), "adafactor": factored | vectors}[name]
+    assert (set(shapes.mu), set(shapes.nu)) == (first, second)
+    for array, x in flat(shapes).items():
+        if array.startswith(("mu/", "nu/")) and x.ndim > 1 and "norm" not in array:
+            parts = x.size / np.prod(places[array].shard_shape(x.shape))
+            assert parts == 8 or name == "adafactor" and parts >= 4, array
+    kept = sum(x.size for x in jax.tree.leaves((shapes.mu, shapes.nu)))
+    number = sum(x.size for x in shapes.params.values())
+    at_most = {"adamw": 2, "muon": 1.7, "lion": 1, "adafactor": 0.1}[name]
+    assert kept <= at_most * number
+    assert state_bytes(c, mesh) < (1 + at_most) * 4 * number / 3
+    assert jax.tree.structure(unflat(flat(shapes))) == jax.tree.structure(shapes)
+
+
+# ---- in runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_over_a_resume(tiny_config, tmp_path, name):
+    """Ten steps and, from their checkpoint, the rest are the bits of all of them."""
+    more = {"optimizer.name": name, "stages.0.chunks": 1, "eval.windows": 1}
+    more |= {"stages.0.lr_peak": 2e-3} if name == "lion" else {}
+    whole = run_to(tiny_config(**more), tmp_path / "whole")
+    assert whole[-1][0] < whole[0][0] - 0.1, "it trains"
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "15")
+    assert run_to(tiny_config(**more), tmp_path / "again") == whole
+    last = [open_step(tmp_path / run, 15) for run in ("whole", "again")]
+    assert last[0].meta["digests"] == last[1].meta["digests"]
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tiny_run, tiny_config, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "25")
+    for name in OTHERS:
+        c = partial(tiny_config, **{"log.tensorboard": True, "optimizer.name": name})
+        with pytest.raises(ConfigError, match=f"optimizer.name: 'adamw' -> '{name}'"):
+            train(c(), tmp_path / "run")
+        with pytest.raises(ConfigError, match="its moments are of optimizer.name='adamw': train on with that one"):
+            train(c(allow_drift="optimizer"), tmp_path / "run")
+
+
+@pytest.mark.fault("D1")
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_step_that_is_not_finite_leaves_every_bit_of_the_state(name):
+    c = named(name)
+    step = stepping(c)
+    state, *_ = step(begin(c), batch_of())
+    broken = state._replace(params=state.params | {"final_norm_D": jnp.full(24, 1e38)})
+    after, metrics, _ = step(broken, batch_of(1))
+    assert not metrics["finite"] and (int(after.step), int(after.updates)) == (2, 1)
+    for array, value in flat(broken).items():
+        if array not in ("step", "skips_in_a_row"):
+            assert np.asarray(flat(after)[array]).tobytes() == np.asarray(value).tobytes(), array
