@@ -18,6 +18,7 @@ from k2jax import paths
 from k2jax.errors import ConfigError
 from k2jax.keys import (
     FREE_KEYS,
+    GROUPS,
     ON_HOST,
     OPTIMIZERS,
     PATHS,
@@ -37,6 +38,7 @@ __all__ = [
     "base",
     "described_rate",
     "from_dict",
+    "group_factors",
     "load",
     "range_of",
     "settled",
@@ -203,7 +205,25 @@ def _validate_model(need: Any, m: ConfigDict) -> None:
     need(m.qk_norm or not m.qk_norm_whole, "model.qk_norm_whole", True, "needs model.qk_norm, which is off")
 
 
+def group_factors(texts: Iterable[str]) -> dict[tuple[str, str], float]:
+    """Of `optimizer.groups`: {("embed", "lr"): 0.5} of ("embed.lr=0.5",)."""
+    pairs = (text.split("=") for text in texts)
+    return {tuple(key.split(".")): float(value) for key, value in pairs}
+
+
+def _validate_groups(need: Any, config: ConfigDict) -> None:
+    absent = {"biases": not config.model.qkv_bias, "head": config.model.tie_embeddings}
+    known = [name for name in GROUPS if name not in absent or not absent[name]]
+    form = re.compile(rf"({'|'.join(known)})\.(lr|decay)=(\d+(\.\d*)?|\.\d+)(e-?\d+)?")
+    keys = [text.partition("=")[0] for text in config.optimizer.groups]
+    for text in config.optimizer.groups:
+        what = f"must be written GROUP.lr=FACTOR or GROUP.decay=FACTOR, GROUP one of {', '.join(known)}"
+        need(form.fullmatch(text), "optimizer.groups", text, what)
+        need(keys.count(text.partition("=")[0]) == 1, "optimizer.groups", text, "each may be there once")
+
+
 def _validate_optimizer(need: Any, config: ConfigDict) -> None:
+    _validate_groups(need, config)
     found = config.optimizer.name
     need(found in OPTIMIZERS, "optimizer.name", found, f"must be one of {', '.join(OPTIMIZERS)}")
     found, second = config.optimizer.update_clip, config.optimizer.name == "adamw"

@@ -18,6 +18,7 @@ ATTENTION_SUMS = "attention_sums"  # of its softmax: kept with it
 REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")  # training/optimizer.py has what they are
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor")  # there, too
+GROUPS = ("embed", "norms", "q", "k", "v", "biases", "o", "gate", "up", "down", "head")  # of parameters: decoder.py
 PRODUCTS = ("compute", "float8", "int8")  # that precision.products may be
 PATHS = {"root": True, "tokenizer": False}  # keys of `data` that are paths, and whether they may be URLs
 ON_HOST = "@host"  # after a name, as in q+k+up@host: that one is kept in the host's memory
@@ -81,6 +82,7 @@ def base() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms and biases
     c.optimizer.decay_embeddings = True   # False: weight_decay spares the embedding (which may be the head, too)
+    c.optimizer.groups = ()               # factors of the rate, and of weight_decay: ("embed.lr=0.5", "head.decay=0")
     c.optimizer.clip_norm = 1.0           # global gradient norm
     c.optimizer.adagc = ConfigDict()      # AdaGC: each tensor's gradient clipped by its own history (remedies.py)
     c.optimizer.adagc.ratio = 0.0         # to so many times its mean norm; AdaGC: 1.05; 0: off

@@ -125,6 +125,47 @@ def test_inputs_and_outputs_of_every_matrix():
     }
 
 
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_groups_have_their_own_rate_and_decay():
+    """0 leaves a group as it is; a decay that is written down is there for norms, too."""
+    base, _ = three_and_before(named("adamw"))
+    more = ("embed.lr=0.5", "head.lr=0", "up.decay=0", "norms.decay=2")
+    c = named("adamw", **{"optimizer.groups": more})
+    config.validate(c)
+    found, metrics = three_and_before(c)
+    params = {name: np.asarray(p) for name, p in begin(c).params.items()}
+    lr = float(metrics["lr"])
+    for name, p in parameter_table(c.model).items():
+        expected = {
+            "embed": 0.5 * base[name],
+            "head": 0.0 * base[name],
+            "up": base[name] + lr * 0.1 * params[name],
+            "norms": base[name] - lr * 0.2 * params[name],
+        }
+        np.testing.assert_allclose(found[name], expected.get(p.group, base[name]), atol=2e-7, err_msg=name)
+    assert not np.any(found["head_DV"]) and float(metrics["update_norm/head"]) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["embd.lr=1", "embed=1", "embed.lr=-1", "embed.lr=nan", "embed.rate=1", "biases.lr=1", "up.lr=1 ", "up.lr="]
+)
+def test_a_group_that_is_not_there_or_not_written_so_is_refused(text):
+    with pytest.raises(ConfigError, match=r"optimizer.groups='.*': must be written GROUP.lr=FACTOR"):
+        config.validate(named("adamw", **{"optimizer.groups": (text,)}))
+    with pytest.raises(ConfigError, match="each may be there once"):
+        config.validate(named("adamw", **{"optimizer.groups": ("up.lr=1", "up.lr=2")}))
+
+
+def test_the_names_of_groups_are_those_of_the_table(tiny_config):
+    m = named("adamw", **{"model.qkv_bias": True}).model
+    assert set(keys.GROUPS) == {p.group for p in parameter_table(m).values()}
+    c = tiny_config(**{"optimizer.groups": "('q.lr=.5','v.decay=1e-3')"})
+    assert config.group_factors(c.optimizer.groups) == {("q", "lr"): 0.5, ("v", "decay"): 1e-3}
+    assert config.from_dict(config.to_dict(c)).optimizer.groups == c.optimizer.groups
+
+
 # ---- on meshes -------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from k2jax.config import group_factors
 from k2jax.model.decoder import Parameter, Params, init_params, parameter_table
 from k2jax.model.weights import LAYERS
 from k2jax.parallel.sharding import shard_layers
@@ -73,22 +74,32 @@ def learning_rate(stage: ConfigDict, step_in_stage: jax.Array, num_steps: int) -
 
 
 def direction(config: ConfigDict, state: TrainState, grads: Params) -> Step:
-    """(direction, mu, nu): a step before the learning rate, with the decay of matrices and, unless spared, embeddings.
+    """(direction, mu, nu): a step before the stage's learning rate, with decay and each parameter's own factor.
 
-    The decay is decoupled, as in K2's fused Adam: p <- p - lr (what the optimizer says + decay p).
+    The decay is decoupled, as in K2's fused Adam: p <- p - lr factor (what the optimizer says + decay p).
     """
     found, mu, nu = OPTIMIZERS[config.optimizer.name].step(config, state, grads)
-    decay = decays(config)
+    decay, rate = decays(config), rates(config)
     found = {name: d + decay[name] * state.params[name] if decay[name] else d for name, d in found.items()}
+    found = {name: d if rate[name] == 1.0 else rate[name] * d for name, d in found.items()}
     return found, mu, nu
 
 
+def rates(config: ConfigDict) -> dict[str, float]:
+    """{name: what its learning rate is multiplied by}."""
+    factors = group_factors(config.optimizer.groups)
+    return {name: factors.get((p.group, "lr"), 1.0) for name, p in parameter_table(config.model).items()}
+
+
 def decays(config: ConfigDict) -> dict[str, float]:
-    """{name: its weight decay}."""
+    """{name: its weight decay}: that of matrices and, unless spared, embeddings; a group's own factor goes first."""
     o = config.optimizer
-    spared = () if o.decay_embeddings else ("embed_VD",)
-    table = parameter_table(config.model)
-    return {name: o.weight_decay if p.is_matrix and name not in spared else 0.0 for name, p in table.items()}
+    factors, spared = group_factors(o.groups), () if o.decay_embeddings else ("embed_VD",)
+
+    def factor(name: str, p: Parameter) -> float:
+        return factors.get((p.group, "decay"), float(p.is_matrix and name not in spared))
+
+    return {name: factor(name, p) * o.weight_decay for name, p in parameter_table(config.model).items()}
 
 
 def adamw(config: ConfigDict, state: TrainState, grads: Params) -> Step:
