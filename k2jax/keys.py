@@ -83,6 +83,7 @@ def base() -> ConfigDict:
     c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms and biases
     c.optimizer.decay_embeddings = True   # False: weight_decay spares the embedding (which may be the head, too)
     c.optimizer.groups = ()               # factors of the rate, and of weight_decay: ("embed.lr=0.5", "head.decay=0")
+    c.optimizer.ema_decay = 0.0           # of a moving average of the weights, such as 0.9999; 0: none
     c.optimizer.clip_norm = 1.0           # global gradient norm
     c.optimizer.adagc = ConfigDict()      # AdaGC: each tensor's gradient clipped by its own history (remedies.py)
     c.optimizer.adagc.ratio = 0.0         # to so many times its mean norm; AdaGC: 1.05; 0: off
@@ -219,7 +220,7 @@ RANGES = {
         stability.deviations""",
     "(1, inf)": "stages.*.rope_base",
     "(0, 1)": "stages.*.decay_share",
-    "[0, 1)": "optimizer.b1 optimizer.b2 optimizer.momentum optimizer.adagc.beta",
+    "[0, 1)": "optimizer.b1 optimizer.b2 optimizer.momentum optimizer.ema_decay optimizer.adagc.beta",
     "[0, 4294967296)": "seed",
 }
 _RANGE_OF = {key: interval for interval, keys in RANGES.items() for key in keys.split()}

@@ -1,5 +1,6 @@
 """Muon, Lion and Adafactor: each against optax's own, on meshes, over a resume, with remedies, and what it keeps."""
 
+import json
 import shutil
 from functools import partial
 
@@ -8,17 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 from test_optimizer import batch_of, numpy_rate
 from test_remedies import MESHES, changed, run_to, stepping, tensors, three_steps
 
 from k2jax import config, keys
 from k2jax.errors import ConfigError
+from k2jax.evals.session import Session, Wanted
+from k2jax.hf.export import export
+from k2jax.hf.verify import read_certificate, verify
 from k2jax.model.decoder import parameter_table
-from k2jax.run.saved import open_step
+from k2jax.run.saved import open_array, open_step, restore_params
 from k2jax.run.state import flat, unflat
 from k2jax.train import train
 from k2jax.training.optimizer import OPTIMIZERS, first_state, ins_and_outs, orthogonal
-from k2jax.training.placement import mesh_of, place_state, state_bytes
+from k2jax.training.placement import mesh_for, mesh_of, place_state, state_bytes
 
 OTHERS = ("muon", "lion", "adafactor")
 
@@ -250,3 +255,94 @@ def test_a_step_that_is_not_finite_leaves_every_bit_of_the_state(name):
     for array, value in flat(broken).items():
         if array not in ("step", "skips_in_a_row"):
             assert np.asarray(flat(after)[array]).tobytes() == np.asarray(value).tobytes(), array
+
+
+# ---- the average -----------------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_its_closed_form_and_stays_where_a_step_is_skipped():
+    c = named("adamw", **{"optimizer.ema_decay": 0.5})
+    step, state = stepping(c), begin(c)
+    expected = {name: np.asarray(p, np.float64) for name, p in state.params.items()}
+    for t in range(1, 9):
+        state, *_ = step(state, batch_of(t))
+        decay = min(0.5, (1 + t) / (10 + t))
+        expected = {name: decay * x + (1 - decay) * np.asarray(state.params[name]) for name, x in expected.items()}
+        for name, x in expected.items():
+            np.testing.assert_allclose(state.ema[name], x, atol=1e-6, err_msg=name)
+    assert decay == 0.5 and not np.array_equal(state.ema["head_DV"], state.params["head_DV"])
+    broken = state._replace(params=state.params | {"final_norm_D": jnp.full(24, 1e38)})
+    after, metrics, _ = step(broken, batch_of(1))
+    assert not metrics["finite"]
+    assert all(np.array_equal(after.ema[name], x) for name, x in broken.ema.items())
+
+
+@pytest.fixture(scope="module")
+def with_average(tiny_config, tmp_path_factory):
+    """(a run of 15 steps, overrides of its experiment)."""
+    more = {"optimizer.ema_decay": 0.9, "stages.0.chunks": 1, "eval.windows": 1, "optimizer.name": "lion"}
+    folder = tmp_path_factory.mktemp("ema") / "run"
+    train(tiny_config(**more, **{"mesh.fsdp": 4, "mesh.tensor": 2}), folder)
+    return folder, more
+
+
+def test_the_average_over_a_resume_and_on_another_mesh(with_average, tiny_config, tmp_path):
+    folder, more = with_average
+    saved = open_step(folder, 15)
+    shutil.copytree(folder, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "15")
+    train(tiny_config(**more, **{"mesh.fsdp": 4, "mesh.tensor": 2}), tmp_path / "again")
+    again = open_step(tmp_path / "again", 15)
+    assert again.meta["digests"] == saved.meta["digests"]
+    assert {name for name in saved.meta["digests"] if name.startswith("ema/")} == {
+        f"ema/{name}" for name in parameter_table(saved.config.model)
+    }
+    assert saved.meta["digests"]["ema/head_DV"] != saved.meta["digests"]["params/head_DV"]
+
+
+def test_the_average_is_evaluated_and_exported_when_asked(with_average, tmp_path):
+    folder, _ = with_average
+    average = open_step(folder, None, "ema")
+    mesh = mesh_for(average.config)
+    with jax.set_mesh(mesh):
+        found = restore_params(average, mesh)
+    array = open_array(average, "ema/layers.wq_LDNH").read().result()
+    np.testing.assert_array_equal(found["layers.wq_LDNH"], array)
+    losses = {}
+    for weights in ("params", "ema", "params"):
+        said = evaluated(folder, weights)
+        losses.setdefault(weights, []).append(said["results"][0]["metrics"]["total"]["loss"])
+        assert said["new"] == (len(losses[weights]) == 1)
+    assert losses["params"][0] == losses["params"][1] != losses["ema"][0]
+    for weights in ("params", "ema"):
+        export(open_step(folder, None, weights), tmp_path / weights, "float32", 10**9, lambda _: None)
+        found = load_file(tmp_path / weights / "model.safetensors")["lm_head.weight"]
+        array = open_array(average, f"{weights}/head_DV").read().result()
+        np.testing.assert_array_equal(found, array.T)
+        named_in_it = read_certificate(tmp_path / weights)["checkpoint"].get("weights", "params")
+        verify(open_step(folder, None, named_in_it), tmp_path / weights, lambda _: None)
+    with pytest.raises(ConfigError, match="tensor .* is not the one that step 15"):
+        verify(open_step(folder), tmp_path / "ema", lambda _: None)
+
+
+def evaluated(folder, weights):
+    wanted = Wanted(folder, "newest", ("validation",), None, None, None, 4, None, 1, False, 4096, 0, weights=weights)
+    session = Session(wanted, lambda _: None)
+    session.run()
+    return json.loads(session.as_json())
+
+
+def test_an_average_begins_where_it_is_turned_on_and_is_dropped_where_off(tiny_run, tiny_config, tmp_path):
+    with pytest.raises(ConfigError, match="--weights=ema: checkpoint 25 of .* has no average of the weights"):
+        open_step(tiny_run, None, "ema")
+    shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "25")
+    tiny_config = partial(tiny_config, **{"log.tensorboard": True})
+    on = {"optimizer.ema_decay": 0.999, "allow_drift": "optimizer"}
+    train(tiny_config(**on), tmp_path / "run")
+    saved = open_step(tmp_path / "run", 25, "ema")
+    before = open_array(open_step(tmp_path / "run", 20), "params/head_DV").read().result()
+    after = open_array(saved, "params/head_DV").read().result()
+    average = open_array(saved, "ema/head_DV").read().result()
+    assert 0 < np.abs(average - after).max() < np.abs(before - after).max()
+    train(tiny_config(allow_drift="optimizer"), tmp_path / "run")  # done, and its checkpoint is read without

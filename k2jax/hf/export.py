@@ -127,7 +127,8 @@ def lineage(saved: SavedStep) -> dict[str, Any]:
     recorded = {key: saved.meta[key] for key in RECORDED if key in saved.meta}
     imported = {} if saved.imported is None else {"imported": {**saved.imported}}
     imported.get("imported", {}).pop("side_files", None)  # which are files of the folder
-    return {"name": saved.config.name, "step": saved.step, "digest": saved.digest, **recorded, **imported}
+    average = {} if saved.weights == "params" else {"weights": saved.weights}
+    return {"name": saved.config.name, "step": saved.step, "digest": saved.digest, **average, **recorded, **imported}
 
 
 # ---- the small files -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ class TrainState(NamedTuple):
     mu: Params  # first moments, float32; of which parameters, and in what shape: training/optimizer.py
     nu: Params  # second moments, float32
     clips: Params = {}  # AdaGC's: each tensor's norm, float32 () or (L,), and `updates`, int32; {} where it is off
+    ema: Params = {}  # moving average of params, float32; {} where it is off
 
 
 def flat(state: TrainState) -> dict[str, jax.Array]:

@@ -26,7 +26,8 @@ Step = tuple[Params, Params, Params]  # direction, mu, nu
 def first_state(config: ConfigDict) -> TrainState:
     """That of an experiment, with what its optimizer keeps besides the moments."""
     mu, nu = ({name: jnp.zeros(p.shape) for name, p in of.items()} for of in kept_moments(config))
-    return init_state(config.model, config.seed)._replace(mu=mu, nu=nu, clips=first_clips(config))
+    state = init_state(config.model, config.seed)._replace(mu=mu, nu=nu, clips=first_clips(config))
+    return state._replace(ema=dict(state.params)) if config.optimizer.ema_decay else state
 
 
 def init_state(m: ConfigDict, seed: int) -> TrainState:
@@ -216,6 +217,22 @@ def _factored(table: Table) -> Table:
             kept = [i for i in range(len(p.shape)) if i not in left_out]
             found[key] = p._replace(shape=tuple(p.shape[i] for i in kept), axes=tuple(p.axes[i] for i in kept))
     return found
+
+
+# ---- the average -----------------------------------------------------------------------------------------------------
+
+
+def averaged(config: ConfigDict, ema: Params, new: TrainState) -> Params:
+    """The moving average of the weights after an update: over fewer steps at first, so that it forgets where it began.
+
+    (1 + t) / (10 + t) then, up to `ema_decay`: of the last tenth or so of what was done.
+    """
+    t = new.updates.astype(jnp.float32)
+    decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + t) / (10.0 + t))
+    return {name: decay * ema[name] + (1.0 - decay) * p for name, p in new.params.items()}
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 class Optimizer(NamedTuple):

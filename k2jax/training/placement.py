@@ -95,7 +95,8 @@ def place_state(config: ConfigDict, shapes: TrainState, mesh: Mesh) -> TrainStat
     params = {name: sharding.named(mesh, p.axes) for name, p in table.items()}
     mu, nu = (moment_places(of, mesh) for of in kept_moments(config))
     scalar = NamedSharding(mesh, PartitionSpec())
-    return TrainState(scalar, scalar, scalar, params, mu, nu, dict.fromkeys(shapes.clips, scalar))
+    clips, ema = dict.fromkeys(shapes.clips, scalar), {name: params[name] for name in shapes.ema}
+    return TrainState(scalar, scalar, scalar, params, mu, nu, clips, ema)
 
 
 def moment_places(table: dict[str, Parameter], mesh: Mesh) -> dict[str, NamedSharding]:

@@ -18,7 +18,7 @@ from k2jax.model.weights import Arrays, apart, cast_once, together, with_masters
 from k2jax.parallel import context, replicas, sharding
 from k2jax.parallel.sharding import shard
 from k2jax.run.state import TrainState
-from k2jax.training.optimizer import direction, learning_rate
+from k2jax.training.optimizer import averaged, direction, learning_rate
 from k2jax.training.remedies import adagc, qk_clip, rows_without_repeats, update_scales
 
 Metrics = dict[str, Any]  # of arrays; "layers" is one of them, too
@@ -217,6 +217,9 @@ def train_step(
         logits_LN = attention_logits(config, state.params, batch.tokens, rope_base=stage.rope_base, **some)
         params, counts["clipped_heads"] = qk_clip(config, new.params, jnp.where(applied, logits_LN, 0.0))
         new = new._replace(params=params)
+    if config.optimizer.ema_decay:
+        ema = averaged(config, state.ema, new)
+        new = new._replace(ema={name: jnp.where(applied, x, state.ema[name]) for name, x in ema.items()})
     new = new._replace(skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1))
     metrics = {
         "loss": loss,
