@@ -202,6 +202,8 @@ def _validate_model(need: Any, m: ConfigDict) -> None:
     looped = m.unroll <= 1 or ON_HOST not in m.remat  # libtpu 0.0.42 compiles no other
     need(looped, "model.unroll", m.unroll, f"must be 1 where model.remat={m.remat} keeps arrays by the host")
     need(all(size > 0 for size in m.rings), "model.rings", m.rings, "sizes must be positive")
+    apart = not (m.width_base and m.tie_embeddings)  # the head's size and rate are not the embedding's
+    need(apart, "model.width_base", m.width_base, "must be 0 (off) where model.tie_embeddings is on")
     need(m.qk_norm or not m.qk_norm_whole, "model.qk_norm_whole", True, "needs model.qk_norm, which is off")
 
 

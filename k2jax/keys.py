@@ -42,6 +42,7 @@ def base() -> ConfigDict:
     c.model.ffn_dim = 22016               # F: hidden width of the SwiGLU
     c.model.norm_eps = 1e-5               # of RMSNorm
     c.model.init_std = 0.02               # of every matrix; residual outputs are scaled down (decoder.py, INIT)
+    c.model.width_base = 0                # muP: `dim` of the model whose init_std and rates these are; 0: off
     c.model.tie_embeddings = False        # True: the head is the embedding transposed
     c.model.qkv_bias = False              # True: q, k and v have biases, as in Qwen2
     c.model.qk_norm = False               # True: q and k are RMS-normed before RoPE, each head by itself, as in Qwen3
@@ -205,7 +206,7 @@ RANGES = {
         stability.max_skips stability.rollback.after stability.rollback.watch""",
     "[8, 2001)": "stability.window",  # of no more rows than detect.HISTORY
     "[1, 2001)": "stability.persistence",
-    "[0, inf)": """model.unroll model.sliding_window loss.z_loss optimizer.weight_decay data.workers
+    "[0, inf)": """model.unroll model.sliding_window model.width_base loss.z_loss optimizer.weight_decay data.workers
         checkpoint.every_steps checkpoint.keep_between checkpoint.max_launches log.layers_every eval.at_checkpoints
         stability.attention_every
         watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate

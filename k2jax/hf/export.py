@@ -29,7 +29,7 @@ CERTIFICATE = "parity.json"
 # Of the checkpoint's meta, what the certificate repeats; a run that was imported has not all of it.
 RECORDED = ("parent", "tokens_seen", "config_digest", "manifest_digest", "tokenizer_sha256", "commit", "versions")
 # Keys of the model section that config.json does not hold.
-NOT_INFERENCE = ("remat", "rings", "unroll", "attention", "pipeline", "mask_documents")
+NOT_INFERENCE = ("remat", "rings", "unroll", "attention", "pipeline", "mask_documents", "width_base")
 
 
 class Exported(NamedTuple):

@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from k2jax.config import group_factors
-from k2jax.model.decoder import Parameter, Params, init_params, parameter_table
+from k2jax.model.decoder import Parameter, Params, init_params, narrower, parameter_table
 from k2jax.model.weights import LAYERS
 from k2jax.parallel.sharding import shard_layers
 from k2jax.run.state import TrainState
@@ -87,9 +87,21 @@ def direction(config: ConfigDict, state: TrainState, grads: Params) -> Step:
 
 
 def rates(config: ConfigDict) -> dict[str, float]:
-    """{name: what its learning rate is multiplied by}."""
-    factors = group_factors(config.optimizer.groups)
-    return {name: factors.get((p.group, "lr"), 1.0) for name, p in parameter_table(config.model).items()}
+    """{name: what its learning rate is multiplied by}: its group's factor, and muP's.
+
+    muP's is one over how much wider the model is, for all matrices but the embedding: an element of theirs steps by
+    the rate itself, and as many of them as the model is wide add up. Muon's steps, matched in size as they are, add up
+    to the root of that.
+    """
+    factors, muons = group_factors(config.optimizer.groups), config.optimizer.name == "muon"
+
+    def of_width(name: str, p: Parameter) -> float:
+        if not p.is_matrix or name == "embed_VD":
+            return 1.0
+        return narrower(config.model) ** (0.5 if muons and _is_muons(name, p) else 1.0)
+
+    table = parameter_table(config.model)
+    return {name: factors.get((p.group, "lr"), 1.0) * of_width(name, p) for name, p in table.items()}
 
 
 def decays(config: ConfigDict) -> dict[str, float]:
@@ -222,14 +234,17 @@ def _factored(table: Table) -> Table:
 # ---- the average -----------------------------------------------------------------------------------------------------
 
 
-def averaged(config: ConfigDict, ema: Params, new: TrainState) -> Params:
+def averaged(config: ConfigDict, ema: Params, new: TrainState, applied: jax.Array) -> Params:
     """The moving average of the weights after an update: over fewer steps at first, so that it forgets where it began.
 
-    (1 + t) / (10 + t) then, up to `ema_decay`: of the last tenth or so of what was done.
+    (1 + t) / (10 + t) then, up to `ema_decay`: of the last tenth or so of what was done. {} where it is off.
     """
+    if not config.optimizer.ema_decay:
+        return {}
     t = new.updates.astype(jnp.float32)
     decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + t) / (10.0 + t))
-    return {name: decay * ema[name] + (1.0 - decay) * p for name, p in new.params.items()}
+    means = {name: decay * ema[name] + (1.0 - decay) * p for name, p in new.params.items()}
+    return {name: jnp.where(applied, mean, ema[name]) for name, mean in means.items()}
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -192,7 +192,6 @@ def train_step(
     """One update. A non-finite loss or gradient leaves parameters and moments as they were, and is counted.
 
     So does an outlier, above `batch.limits`, where `stability.skip` is on.
-
     `moment_shardings` pins the gradients to where the moments live, so that data-parallel devices each update a part.
     """
     moment_specs = moment_shardings and {name: place.spec for name, place in moment_shardings.items()}
@@ -217,10 +216,8 @@ def train_step(
         logits_LN = attention_logits(config, state.params, batch.tokens, rope_base=stage.rope_base, **some)
         params, counts["clipped_heads"] = qk_clip(config, new.params, jnp.where(applied, logits_LN, 0.0))
         new = new._replace(params=params)
-    if config.optimizer.ema_decay:
-        ema = averaged(config, state.ema, new)
-        new = new._replace(ema={name: jnp.where(applied, x, state.ema[name]) for name, x in ema.items()})
-    new = new._replace(skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1))
+    ema = averaged(config, state.ema, new, applied)
+    new = new._replace(ema=ema, skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1))
     metrics = {
         "loss": loss,
         "finite": finite,
