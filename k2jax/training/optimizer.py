@@ -169,9 +169,12 @@ def orthogonal(x_LIO: jax.Array) -> jax.Array:
     turned = x_LIO.shape[1] > x_LIO.shape[2]
     x = jnp.swapaxes(x_LIO, 1, 2) if turned else x_LIO
     x = x / (jnp.sqrt(jnp.square(x).sum(axis=(1, 2), keepdims=True)) + 1e-8)
-    for _ in range(steps):
+
+    def step(_: int, x: jax.Array) -> jax.Array:
         gram = x @ jnp.swapaxes(x, 1, 2)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        return a * x + (b * gram + c * (gram @ gram)) @ x
+
+    x = jax.lax.fori_loop(0, steps, step, x)  # a loop: five times the products would be as long to compile
     return jnp.swapaxes(x, 1, 2) if turned else x
 
 
