@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from functools import partial
+from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +14,22 @@ from safetensors.numpy import load_file
 from test_optimizer import batch_of, numpy_rate
 from test_remedies import MESHES, changed, run_to, stepping, tensors, three_steps
 
-from k2jax import config, keys
+from k2jax import config, keys, trials
 from k2jax.errors import ConfigError
 from k2jax.evals.session import Session, Wanted
 from k2jax.hf.export import export
 from k2jax.hf.verify import read_certificate, verify
 from k2jax.model.decoder import parameter_table
+from k2jax.parallel import sharding
+from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.saved import open_array, open_step, restore_params
 from k2jax.run.state import flat, unflat
 from k2jax.train import train
 from k2jax.training.optimizer import OPTIMIZERS, first_state, ins_and_outs, orthogonal
-from k2jax.training.placement import mesh_for, mesh_of, place_state, state_bytes
+from k2jax.training.placement import make_state, mesh_for, mesh_of, place_state, state_bytes
 
 OTHERS = ("muon", "lion", "adafactor")
+MUON_ALWAYS = ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "adafactor"))]
 
 
 def named(name, **more):
@@ -35,6 +39,12 @@ def named(name, **more):
 
 def begin(c):
     return jax.jit(partial(first_state, c))()
+
+
+@cache
+def compiled(name):
+    """The step of `named(name)`, as `stepping` has it, and a state to begin with."""
+    return stepping(named(name)), begin(named(name))
 
 
 def test_the_names_of_optimizers_are_those_of_the_table():
@@ -78,7 +88,7 @@ def as_matrix(c, key, x):
 def test_eight_steps_are_those_of_optax(name):
     """Each layer's matrix by itself: (D, N H) of wq, (N H, D) of wo."""
     c = named(name)
-    step, state, make = stepping(c), begin(c), theirs(c)
+    (step, state), make = compiled(name), theirs(c)
     params = {key: as_matrix(c, key, p).astype(np.float32) for key, p in tensors(state.params).items()}
     rows = {key: make(key) for key in params}
     states = {key: rows[key].init(p) for key, p in params.items()}
@@ -103,19 +113,16 @@ def test_newton_schulz_makes_matrices_orthogonal_and_moves_by_the_larger_side():
         values = np.linalg.svd(np.asarray(orthogonal(x)), compute_uv=False)
         assert values.shape == (3, 8) and (values > 0.65).all() and (values < 1.25).all()
     assert not np.any(orthogonal(jnp.zeros((1, 4, 4)))), "a matrix without a gradient stays"
-    c = named("muon", **{"optimizer.weight_decay": 0.0})
-    table = parameter_table(c.model)
-    new, metrics = three_and_before(c)
-    for name, p in table.items():
+    added, metrics = first_step(*compiled("muon"))
+    for name, p in parameter_table(named("muon").model).items():
         if p.is_matrix and name.startswith("layers."):
-            rms = np.sqrt(np.mean(np.square(new[name])))
+            rms = np.sqrt(np.mean(np.square(added[name])))
             assert 0.1 < rms / float(metrics["lr"]) < 0.25, name
 
 
-def three_and_before(c):
-    """(what a step added to each parameter, its metrics)."""
-    state = begin(c)
-    new, metrics, _ = stepping(c)(state, batch_of())
+def first_step(step, state):
+    """(what it added to each parameter, its metrics)."""
+    new, metrics, _ = step(state, batch_of())
     return {name: np.asarray(p) - np.asarray(state.params[name]) for name, p in new.params.items()}, metrics
 
 
@@ -135,11 +142,11 @@ def test_inputs_and_outputs_of_every_matrix():
 
 def test_groups_have_their_own_rate_and_decay():
     """0 leaves a group as it is; a decay that is written down is there for norms, too."""
-    base, _ = three_and_before(named("adamw"))
+    base, _ = first_step(*compiled("adamw"))
     more = ("embed.lr=0.5", "head.lr=0", "up.decay=0", "norms.decay=2")
     c = named("adamw", **{"optimizer.groups": more})
     config.validate(c)
-    found, metrics = three_and_before(c)
+    found, metrics = first_step(stepping(c), begin(c))
     params = {name: np.asarray(p) for name, p in begin(c).params.items()}
     lr = float(metrics["lr"])
     for name, p in parameter_table(c.model).items():
@@ -174,7 +181,7 @@ def test_the_names_of_groups_are_those_of_the_table(tiny_config):
 # ---- on meshes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", MUON_ALWAYS)
 def test_the_same_on_one_device_and_on_meshes_of_every_axis(tiny_config, name):
     more = {"optimizer.name": name, "model.pipeline.microbatches": 2, "stages.0.microbatches": 2}
     one, first = three_steps(tiny_config(**more, **{"mesh.fsdp": 1}), jax.devices()[:1])
@@ -218,9 +225,9 @@ def test_state_is_what_the_optimizer_keeps_and_is_sharded_over_every_axis(tiny_c
 # ---- in runs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", MUON_ALWAYS)
 def test_over_a_resume(tiny_config, tmp_path, name):
-    """Ten steps and, from their checkpoint, the rest are the bits of all of them."""
+    """Ten steps and, from their checkpoint, the rest are the bits of all of them. With an average: below."""
     more = {"optimizer.name": name, "stages.0.chunks": 1, "eval.windows": 1}
     more |= {"stages.0.lr_peak": 2e-3} if name == "lion" else {}
     whole = run_to(tiny_config(**more), tmp_path / "whole")
@@ -243,12 +250,43 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tiny_run, tiny_config, tmp
             train(c(allow_drift="optimizer"), tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_weights_alone_begin_with_zeros_and_an_average_of_themselves(tiny_config, tmp_path, name):
+    """As an import leaves them."""
+    c = tiny_config(**{"optimizer.name": name, "optimizer.ema_decay": 0.9})
+    mesh, shapes = mesh_of(c), jax.eval_shape(lambda: first_state(c))
+    with jax.set_mesh(mesh):
+        shardings = place_state(c, shapes, mesh)
+        state = make_state(c, shardings)
+        with Checkpoints(tmp_path, [1], log=lambda _: None) as checkpoints:
+            checkpoints.save(state._replace(mu={}, nu={}, ema={}), 1, data={}, meta={})
+            checkpoints.wait()
+        restored = checkpoints.restore(1, shardings, shapes)
+        same = jax.tree.map(lambda a, b: np.array_equal(a, b) and a.sharding == b.sharding, restored, state)
+        assert all(jax.tree.leaves(same)) and jax.tree.structure(restored) == jax.tree.structure(state)
+        jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(restored)
+
+
+@pytest.mark.parametrize("name", keys.OPTIMIZERS)
+def test_the_doctor_reads_the_moments_that_there_are(name):
+    c = named(name)
+    step, state = compiled(name)
+    state, *_ = step(state, batch_of())
+    mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
+    found = trials._moment_norms(SimpleNamespace(config=c, mesh=mesh), state)
+    kinds = {key.partition(" of ")[0] for key in found}
+    assert kinds == {"lion": {"first moment"}, "adafactor": {"second moment"}}.get(
+        name, {"first moment", "second moment"}
+    )
+    assert all(value > 0 for value in found.values())
+    assert ("second moment of q" in found) == (name in ("adamw", "adafactor"))
+
+
 @pytest.mark.fault("D1")
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_step_that_is_not_finite_leaves_every_bit_of_the_state(name):
-    c = named(name)
-    step = stepping(c)
-    state, *_ = step(begin(c), batch_of())
+    step, state = compiled(name)
+    state, *_ = step(state, batch_of())
     broken = state._replace(params=state.params | {"final_norm_D": jnp.full(24, 1e38)})
     after, metrics, _ = step(broken, batch_of(1))
     assert not metrics["finite"] and (int(after.step), int(after.updates)) == (2, 1)

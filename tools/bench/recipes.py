@@ -33,7 +33,7 @@ from k2jax import paths  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
 
 LENGTH, HELD_OUT, LOOKS = 128, 64, 8  # tokens a row; windows that no step reads; times that their loss is taken
-MODEL = {"dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "ffn_dim": 344}
+MODEL = {"dim": 96, "num_layers": 3, "num_heads": 3, "num_kv_heads": 3, "head_dim": 32, "ffn_dim": 256}
 
 
 class Recipe(NamedTuple):
