@@ -153,20 +153,6 @@ def optimizer_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) ->
     return PartitionSpec(*[tuple(part) if part else None for part in parts])
 
 
-def shard_layers(x_LIO: jax.Array, axes: tuple[str, str, str]) -> jax.Array:
-    """Matrices, stacked, with as many of the mesh's axes on the layers as divide those: a device has some as a whole
-    instead of a part of all, by an all-to-all each way. Axes that do not divide them stay where they are."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x_LIO
-    layers, *parts = (list(RULES[axis]) for axis in axes)
-    for axis in ("replica", *parts[0], *parts[1]):
-        if x_LIO.shape[0] % math.prod(mesh.shape[a] for a in (*layers, axis)) == 0:
-            layers.append(axis)
-    spec = [layers, *([axis for axis in part if axis not in layers] for part in parts)]
-    return jax.lax.with_sharding_constraint(x_LIO, PartitionSpec(*map(tuple, spec)))
-
-
 def check_divisible(name: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> None:
     """Raises ConfigError naming array, dimension and mesh axis when the mesh does not divide a dimension."""
     for size, axis in zip(shape, axes, strict=True):

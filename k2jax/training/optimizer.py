@@ -1,6 +1,6 @@
 """The optimizers, each a row of a table; the first state; and the learning rate as a function of the step.
 
-Axes: L layers, I what a matrix takes in, O what it gives. K2's is AdamW.
+Axes: L layers, I what a matrix takes in, O what it gives, D the model's width, E the other of the two. K2's is AdamW.
 """
 
 import math
@@ -10,12 +10,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax.config import group_factors
 from k2jax.model.decoder import Parameter, Params, init_params, narrower, parameter_table
 from k2jax.model.weights import LAYERS
-from k2jax.parallel.sharding import shard_layers
+from k2jax.parallel.sharding import optimizer_spec
+from k2jax.parallel.whole import on_whole
 from k2jax.run.state import TrainState
 from k2jax.training.remedies import first_clips
 
@@ -135,24 +137,47 @@ def lion(config: ConfigDict, state: TrainState, grads: Params) -> Step:
 def muon(config: ConfigDict, state: TrainState, grads: Params) -> Step:
     """Jordan et al.: the matrices of layers, one by one, step along an orthogonal matrix; AdamW has the rest.
 
-    As optax.contrib.muon, whose two halves are apart here: between them matrices move to where they are whole. Matched
-    in size to AdamW's steps, 0.2 (Moonlight, arXiv:2502.16982), so that one learning rate and decay serve both.
+    As optax.contrib.muon, whose two halves are apart here: between them matrices move to where they are whole
+    (whole.py), those of one shape together. Matched in size to AdamW's steps, 0.2 (Moonlight, arXiv:2502.16982), so
+    that one learning rate and decay serve both.
     """
     table, beta = parameter_table(config.model), config.optimizer.momentum
     ours = [name for name in grads if _is_muons(name, table[name])]
     rest = {name: g for name, g in grads.items() if name not in ours}
     among = state._replace(mu={name: state.mu[name] for name in rest})
     found, mu, nu = adamw(config, among, rest)
-    count = state.updates + 1
+    count, stacks = state.updates + 1, {}
     for name in ours:
         g, p = grads[name], table[name]
         mu[name] = beta * state.mu[name] + (1.0 - beta) * g
         ahead = beta * mu[name] / (1.0 - beta ** (count + 1)) + (1.0 - beta) * g / (1.0 - beta**count)  # Nesterov's
-        given, taken = ins_and_outs(p)
-        x_LIO = ahead.reshape(len(g), math.prod(g.shape[i] for i in given), -1)
-        x_LIO = orthogonal(shard_layers(x_LIO, (p.axes[0], p.axes[given[0]], p.axes[taken[0]])))
-        found[name] = MUON_RMS * math.sqrt(max(x_LIO.shape[1:])) * x_LIO.reshape(g.shape)
+        stacks.setdefault((_width_first(ahead, p).shape, _spec(p)), {})[name] = _width_first(ahead, p)
+    for (shape, spec), arrays in stacks.items():
+        for name, x_LDE in zip(arrays, on_whole(orthogonal, list(arrays.values()), spec), strict=True):
+            p = table[name]
+            x = jnp.swapaxes(x_LDE, 1, 2) if _is_into_width(p) else x_LDE
+            found[name] = MUON_RMS * math.sqrt(max(shape[1:])) * x.reshape(p.shape)
     return found, mu, nu
+
+
+def _is_into_width(p: Parameter) -> bool:
+    """Whether a matrix of layers gives the model's width, as wo_LNHD, instead of taking it."""
+    return p.axes[-1] == "embed"
+
+
+def _width_first(x: jax.Array, p: Parameter) -> jax.Array:
+    """(L, D, E), whatever the matrix takes and gives: the orthogonal one of a transpose is the transpose of it."""
+    L, D = p.shape[0], p.shape[p.axes.index("embed")]
+    return jnp.swapaxes(x.reshape(L, -1, D), 1, 2) if _is_into_width(p) else x.reshape(L, D, -1)
+
+
+def _spec(p: Parameter) -> PartitionSpec:
+    """Of its `_width_first`, where its moments lie."""
+    mesh = jax.sharding.get_abstract_mesh()
+    D = p.shape[p.axes.index("embed")]
+    shape = p.shape[0], D, math.prod(p.shape[1:]) // D
+    other = next(axis for axis in p.axes[1:] if axis not in ("embed", "head_dim"))
+    return PartitionSpec() if mesh.empty else optimizer_spec(shape, ("layers", "embed", other), mesh)
 
 
 MUON_RMS = 0.2  # of a step's elements: AdamW's are 0.2 to 0.4
