@@ -3,8 +3,8 @@
     held     w_up_LDF[L, D_fsdp, F_tensor]: of each matrix a part
     whole    w_up_LDF[L_(fsdp, tensor), D, F]: some matrices, by an all-to-all over each axis, and back by another
 
-Written out, since XLA's partitioner goes by way of much more: for 80 matrices of K2-65B's width on 512 devices it had 50
-GiB of temporaries on each, and added up whole stacks in every product.
+Written out, since XLA's partitioner goes by way of much more: for 80 matrices of K2-65B's width on 512 devices it had
+50 GiB of temporaries on each, and added up whole stacks in every product.
 """
 
 import math
