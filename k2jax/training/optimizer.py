@@ -118,6 +118,7 @@ def decays(config: ConfigDict) -> dict[str, float]:
 
 
 def adamw(config: ConfigDict, state: TrainState, grads: Params) -> Step:
+    """K2's: gradients' moving mean over the root of that of their squares, both unbiased."""
     o = config.optimizer
     before = optax.ScaleByAdamState(state.updates, state.mu, state.nu)
     found, after = optax.scale_by_adam(o.b1, o.b2, o.eps).update(grads, before)
