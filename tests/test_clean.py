@@ -253,6 +253,24 @@ def test_what_is_missing_is_found_before_anything_is_read(tmp_path):
         check(config)
 
 
+def test_files_of_later_dumps_are_not_read(tmp_path):
+    for dump in ("CC-MAIN-2013-20", "CC-MAIN-2024-30", "CC-MAIN-2024-33", "CC-MAIN-2025-05"):
+        (tmp_path / dump).mkdir()
+        (tmp_path / dump / "a.jsonl").write_text('{"text": "a"}')
+    config = recipe.base()
+    dumps = ("CC-MAIN-2013-20", "CC-MAIN-2024-30")
+    config.subsets.web = recipe.subset(f"jsonl:{tmp_path}/*/*.jsonl", dumps=dumps)
+    recipe.validate(config)
+    assert sorted(file.name[:15] for file in dealing.listed(config)["web"]) == list(dumps)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jsonl").write_text('{"text": "b"}')
+    with pytest.raises(ConfigError, match=r"subsets.web.dumps: elsewhere/b.jsonl names no dump in its path"):
+        dealing.listed(config)
+    config.subsets.web = recipe.subset(f"jsonl:{tmp_path}/*/*.jsonl", dumps=dumps[:1])
+    with pytest.raises(ConfigError, match="dumps=.*must be the first and the last"):
+        recipe.validate(config)
+
+
 @pytest.mark.fault("S7")
 def test_names_that_climb_stay_inside_the_output(tmp_path):
     """A record's own id and URL, and a file's name, are never part of a path."""

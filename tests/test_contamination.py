@@ -107,7 +107,11 @@ def test_the_index_is_the_same_twice_and_damage_to_it_is_an_error(sets, tmp_path
 
 @pytest.mark.parametrize(
     "question",
-    ["水は何度で沸騰しますか。海抜零メートルの場合を答えなさい。", "光在真空中的传播速度是多少?请用千米每秒作答。", "น้ำเดือดที่กี่องศาเซลเซียสที่ระดับน้ำทะเล"],
+    [
+        "水は何度で沸騰しますか。海抜零メートルの場合を答えなさい。",
+        "光在真空中的传播速度是多少?请用千米每秒作答。",
+        "น้ำเดือดที่กี่องศาเซลเซียสที่ระดับน้ำทะเล",
+    ],
     ids=["Japanese", "Chinese", "Thai"],
 )
 def test_questions_in_scripts_without_spaces_are_looked_for(tmp_path, question):

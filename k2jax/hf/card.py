@@ -65,7 +65,7 @@ def model_card(saved: SavedStep, dtype: str, parity: dict[str, Any]) -> str:
         "Context": f"{saved.context:,} tokens, RoPE base {stage.rope_base:g}",
         "Step": f"{saved.step:,} (stage {stage.name})",
         "Tokens seen": f"{saved.meta['tokens_seen']:,}" if "tokens_seen" in saved.meta else None,
-        "Weights": dtype,
+        "Weights": dtype if saved.weights == "params" else f"{dtype}, the moving average over steps ({saved.weights})",
     }
     tags = f"tags: [k2jax, {kind_of(*family)}]"
     base = [f"{key}: {json.dumps(value)}" for key, value in _base(saved).items()]  # a text of JSON is one of YAML

@@ -55,14 +55,16 @@ def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
     """Every parameter of the model section `m`: {name: shape, axes, initialisation, group}.
 
     Initialisation is K2's (Megatron's): normal with std 0.02, and the two matrices that write into the residual
-    stream scaled by 1/sqrt(2 L), because 2 L of them add up there; norms start at one, biases at zero. A layer's are in
-    the order in which a Block takes them.
+    stream scaled by 1/sqrt(2 L), because 2 L of them add up there; norms start at one, biases at zero. By muP, matrices
+    of layers are smaller by the root of how much wider the model is, and the head by all of it. A layer's are in the
+    order in which a Block takes them.
     """
     L, D, F, V, H = m.num_layers, m.dim, m.ffn_dim, m.vocab_size, m.head_dim
-    N, K, std = m.num_heads, m.num_kv_heads, m.init_std
+    N, K = m.num_heads, m.num_kv_heads
+    std, of_head = m.init_std * math.sqrt(narrower(m)), m.init_std * narrower(m)
     residual = std / math.sqrt(2 * L)
     table = {
-        "embed_VD": Parameter((V, D), ("vocab", "embed"), std, "embed"),
+        "embed_VD": Parameter((V, D), ("vocab", "embed"), m.init_std, "embed"),
         "layers.attention_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
         "layers.wq_LDNH": Parameter((L, D, N, H), ("layers", "embed", "heads", "head_dim"), std, "q"),
         "layers.wk_LDKH": Parameter((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "k"),
@@ -82,7 +84,7 @@ def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
         "layers.w_down_LFD": Parameter((L, F, D), ("layers", "ffn", "embed"), residual, "down"),
         "layers.mlp_out_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
         "final_norm_D": Parameter((D,), ("norm",), None, "norms"),
-        "head_DV": Parameter((D, V), ("embed", "vocab"), std, "head"),
+        "head_DV": Parameter((D, V), ("embed", "vocab"), of_head, "head"),
     }
     present = {
         "head_DV": not m.tie_embeddings,
@@ -93,6 +95,15 @@ def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
         **dict.fromkeys(("layers.attention_out_norm_LD", "layers.mlp_out_norm_LD"), m.reordered_norm),
     }
     return {name: p for name, p in table.items() if present.get(name, True)}
+
+
+def narrower(m: ConfigDict) -> float:
+    """The width that muP's settings are for over the model's; 1 where muP is off.
+
+    Tensor Programs V, arXiv:2203.03466, table 3: the scale of the output is in the head's own size and rate, so that a
+    model is computed, exported and served like any other. Heads stay as wide as they are, more of them come.
+    """
+    return m.width_base / m.dim if m.width_base else 1.0
 
 
 def init_params(m: ConfigDict, seed: int) -> Params:

@@ -50,7 +50,7 @@ def build(
     with another recipe or other documents, or is being worked in; StorageError if it cannot be written.
     """
     errors.keep_files_ours()
-    config, out = recipe.numbered(config), Path(out).absolute()
+    config, out = claim.numbered(config), Path(out).absolute()
     workers = workers or os.cpu_count() or 1
     was_there = (out / "data.json").exists()
     try:

@@ -29,6 +29,14 @@ TEMPLATE = "chat_template.jinja"  # of conversations: it goes with the tokenizer
 PACKAGE = Path(k2jax.__file__).parent
 
 
+def numbered(config: ConfigDict) -> ConfigDict:
+    """The recipe, its subsets' priorities all different: of equal ones the recipe's order, which its dict has not."""
+    names, config = list(config.subsets), config.copy_and_resolve_references().unlock()
+    for number, name in enumerate(sorted(names, key=lambda name: (config.subsets[name].priority, names.index(name)))):
+        config.subsets[name].priority = number
+    return config.lock()
+
+
 @contextlib.contextmanager
 def claimed(config: ConfigDict, out: Path, other_code: bool = False) -> Iterator[None]:
     """This process alone works in `out`, which is empty or was begun with this recipe.
@@ -87,9 +95,9 @@ def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str)
     """Raises ConfigError if another recipe made what lies in `out`."""
     wanted = redacted(config.to_dict())
     made = {"eos": "", "chat": recipe.base().chat.to_dict(), **made}  # before there were these keys
-    later = {"conversations": {}, "follow_links": False, "priority": 0}
+    later = {"conversations": {}, "dumps": [], "follow_links": False, "priority": 0}
     made["subsets"] = {name: {**later, **chosen} for name, chosen in made.get("subsets", {}).items()}
-    made = recipe.numbered(ConfigDict(made)).to_dict()  # the names' order was that of equal priorities
+    made = numbered(ConfigDict(made)).to_dict()  # the names' order was that of equal priorities
     if made != wanted:
         changes = "; ".join(
             f"{key} was {made.get(key)}, asked for is {wanted.get(key)}"

@@ -26,8 +26,8 @@ from k2jax.files import write_json
 from k2jax.prepare import recipe
 from k2jax.prepare.chat import rows
 from k2jax.prepare.engine import Engine, Stage
-from k2jax.prepare.files import File, list_files
-from k2jax.prepare.read import RenderRow, documents, in_order
+from k2jax.prepare.files import File, list_files, shown_name
+from k2jax.prepare.read import RenderRow, documents, dump_of, in_order
 from k2jax.prepare.recipe import Task
 from k2jax.prepare.tally import Tally
 
@@ -47,11 +47,25 @@ def listed(config: ConfigDict) -> dict[str, list[File]]:
 
     Raises ConfigError for a source without files; reads none.
     """
-    return {
-        name: in_order(list_files(chosen.source, follow_links=chosen.follow_links), config.seed)
-        for name, chosen in sorted(config.subsets.items())
-        if recipe.kind_of(chosen.source)[0] != "seqio"
-    }
+    found = {}
+    for name, chosen in sorted(config.subsets.items()):
+        if recipe.kind_of(chosen.source)[0] != "seqio":
+            files = list_files(chosen.source, follow_links=chosen.follow_links)
+            found[name] = in_order(_of_dumps(files, name, chosen), config.seed)
+    return found
+
+
+def _of_dumps(files: list[File], name: str, chosen: ConfigDict) -> list[File]:
+    """Those of the dumps that are asked for, by their paths."""
+    if not chosen.dumps:
+        return files
+    first, last = chosen.dumps
+    if nameless := [file.name for file in files if not dump_of(file)]:
+        raise ConfigError(f"subsets.{name}.dumps: {shown_name(nameless[0])} names no dump in its path: leave dumps out")
+    found = [file for file in files if first <= dump_of(file) <= last]
+    if not found:
+        raise ConfigError(f"subsets.{name}.dumps={chosen.dumps}: none of its {len(files):,} files is of those")
+    return found
 
 
 def summary(files: dict[str, list[File]]) -> dict[str, dict[str, Any]]:

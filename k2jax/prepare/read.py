@@ -21,7 +21,7 @@ from k2jax.errors import ConfigError
 from k2jax.prepare.chat.rows import COLUMNS
 from k2jax.prepare.documents import document
 from k2jax.prepare.files import File, place, shown_name
-from k2jax.prepare.recipe import kind_of
+from k2jax.prepare.recipe import DUMP, kind_of
 from k2jax.prepare.records import (
     Record,
     arrow_records,
@@ -154,14 +154,14 @@ def _metadata(record: dict[str, Any], chosen: ConfigDict, name: str, file: File,
         "source_id": _short(record.get("id")),
         "licence": _short(record.get("license")) or _short(record.get("licence")) or chosen.licence,
         "date": _short(record.get("date")),
-        "dump": _short(record.get("dump")) or chosen.dump or _dump_of(file),
+        "dump": _short(record.get("dump")) or chosen.dump or dump_of(file),
     }
     return {key: value for key, value in metadata.items() if value}
 
 
-def _dump_of(file: File) -> str:
+def dump_of(file: File) -> str:
     """The dump of Common Crawl that a file's path names."""
-    found = re.search(r"\bCC-MAIN-20\d\d-\d\d\b", file.path)
+    found = re.search(rf"\b{DUMP}\b", file.path)
     return found.group() if found else ""
 
 

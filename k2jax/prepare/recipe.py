@@ -17,6 +17,7 @@ from k2jax.data.tokenizer import EOS, NUM_FIXED
 from k2jax.errors import ConfigError
 from k2jax.prepare.chat import options
 
+DUMP = r"CC-MAIN-20\d\d-\d\d"  # of Common Crawl, by year and week: their order is that of the names
 SUBSET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 KINDS = {  # of sources: "KIND:WHERE"; WHERE is a path or URL with wildcards (local, gs://, s3://, hf://)
     "python": "code, docstrings or documents of the Python at work: a corpus with no download",
@@ -80,6 +81,7 @@ def subset(
     text_key: str = "text",
     licence: str = "",
     dump: str = "",
+    dumps: tuple[str, ...] = (),
     max_bytes: int = 0,
     min_document_bytes: int = 1,
     max_document_bytes: int = 0,
@@ -108,6 +110,7 @@ def subset(
     c.text_key = text_key  # column or key of the text; "url", "id", "license", "date", "dump" are kept where they are
     c.licence = licence  # of documents that name none themselves
     c.dump = dump  # of documents that name none; empty: a CC-MAIN-2024-30 in the file's path. Newer ones are kept first
+    c.dumps = dumps  # the first and the last of Common Crawl whose files are read, such as CC-MAIN-2013-20; () for all
     c.max_bytes = max_bytes  # of text to read in all, 0 for no limit; files are taken in an order drawn by seed
     c.min_document_bytes = min_document_bytes  # shorter documents are left out
     c.max_document_bytes = max_document_bytes  # longer documents are left out, 0 for no limit
@@ -175,14 +178,6 @@ def tasks(config: ConfigDict, *, tokens: bool = False) -> list[Task]:
         if (kind_of(chosen.source)[0] in TOKEN_KINDS) == tokens
         for shard in range(chosen.tasks)
     ]
-
-
-def numbered(config: ConfigDict) -> ConfigDict:
-    """The recipe, its subsets' priorities all different: of equal ones the recipe's order, which its dict has not."""
-    names, config = list(config.subsets), config.copy_and_resolve_references().unlock()
-    for number, name in enumerate(sorted(names, key=lambda name: (config.subsets[name].priority, names.index(name)))):
-        config.subsets[name].priority = number
-    return config.lock()
 
 
 def stores_of(config: ConfigDict, name: str) -> dict[str, float]:
@@ -309,6 +304,8 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
             problems.append(f"{where}.{key}={chosen[key]}: must lie in [0, 1]")
     if not chosen.repeats > 0:
         problems.append(f"{where}.repeats={chosen.repeats}: must be above 0")
+    if chosen.dumps and (len(chosen.dumps) != 2 or not all(re.fullmatch(DUMP, dump) for dump in chosen.dumps)):
+        problems.append(f"{where}.dumps={chosen.dumps}: must be the first and the last, such as CC-MAIN-2013-20")
     if unknown := set(chosen.filters) - set(FILTERS):
         problems.append(f"{where}.filters: {sorted(unknown)} unknown; there are {', '.join(FILTERS)}")
     if chosen.languages and not chosen.language_model:
