@@ -199,7 +199,7 @@ def tiny_config(tiny_data: Path) -> Callable[..., ConfigDict]:
 
 @pytest.fixture(scope="session")
 def chat_data(made_once: Callable, tiny_data: Path) -> Path:
-    """The folder of conversation_stores.make_chat: text, conversations, and chat.py, an experiment on both."""
+    """The folder of conversation_stores.make_chat: text, conversations, and tiny.py, an experiment on both."""
     from conversation_stores import make_chat
 
     return made_once("chat", lambda root: make_chat(root, tiny_data))

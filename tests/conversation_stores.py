@@ -60,7 +60,7 @@ def write_store(
 
 
 def make_chat(root: Path, text: Path) -> None:
-    """A folder as conftest's make_data makes them, with its stores and two of conversations, and chat.py."""
+    """A folder as conftest's make_data makes them, with its stores and two of conversations, and tiny.py."""
     root.mkdir(parents=True, exist_ok=True)
     for name in ("books", "web", "tokenizer.json"):
         (root / name).symlink_to(text / name)
@@ -69,9 +69,9 @@ def make_chat(root: Path, text: Path) -> None:
     same = {"sha256": tokenizer_sha256(root / "tokenizer.json"), "eos_id": eos_id, "held_out": 0.1}
     write_store(root / "talk", draw.integers(4, T + 1, 90).tolist(), seed=1, **same)
     write_store(root / "sums", draw.integers(3, 20, 120).tolist(), seed=2, **same)
-    (root / "chat.py").write_text(EXPERIMENT.format(vocab_size=VOCAB_SIZE, root=str(root), length=T))
+    (root / "tiny.py").write_text(EXPERIMENT.format(vocab_size=VOCAB_SIZE, root=str(root), length=T))
 
 
 def load(root: Path, **overrides: object) -> configuration.ConfigDict:
     """The experiment of `make_chat`, overridden, locked."""
-    return configuration.load(str(root / "chat.py"), [f"{key}={value}" for key, value in overrides.items()])
+    return configuration.load(str(root / "tiny.py"), [f"{key}={value}" for key, value in overrides.items()])

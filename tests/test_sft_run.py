@@ -2,18 +2,26 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conversation_stores import load
+from faults import runs
+from test_convert_from_hf import importing, make_folder
+from verifier import verifier
 
+from k2jax import config as configuration
 from k2jax.data.conversations import is_target
 from k2jax.data.epochs import order_of, read_epochs
 from k2jax.data.loader import BatchSource, batch_digest
 from k2jax.data.provenance import open_run, which_docs, which_steps
-from k2jax.data.store import open_stores
+from k2jax.data.store import Store, open_stores
+from k2jax.release.build import Options, release
 from k2jax.replay import replay
 from k2jax.run.ledger import Ledger, StepLog
 from k2jax.run.storage import read_meta
@@ -141,3 +149,86 @@ def test_a_meshs_shape_changes_no_row(run, chat_data, tmp_path):
     same = ("step", "batch", "supervised_tokens", "padding_tokens")
     assert [[row.get(key) for key in same] for row in ours] == [[row.get(key) for key in same] for row in theirs]
     assert jax.device_count() == 8
+
+
+@pytest.mark.processes
+def test_two_processes_that_are_killed_are_one_that_was_not(chat_data, tmp_path):
+    """Within an epoch; each process reads its part of every step."""
+    with runs.trainers(chat_data) as start:
+        start(tmp_path / "straight").wait(0)
+        pair = runs.pair(start, tmp_path / "run", devices=1)
+        pair[0].wait_for("saved 10")
+        for trainer in pair:
+            trainer.signal(signal.SIGKILL)
+        for trainer in pair:
+            trainer.wait(-signal.SIGKILL)
+        told, _ = (trainer.wait(0) for trainer in runs.pair(start, tmp_path / "run", devices=1))
+        assert any(line.startswith("resuming after step") for line in told)
+    assert runs.ledger_rows(tmp_path / "run") == runs.ledger_rows(tmp_path / "straight")
+    assert runs.meta(tmp_path / "run", 20)["digests"] == runs.meta(tmp_path / "straight", 20)["digests"]
+
+
+def test_conversations_begin_from_an_imported_folder(chat_data, tmp_path):
+    """The stage is the run's first; the folder's weights are what it starts from."""
+    importing(make_folder(tmp_path / "source", chat_data / "tokenizer.json"), tmp_path / "run", name="small")
+    path = tmp_path / "run" / "experiment.py"
+    path.write_text(path.read_text().replace("mix={}", 'mix={"talk": 1, "sums": 1}'))
+    keys = {"name": "chat", "kind": "sft", "sequence_length": 64, "rows_per_step": 8, "steps_per_chunk": 2, "chunks": 1}
+    keys |= {"warmup_steps": 0, "lr_peak": 0.0, "lr_final": 0.0}
+    keys = {f"stages.0.{key}": value for key, value in keys.items()}
+    keys |= {"data.root": chat_data, "log.tensorboard": False, "eval.at_checkpoints": 0}
+    train(configuration.load(str(path), [f"{key}={value}" for key, value in keys.items()]), tmp_path / "run")
+    first, last = (read_meta(tmp_path / "run" / "checkpoints" / str(step))["digests"] for step in (0, 2))
+    assert all(last[name] == digest for name, digest in first.items() if name.startswith("params/"))
+    assert [row["supervised_tokens"] > 0 for row in runs.ledger_rows(tmp_path / "run")] == [True, True]
+
+
+@pytest.fixture(scope="module")
+def released(run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("release") / "out"
+    release(run, out, Options("last", True, "none", "tokens"))
+    return out
+
+
+def test_a_release_has_the_rows_and_a_stranger_checks_them(released):
+    found = {result.name: result for result in verifier.verify(verifier.Release(released, None), say=lambda line: None)}
+    assert {name: r.found for name, r in found.items() if r.state == verifier.FAILED} == {}
+    assert found["batches"].count == found["order"].count == 20
+
+
+def test_a_release_is_replayed_without_its_stores_and_names_its_conversations(released, run, monkeypatch):
+    expected = which_docs(open_run(run), 12)
+    monkeypatch.setattr(Store, "open", None)
+    [step] = replay(released / "run", 12, 1, say=lambda line: None)
+    assert step.batch and step.bits
+    found = which_docs(open_run(released / "run"), 12)
+    assert [[(p.id, p.in_row) for p in row.documents] for row in found] == [
+        [(p.id, p.in_row) for p in row.documents] for row in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    ("forge", "check", "complaint"),
+    [
+        (lambda t: t.set_column(8, "marks", _edited(t["marks"], lambda m: m | (m > 0))), "batches", "have digest"),
+        (lambda t: t.set_column(8, "marks", _edited(t["marks"], lambda m: m + 2 * (m > 0))), "documents", "number its"),
+        (lambda t: t.set_column(7, "documents", t["documents"].take(pa.array([0] * len(t)))), "documents", ""),
+    ],
+    ids=["all learned", "other numbers", "other conversations"],
+)
+def test_forged_rows_are_seen(released, tmp_path, forge, check, complaint):
+    """Seen by the verifier's own reading of a chunk, whatever its other digests say."""
+    path = released / "data" / "chunk_00002.parquet"
+    shutil.copytree(released, tmp_path / "out")
+    pq.write_table(forge(pq.read_table(path)), tmp_path / "out" / "data" / path.name)
+    opened = verifier.Release(tmp_path / "out", None)
+    order, ledger, data = opened.fact("journal").now, opened.fact("ledger"), verifier.Data()
+    chunk = verifier.Chunk(opened, "data/chunk_00002.parquet", 11, 15, 8, 65, True)
+    verifier.look_at(data, 12, chunk.step(12), order.of(12), 65, ledger.rows[12]["batch"])
+    assert complaint in data.wrong[check]
+
+
+def _edited(lists, change):
+    flat = lists.combine_chunks()
+    values = change(flat.flatten().to_numpy(zero_copy_only=False).astype(np.int64)).astype(np.uint32)
+    return pa.ListArray.from_arrays(flat.offsets, pa.array(values))

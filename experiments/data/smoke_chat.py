@@ -1,4 +1,4 @@
-"""Conversations with no download, for experiments/smoke_chat.py: small sums and neighbours of numbers, made here.
+"""Conversations with no download, for experiments/smoke_chat.py: what comes after a number, opposites; made here.
 
     python tools/prepare_data.py --config=experiments/data/smoke_chat.py --out=data/smoke_chat
 
@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     c.tokenizer = "data/smoke/tokenizer.json"
     c.validation_fraction = 0.05
     c.chat.template = f"{MADE}/chat_template.jinja"
-    c.subsets.sums = conversations(f"jsonl:{MADE}/sums.jsonl")
     c.subsets.numbers = conversations(f"jsonl:{MADE}/numbers.jsonl")
+    c.subsets.opposites = conversations(f"jsonl:{MADE}/opposites.jsonl")
     return c

@@ -30,7 +30,7 @@ from k2jax.data.manifest import is_sft, num_windows
 from k2jax.data.order import Order, Rows
 from k2jax.data.released import ReleasedRows
 from k2jax.data.store import Store
-from k2jax.errors import ConfigError, RunError
+from k2jax.errors import RunError
 
 Batch = dict[str, np.ndarray]
 
@@ -64,11 +64,10 @@ class BatchSource:
         self._sequence_length = stage.sequence_length
         self._row_length = row_length(stage.sequence_length, label_shift)
         self._local_rows = np.arange(stage.rows_per_step)[slice(None) if local_rows is None else local_rows]
-        self._conversations, manifest = None, order.of_step(first_step).manifest
+        self._conversations, self._marked, manifest = None, False, order.of_step(first_step).manifest
         if is_sft(manifest["stages"][stage.index]):
-            if self._released:
-                raise ConfigError(f"stage {stage.name!r}: rows of conversations are in no release: name their stores")
-            self._conversations = ConversationRows(manifest, stage.index, stores)
+            self._marked = True
+            self._conversations = None if self._released else ConversationRows(manifest, stage.index, stores)
 
     def __len__(self) -> int:
         return self._last_step - self._first_step + 1
@@ -82,7 +81,9 @@ class BatchSource:
             tokens, marks = self._conversations.read(rows, self._row_length)
             more = {"marks": marks.view(np.int32)}
         elif self._released:
-            tokens = self._released.read(step, self._local_rows, self._rows_per_step, self._row_length)
+            of_rows = step, self._local_rows, self._rows_per_step, self._row_length
+            tokens = self._released.read(*of_rows)
+            more = {"marks": self._released.read(*of_rows, "marks").view(np.int32)} if self._marked else {}
         else:
             tokens = self._read(rows)
         return {
