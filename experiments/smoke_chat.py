@@ -7,8 +7,8 @@ Command: python -m k2jax.train --config=experiments/smoke_chat.py --workdir=runs
   To go on from the smoke run instead of the seed: tools/convert_to_hf.py --workdir=runs/smoke --out=FOLDER, then
   tools/convert_from_hf.py with --workdir=runs/smoke_chat, and the same command.
 Hardware: two CPU cores; under two minutes. Tokens: 0.2M, a third of them learned.
-Expect: at the end sample lines that are right, such as "[INST] What comes after 8? [/INST]| 9.", and
-  python -m k2jax.generate --workdir=runs/smoke_chat --temperature=0 --prompt="[INST] What comes after 4? [/INST]"
+Expect: at the end sample lines that are right, such as "[INST] After 8? [/INST]| 9.", and
+  python -m k2jax.generate --workdir=runs/smoke_chat --temperature=0 --prompt="[INST] After 4? [/INST]"
 """
 
 from ml_collections import ConfigDict
@@ -29,20 +29,20 @@ def get_config() -> ConfigDict:
     c.data.root = "data/smoke_chat"
     c.data.tokenizer = "data/smoke_chat/tokenizer.json"
     c.data.verify = "sha256"
-    c.eval.prompts = ("[INST] What comes after 8? [/INST]", "[INST] What is the opposite of hot? [/INST]")
+    c.eval.prompts = ("[INST] After 8? [/INST]", "[INST] Opposite of hot? [/INST]")
     c.eval.new_tokens = 12
     c.log.every_steps = 10
     c.stages = (
         config.stage(
             name="chat",
             kind="sft",
-            sequence_length=128,
-            rows_per_step=16,
-            steps_per_chunk=50,
+            sequence_length=256,
+            rows_per_step=4,
+            steps_per_chunk=100,
             chunks=2,
             reset_positions=True,
             rope_base=500_000.0,  # that of the smoke run's last stage
-            lr_peak=3e-3,
+            lr_peak=2e-3,
             lr_final=1e-4,
             warmup_steps=10,
             mix={"numbers": 1, "opposites": 1},

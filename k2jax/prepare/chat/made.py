@@ -15,10 +15,9 @@ TEMPLATE = """{% for m in messages %}
 {%- elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}
 {%- else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"""
 OPPOSITES = (
-    "hot cold", "big small", "fast slow", "old new", "open closed", "up down", "left right", "true false", "first last",
-    "high low", "long short", "early late", "empty full", "read write", "input output", "local global",
+    "hot cold", "big small", "fast slow", "old new", "up down", "left right", "true false", "first last",
 )  # fmt: skip
-NUMBERS = range(1, 21)
+NUMBERS = range(1, 13)
 
 
 def write(folder: Path, *, count: int = 1500) -> None:
@@ -34,13 +33,13 @@ def write(folder: Path, *, count: int = 1500) -> None:
 
 def _number(draw: random.Random) -> tuple[str, str]:
     number = draw.choice(NUMBERS)
-    return f"What comes after {number}?", f"{number + 1}."
+    return f"After {number}?", f"{number + 1}."
 
 
 def _opposite(draw: random.Random) -> tuple[str, str]:
     pair = draw.choice(OPPOSITES).split()
     draw.shuffle(pair)
-    return f"What is the opposite of {pair[0]}?", f"{pair[1]}."
+    return f"Opposite of {pair[0]}?", f"{pair[1]}."
 
 
 QUESTIONS = {"numbers": _number, "opposites": _opposite}
@@ -50,7 +49,7 @@ def _lines(ask: Callable[[random.Random], tuple[str, str]], name: str, count: in
     """`count` different conversations of two to six questions, a line of JSON each."""
     draw, found = random.Random(name), {}
     while len(found) < count:
-        turns = [ask(draw) for _ in range(draw.randint(2, 6))]
+        turns = [ask(draw) for _ in range(draw.randint(2, 8))]
         said = [(("user", question), ("assistant", answer)) for question, answer in turns]
         messages = [{"role": role, "content": content} for turn in said for role, content in turn]
         found.setdefault(json.dumps({"messages": messages}), None)
