@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as kept
 from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError
 from k2jax.keys import ATTENTION_SUMS
@@ -71,6 +72,50 @@ def attend_causally(
     if jax.sharding.get_abstract_mesh().empty:
         return attend(q_BTNH, k_BTKH, v_BTKH, document_BT)
     return _on_each_device(attend, q_BTNH, k_BTKH, v_BTKH, document_BT)
+
+
+def turns_heads(m: ConfigDict, length: int, dtype: jnp.dtype) -> bool:
+    """Whether rows of the model section `m` go through `attend_turned`: on TPUs, heads of whole lanes and no norm of
+    each, rows that one device has to itself and its kernel's memory holds."""
+    implementation = m.attention.implementation
+    if sharding.kernel_platform() != "tpu" or implementation not in ("auto", "flash") or context.size() > 1:
+        return False
+    if m.qk_norm and not m.qk_norm_whole:
+        return False
+    from k2jax.kernels import flash_attention, flash_attention_turned
+
+    sizes = flash_attention.default_sizes(length, m.head_dim, dtype)
+    return flash_attention_turned.takes(m.head_dim, length, sizes)
+
+
+def attend_turned(
+    q_BTE: jax.Array,
+    k_BTE: jax.Array,
+    v_BTE: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    document_BT: jax.Array | None,
+    head_dim: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attend_causally` of q and k turned by `rope`, rows of decoder.rope_table; heads lie side by side, E = N H.
+
+    Where `turns_heads` says so; `interpret`: without a TPU.
+    """
+    from k2jax.kernels import flash_attention
+    from k2jax.kernels.flash_attention_turned import turned_attention
+
+    sizes = flash_attention.default_sizes(q_BTE.shape[1], head_dim, q_BTE.dtype)
+
+    def attend(q_BTE: jax.Array, k_BTE: jax.Array, v_BTE: jax.Array, document_BT: jax.Array, *rope: Any) -> jax.Array:
+        options = {"head_dim": head_dim, "sizes": sizes, "interpret": interpret}
+        return turned_attention(q_BTE, k_BTE, v_BTE, rope, document_BT, **options)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend(q_BTE, k_BTE, v_BTE, document_BT, *rope)
+    heads, tokens = (sharding.spec(sharding.ACTIVATIONS[name]) for name in ("q_BTE", "tokens_BT"))
+    specs = heads, heads, heads, tokens, *[tokens if rope[0].ndim == 3 else PartitionSpec()] * 2
+    mapped = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
+    return mapped(q_BTE, k_BTE, v_BTE, document_BT, *rope)
 
 
 def _best_on_gpu(q_BTNH: jax.Array, cudnn_refuses: str | None) -> str:

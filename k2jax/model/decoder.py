@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from k2jax.config import settled
 from k2jax.keys import ATTENTION_SUMS, ON_HOST, REMAT_NAMES
-from k2jax.model.attention import attend_causally
+from k2jax.model.attention import attend_causally, attend_turned, turns_heads
 from k2jax.model.weights import LAYERS, Arrays, are_apart, layers_in_turn, wide
 from k2jax.parallel import context, pipeline
 from k2jax.parallel.fsdp import Rings, lookup, matmul, matmuls
@@ -33,7 +33,7 @@ from k2jax.parallel.sharding import num_stages, platform, shard
 Params = dict[str, jax.Array]
 Matrices = jax.Array | tuple[jax.Array, ...]
 Product = Callable[..., Any]  # x, w, `into`: see `dense`
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH to (B, T, N, H)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH to (B, T, N, H); or all BTE
 CUDNN_FORWARD = "dot_product_attention_fwd"  # JAX's name of cuDNN's attention, with or without _wrapper
 LAYOUT_VERSION = 1  # of the names and shapes of parameter_table, recorded in every checkpoint
 
@@ -190,24 +190,34 @@ class Block(nnx.Module):
             setattr(self, name, nnx.Param(value))
 
     def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, product: Product = dense
+        self,
+        x_BTD: jax.Array,
+        rope: tuple[jax.Array, jax.Array] | None,
+        attend: Attend,
+        product: Product = dense,
     ) -> jax.Array:
         """`attend(q, k, v)` decides whom a position sees, `product(x, w)` how w is laid out: training and generation
-        differ in nothing else."""
+        differ in nothing else.
+
+        `rope` None: attend turns q and k itself, and takes all heads side by side, E = N H: (B, T, E) for (B, T, N, H).
+        """
+        whole = rope is None
         y_BTD = self._normed(x_BTD, "attention_norm_LD")
+        wq, wk, wv, wo = self.wq_LDNH[...], self.wk_LDKH[...], self.wv_LDKH[...], self.wo_LNHD[...]
+        if whole:
+            (wq, wk, wv), wo = (w.reshape(w.shape[0], -1) for w in (wq, wk, wv)), wo.reshape(-1, wo.shape[-1])
         # y[B_data, T, D] . wq[D_fsdp, N_tensor, H] -> q[B_data, T, N_tensor, H]: wq is gathered over fsdp
-        q_BTNH, k_BTKH, v_BTKH = product(y_BTD, (self.wq_LDNH[...], self.wk_LDKH[...], self.wv_LDKH[...]))
-        q_BTNH, k_BTKH = self._biased(q_BTNH, "bq_LNH"), self._biased(k_BTKH, "bk_LKH")
-        v_BTKH = self._biased(v_BTKH, "bv_LKH")
-        q_BTNH, k_BTKH = self._normed(q_BTNH, "q_norm_LH"), self._normed(k_BTKH, "k_norm_LH")
+        q, k, v = product(y_BTD, (wq, wk, wv))
+        q, k, v = self._biased(q, "bq_LNH"), self._biased(k, "bk_LKH"), self._biased(v, "bv_LKH")
+        q, k = self._normed(q, "q_norm_LH"), self._normed(k, "k_norm_LH")
         # mean over [N_tensor, H]: summed over tensor
-        q_BTNH, k_BTKH = self._normed(q_BTNH, "q_norm_LNH"), self._normed(k_BTKH, "k_norm_LKH")
-        q_BTNH = kept(shard(apply_rope(q_BTNH, *rope), "q_BTNH"), "q")
-        k_BTKH = kept(shard(apply_rope(k_BTKH, *rope), "k_BTKH"), "k")
-        v_BTKH = kept(shard(v_BTKH, "k_BTKH"), "v")
-        a_BTNH = shard(attend(q_BTNH, k_BTKH, v_BTKH), "q_BTNH")
+        q, k = self._normed(q, "q_norm_LNH"), self._normed(k, "k_norm_LKH")
+        q, k = (q, k) if whole else (apply_rope(q, *rope), apply_rope(k, *rope))
+        of_q, of_k = ("q_BTE", "q_BTE") if whole else ("q_BTNH", "k_BTKH")
+        q, k, v = kept(shard(q, of_q), "q"), kept(shard(k, of_k), "k"), kept(shard(v, of_k), "v")
+        a = shard(attend(q, k, v), of_q)
         # a[B_data, T, N_tensor, H] . wo[N_tensor, H, D_fsdp] -> [B_data, T, D]: summed over tensor
-        y_BTD = self._normed(product(a_BTNH, self.wo_LNHD[...], 2), "attention_out_norm_LD")
+        y_BTD = self._normed(product(a, wo, a.ndim - 2), "attention_out_norm_LD")
         x_BTD = kept(shard(x_BTD + y_BTD, "x_BTD"), "middle")
         y_BTD = self._normed(x_BTD, "mlp_norm_LD")
         gate_BTF, up_BTF = product(y_BTD, (self.w_gate_LDF[...], self.w_up_LDF[...]))
@@ -219,13 +229,14 @@ class Block(nnx.Module):
         """RMS-normed where the model has that norm. QK-norm: Henry et al., arXiv:2010.04245, with weights."""
         if LAYERS + weight not in self.names:
             return x
-        return rms_norm(x, getattr(self, weight)[...], self.m.norm_eps)
+        w = getattr(self, weight)[...]
+        return rms_norm(x, w.reshape(-1) if x.ndim == 3 else w, self.m.norm_eps)
 
-    def _biased(self, x_BTNH: jax.Array, bias: str) -> jax.Array:
+    def _biased(self, x: jax.Array, bias: str) -> jax.Array:
         """With the bias added where the model has it: in float32, so that its gradient is summed in that."""
         if LAYERS + bias not in self.names:
-            return x_BTNH
-        return (x_BTNH.astype(jnp.float32) + getattr(self, bias)[...]).astype(x_BTNH.dtype)
+            return x
+        return (x.astype(jnp.float32) + getattr(self, bias)[...].reshape(x.shape[2:])).astype(x.dtype)
 
 
 def remat_policy(remat: str) -> Callable:
@@ -287,11 +298,15 @@ class Decoder(nnx.Module):
         x_BTD = shard(lookup(self.embed_VD[...], tokens_BT, self.compute_dtype, rings), "x_BTD")
 
         def layer(x_BTD: jax.Array, arrays: Arrays, rope: Any, document_BT: jax.Array | None) -> jax.Array:
+            block = Block(self.m, {name: wide(x) for name, x in arrays.items()})
+            product = partial(dense, rings=rings, products=self.products)
+            if turns_heads(self.m, tokens_BT.shape[1], self.compute_dtype):
+                attend = partial(attend_turned, rope=rope, document_BT=document_BT, head_dim=self.m.head_dim)
+                return block(x_BTD, None, attend, product)
             attend = partial(
                 attend_causally, document_BT=document_BT, implementation=self.m.attention.implementation
             )
-            block = Block(self.m, {name: wide(x) for name, x in arrays.items()})
-            return block(x_BTD, rope, attend, partial(dense, rings=rings, products=self.products))
+            return block(x_BTD, rope, attend, product)
 
         remat = partial(jax.checkpoint, policy=remat_policy(self.m.remat), prevent_cse=are_apart(self.m))
         one = layer if self.m.remat == "none" else remat(layer)

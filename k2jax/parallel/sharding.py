@@ -46,6 +46,7 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "x_MBTD": ("microbatch", "batch", "position", "width"),
     "q_BTNH": ("batch", "position", "heads", "head_dim"),
     "k_BTKH": ("batch", "position", "kv_heads", "head_dim"),
+    "q_BTE": ("batch", "position", "heads"),  # all of them side by side
     "cache_BKSH": ("batch", "kv_heads", "position", "head_dim"),
     "h_BTF": ("batch", "position", "ffn"),
     "tokens_BT": ("batch", "position"),

@@ -23,7 +23,7 @@ GPU_MATRIX_SHARE, GPU_HBM_SHARE = 0.7, 0.85  # of the peaks that long products a
 KERNEL_SHARE = 0.5  # of the peak, where a kernel's bundles cannot be read: assumed
 EIGHT_BITS = re.compile(r"s8\[|f8e4m3fn\[|f8e5m2\[")  # types of inputs that a GPU multiplies at twice the rate
 PRODUCTS = {"forward": 2, "backward": 5}  # of attention, each of queries times keys times head_dim
-KERNEL = re.compile(r"flash_attention_(forward|backward)(_full)?")
+KERNEL = re.compile(r"flash_attention_(forward|backward)(_full|_turned)?")
 NO_WORK = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
            "copy-start", "copy-done", "send", "send-done", "recv", "recv-done", "iota", "opt-barrier")  # fmt: skip
 FREE = (*NO_WORK, "dynamic-update-slice", "broadcast")
@@ -197,18 +197,30 @@ class Timeline:
         return sum(array_bytes(self.program.shapes[name]) for name in i.operands if name in self.program.shapes)
 
     def _kernel_seconds(self, i: Instruction) -> float:
-        direction, full = KERNEL.search(i.name).groups()
-        (B, N, T, H), *more = array_shapes(i.result)
-        S = more[0][2] if direction == "backward" else self._keys(i, T, H)
+        direction, kind = KERNEL.search(i.name).groups(default="")
+        B, N, T, S, H = self._of_turned(i) if kind == "_turned" else self._of_heads(i, direction)
         length = min(T, S)  # costs are known of as many queries as keys
         try:
             blocks = blocks_of_table(self.chip.name, length, H)
-            cycles, _ = flash_costs(self.chip.name, length, H, blocks)[direction + (full or "")]
+            costs = flash_costs(self.chip.name, length, H, blocks, kind == "_turned")
+            cycles, _ = costs[direction + kind]
             return cycles * B * N * (T * S / length**2) / self.chip.cores / self.clock
         except ValueError:
             self.guessed_kernels.add(f"{i.name} {B, N, T, S, H}")
-            pairs = T * S if full else T * S / 2
+            pairs = T * S if kind == "_full" else T * S / 2
             return 2 * PRODUCTS[direction] * B * N * H * pairs / (KERNEL_SHARE * self.chip.peak_flops)
+
+    def _of_heads(self, i: Instruction, direction: str) -> tuple[int, ...]:
+        """(B, N, T, S, H) of a kernel's call."""
+        (B, N, T, H), *more = array_shapes(i.result)
+        return B, N, T, more[0][2] if direction == "backward" else self._keys(i, T, H), H
+
+    def _of_turned(self, i: Instruction) -> tuple[int, ...]:
+        """The same, where q is (B, T, N H): its row sums (B, N, 1, T), a result or an operand, tell."""
+        B, T, E = array_shapes(i.result)[0]
+        shapes = array_shapes(i.result) + [s for o in i.operands for s in array_shapes(self.program.shapes.get(o, ""))]
+        N = next(shape[1] for shape in shapes if len(shape) == 4 and shape[2:] == (1, T))
+        return B, N, T, T, E // N
 
     def _keys(self, forward: Instruction, T: int, H: int) -> int:
         """Of a forward kernel, whose second array of heads are the keys (B, K, S, H)."""
