@@ -268,3 +268,16 @@ def test_rows_of_text_before_conversations_are_what_they_were(chat_data, tiny_da
         other = BatchSource(Order(alone), stores, label_shift="next", first_step=step, last_step=step)[0]
         assert all(np.array_equal(ours[key], other[key]) for key in other) and "marks" not in ours
     assert T == manifest["stages"][1]["sequence_length"]
+
+
+def test_each_epoch_of_a_subset_is_dealt_by_a_key_of_its_own(stores):
+    manifest = manifest_of(stores)
+    rows, order = ConversationRows(manifest, 0, stores), Order(manifest)
+    found = order.rows(np.arange(order.num_positions))
+    together = {}
+    for name, here, placed in rows.placed(found):
+        for row, epoch in enumerate(found.epoch[here].tolist()):
+            together.setdefault((name, epoch), set()).add(frozenset(placed.document[placed.row == row].tolist()))
+    assert {("b", 0), ("b", 1), ("b", 2)} <= together.keys()
+    assert len(together["b", 0] & together["b", 1]) < len(together["b", 0]) / 5
+    assert rows.key("a", 0) != rows.key("b", 0) != rows.key("b", 1)

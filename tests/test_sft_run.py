@@ -232,3 +232,21 @@ def _edited(lists, change):
     flat = lists.combine_chunks()
     values = change(flat.flatten().to_numpy(zero_copy_only=False).astype(np.int64)).astype(np.uint32)
     return pa.ListArray.from_arrays(flat.offsets, pa.array(values))
+
+
+def test_no_conversation_is_read_twice_in_an_epoch_though_the_mix_changes(run, chat_data, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    for step in (15, 20):
+        shutil.rmtree(again / "checkpoints" / str(step))
+    changed = {"stages.1.mix.talk": 3.0, "allow_drift": "('stages',)"}
+    train(load(chat_data, **OPTIONS | changed), again)
+    opened, read = open_run(again), []
+    for step in range(6, 21):
+        for row in which_docs(opened, step):
+            read += [(row.subset, row.epoch, part.index) for part in row.documents]
+    assert len(read) == len(set(read))
+    document = opened.stores["talk"].document(3)["id"]
+    [found] = which_steps(opened, document)
+    steps = [s for s in range(6, 21) for row in which_docs(opened, s) if document in {p.id for p in row.documents}]
+    assert [r.step for r in found.reads if r.step] == steps
