@@ -23,7 +23,9 @@ from k2jax.data.provenance import open_run, which_docs, which_steps
 from k2jax.data.store import Store, open_stores
 from k2jax.release.build import Options, release
 from k2jax.replay import replay
+from k2jax.run import drift
 from k2jax.run.ledger import Ledger, StepLog
+from k2jax.run.saved import open_step
 from k2jax.run.storage import read_meta
 from k2jax.train import train
 from k2jax.training.setup import open_data
@@ -250,3 +252,29 @@ def test_no_conversation_is_read_twice_in_an_epoch_though_the_mix_changes(run, c
     [found] = which_steps(opened, document)
     steps = [s for s in range(6, 21) for row in which_docs(opened, s) if document in {p.id for p in row.documents}]
     assert [r.step for r in found.reads if r.step] == steps
+
+
+@pytest.mark.slow
+def test_a_run_of_before_these_keys_is_read_and_goes_on(tiny_config, tmp_path, monkeypatch):
+    """Its epoch and checkpoints know nothing of kinds of stages; what is saved from now on does."""
+    to_dict = configuration.to_dict
+
+    def before(config):
+        values = to_dict(config)
+        for stage in values["stages"] if "stages" in values else [values]:
+            for key in ("kind", "too_long", "reset_positions"):
+                stage.pop(key, None)
+        return values
+
+    with monkeypatch.context() as older:
+        for module in (configuration, drift):
+            older.setattr(module, "to_dict", before)
+        train(tiny_config(), tmp_path / "run")
+    assert "kind" not in read_epochs(tmp_path / "run")[0].config["stages"][0]
+    assert open_step(tmp_path / "run", 25).config.stages[0].kind == "pretrain"
+    for step in (20, 25):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    before_it = runs.ledger_rows(tmp_path / "run")
+    train(tiny_config(), tmp_path / "run")
+    assert runs.ledger_rows(tmp_path / "run") == before_it
+    assert open_step(tmp_path / "run", 25).step == 25 and open_step(tmp_path / "run", 10).step == 10
