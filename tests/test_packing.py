@@ -9,7 +9,7 @@ from conversation_stores import T, load, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2jax.data.conversations import ConversationRows, is_target
+from k2jax.data.conversations import ConversationRows, is_target, num_held_out_rows, read_held_out
 from k2jax.data.loader import BatchSource, batch_digest, make_loader
 from k2jax.data.manifest import build_manifest, check_manifest, describe
 from k2jax.data.order import Order
@@ -200,6 +200,15 @@ def test_too_long_is_refused_dropped_or_cut(tmp_path):
         packing_of(store, 5, "drop")
 
 
+def test_held_out_conversations_are_packed_cut_or_none(tmp_path):
+    store = write_store(tmp_path / "s", [20] * 30 + [100] * 2, seed=5, held_out=0.2)
+    assert store.num_documents - store.num_train_documents == 2
+    assert (num_held_out_rows(store, 64, "refuse"), num_held_out_rows(store, 64, "drop")) == (2, 0)
+    tokens, marks = read_held_out(store, 64, "refuse", np.array([1]), 65)
+    assert (marks[0, :64] >> 1).tolist() == [1] * 64 and tokens[0, 64] == marks[0, 64] == 0
+    assert num_held_out_rows(write_store(tmp_path / "none", [20] * 3), 64, "cut") == 0
+
+
 def masked_store(path, documents):
     from k2jax.data.store import Store, StoreWriter
 
@@ -214,6 +223,11 @@ def test_what_is_cut_before_its_answer_is_left_out(tmp_path):
     store = masked_store(tmp_path / "s", [[0] * 8 + [1] * 4, [0] * 3 + [1] * 9, [0, 1, 1]])
     packed = packing_of(store, 6, "cut")
     assert (packed.left_out, packed.cut, packed.num_tokens) == (1, 1, 6 + 3)
+
+
+def test_an_empty_document_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="document 1 is empty"):
+        packing_of(masked_store(tmp_path / "s", [[0, 1], [], [0, 1]]), 8, "cut")
 
 
 def test_a_conversation_without_a_target_is_refused(tmp_path):

@@ -114,9 +114,8 @@ def fill(
 
 def num_held_out_rows(store: Store, sequence_length: int, too_long: str) -> int:
     """Rows of a store's held-out conversations, packed as those of training; what is too long is cut, or dropped."""
-    if store.num_train_documents == store.num_documents:
-        return 0
-    return packing_of(store, sequence_length, too_long, held_out=True).num_rows
+    packing = packing_of(store, sequence_length, too_long, held_out=True)
+    return packing.num_rows if packing else 0
 
 
 def read_held_out(

@@ -160,18 +160,22 @@ def best_fit(counts: np.ndarray, capacity: int) -> list[Kind]:
 
 
 @lru_cache(maxsize=16)
-def packing_of(store: Store, sequence_length: int, too_long: str, held_out: bool = False) -> Packing:
-    """The packing of a store's training documents, or of those that it holds out.
+def packing_of(store: Store, sequence_length: int, too_long: str, held_out: bool = False) -> Packing | None:
+    """The packing of a store's training documents, or of those that it holds out; None where none of those is left.
 
     `too_long` of documents that are longer than a row: "refuse", "drop", or "cut" at the row's end, where those that
     then have nothing to learn are dropped, too. Held-out ones are cut in any case but "drop".
 
-    Raises ConfigError, naming a document, where one is too long and `too_long` is "refuse", or none is left.
+    Raises ConfigError, naming a document, where one is too long and `too_long` is "refuse", or empty; and where none is
+    left to train on.
     """
     first = store.num_train_documents if held_out else 0
     starts = store.document_starts()[first : (None if held_out else store.num_train_documents + 1)]
     begins, lengths = starts[:-1], np.diff(starts)
     documents, longer = np.arange(first, first + len(lengths)), lengths > sequence_length
+    if not lengths.all():
+        empty = int(documents[lengths.argmin()])
+        raise ConfigError(f"store {store.path}: document {empty} is empty, no conversation is: prepare the store again")
     count, left_out = int(longer.sum()), np.zeros(len(lengths), bool)
     if count and too_long == "refuse" and not held_out:
         _refuse(store, int(documents[longer.argmax()]), int(lengths[longer.argmax()]), count, sequence_length)
@@ -182,11 +186,12 @@ def packing_of(store: Store, sequence_length: int, too_long: str, held_out: bool
         some = np.flatnonzero(longer)
         left_out[some] = targets_of(store, begins[some], lengths[some]) == 0
     kept = ~left_out
+    if not kept.any() and held_out:
+        return None
     if not kept.any():
-        what = "held-out conversation" if held_out else "conversation"
         raise ConfigError(
-            f"store {store.path}: no {what} of {len(lengths):,} fits rows of {sequence_length} tokens with something "
-            f"to learn: lengthen sequence_length"
+            f"store {store.path}: no conversation of {len(lengths):,} fits rows of {sequence_length} tokens with "
+            f"something to learn: lengthen sequence_length"
         )
     dropped = int(left_out.sum())
     counts = {"left_out": dropped, "cut": count - dropped}
