@@ -23,12 +23,14 @@ from k2jax.data.provenance import open_run, which_docs, which_steps
 from k2jax.data.store import Store, open_stores
 from k2jax.release.build import Options, release
 from k2jax.replay import replay
+from k2jax.rerun import Rerun, checkpoints_before
 from k2jax.run import drift
 from k2jax.run.ledger import Ledger, StepLog
 from k2jax.run.saved import open_step
 from k2jax.run.storage import read_meta
 from k2jax.train import train
 from k2jax.training.setup import open_data
+from k2jax.trials import Trials
 
 OPTIONS = {"eval.at_checkpoints": 2, "stability.attention_every": 7, "mesh.fsdp": 4, "mesh.tensor": 2}
 
@@ -278,3 +280,19 @@ def test_a_run_of_before_these_keys_is_read_and_goes_on(tiny_config, tmp_path, m
     train(tiny_config(), tmp_path / "run")
     assert runs.ledger_rows(tmp_path / "run") == before_it
     assert open_step(tmp_path / "run", 25).step == 25 and open_step(tmp_path / "run", 10).step == 10
+
+
+@pytest.mark.slow
+def test_the_spike_detective_names_conversations(run):
+    """Rows' losses are those that the step had; padding is no repeated n-gram; of a row its conversations are told."""
+    rerun = Rerun(run, 12, say=lambda line: None)
+    places = checkpoints_before(run, 12)
+    trials = Trials(rerun, 12, places, {}, True, False)
+    found = trials.run()
+    assert found["replay"]["again"] and found["replay"]["first_difference"] is None
+    assert not any(row["repeat"] for row in found["data"]["rows"]) and found["data"]["of"] == 8
+    assert found["data"]["baselines"]["all"]["median"] > 0
+    told = trials._documents({"row": 3, "repeat": None})
+    expected = which_docs(open_run(run), 12, 3)[0].documents
+    longest = sorted(expected, key=lambda part: part.in_row[0] - part.in_row[1])[:3]
+    assert [one["id"] for one in told] == [part.id for part in longest]
