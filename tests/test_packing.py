@@ -201,7 +201,7 @@ def test_too_long_is_refused_dropped_or_cut(tmp_path):
 
 
 def test_held_out_conversations_are_packed_cut_or_none(tmp_path):
-    store = write_store(tmp_path / "s", [20] * 30 + [100] * 2, seed=5, held_out=0.2)
+    store = write_store(tmp_path / "s", [20] * 30 + [100] * 2, seed=5, held_out=0.25)
     assert store.num_documents - store.num_train_documents == 2
     assert (num_held_out_rows(store, 64, "refuse"), num_held_out_rows(store, 64, "drop")) == (2, 0)
     tokens, marks = read_held_out(store, 64, "refuse", np.array([1]), 65)
