@@ -18,8 +18,10 @@ from k2jax import paths
 from k2jax.errors import ConfigError
 from k2jax.keys import (
     FREE_KEYS,
+    GROUPS,
     KINDS,
     ON_HOST,
+    OPTIMIZERS,
     PATHS,
     PRODUCTS,
     RANGES,
@@ -38,6 +40,7 @@ __all__ = [
     "base",
     "described_rate",
     "from_dict",
+    "group_factors",
     "load",
     "range_of",
     "settled",
@@ -164,7 +167,7 @@ def validate(config: ConfigDict) -> None:
     need(found in ("next", "inside"), "data.label_shift", found, "must be next or inside")
     found = config.data.verify
     need(found in ("sizes", "sha256"), "data.verify", found, "must be sizes or sha256")
-    _validate_remedies(need, config)
+    _validate_optimizer(need, config)
     axes = [config.mesh[axis] for axis in config.mesh]
     need(
         all(size == -1 or size > 0 for size in axes) and axes.count(-1) <= 1,
@@ -202,10 +205,34 @@ def _validate_model(need: Any, m: ConfigDict) -> None:
     looped = m.unroll <= 1 or ON_HOST not in m.remat  # libtpu 0.0.42 compiles no other
     need(looped, "model.unroll", m.unroll, f"must be 1 where model.remat={m.remat} keeps arrays by the host")
     need(all(size > 0 for size in m.rings), "model.rings", m.rings, "sizes must be positive")
+    apart = not (m.width_base and m.tie_embeddings)  # the head's size and rate are not the embedding's
+    need(apart, "model.width_base", m.width_base, "must be 0 (off) where model.tie_embeddings is on")
     need(m.qk_norm or not m.qk_norm_whole, "model.qk_norm_whole", True, "needs model.qk_norm, which is off")
 
 
-def _validate_remedies(need: Any, config: ConfigDict) -> None:
+def group_factors(texts: Iterable[str]) -> dict[tuple[str, str], float]:
+    """Of `optimizer.groups`: {("embed", "lr"): 0.5} of ("embed.lr=0.5",)."""
+    pairs = (text.split("=") for text in texts)
+    return {tuple(key.split(".")): float(value) for key, value in pairs}
+
+
+def _validate_groups(need: Any, config: ConfigDict) -> None:
+    absent = {"biases": not config.model.qkv_bias, "head": config.model.tie_embeddings}
+    known = [name for name in GROUPS if name not in absent or not absent[name]]
+    form = re.compile(rf"({'|'.join(known)})\.(lr|decay)=(\d+(\.\d*)?|\.\d+)(e-?\d+)?")
+    keys = [text.partition("=")[0] for text in config.optimizer.groups]
+    for text in config.optimizer.groups:
+        what = f"must be written GROUP.lr=FACTOR or GROUP.decay=FACTOR, GROUP one of {', '.join(known)}"
+        need(form.fullmatch(text), "optimizer.groups", text, what)
+        need(keys.count(text.partition("=")[0]) == 1, "optimizer.groups", text, "each may be there once")
+
+
+def _validate_optimizer(need: Any, config: ConfigDict) -> None:
+    _validate_groups(need, config)
+    found = config.optimizer.name
+    need(found in OPTIMIZERS, "optimizer.name", found, f"must be one of {', '.join(OPTIMIZERS)}")
+    found, second = config.optimizer.update_clip, config.optimizer.name == "adamw"
+    need(not found or second, "optimizer.update_clip", found, "must be 0 (off) but for adamw: it takes all of nu")
     found = config.data.mask_repeats  # 2 would mask every row that has a token twice in a row
     need(found == 0 or found >= 3, "data.mask_repeats", found, "must be 0 (off), or 3 and more")
     normed = config.model.qk_norm and config.optimizer.qk_clip  # what wq is multiplied by would be divided out again

@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "devices (default: 16384)")  # fmt: skip
     add("--seed", type=_count, default=1234, metavar="N", help="of few-shot examples and of sampling (default: the "
         "harness's, 1234)")  # fmt: skip
+    branches.add_weights(p)
     add("--again", action="store_true", help="also what is stored: the new result is put beside the first")
     add("--watch", action="store_true", help="evaluate each checkpoint as it appears, to the run's last; may run "
         "beside the training")  # fmt: skip
@@ -98,6 +99,7 @@ def main() -> None:
         seed=args.seed,
         stores=args.stores,
         again=args.again,
+        weights=args.weights,
     )
 
     join()

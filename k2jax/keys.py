@@ -19,6 +19,8 @@ REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
 KINDS = ("pretrain", "sft")  # of stages
 TOO_LONG = ("refuse", "drop", "cut")  # what an sft stage does of conversations that are longer than its rows
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")  # training/optimizer.py has what they are
+OPTIMIZERS = ("adamw", "muon", "lion", "adafactor")  # there, too
+GROUPS = ("embed", "norms", "q", "k", "v", "biases", "o", "gate", "up", "down", "head")  # of parameters: decoder.py
 PRODUCTS = ("compute", "float8", "int8")  # that precision.products may be
 PATHS = {"root": True, "tokenizer": False}  # keys of `data` that are paths, and whether they may be URLs
 ON_HOST = "@host"  # after a name, as in q+k+up@host: that one is kept in the host's memory
@@ -42,6 +44,7 @@ def base() -> ConfigDict:
     c.model.ffn_dim = 22016               # F: hidden width of the SwiGLU
     c.model.norm_eps = 1e-5               # of RMSNorm
     c.model.init_std = 0.02               # of every matrix; residual outputs are scaled down (decoder.py, INIT)
+    c.model.width_base = 0                # muP: `dim` of the model whose init_std and rates these are; 0: off
     c.model.tie_embeddings = False        # True: the head is the embedding transposed
     c.model.qkv_bias = False              # True: q, k and v have biases, as in Qwen2
     c.model.qk_norm = False               # True: q and k are RMS-normed before RoPE, each head by itself, as in Qwen3
@@ -74,12 +77,16 @@ def base() -> ConfigDict:
 
     c.stages = ()                         # the run, a row a stage: see `stage()`
 
-    c.optimizer = ConfigDict()            # AdamW; fp32 master parameters and moments
-    c.optimizer.b1 = 0.9
+    c.optimizer = ConfigDict()            # fp32 master parameters and moments
+    c.optimizer.name = "adamw"            # or "muon" (AdamW for all but layers' matrices), "lion", "adafactor"
+    c.optimizer.momentum = 0.95           # of Muon's one moment
+    c.optimizer.b1 = 0.9                  # AdamW's and Lion's, as b2
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.1        # on matrices and embeddings, not on norms and biases
     c.optimizer.decay_embeddings = True   # False: weight_decay spares the embedding (which may be the head, too)
+    c.optimizer.groups = ()               # factors of the rate, and of weight_decay: ("embed.lr=0.5", "head.decay=0")
+    c.optimizer.ema_decay = 0.0           # of a moving average of the weights, such as 0.9999; 0: none
     c.optimizer.clip_norm = 1.0           # global gradient norm
     c.optimizer.adagc = ConfigDict()      # AdaGC: each tensor's gradient clipped by its own history (remedies.py)
     c.optimizer.adagc.ratio = 0.0         # to so many times its mean norm; AdaGC: 1.05; 0: off
@@ -136,7 +143,7 @@ def base() -> ConfigDict:
     c.checkpoint.every_steps = 0          # more of them, every so many steps; 0: none
     c.checkpoint.keep_between = 2         # how many of those are kept
     c.checkpoint.max_launches = 20        # without a new checkpoint, one after the other; 0: no limit
-    c.checkpoint.moments_every = 1        # Adam's moments: kept of every so many chunks, and of the newest two
+    c.checkpoint.moments_every = 1        # the optimizer's moments: kept of every so many chunks, and of the newest two
 
     c.watchdog = ConfigDict()             # seconds that a process may be at one thing, else it ends with 70; 0: any
     c.watchdog.start = 14400              # data and run are opened, and hashed where data.verify says so
@@ -204,7 +211,7 @@ RANGES = {
         stability.max_skips stability.rollback.after stability.rollback.watch""",
     "[8, 2001)": "stability.window",  # of no more rows than detect.HISTORY
     "[1, 2001)": "stability.persistence",
-    "[0, inf)": """model.unroll model.sliding_window loss.z_loss optimizer.weight_decay data.workers
+    "[0, inf)": """model.unroll model.sliding_window model.width_base loss.z_loss optimizer.weight_decay data.workers
         checkpoint.every_steps checkpoint.keep_between checkpoint.max_launches log.layers_every eval.at_checkpoints
         stability.attention_every
         watchdog.start watchdog.restore watchdog.data watchdog.step watchdog.save watchdog.evaluate
@@ -219,7 +226,7 @@ RANGES = {
         stability.deviations""",
     "(1, inf)": "stages.*.rope_base",
     "(0, 1)": "stages.*.decay_share",
-    "[0, 1)": "optimizer.b1 optimizer.b2 optimizer.adagc.beta",
+    "[0, 1)": "optimizer.b1 optimizer.b2 optimizer.momentum optimizer.ema_decay optimizer.adagc.beta",
     "[0, 4294967296)": "seed",
 }
 _RANGE_OF = {key: interval for interval, keys in RANGES.items() for key in keys.split()}

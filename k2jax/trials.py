@@ -9,11 +9,12 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from k2jax.data.provenance import which_docs
-from k2jax.model.decoder import Params, compute_dtype
+from k2jax.model.decoder import Params, compute_dtype, parameter_table
 from k2jax.parallel import compile_cache
 from k2jax.rerun import CLOSE, Place, Replayed, Rerun, compare, ledger_rows, metrics_rows
 from k2jax.run.ledger import float_bits
@@ -21,7 +22,8 @@ from k2jax.run.state import TrainState
 from k2jax.stability.crossing import Ordinary, limit_of
 from k2jax.stability.repeats import repeats
 from k2jax.stability.verdict import SOON, is_unusual
-from k2jax.training.step import row_losses, squares
+from k2jax.training.optimizer import Table, kept_moments
+from k2jax.training.step import row_losses
 
 OTHERS = 6  # steps around the one in question, whose batches stand for ordinary ones
 EARLIER = 2  # checkpoints before it from whose states its batch is run
@@ -129,7 +131,7 @@ class Trials:
     def _params_beside_metrics(self, place: Place, state: TrainState) -> list[dict[str, Any]]:
         """The norms by layer group, as restored and as the step recorded what it left."""
         row = metrics_rows(self.rerun.workdir, place.step, place.step).get(place.step, {})
-        found = _norms(self.rerun, state.params)
+        found = _norms(self.rerun, parameter_table(self.rerun.config.model), state.params)
         pairs = {group: (value, row.get(f"param_norm/{group}")) for group, value in found.items()}
         return [
             {"group": group, "found": value, "recorded": known, "apart": abs(value / known - 1) if known else 0.0}
@@ -267,14 +269,13 @@ class Trials:
     @cached_property
     def _losses_of(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """(parameters, tokens and marks (A, R, T+1)) to (losses, targets), (A, R) each."""
-        config, eos_id = self.rerun.config, self.rerun.data.manifest["eos_id"]
-        stage = config.stages[self.rerun.order.stage_of_step(self.step).index]
+        config, plan = self.rerun.config, self.rerun.order.stage_of_step(self.step)
+        eos_id, stage = self.rerun.data.manifest["eos_id"], config.stages[plan.index]
         one = partial(row_losses, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype(config))
 
         def losses(params: Params, tokens: jax.Array, marks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
             def told(some: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
-                rows = one(params, some[0], None, some[1])[1]
-                return rows.nats, rows.targets
+                return (rows := one(params, some[0], None, some[1])[1]).nats, rows.targets
 
             return jax.lax.map(told, (tokens, marks))
 
@@ -323,16 +324,23 @@ def _finite(values: dict[str, float]) -> bool:
     return math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
 
 
-def _norms(rerun: Rerun, arrays: dict[str, jax.Array]) -> dict[str, float]:
+def _norms(rerun: Rerun, table: Table, arrays: dict[str, jax.Array]) -> dict[str, float]:
     """{layer group: norm}."""
-    everywhere = NamedSharding(rerun.mesh, PartitionSpec())
-    found = jax.jit(partial(squares, rerun.config), out_shardings=everywhere)(arrays)
-    return {group: float(value) ** 0.5 for group, value in found.groups.items()}
+
+    def squares(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        found: dict[str, jax.Array] = {}
+        for name, p in table.items():
+            found[p.group] = found.get(p.group, 0.0) + jnp.square(arrays[name]).sum()
+        return found
+
+    found = jax.jit(squares, out_shardings=NamedSharding(rerun.mesh, PartitionSpec()))(arrays)
+    return {group: float(value) ** 0.5 for group, value in found.items()}
 
 
 def _moment_norms(rerun: Rerun, state: TrainState) -> dict[str, float]:
-    moments = {"first moment": state.mu, "second moment": state.nu}
-    norms = {name: _norms(rerun, arrays) for name, arrays in moments.items()}
+    """Of those that the optimizer has; of factored ones it is their factors'."""
+    first, second = kept_moments(rerun.config)
+    norms = {"first moment": _norms(rerun, first, state.mu), "second moment": _norms(rerun, second, state.nu)}
     return {f"{name} of {group}": value for name, found in norms.items() for group, value in found.items()}
 
 

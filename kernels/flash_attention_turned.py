@@ -11,7 +11,7 @@ Axes: B batch, N query heads, K key and value heads, T positions, H head dim, E 
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def turns(length: int) -> int:
     return length // (ROWS if length % ROWS == 0 else LANES)
 
 
-def _by_rows(length: int, take: Callable) -> None:
+def _by_rows(length: int, take: Callable[[Any], None]) -> None:
     """`take(rows)` of each of a row's parts."""
     step = length // turns(length)
     lax.fori_loop(0, turns(length), lambda r, _: take(pl.ds(pl.multiple_of(r * step, step), step)), None)
@@ -121,7 +121,7 @@ def _forward_kernel(
 
     @pl.when(i == 0)
     def _():
-        def take(rows) -> None:
+        def take(rows: Any) -> None:
             k_turned_ref[rows, :] = _turn(k_ref[rows, :], cos_ref[rows, :], sin_ref[rows, :]).astype(k_ref.dtype)
 
         _by_rows(k_ref.shape[0], take)
@@ -193,7 +193,7 @@ def _backward_kernel(
 
     @pl.when(j == 0)
     def _():
-        def take(rows) -> None:
+        def take(rows: Any) -> None:
             q_turned = _turn(q_ref[rows, :], cos_ref[rows, :], sin_ref[rows, :]) * factor
             q_turned_ref[rows, :] = q_turned.astype(q_ref.dtype)
             shares = dout_ref[rows, :].astype(jnp.float32) * out_ref[rows, :].astype(jnp.float32)
@@ -210,7 +210,7 @@ def _backward_kernel(
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
-        def take(rows) -> None:
+        def take(rows: Any) -> None:
             dq_ref[rows, :] = _turn(dq_acc_ref[rows, :], cos_ref[rows, :], -sin_ref[rows, :]).astype(dq_ref.dtype)
 
         _by_rows(T, take)

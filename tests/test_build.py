@@ -237,12 +237,40 @@ def test_what_was_begun_goes_on_with_the_same_recipe_and_files_only(made, config
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process"):
             build.build(config, out, workers=1)
+    begun = out / "stages/recipe.json"
+    ours = begun.read_text()
+    begun.write_text(json.dumps(json.loads(ours) | {"code": ["0" * 64]}))
+    with pytest.raises(ConfigError, match="begun by another version of k2jax .code 000000000000, .*--other_code"):
+        build.build(config, out, workers=1)
+    with pytest.raises(StorageError, match="stopped here"):
+        build.build(config, out, workers=1, other_code=True)
+    assert json.loads(begun.read_text())["code"] == ["0" * 64, *json.loads(ours)["code"]], "it is recorded"
+    begun.write_text(ours)
     monkeypatch.undo()
     for half_written in ("tokenizer.json.new-host-1", "card/index.html.new-host-1"):
         (out / half_written).parent.mkdir(exist_ok=True)
         (out / half_written).write_text("half")
     build.build(config, out, workers=1)
     assert different_files(made[0], out) == []
+
+
+def test_of_equal_priorities_the_recipes_order_counts(tmp_path):
+    """By name "web" is behind "archive": the curated copy was lost to whatever was called so."""
+    for name in ("web", "archive"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "The same text in both of them. " * 20}) + "\n")
+    config = recipe.base()
+    config.vocab_size, config.validation_fraction = 320, 0.0
+    for name in ("web", "archive"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own.txt").write_text(f"Only {name} has this text, and nobody else has it. " * 20)
+    for name in ("web", "archive"):
+        (tmp_path / f"{name}.jsonl").rename(tmp_path / name / "both.txt")
+        config.subsets[name] = recipe.subset(f"text:{tmp_path}/{name}/*.txt")
+    recipe.validate(config)
+    data, _ = build.build(config, tmp_path / "out", workers=1)
+    assert {name: store["documents"] for name, store in data["stores"].items()} == {"web": 2, "archive": 1}
+    assert {name: chosen["priority"] for name, chosen in data["config"]["subsets"].items()} == {"web": 0, "archive": 1}
+    assert build.build(config, tmp_path / "out", workers=1)[1], "the same recipe again"
 
 
 def test_a_folder_with_other_files_is_refused_and_kept(config, tmp_path):

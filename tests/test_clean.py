@@ -1,8 +1,10 @@
 """The stage that reads and cleans: its files agree with each other, and are the same whatever happens in between."""
 
+import gzip
 import json
 import multiprocessing
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +18,10 @@ pytest.importorskip("datatrove", reason="the extra `data`")
 import pyarrow.parquet as pq  # noqa: E402
 
 from k2jax.errors import ConfigError, StorageError  # noqa: E402
-from k2jax.prepare import recipe  # noqa: E402
+from k2jax.prepare import dealing, recipe  # noqa: E402
 from k2jax.prepare.clean import check, stages  # noqa: E402
 from k2jax.prepare.documents import document, read_documents  # noqa: E402
+from k2jax.prepare.engine import Engine  # noqa: E402
 
 SENTENCE = "The keeper of the lighthouse number {} wrote to keeper{}@example.net about the oil and the weather. "
 QUESTION = "which of these islands had a lighthouse before the year 1800 and still has one that turns today"
@@ -46,10 +49,17 @@ def make_config(folder: Path, tasks: int = 1, **options):
 
 def run(config, out: Path) -> dict[str, bytes]:
     """All stages; every file by its name."""
+    deal(config, out)
     for stage in stages(config, out):
         for rank in range(stage.tasks):
             stage.function(rank)
     return files_of(out)
+
+
+def deal(config, out: Path) -> None:
+    """Lists the sources and finds where their limits are."""
+    dealing.deal(config, out, Engine(out / "marks", "local", 1, {}), check(config))
+    shutil.rmtree(out / "marks")
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -62,17 +72,18 @@ def half_written(out: Path) -> list[Path]:
 
 def complete(out: Path) -> list[str]:
     """Files of a task of cleaning that look complete."""
-    return [name for name in files_of(out) if ".new-" not in name and not name.startswith("stages/clean/files/")]
+    return [name for name in files_of(out) if ".new-" not in name and not name.startswith("stages/files/")]
 
 
 def test_a_tasks_files_agree(tmp_path):
     write_corpus(tmp_path / "in")
     config = make_config(tmp_path / "in", min_document_bytes=150)
     config.removed_samples = 3
-    config.subsets.tokens = recipe.subset("megatron:x")
+    (tmp_path / "x.bin").touch()
+    config.subsets.tokens = recipe.subset(f"megatron:{tmp_path}/x.bin")
     names = run(config, tmp_path / "out")
     kinds = [("documents", "jsonl.zst"), ("index", "parquet"), ("removed", "jsonl.zst"), ("tally", "json")]
-    dealt = [f"stages/clean/files/{name}.json" for name in ("00000", "summary")]  # tokens are no task of this stage
+    dealt = [f"stages/files/{name}.json" for name in ("tokens", "web", "summary")]  # tokens are no task of this stage
     assert sorted(names) == sorted([*dealt, *(f"stages/clean/{a}/00000.{b}" for a, b in kinds)])
     clean = tmp_path / "out/stages/clean"
     found = list(read_documents(clean / "documents/00000.jsonl.zst"))
@@ -105,6 +116,41 @@ def test_the_parts_of_a_source_are_the_whole(tmp_path):
     assert texts[0] == texts[1] and len(texts[0]) > 100
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_max_bytes_gives_the_same_documents_for_any_number_of_tasks(tmp_path, packed):
+    """As much as was asked for, of one file or of many, whatever their sizes; nothing of the files behind."""
+    write_corpus(tmp_path / "in", num_files=9)
+    if packed:
+        for path in (tmp_path / "in").iterdir():
+            path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    pattern, found = "*.jsonl.gz" if packed else "*.jsonl", {}
+    for limit in (1, 5_000, 60_000, 10**9):
+        for tasks in (1, 4, 16):
+            config = recipe.base()
+            config.subsets.web = recipe.subset(f"jsonl:{tmp_path}/in/{pattern}", tasks=tasks, max_bytes=limit)
+            out = tmp_path / f"{limit}-{tasks}"
+            run(config, out)
+            paths = sorted((out / "stages/clean/documents").iterdir())
+            found[limit, tasks] = sorted(
+                (one.metadata["source"], one.text) for path in paths for one in read_documents(path)
+            )
+        assert found[limit, 1] == found[limit, 4] == found[limit, 16]
+        size = sum(len(text.encode()) for _, text in found[limit, 1])
+        assert size <= limit and (size > limit - 700 or limit == 10**9)
+    everything = found[10**9, 1]
+    assert len(everything) == 9 * 25 and set(found[60_000, 1]) < set(everything)
+
+
+def test_samples_of_what_was_removed_show_no_address(tmp_path):
+    """One goes before the rule that replaces addresses comes to it, another is cut in the middle of one."""
+    (tmp_path / "in").mkdir()
+    texts = ["Write to me.", "x" * 1990 + " someone@somewhere.example.org", "a short one: me@home.example.org"]
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run(make_config(tmp_path / "in", filters=("gopher-quality",), min_document_bytes=40), tmp_path / "out")
+    shown = [one.text for one in read_documents(tmp_path / "out/stages/clean/removed/00000.jsonl.zst")]
+    assert len(shown) == 3 and not any("some" in text or "me@" in text for text in shown)
+
+
 def test_contaminated_documents_go_and_the_report_names_them(tmp_path):
     write_corpus(tmp_path / "in")
     (tmp_path / "evals").mkdir()
@@ -129,8 +175,8 @@ def test_stages_run_in_other_processes_with_the_same_bytes(tmp_path):
     write_corpus(tmp_path / "in")
     config = make_config(tmp_path / "in", tasks=3, filters=("gopher-quality",))
     here = run(config, tmp_path / "here")
-    deal, stage = stages(config, tmp_path / "there")
-    deal.function(0)
+    deal(config, tmp_path / "there")
+    [stage] = stages(config, tmp_path / "there")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.map(stage.function, range(stage.tasks))
     assert files_of(tmp_path / "there") == here
@@ -144,10 +190,10 @@ def test_killed_at_any_moment_it_gives_the_same_bytes(tmp_path):
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_clean import make_config, stages
+from test_clean import deal, make_config, stages
 config = make_config(Path({str(tmp_path / "in")!r}), max_document_bytes=700)
-deal, stage = stages(config, Path({str(tmp_path / "out")!r}))
-deal.function(0)
+deal(config, Path({str(tmp_path / "out")!r}))
+[stage] = stages(config, Path({str(tmp_path / "out")!r}))
 print("starts", flush=True)
 stage.function(0)
 """
@@ -181,9 +227,10 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_clean import make_config, stages
-deal, stage = stages(make_config(Path({str(tmp_path / "in")!r})), Path({str(tmp_path / "out")!r}))
-deal.function(0)
+from test_clean import deal, make_config, stages
+config, out = make_config(Path({str(tmp_path / "in")!r})), Path({str(tmp_path / "out")!r})
+deal(config, out)
+[stage] = stages(config, out)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 stage.function(0)
@@ -204,6 +251,24 @@ def test_what_is_missing_is_found_before_anything_is_read(tmp_path):
     config.contamination.sources = ("jsonl:none/*.jsonl",)
     with pytest.raises(ConfigError, match="no file matches"):
         check(config)
+
+
+def test_files_of_later_dumps_are_not_read(tmp_path):
+    for dump in ("CC-MAIN-2013-20", "CC-MAIN-2024-30", "CC-MAIN-2024-33", "CC-MAIN-2025-05"):
+        (tmp_path / dump).mkdir()
+        (tmp_path / dump / "a.jsonl").write_text('{"text": "a"}')
+    config = recipe.base()
+    dumps = ("CC-MAIN-2013-20", "CC-MAIN-2024-30")
+    config.subsets.web = recipe.subset(f"jsonl:{tmp_path}/*/*.jsonl", dumps=dumps)
+    recipe.validate(config)
+    assert sorted(file.name[:15] for file in dealing.listed(config)["web"]) == list(dumps)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jsonl").write_text('{"text": "b"}')
+    with pytest.raises(ConfigError, match=r"subsets.web.dumps: elsewhere/b.jsonl names no dump in its path"):
+        dealing.listed(config)
+    config.subsets.web = recipe.subset(f"jsonl:{tmp_path}/*/*.jsonl", dumps=dumps[:1])
+    with pytest.raises(ConfigError, match="dumps=.*must be the first and the last"):
+        recipe.validate(config)
 
 
 @pytest.mark.fault("S7")

@@ -72,7 +72,8 @@ def test_documents_with_a_questions_words_are_found_whatever_their_punctuation(s
         "n_gram": "a train leaves the station at noon and travels north at sixty miles",
     }  # fmt: skip
     index = json.loads((tmp_path / "out/stages/contamination/items.json").read_text())
-    assert index["items"] == 4 and index["too_short"] == 3  # "Short?", "Never", "x y"
+    counts = index["sets"].values()
+    assert sum(n["items"] for n in counts) == 4 and sum(n["too_short"] for n in counts) == 3  # "Short?", "Never", "x y"
 
 
 def test_contaminated_documents_may_stay_and_are_marked(sets, tmp_path):
@@ -104,6 +105,27 @@ def test_the_index_is_the_same_twice_and_damage_to_it_is_an_error(sets, tmp_path
         Contamination(folders[0], remove=True)
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        "水は何度で沸騰しますか。海抜零メートルの場合を答えなさい。",
+        "光在真空中的传播速度是多少?请用千米每秒作答。",
+        "น้ำเดือดที่กี่องศาเซลเซียสที่ระดับน้ำทะเล",
+    ],
+    ids=["Japanese", "Chinese", "Thai"],
+)
+def test_questions_in_scripts_without_spaces_are_looked_for(tmp_path, question):
+    """By characters: as words they were one or two, "too short", and nobody was told."""
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "q.jsonl").write_text(json.dumps({"q": question}), encoding="utf-8")
+    config = recipe.base()
+    config.contamination.sources = (f"jsonl:{tmp_path}/evals/*.jsonl",)
+    contamination.build(0, config=config.to_dict(), out=tmp_path / "out")
+    check = Contamination(tmp_path / "out/stages/contamination", remove=True)
+    assert check.apply(document(f"「{question}」", source="a")) == "contaminated by evals/q.jsonl"
+    assert check.apply(document(question[:10] + question[-5:], source="a")) is None
+
+
 WORDS = st.lists(st.sampled_from(["a", "b", "c"]), max_size=12)
 
 
@@ -118,5 +140,5 @@ def test_hashes_agree_exactly_where_n_grams_do(left, right, n):
 
 
 def test_words():
-    expected = ["don", "t", "stop", "\u00e9t\u00e9", "2", "\u65e5\u672c"]
+    expected = ["don", "t", "stop", "\u00e9t\u00e9", "2", "\u65e5", "\u672c"]
     assert words_of("Don't-stop, E\u0301t\u00e9_2!\n\u65e5\u672c") == expected

@@ -32,7 +32,7 @@ from k2jax.model.weights import is_matrix
 from k2jax.parallel import sharding
 from k2jax.run.saved import open_step
 from k2jax.train import train
-from k2jax.training.optimizer import adamw, init_state
+from k2jax.training.optimizer import direction, init_state
 from k2jax.training.remedies import qk_clip
 
 transformers = Later("transformers")
@@ -288,12 +288,12 @@ def test_what_is_no_matrix_is_not_decayed_not_cast_and_starts_at_its_rest():
     zeros = {name: jnp.zeros_like(p) for name, p in state.params.items()}
     c.optimizer.weight_decay = 0.5
     params = {name: jnp.ones_like(p) for name, p in state.params.items()}
-    direction, _, _ = adamw(c, state._replace(params=params), zeros)
+    found, _, _ = direction(c, state._replace(params=params), zeros)
     vectors = {name for name in state.params if "norm" in name or "layers.b" in name}
     assert len(vectors) == 8
     for name, p in parameter_table(c.model).items():
         assert p.is_matrix == is_matrix(name) == (name not in vectors), name
-        assert float(direction[name].max()) == (0.0 if name in vectors else 0.5), name
+        assert float(found[name].max()) == (0.0 if name in vectors else 0.5), name
         if name in vectors:
             assert (np.asarray(state.params[name]) == (1.0 if "norm" in name else 0.0)).all(), name
     plain = small_model()

@@ -124,7 +124,9 @@ COMMANDS = {
     "tools/bench/convert.py": "--folder=.",
     "tools/bench/gpu_suite.py": "--out=.",
     "tools/bench/predict.py": "--out=. --data=. --run=.",
+    "tools/bench/mup.py": "--svg=.",
     "tools/bench/products.py": "--data=.",
+    "tools/bench/recipes.py": "--data=.",
     "tools/bench/series.py": "--config=. --topology=v5e:2x2",
 }
 CASES = [(program, option) for program, line in COMMANDS.items() for option in re.findall(r"(--\S+)=\.", line)]

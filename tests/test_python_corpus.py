@@ -80,7 +80,7 @@ def test_the_libraries_files_are_named_below_their_library(library):
 
 def test_half_a_surrogate_pair_is_no_text(library, tmp_path):
     tally, file = Tally(), files.File("site-packages/pkg/d.py", str(tmp_path / "site/pkg/d.py"), 1)
-    at = {"name": "docs", "shard": 0, "num_shards": 1, "tally": tally}
+    at = {"name": "docs", "tally": tally}
     assert list(read.documents(subset("python:docstrings"), [file], **at)) == []
     assert tally.bad == {"half a surrogate pair": 1}
 

@@ -1,9 +1,11 @@
 """Every kind of source gives its documents; what gives none is counted with its file and line, and loses no other."""
 
+import bz2
 import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -33,11 +35,11 @@ def jsonl(lines: list) -> bytes:
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
-def read_all(source: str, *, shard=0, num_shards=1, seed=1, **options):
+def read_all(source: str, *, shard=0, num_shards=1, seed=1, last_bytes=None, **options):
     tally = Tally()
     chosen = subset(source, **options)
     files = read.in_order(list_files(source), seed)[shard::num_shards]
-    found = read.documents(chosen, files, name="web", shard=shard, num_shards=num_shards, tally=tally)
+    found = read.documents(chosen, files, name="web", tally=tally, last_bytes=last_bytes)
     return list(found), tally
 
 
@@ -124,7 +126,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tally = Tally()
 chosen = subset("jsonl:{path}", max_line_bytes=1 << 20)
 files = list_files(chosen.source)
-found = list(read.documents(chosen, files, name="web", shard=0, num_shards=1, tally=tally))
+found = list(read.documents(chosen, files, name="web", tally=tally))
 assert [one.text for one in found] == ["Document 0.", "Document 1."], found
 assert tally.bad == {{"longer than max_line_bytes": 1}} and "a.jsonl{suffix}:2:" in tally.problems[0], tally.problems
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -149,11 +151,76 @@ def test_what_stands_before_a_truncation_is_kept(tmp_path, suffix, cut):
 def test_damaged_and_empty_files_are_counted_and_the_others_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b""))
-    (tmp_path / "c.jsonl.gz").write_bytes(b"no gzip at all")
-    (tmp_path / "d.jsonl.zst").write_bytes(b"no zstd at all")
+    (tmp_path / "c.jsonl.gz").write_bytes(b"no gzip\0at all")
+    (tmp_path / "d.jsonl.zst").write_bytes(b"no zstd\xff at all")
     (tmp_path / "e.jsonl").write_bytes(jsonl(LINES[:1]))
     assert len(read_all(f"jsonl:{tmp_path}/*")[0]) == 1
     assert read_all(f"jsonl:{tmp_path}/*")[1].bad == {"empty file": 2, "damaged file": 2}
+
+
+def _stream(parameters, data: bytes) -> bytes:
+    """As `zstd --long=31` makes it, whose window a decoder refuses unless it is told: Pushshift's files are such."""
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return compressor.compress(data) + compressor.flush()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl.xz", "a.jsonl.bz2"])
+@pytest.mark.parametrize("how", ["none", "gzip", "zstd", "long zstd", "xz", "bzip2"])
+def test_files_are_unpacked_by_what_they_hold_whatever_their_name(tmp_path, name, how):
+    pack = {
+        "none": bytes, "gzip": gzip.compress, "zstd": zstandard.compress, "xz": lzma.compress, "bzip2": bz2.compress,
+        "long zstd": lambda data: _stream(zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True), data),
+    }[how]  # fmt: skip
+    data = pack(jsonl(LINES[:3])) + (pack(jsonl(LINES[3:])) if how != "long zstd" else b"")  # members, frames, streams
+    (tmp_path / name).write_bytes(data)
+    found, tally = read_all(f"jsonl:{tmp_path}/{name}")
+    assert [one.text for one in found] == [f"Document {i}." for i in range(6 if how != "long zstd" else 3)]
+    assert not tally.bad
+    if how in ("xz", "bzip2"):
+        (tmp_path / name).write_bytes(data[: len(data) - 20])
+        found, tally = read_all(f"jsonl:{tmp_path}/{name}")
+        assert len(found) >= 3 and tally.bad == {"truncated file": 1}
+        (tmp_path / name).write_bytes(data[:30] + b"x" * 20 + data[50:])
+        assert sum(read_all(f"jsonl:{tmp_path}/{name}")[1].bad.values()) == 1
+
+
+def test_a_text_that_begins_like_bzip2_is_one(tmp_path):
+    (tmp_path / "a.txt").write_text("BZh, they said.")
+    assert texts(f"text:{tmp_path}/a.txt") == ["BZh, they said."]
+
+
+def test_what_stands_beside_data_is_known_and_what_is_not_is_named(tmp_path):
+    for name in ("a.jsonl", "b.jsonl.xz", "deep/c.NDJSON"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((lzma.compress if name.endswith("xz") else bytes)(jsonl(LINES[:1])))
+    for name in ("README.md", "LICENSE", "_SUCCESS", "dataset_info.json", ".gitattributes"):
+        (tmp_path / name).write_text("no data")
+    assert [file.name for file in list_files(f"jsonl:{tmp_path}")] == ["a.jsonl", "b.jsonl.xz", "deep/c.NDJSON"]
+    for name in ("a.jsonl.bak", "a.jsonl.sha256", "d.json", "e.csv"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ConfigError, match=f"{name} is by name no jsonl data: take that out, or give a pattern"):
+            list_files(f"jsonl:{tmp_path}")
+        (tmp_path / name).unlink()
+    (tmp_path / "a.jsonl.bak").write_text("{}")
+    with pytest.raises(ConfigError, match="a.jsonl.bak is by name no jsonl data"):
+        list_files(f"jsonl:{tmp_path}/*.jsonl*")
+    (tmp_path / "d.json").write_text("{}")  # what a pattern names is what was meant
+    assert [file.name for file in list_files(f"jsonl:{tmp_path}/d.j*")] == ["d.json"]
+    assert [file.name for file in list_files(f"jsonl:{tmp_path}/a.jsonl.bak")] == ["a.jsonl.bak"]
+
+
+def test_a_link_out_of_the_folder_is_refused_by_name(tmp_path):
+    (tmp_path / "secret.jsonl").write_bytes(jsonl(LINES[:1]))
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jsonl").write_bytes(jsonl(LINES[:1]))
+    (source / "b.jsonl").symlink_to("a.jsonl")
+    assert len(list_files(f"jsonl:{source}", follow_links=False)) == 2
+    (source / "c.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(ConfigError, match="c.jsonl is a link out of its folder.*follow_links=True"):
+        list_files(f"jsonl:{source}", follow_links=False)
+    assert len(list_files(f"jsonl:{source}", follow_links=True)) == 3
 
 
 def test_an_id_that_comes_twice_in_a_file_is_reported_and_both_documents_stay(tmp_path):
@@ -174,14 +241,13 @@ def test_files_are_dealt_to_tasks_whole_and_in_an_order_of_the_seed(tmp_path):
     assert texts(source, seed=2) != alone == texts(source)
 
 
-def test_max_bytes_is_shared_and_reading_stops_there(tmp_path):
+def test_the_last_file_is_read_up_to_the_document_that_exceeds_its_bytes(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"text": "12345"}] * 10))
     (tmp_path / "b.jsonl").write_bytes(jsonl([{"text": "12345"}] * 10))
-    for shard, most in ((0, 2), (1, 2)):
-        found, tally = read_all(f"jsonl:{tmp_path}/*", max_bytes=21, shard=shard, num_shards=2)
-        assert len(found) == most and tally.bad == {"over max_bytes": 1}
-        assert tally.steps["read"]["documents"] == most
-    assert read_all(f"jsonl:{tmp_path}/*", max_bytes=1, shard=1, num_shards=2)[0] == []
+    found, tally = read_all(f"jsonl:{tmp_path}/*", last_bytes=21)
+    assert len(found) == 10 + 4 and tally.bad == {"over max_bytes": 1}
+    assert tally.steps["read"]["documents"] == 14
+    assert len(read_all(f"jsonl:{tmp_path}/*", last_bytes=1)[0]) == 10
 
 
 def test_sizes_out_of_bounds_are_removed_with_their_reason(tmp_path):
@@ -189,7 +255,7 @@ def test_sizes_out_of_bounds_are_removed_with_their_reason(tmp_path):
     removed = []
     tally = Tally()
     chosen = subset(f"jsonl:{tmp_path}/*", min_document_bytes=4, max_document_bytes=8)
-    at = {"name": "web", "shard": 0, "num_shards": 1, "tally": tally}
+    at = {"name": "web", "tally": tally}
     files = list_files(chosen.source)
     found = read.documents(chosen, files, **at, keep_removed=lambda *r: removed.append(r))
     assert [one.text for one in found] == ["xxxxx"]

@@ -3,6 +3,8 @@
 import gzip
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,37 @@ def test_parquet_is_read_in_batches_with_what_it_says_of_a_row(tmp_path):
     assert tally.problems == ["a.parquet:601: text is no string (NoneType)"]
     with pytest.raises(ConfigError, match="a.parquet has no column 'text', it has content, id, big: name the"):
         read_all(f"parquet:{tmp_path}")
+
+
+def test_a_date_behind_all_calendars_costs_a_field_and_no_document(tmp_path):
+    """Year 22269, as a crawl has it: Python has no such date, and the preparation ended with its traceback."""
+    days = pa.array([0, 22_269 * 365, 19_000], pa.int32()).cast(pa.date32())
+    pq.write_table(pa.table({"text": ["one", "two", "three"], "date": days}), tmp_path / "a.parquet")
+    found, tally = read_all(f"parquet:{tmp_path}")
+    assert [one.metadata.get("date") for one in found] == ["1970-01-01", None, "2022-01-08"]
+    assert tally.bad == {"field out of range": 1} and tally.problems[0].startswith("a.parquet:2: field out of range (")
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_rows_of_many_megabytes_are_not_all_in_memory(tmp_path, dictionary):
+    """24 rows of 16 MB in a file of some kB: 0.4 GB at once was some GB with what is made of it."""
+    table = pa.table({"text": ["x" * (16 << 20)] * 24})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=dictionary, compression="zstd")
+    script = f"""
+import resource
+from k2jax.prepare import read
+from k2jax.prepare.files import list_files
+from k2jax.prepare.recipe import subset
+from k2jax.prepare.tally import Tally
+chosen = subset("parquet:{tmp_path}/a.parquet")
+files = list_files(chosen.source)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert sum(1 for one in read.documents(chosen, files, name="web", tally=Tally())) == 24
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < (400_000 if dictionary else 1_200_000)  # KiB; a page that is 0.4 GB is read as it is
 
 
 def test_rows_of_parquet_that_are_no_utf8_are_counted_alone(tmp_path):

@@ -31,7 +31,7 @@ from k2jax.run.ledger import Ledger, StepLog
 from k2jax.run.saved import open_array, open_step
 from k2jax.train import train
 from k2jax.training import remedies
-from k2jax.training.optimizer import adamw, first_state
+from k2jax.training.optimizer import direction, first_state
 from k2jax.training.placement import (
     batch_sharding,
     make_state,
@@ -114,11 +114,11 @@ def test_a_step_without_remedies_runs_nothing_of_them(monkeypatch):
 def test_decay_of_the_embedding(decay):
     c, state = changed(**{"optimizer.decay_embeddings": decay}), start()
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    direction, *_ = adamw(c, state, zeros)
+    found, *_ = direction(c, state, zeros)
     expected = {name for name, p in parameter_table(c.model).items() if p.std is not None}
     expected -= set() if decay else {"embed_VD"}
-    assert {name for name, d in direction.items() if np.any(d)} == expected
-    np.testing.assert_allclose(direction["head_DV"], 0.1 * state.params["head_DV"])
+    assert {name for name, d in found.items() if np.any(d)} == expected
+    np.testing.assert_allclose(found["head_DV"], 0.1 * state.params["head_DV"])
 
 
 # ---- AdaGC ---------------------------------------------------------------------------------------------------------
@@ -407,9 +407,9 @@ def test_remedies_are_the_same_on_two_meshes(tiny_config, also):
         np.testing.assert_allclose(other.clips[name], value, rtol=1e-4, err_msg=name)
 
 
-def three_steps(c):
+def three_steps(c, devices=None):
     """(state, metrics of each) of three steps on the tiny experiment's shapes, two rows of the first with repeats."""
-    mesh, stage = mesh_of(c), c.stages[0]
+    mesh, stage = mesh_of(c, devices), c.stages[0]
     plan = StagePlan("stage1", 0, stage.sequence_length, stage.rows_per_step, 10, 2, 0, 0, 1, 20, 0)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: first_state(c))

@@ -19,7 +19,9 @@ from k2jax.data.manifest import build_manifest, num_windows
 from k2jax.data.store import Store, StoreWriter
 from k2jax.data.tokenizer import train_bpe
 from k2jax.errors import ConfigError
-from k2jax.prepare import recipe, token_sources
+from k2jax.prepare import dealing, recipe, token_sources
+from k2jax.prepare.files import list_files
+from k2jax.prepare.read import in_order
 from k2jax.prepare.tally import Tally
 
 EOS = 2
@@ -50,7 +52,8 @@ def lines(*rows):
 def read(source, *, shard=0, num_shards=1, tally=None, eos=EOS, **options):
     chosen = recipe.subset(source, **options)
     tally = Tally() if tally is None else tally
-    return list(token_sources.read(chosen, shard=shard, num_shards=num_shards, seed=1, tally=tally, eos=eos))
+    files = in_order(list_files(source), 1)[shard::num_shards]
+    return list(token_sources.read(chosen, files, shard=shard, num_shards=num_shards, seed=1, tally=tally, eos=eos))
 
 
 def ids_of(documents):
@@ -71,7 +74,8 @@ def convert(tmp_path, tokenizer, **subsets):
     for name, chosen in subsets.items():
         config.subsets[name] = chosen
     recipe.validate(config)
-    stage = token_sources.stage(config, tmp_path / "stages", tokenizer)
+    dealing.list_all(0, config=config.to_dict(), out=tmp_path)
+    stage = token_sources.stage(config, tmp_path, tokenizer)
     for rank in range(stage.tasks):
         stage.function(rank)
     return [json.loads(path.read_text()) for path in sorted((tmp_path / "stages/token-sources").iterdir())]
@@ -235,18 +239,34 @@ def test_a_task_run_again_writes_the_same_bytes(tmp_path, tokenizer):
     for _ in range(2):
         convert(tmp_path, tokenizer, k2=subset)
         contents.append({path: path.read_bytes() for path in (tmp_path / "stages").rglob("*") if path.is_file()})
-    assert contents[0] == contents[1] and len(contents[0]) == 3
+    assert contents[0] == contents[1] and len(contents[0]) == 3 + 2  # and what was dealt
 
 
 def test_the_stage_goes_to_another_process(tmp_path, tokenizer):
     write_megatron(tmp_path / "a", [[[5]]])
     config = recipe.base()
     config.subsets.a = recipe.subset(f"megatron:{tmp_path}/a.bin", licence="ODC-By")
-    stage = token_sources.stage(config, tmp_path / "stages", tokenizer)
+    dealing.list_all(0, config=config.to_dict(), out=tmp_path)
+    stage = token_sources.stage(config, tmp_path, tokenizer)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.map(stage.function, range(stage.tasks))
     tokens, rows = pieces(tmp_path, "a")
     assert tokens == [5, EOS] and rows[0]["metadata"] == '{"licence":"ODC-By"}'
+
+
+def test_a_file_that_comes_between_two_tasks_is_nobodys(tmp_path, tokenizer):
+    """It was not there when the files were dealt: read by one task alone, it would move the others' files."""
+    for name in ("a", "b"):
+        write_megatron(tmp_path / name, [[[5]]])
+    config = recipe.base()
+    config.subsets.a = recipe.subset(f"megatron:{tmp_path}/*.bin", tasks=2)
+    dealing.list_all(0, config=config.to_dict(), out=tmp_path)
+    stage = token_sources.stage(config, tmp_path, tokenizer)
+    stage.function(0)
+    for name in ("0", "1", "c"):
+        write_megatron(tmp_path / name, [[[6]]])
+    stage.function(1)
+    assert pieces(tmp_path, "a")[0] == [5, EOS, 5, EOS]
 
 
 def test_what_is_done_to_text_alone_is_refused(tmp_path, tokenizer):
@@ -280,7 +300,7 @@ def test_wrong_rows_stop_the_stage(tmp_path, tokenizer):
     write_megatron(tmp_path / "b", [[[5]], [[-3]]], code=3)
     with pytest.raises(ConfigError, match=r"b.bin#1\) has token id -3"):
         convert(tmp_path, tokenizer, b=recipe.subset(f"megatron:{tmp_path}/b.bin"))
-    assert not list((tmp_path / "stages").rglob("*.parquet")) and not list((tmp_path / "stages").rglob("*.json"))
+    assert not list(tmp_path.glob("stages/**/*.parquet")) and not list(tmp_path.glob("stages/token-sources/*"))
 
 
 def test_windows_of_an_llm360_store_are_its_rows(tmp_path, tokenizer):

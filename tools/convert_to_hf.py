@@ -51,6 +51,7 @@ def main() -> None:
     kinds = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=kinds, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--shard-size", type=size, default="5GB", help="of a file, at most (default: 5GB)")
+    branches.add_weights(parser)
     parser.add_argument("--verify", action="store_true", help="check the export in --out, write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
@@ -73,8 +74,9 @@ def convert(args: argparse.Namespace, out: Path | BucketPath, started: float) ->
     from k2jax.model.decoder import num_params
     from k2jax.run.saved import open_step
 
-    step = read_certificate(out)["checkpoint"]["step"] if args.verify and args.step is None else args.step
-    saved = open_step(args.workdir, step)
+    exported = read_certificate(out)["checkpoint"] if args.verify else {}
+    step = exported.get("step") if args.step is None else args.step
+    saved = open_step(args.workdir, step, exported.get("weights", "params") if args.verify else args.weights)
     passes = 3 if args.verify else 1
     total = num_params(saved.config.model) * DTYPES[args.dtype].itemsize * passes
     with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:

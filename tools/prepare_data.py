@@ -32,6 +32,7 @@ def main() -> None:
     add("--executor", choices=("local", "ray", "slurm"), default="local", help="where tasks run (default: local)")
     add("--workers", type=int, default=0, metavar="N", help="tasks at once (default: the cores of this machine)")
     add("--keep_stages", action="store_true", help="keep what lies between documents and stores, in DIR/stages")
+    add("--other_code", action="store_true", help="go on with what another version of k2jax began; it is recorded")
     args = parser.parse_args()
     if args.seqio_mixture and not args.module:
         parser.error("--seqio_mixture needs --module, the module that registers it")
@@ -52,8 +53,9 @@ def main() -> None:
 
         config = seqio_bridge.recipe_of_mixture(args.seqio_mixture, args.module)
     data, was_there = build.build(
-        config, args.out, executor=args.executor, workers=args.workers, keep_stages=args.keep_stages
-    )
+        config, args.out, executor=args.executor, workers=args.workers, keep_stages=args.keep_stages,
+        other_code=args.other_code,
+    )  # fmt: skip
     print(
         f"{args.out}: {'finished earlier, left as it is' if was_there else 'finished'}; "
         f"tokenizer of {data['vocab_size']:,} ids, SHA-256 {data['tokenizer_sha256'][:16]}"

@@ -26,9 +26,10 @@ def get_config() -> ConfigDict:
     c.tokenizer, c.add_k2_tokens = "data/llama/tokenizer.model", True
     for name in CURATED:
         c.subsets[name] = subset(f"jsonl:data/raw/{name}/**/*.jsonl*", tasks=32, nfc=True, pii=True, upsample=UPSAMPLE)
-    # The dumps from CC-MAIN-2013-20 to CC-MAIN-2024-30; a file's dump is read off its name.
+    # A file's dump is read off its name.
     c.subsets["common-crawl"] = subset(
         "warc:s3://commoncrawl/crawl-data/CC-MAIN-20[12][0-9]-[0-9][0-9]/segments/*/warc/*.warc.gz",
+        dumps=("CC-MAIN-2013-20", "CC-MAIN-2024-30"),
         tasks=100_000,
         priority=1,
         extract=True,

@@ -58,6 +58,7 @@ class Wanted(NamedTuple):
     seed: int
     stores: str | Path | None = None  # folder that they have moved to
     again: bool = False  # also what is stored
+    weights: str = "params"  # or "ema"
 
 
 class Session:
@@ -159,7 +160,7 @@ class Session:
     def evaluate_step(self, step: int) -> None:
         """What of one step is not stored yet; nothing for a step whose checkpoint has been deleted meanwhile."""
         try:
-            saved = open_step(self.wanted.workdir, step)
+            saved = open_step(self.wanted.workdir, step, self.wanted.weights)
             check_tokenizer(saved)
             self._evaluate(saved)
         except (ConfigError, StorageError):
@@ -175,6 +176,7 @@ class Session:
         w, dtype = self.wanted, str(compute_dtype(saved.config))
         for task in self.evaluations:
             settings = {**task.settings(saved), "dtype": dtype}
+            settings |= {} if saved.weights == "params" else {"weights": saved.weights}
             identity = Identity(task.name, task.version, plain(settings), w.seed, saved.digest)
             cluster.agree(f"evaluation of {task.name}", identity._asdict())
             if not w.again and cluster.decide("looks for a result", partial(self._is_stored, saved.step, identity)):

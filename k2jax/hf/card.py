@@ -53,7 +53,7 @@ def model_card(saved: SavedStep, dtype: str, parity: dict[str, Any]) -> str:
         "Context": f"{saved.context:,} tokens, RoPE base {stage.rope_base:g}",
         "Step": f"{saved.step:,} (stage {stage.name})",
         "Tokens seen": f"{saved.meta['tokens_seen']:,}" if "tokens_seen" in saved.meta else None,
-        "Weights": dtype,
+        "Weights": dtype if saved.weights == "params" else f"{dtype}, the moving average over steps ({saved.weights})",
     }
     tags = f"tags: [k2jax, {kind_of(*family)}]"
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", tags, "---", ""]

@@ -67,7 +67,7 @@ def checkpoint_logits(saved: SavedStep, dtype: np.dtype, tokens_BT: np.ndarray) 
     The table of parameters has a layer's in the order in which a Block takes them; another order would show at once.
     """
     m = saved.config.model
-    arrays = {name: open_array(saved, f"params/{name}") for name in parameter_table(m)}
+    arrays = {name: open_array(saved, f"{saved.weights}/{name}") for name in parameter_table(m)}
     layers = [name for name in arrays if name.startswith("layers.")]
     head, axis = ("embed_VD", 0) if m.tie_embeddings else ("head_DV", 1)
     wanted = [("embed_VD", (part, slice(None))) for part in blocks(arrays["embed_VD"], 0)]

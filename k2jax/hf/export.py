@@ -29,7 +29,7 @@ CERTIFICATE = "parity.json"
 # Of the checkpoint's meta, what the certificate repeats; a run that was imported has not all of it.
 RECORDED = ("parent", "tokens_seen", "config_digest", "manifest_digest", "tokenizer_sha256", "commit", "versions")
 # Keys of the model section that config.json does not hold.
-NOT_INFERENCE = ("remat", "rings", "unroll", "attention", "pipeline", "mask_documents")
+NOT_INFERENCE = ("remat", "rings", "unroll", "attention", "pipeline", "mask_documents", "width_base")
 
 
 class Exported(NamedTuple):
@@ -127,7 +127,8 @@ def lineage(saved: SavedStep) -> dict[str, Any]:
     recorded = {key: saved.meta[key] for key in RECORDED if key in saved.meta}
     imported = {} if saved.imported is None else {"imported": {**saved.imported}}
     imported.get("imported", {}).pop("side_files", None)  # which are files of the folder
-    return {"name": saved.config.name, "step": saved.step, "digest": saved.digest, **recorded, **imported}
+    average = {} if saved.weights == "params" else {"weights": saved.weights}
+    return {"name": saved.config.name, "step": saved.step, "digest": saved.digest, **average, **recorded, **imported}
 
 
 # ---- the small files -------------------------------------------------------------------------------------------------

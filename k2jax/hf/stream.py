@@ -54,7 +54,7 @@ def stream(saved: SavedStep, dtype: np.dtype) -> Iterator[Converted]:
     Raises StorageError when an array cannot be read and, after the last piece, when one is not what was saved.
     """
     names = dict.fromkeys(tensor.array for tensor in tensors(saved.config.model))
-    arrays = {name: open_array(saved, f"params/{name}") for name in names}
+    arrays = {name: open_array(saved, f"{saved.weights}/{name}") for name in names}
     items = [piece for tensor in tensors(saved.config.model) for piece in pieces(tensor, arrays[tensor.array])]
     digests = dict.fromkeys(names, 0)
 

@@ -22,13 +22,12 @@ from k2jax.launch import measure
 from k2jax.launch.hosts import Hosts
 from k2jax.launch.spec import mesh_on
 from k2jax.launch.survey import Check, ask, odd
-from k2jax.model.decoder import num_params
 from k2jax.parallel import cluster
 from k2jax.plan.chips import CHIPS, GIB
+from k2jax.training.optimizer import first_state
 from k2jax.training.placement import split_moments, state_bytes
 
 CLOCK_ROUNDS = 5
-BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 parameters and two moments
 
 
 @dataclass
@@ -191,7 +190,7 @@ def disk(check: Check, config: ConfigDict, options: Options) -> None:
     answers = ask(check, lambda: measure.disk(options.workdir, options.disk_bytes, cluster.index()))
     if not answers:
         return
-    size = BYTES_PER_PARAMETER * num_params(config.model)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: first_state(config))))
     for answer in answers:
         free = answer.value["free_bytes"]
         if free < 2 * size:

@@ -27,7 +27,7 @@ from k2jax.keys import ATTENTION_SUMS, ON_HOST, REMAT_NAMES
 from k2jax.model.attention import attend_causally, attend_turned, turns_heads
 from k2jax.model.weights import LAYERS, Arrays, are_apart, layers_in_turn, wide
 from k2jax.parallel import context, pipeline
-from k2jax.parallel.fsdp import Rings, lookup, matmul, matmuls
+from k2jax.parallel.fsdp import Rings, apart, lookup, matmul, matmuls
 from k2jax.parallel.sharding import num_stages, platform, shard
 
 Params = dict[str, jax.Array]
@@ -55,14 +55,16 @@ def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
     """Every parameter of the model section `m`: {name: shape, axes, initialisation, group}.
 
     Initialisation is K2's (Megatron's): normal with std 0.02, and the two matrices that write into the residual
-    stream scaled by 1/sqrt(2 L), because 2 L of them add up there; norms start at one, biases at zero. A layer's are in
-    the order in which a Block takes them.
+    stream scaled by 1/sqrt(2 L), because 2 L of them add up there; norms start at one, biases at zero. By muP, matrices
+    of layers are smaller by the root of how much wider the model is, and the head by all of it. A layer's are in the
+    order in which a Block takes them.
     """
     L, D, F, V, H = m.num_layers, m.dim, m.ffn_dim, m.vocab_size, m.head_dim
-    N, K, std = m.num_heads, m.num_kv_heads, m.init_std
+    N, K = m.num_heads, m.num_kv_heads
+    std, of_head = m.init_std * math.sqrt(narrower(m)), m.init_std * narrower(m)
     residual = std / math.sqrt(2 * L)
     table = {
-        "embed_VD": Parameter((V, D), ("vocab", "embed"), std, "embed"),
+        "embed_VD": Parameter((V, D), ("vocab", "embed"), m.init_std, "embed"),
         "layers.attention_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
         "layers.wq_LDNH": Parameter((L, D, N, H), ("layers", "embed", "heads", "head_dim"), std, "q"),
         "layers.wk_LDKH": Parameter((L, D, K, H), ("layers", "embed", "kv_heads", "head_dim"), std, "k"),
@@ -82,7 +84,7 @@ def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
         "layers.w_down_LFD": Parameter((L, F, D), ("layers", "ffn", "embed"), residual, "down"),
         "layers.mlp_out_norm_LD": Parameter((L, D), ("layers", "norm"), None, "norms"),
         "final_norm_D": Parameter((D,), ("norm",), None, "norms"),
-        "head_DV": Parameter((D, V), ("embed", "vocab"), std, "head"),
+        "head_DV": Parameter((D, V), ("embed", "vocab"), of_head, "head"),
     }
     present = {
         "head_DV": not m.tie_embeddings,
@@ -93,6 +95,15 @@ def parameter_table(m: ConfigDict) -> dict[str, Parameter]:
         **dict.fromkeys(("layers.attention_out_norm_LD", "layers.mlp_out_norm_LD"), m.reordered_norm),
     }
     return {name: p for name, p in table.items() if present.get(name, True)}
+
+
+def narrower(m: ConfigDict) -> float:
+    """The width that muP's settings are for over the model's; 1 where muP is off.
+
+    Tensor Programs V, arXiv:2203.03466, table 3: the scale of the output is in the head's own size and rate, so that a
+    model is computed, exported and served like any other. Heads stay as wide as they are, more of them come.
+    """
+    return m.width_base / m.dim if m.width_base else 1.0
 
 
 def init_params(m: ConfigDict, seed: int) -> Params:
@@ -212,7 +223,8 @@ class Block(nnx.Module):
         q, k = self._normed(q, "q_norm_LH"), self._normed(k, "k_norm_LH")
         # mean over [N_tensor, H]: summed over tensor
         q, k = self._normed(q, "q_norm_LNH"), self._normed(k, "k_norm_LKH")
-        q, k = (q, k) if whole else (apply_rope(q, *rope), apply_rope(k, *rope))
+        if not whole:
+            q, k, v = apply_rope(apart(q), *rope), apply_rope(apart(k), *rope), apart(v)
         of_q, of_k = ("q_BTE", "q_BTE") if whole else ("q_BTNH", "k_BTKH")
         q, k, v = kept(shard(q, of_q), "q"), kept(shard(k, of_k), "k"), kept(shard(v, of_k), "v")
         a = shard(attend(q, k, v), of_q)
@@ -220,7 +232,7 @@ class Block(nnx.Module):
         y_BTD = self._normed(product(a, wo, a.ndim - 2), "attention_out_norm_LD")
         x_BTD = kept(shard(x_BTD + y_BTD, "x_BTD"), "middle")
         y_BTD = self._normed(x_BTD, "mlp_norm_LD")
-        gate_BTF, up_BTF = product(y_BTD, (self.w_gate_LDF[...], self.w_up_LDF[...]))
+        gate_BTF, up_BTF = map(apart, product(y_BTD, (self.w_gate_LDF[...], self.w_up_LDF[...])))
         h_BTF = shard(jax.nn.silu(kept(gate_BTF, "gate")) * kept(up_BTF, "up"), "h_BTF")
         y_BTD = self._normed(product(h_BTF, self.w_down_LFD[...], 1), "mlp_out_norm_LD")
         return shard(x_BTD + y_BTD, "x_BTD")

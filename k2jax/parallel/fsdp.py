@@ -147,8 +147,8 @@ def matmuls(
     def product(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
         whole = gather(w_IO, split, x_BTI.dtype, rings)
         inputs = range(2, x_BTI.ndim), range(x_BTI.ndim - 2)
-        y_BTO = _apart(_dot(_flat(x_BTI), whole, inputs, out_dtype, kind, "y", split != 0))
-        y_BTO = y_BTO if split == 0 else total(y_BTO, (TENSOR,))
+        y_BTO = _dot(_flat(x_BTI), whole, inputs, out_dtype, kind, "y", split != 0)
+        y_BTO = y_BTO if split == 0 else total(apart(y_BTO), (TENSOR,))
         return y_BTO.reshape(*x_BTI.shape[:2], *y_BTO.shape[2:])
 
     def products_of(x_BTI: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -161,8 +161,9 @@ def matmuls(
 def matmul(
     x_BTI: jax.Array, w_IO: jax.Array, split: int, out_dtype: jnp.dtype, rings: Rings = (), kind: str = "compute"
 ) -> jax.Array:
-    """`matmuls` of one weight."""
-    return matmuls(x_BTI, (w_IO,), split, out_dtype, rings, kind)[0]
+    """`matmuls` of one weight, apart from what follows."""
+    y_BTO = matmuls(x_BTI, (w_IO,), split, out_dtype, rings, kind)[0]
+    return apart(y_BTO) if split == 0 else y_BTO
 
 
 def _specs(split: int, weights: tuple[jax.Array, ...]) -> tuple[PartitionSpec, tuple, tuple]:
@@ -186,18 +187,21 @@ def _matmuls_backward(
         dy_BTO = _flat(dy_BTO.astype(x_BTI.dtype))
         whole, first_output = gather(w_IO, split, x_BTI.dtype, rings), x_BTI.ndim - 2
         outputs = range(2, dy_BTO.ndim), range(first_output, w_IO.ndim)
-        dx_BTI = _apart(_dot(dy_BTO, whole, outputs, x_BTI.dtype, kind, "dx", split == 0)).reshape(x_BTI.shape)
+        dx_BTI = _dot(dy_BTO, whole, outputs, x_BTI.dtype, kind, "dx", split == 0).reshape(x_BTI.shape)
         if platform() == "cpu" and x_BTI.dtype == jnp.float32:  # given more dimensions, XLA transposes x in memory
             x_XI, dy_XO = (x.reshape(-1, math.prod(x.shape[2:])) for x in (x_BTI, dy_BTO))
             dw_IO = _dot(x_XI, dy_XO, ((0,), (0,)), w_IO.dtype, kind, "dw")
             dw_IO = dw_IO.reshape(*x_BTI.shape[2:], *dy_BTO.shape[2:])
+        elif _left_is_larger(x_BTI, dy_BTO, kind):
+            dw_OI = _dot(dy_BTO, x_BTI, ((0, 1), (0, 1)), w_IO.dtype, kind, "dw")
+            return dx_BTI, scatter(dw_OI, 1 - split, rings, axes).T
         else:
             dw_IO = _dot(_flat(x_BTI), dy_BTO, ((0, 1), (0, 1)), w_IO.dtype, kind, "dw")
         return dx_BTI, scatter(dw_IO, split, rings, axes)
 
     def gradients(x_BTI: jax.Array, weights: tuple, dys: tuple) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         dxs, dws = zip(*(of_one(x_BTI, w_IO, dy) for w_IO, dy in zip(weights, dys, strict=True)), strict=True)
-        dx_BTI = reduce(jnp.add, reversed(dxs))  # in the order of JAX's own backward pass
+        dx_BTI = apart(reduce(jnp.add, reversed(dxs)))  # in the order of JAX's own backward pass
         return total(dx_BTI, (TENSOR,)) if split == 0 else dx_BTI, dws
 
     return on_each_device(gradients, (x, ws, ys), (x, ws))(*saved, dys)
@@ -213,10 +217,16 @@ def _dot(
     return jax.lax.dot_general(x, y, (contract, ((), ())), preferred_element_type=dtype)
 
 
-def _apart(y: jax.Array) -> jax.Array:
-    """Not fused with what follows, on TPU: there, activation functions and their gradients cost a product that they are
-    fused into more cycles than they take on their own (18.7M against 12.6M and 2.7M)."""
+def apart(y: jax.Array) -> jax.Array:
+    """A product, not fused with what follows, on TPU: there, activation functions and their gradients cost a product
+    that they are fused into more cycles than they take on their own (18.7M against 12.6M and 2.7M). Sums cost none."""
     return jax.lax.optimization_barrier(y) if platform() == "tpu" else y
+
+
+def _left_is_larger(x_BTI: jax.Array, dy_BTO: jax.Array, kind: str) -> bool:
+    """Of a weight gradient, on TPU, where XLA transposes the left side in memory: the two are better taken in turn."""
+    plain = x_BTI.ndim == dy_BTO.ndim == 3 and "dw" not in products.TYPES[kind]
+    return platform() == "tpu" and plain and x_BTI.shape[2] > dy_BTO.shape[2]
 
 
 def _flat(x_BTI: jax.Array) -> jax.Array:

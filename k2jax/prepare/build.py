@@ -5,14 +5,11 @@
 Each stage can be stopped and goes on where it was. data.json, written last, says that all of it is there.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
-import socket
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +17,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import k2jax
-from k2jax import errors, locks
+from k2jax import errors
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
-from k2jax.files import remove_leftovers, write_bytes, write_json
-from k2jax.prepare import clean, kept, pieces, recipe, spm, tally, token_sources, tokenise
+from k2jax.files import write_bytes, write_json
+from k2jax.prepare import claim, clean, dealing, kept, pieces, recipe, spm, tally, token_sources, tokenise
 from k2jax.prepare.card import card
 from k2jax.prepare.chat import fit, mask, template
+from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
@@ -35,27 +33,28 @@ from k2jax.prepare.tokenise import Bucket
 from k2jax.text import redacted
 
 FORMAT = 2
-TEMPLATE = "chat_template.jinja"  # of conversations: it goes with the tokenizer
 
 
 def build(
-    config: ConfigDict, out: str | Path, *, executor: str = "local", workers: int = 0, keep_stages: bool = False
+    config: ConfigDict, out: str | Path, *,
+    executor: str = "local", workers: int = 0, keep_stages: bool = False, other_code: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Makes tokenizer.json, the stores, the data card and, last, data.json in the folder `out`; of conversations the
     chat_template.jinja, too.
 
     Returns what data.json holds, and whether it was there already. What an interrupted preparation finished is not
     done again. `workers` tasks run at once, 0 for as many as there are cores. `keep_stages` leaves what lies between
-    documents and stores, several times the documents' size. Raises ConfigError if `out` holds anything else, was begun
+    documents and stores, several times the documents' size; `other_code` lets this code go on with what another version
+    of it began. Raises ConfigError if `out` holds anything else, was begun
     with another recipe or other documents, or is being worked in; StorageError if it cannot be written.
     """
     errors.keep_files_ours()
-    out = Path(out).absolute()
+    config, out = claim.numbered(config), Path(out).absolute()
     workers = workers or os.cpu_count() or 1
     was_there = (out / "data.json").exists()
     try:
         if was_there:
-            data = _finished(config, out)  # for which neither executor nor documents need be there any more
+            data = claim.finished(config, out)  # for which neither executor nor documents need be there any more
         else:
             check_executor(executor, config.slurm.to_dict())
             token_sources.check(config)
@@ -64,7 +63,7 @@ def build(
                 _check_template(config)
             set_environment(workers)
             out.mkdir(parents=True, exist_ok=True)
-            with _claimed(config, out):
+            with claim.claimed(config, out, other_code):
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
                 data = _make(config, out, engine, inputs)
         if not keep_stages:
@@ -82,10 +81,8 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     if config.tokenizer:
         _take_tokenizer(config, tokenizer, stages)  # first: one that cannot be used ends it before the long stages
     notes = _take_template(config, out, tokenizer) if _conversations(config) else []
-    deal, *rest = clean.stages(config, out)
-    engine.run(deal)
-    _check_inputs(inputs, stages)
-    for stage in [*rest, *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
+    dealing.deal(config, out, engine, inputs)
+    for stage in [*clean.stages(config, out), *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
         engine.run(stage)
 
     buckets = _buckets(config, stages)
@@ -106,7 +103,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     for name in (name for name, found in chats.items() if not found["counts"]["conversations"]):
         why = ", ".join(f"{count:,} {reason}" for reason, count in left_out(chats[name]["tally"]).items())
         raise ConfigError(f"subset {name}: no conversation of it has an answer to learn ({why}): see max_tokens")
-    engine.run(token_sources.stage(config, stages, tokenizer))
+    engine.run(token_sources.stage(config, out, tokenizer))
 
     names = sorted(path.name for path in (stages / "tokens").iterdir())
     options = {
@@ -115,7 +112,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     join = partial(_join, config=plain, out=out, names=names, options=options)
     engine.run(Stage("stores", len(names), join))
 
-    data = {"format": FORMAT, "config": redacted(plain), **options, "inputs": inputs}
+    data = {"format": FORMAT, "config": redacted(plain), **options, "inputs": inputs, "code": claim.codes(out)}
     data |= _summary(config, out, names)
     if chats:
         sha256 = hashlib.sha256((out / TEMPLATE).read_bytes()).hexdigest()
@@ -140,7 +137,7 @@ def _check_template(config: ConfigDict) -> None:
 
 def _take_template(config: ConfigDict, out: Path, tokenizer: Path) -> list[str]:
     """The recipe's chat template, as chat_template.jinja and for the tasks; returns what a person should know of it."""
-    encoder, place = load_tokenizer(tokenizer, config.eos), clean.template_of(out)
+    encoder, place = load_tokenizer(tokenizer, config.eos), dealing.template_of(out)
     chosen = template.find(config, encoder)
     notes = fit.check(chosen, encoder)
     if place.exists() and template.load(place).template != chosen:
@@ -150,16 +147,6 @@ def _take_template(config: ConfigDict, out: Path, tokenizer: Path) -> list[str]:
     template.save(place, chosen, encoder)
     write_bytes(out / TEMPLATE, chosen.text.encode())
     return notes
-
-
-def _check_inputs(inputs: dict[str, Any], stages: Path) -> None:
-    """The files of the subsets must be those that were dealt when this preparation began."""
-    began = json.loads((stages / "clean" / "files" / "summary.json").read_bytes())
-    if changed := [name for name in inputs if inputs[name] != began.get(name)]:
-        raise ConfigError(
-            f"--out={stages.parent}: the files of subset {changed[0]} have changed since this preparation began "
-            f"({began.get(changed[0])} then, {inputs[changed[0]]} now): remove the folder and begin again"
-        )
 
 
 def _buckets(config: ConfigDict, stages: Path) -> list[Bucket]:
@@ -261,64 +248,6 @@ def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
     cleaned, dealt = _tallies(config, stages / "clean" / "tally"), _tallies(config, stages / "kept")
     subsets = {name: {"clean": cleaned[name], "duplicates": dealt[name]} for name in cleaned} | token_subsets
     return {"version": k2jax.__version__, "stores": stores, "mix": mix, "subsets": subsets}
-
-
-@contextlib.contextmanager
-def _claimed(config: ConfigDict, out: Path) -> Iterator[None]:
-    """This process alone works in `out`, which is empty or was begun with this recipe."""
-    begun = out / "stages" / "recipe.json"
-    if not begun.exists() and any(path.name != "stages" for path in out.iterdir()):
-        raise ConfigError(f"--out={out}: holds files that are no preparation of ours; choose an empty folder")
-    begun.parent.mkdir(exist_ok=True, mode=0o700)  # tasks are told what to read with the credentials of its URLs
-    with _locked(begun.parent / "lock", out):
-        wanted = {"config": redacted(config.to_dict()), "version": k2jax.__version__}
-        if not begun.exists():
-            write_json(begun, wanted)
-        _check_recipe(json.loads(begun.read_bytes())["config"], config, out, "was begun with")
-        shutil.rmtree(out / "card", ignore_errors=True)
-        remove_leftovers(out, alone=True)
-        yield
-
-
-def _locked(path: Path, out: Path) -> locks.Lock:
-    try:
-        return locks.hold(path, f"host {socket.gethostname()}, pid {os.getpid()}")
-    except locks.Held as holder:
-        raise ConfigError(f"--out={out}: another process ({holder}) is preparing data there; wait for it") from None
-
-
-def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str) -> None:
-    """Raises ConfigError if another recipe made what lies in `out`."""
-    wanted = redacted(config.to_dict())
-    made = {"eos": "", "chat": recipe.base().chat.to_dict(), **made}  # before there were these keys
-    made["subsets"] = {name: {"conversations": {}, **chosen} for name, chosen in made.get("subsets", {}).items()}
-    if made != wanted:
-        changes = "; ".join(
-            f"{key} was {made.get(key)}, asked for is {wanted.get(key)}"
-            for key in sorted(made | wanted)
-            if made.get(key) != wanted.get(key)
-        )
-        raise ConfigError(f"--out={out} {how} another recipe ({changes}): remove it or choose another folder")
-
-
-def _finished(config: ConfigDict, out: Path) -> dict[str, Any]:
-    """What data.json holds, once shown to be what `config` asks for and what lies in the folder."""
-    again = f"remove {out} to prepare it again"
-    try:
-        data = json.loads((out / "data.json").read_text(encoding="utf-8"))
-        made, expected = data["config"], {name: row["root_digest"] for name, row in data["stores"].items()}
-        expected["tokenizer.json"] = data["tokenizer_sha256"]
-        expected |= {TEMPLATE: data["chat"]["template_sha256"]} if "chat" in data else {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{out}/data.json is damaged: {again}") from error
-    _check_recipe(made, config, out, "was made by")
-    for name, digest in expected.items():
-        path = out / name
-        is_file = name in ("tokenizer.json", TEMPLATE)
-        found = tokenizer_sha256(path) if is_file else Store.open(str(path)).root_digest
-        if found != digest:
-            raise ConfigError(f"{out}/{name} has digest {found}, data.json says {digest}: {again}")
-    return data
 
 
 def describe(data: dict[str, Any]) -> str:

@@ -1,14 +1,12 @@
 """The stage that reads: documents of every subset, cleaned by the subset's rules, counted, whole or not at all.
 
-One task deals the files to the others. Those write, below OUT/stages/clean: documents/, index/, removed/ and, where
-evaluation sets are named, contamination/; last tally/, which marks one complete. Killed and run again, a task gives the
-same bytes.
+A task writes, below OUT/stages/clean: documents/, index/, removed/ and, where evaluation sets are named,
+contamination/; last tally/, which marks it complete. Killed and run again, it gives the same bytes.
 """
 
 import contextlib
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,17 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 from ml_collections import ConfigDict
 
-from k2jax.data.manifest import sha256_json
 from k2jax.files import whole_file, write_json
-from k2jax.prepare import contamination, recipe, rules
-from k2jax.prepare.chat import rows
+from k2jax.prepare import contamination, dealing, recipe, rules
 from k2jax.prepare.documents import write_documents
 from k2jax.prepare.engine import Stage
-from k2jax.prepare.files import File, list_files
-from k2jax.prepare.read import documents, in_order
+from k2jax.prepare.files import list_files
+from k2jax.prepare.read import documents
 from k2jax.prepare.rules import Rule
 from k2jax.prepare.tally import Tally
 
 SAMPLE_CHARACTERS = 2000  # kept of a removed document
+EDITED_CHARACTERS = SAMPLE_CHARACTERS + 1000  # an address that is cut in two looks like none
 INDEX = pa.schema(
     {
         "id": pa.binary(32),
@@ -43,52 +40,24 @@ INDEX_ROWS = 1 << 14  # written at a time
 
 
 def stages(config: ConfigDict, out: str | Path) -> list[Stage]:
-    """The dealing of files to tasks, the index of evaluation sets, if any are named, and the cleaning."""
+    """The index of evaluation sets, if any are named, and the cleaning of what was dealt (dealing.py)."""
     at = {"config": config.to_dict(), "out": Path(out)}
-    deal = Stage("files", 1, functools.partial(deal_files, **at))
     clean_all = Stage("clean", len(recipe.tasks(config)), functools.partial(clean_task, **at))
     if not config.contamination.sources:
-        return [deal, clean_all]
-    return [deal, Stage("contamination", 1, functools.partial(contamination.build, **at)), clean_all]
+        return [clean_all]
+    return [Stage("contamination", 1, functools.partial(contamination.build, **at)), clean_all]
 
 
 def check(config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """The files of each subset of text: their number, bytes, and a digest of their names and sizes.
+    """The files of each subset: their number, bytes, and a digest of their names and sizes.
 
     Raises ConfigError for a source without files, or a rule whose file or package is missing; reads no document.
     """
     for source in config.contamination.sources:
         list_files(source)
-    found = {}
     for name in sorted({task.subset for task in recipe.tasks(config)}):
         rules.build(config.subsets[name])
-        found[name] = _summary(list_files(config.subsets[name].source))
-    return found
-
-
-def _summary(files: list[File]) -> dict[str, Any]:
-    names = [[file.name, file.size] for file in files]
-    return {"files": len(files), "bytes": sum(file.size for file in files), "digest": sha256_json(names)}
-
-
-def deal_files(_: int, *, config: dict[str, Any], out: Path) -> None:
-    """A task: lists the sources once for all, so that no two tasks see different files; clean/files/<rank>.json."""
-    whole, summary = ConfigDict(config), {}
-    for rank, task in enumerate(recipe.tasks(whole)):
-        if task.shard == 0:
-            found = list_files(whole.subsets[task.subset].source)
-            summary[task.subset], files = _summary(found), in_order(found, whole.seed)
-        write_json(_files_of(out, rank), files[task.shard :: task.num_shards])
-    write_json(out / "stages" / "clean" / "files" / "summary.json", summary)
-
-
-def template_of(out: str | Path) -> Path:
-    """The chat template that every task reads, as it was when the preparation began."""
-    return Path(out) / "stages" / "chat_template.json"
-
-
-def _files_of(out: Path, rank: int) -> Path:
-    return out / "stages" / "clean" / "files" / f"{rank:05d}.json"
+    return dealing.summary(dealing.listed(config))
 
 
 def clean(
@@ -125,24 +94,23 @@ def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Pat
     Raises ConfigError and StorageError as `read` does; nothing is then left that looks complete.
     """
     config, folder = ConfigDict(config), Path(out) / "stages" / "clean"
-    name, shard, num_shards = recipe.tasks(config)[rank]
-    chosen, tally = config.subsets[name], Tally()
-    removed = _Removed(config.removed_samples)
+    task, tally = recipe.tasks(config)[rank], Tally()
+    chosen, dealt = config.subsets[task.subset], dealing.share(config, Path(out), task)
     check_of: contamination.Contamination | None = None
     steps = rules.build(chosen)
+    removed = _Removed(config.removed_samples, [rule for rule in steps if rule.step in rules.EDITS])
     if config.contamination.sources:
         check_of = contamination.Contamination(contamination.folder_of(out), remove=config.contamination.remove)
         steps.append(Rule("contamination", check_of.apply))
     with contextlib.ExitStack() as stack:
         raw = documents(
             chosen,
-            [File(*row) for row in json.loads(_files_of(Path(out), rank).read_bytes())],
-            name=name,
-            shard=shard,
-            num_shards=num_shards,
+            dealt.files,
+            name=task.subset,
             tally=tally,
+            last_bytes=dealt.last_bytes,
             keep_removed=removed.keep,
-            render=stack.enter_context(rows.rendering(template_of(out), chosen)) if chosen.conversations else None,
+            render=stack.enter_context(dealing.rendering(out, chosen)),
         )
         found = clean(raw, steps, tally=tally, keep_removed=removed.keep)
         index = stack.enter_context(_index(folder / "index" / f"{rank:05d}.parquet"))
@@ -154,17 +122,24 @@ def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Pat
 
 
 class _Removed:
-    """The first documents that each step removed for each reason, cut to what a person reads."""
+    """The first documents that each step removed for each reason, cut to what a person reads.
 
-    def __init__(self, most: int):
+    `edits` are done to them, whatever was before they were removed: a card must not show what a store would not.
+    """
+
+    def __init__(self, most: int, edits: list[Rule]):
         self.documents: list[Document] = []
-        self._most, self._counts = most, {}
+        self._most, self._counts, self._edits = most, {}, edits
 
     def keep(self, one: Document, step: str, reason: str) -> None:
         count = self._counts[step, reason] = self._counts.get((step, reason), 0) + 1
         if count <= self._most:
             metadata = {**one.metadata, "step": step, "reason": reason}
-            self.documents.append(Document(one.text[:SAMPLE_CHARACTERS], one.id, metadata=metadata))
+            shown = Document(one.text[:EDITED_CHARACTERS], one.id, metadata=metadata)
+            for _, apply in self._edits:
+                apply(shown)
+            shown.text = shown.text[:SAMPLE_CHARACTERS]
+            self.documents.append(shown)
 
 
 @contextlib.contextmanager

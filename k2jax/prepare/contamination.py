@@ -1,10 +1,12 @@
 """Which documents hold text of evaluation sets: word n-grams that stand in both.
 
 Words are runs of letters and digits, lower-cased, in Unicode's composed form: punctuation, spacing and line breaks make
-no difference. An item of an evaluation set is one string field of a record (those in lists too), or a file of text. A
-document is contaminated if it holds any n words in a row of any item; an item shorter than n words counts as a whole if
-it has at least SHORTEST, and is skipped else. Compared are 64-bit hashes (a polynomial of xxh3 of the words): two
-different n-grams agree by chance once in 2^64 pairs, for 10^7 evaluation n-grams and 10^12 words once in two corpora.
+no difference. In scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan)
+each character counts as a word. An item of an evaluation set is one string field of a record (those in lists too), or a
+file of text. A document is contaminated if it holds any n words in a row of any item; an item shorter than n words
+counts as a whole if it has at least SHORTEST, and is skipped else. Compared are 64-bit hashes (a polynomial of xxh3 of
+the words): two different n-grams agree by chance once in 2^64 pairs, for 10^7 evaluation n-grams and 10^12 words once
+in two corpora.
 
 The index is made once, before cleaning: `hashes.npy`, sorted, which tasks map into memory and share; `items.npy`, the
 item of each hash; `items.json`, the names of the items and what was counted. Making it takes 36 bytes an n-gram.
@@ -33,7 +35,10 @@ from k2jax.prepare.records import Bad, text_of
 
 SHORTEST = 8  # words of an item; shorter ones ("What is the capital of France?") stand everywhere
 HITS = 100  # kept of a task, with their text
-WORD = re.compile(r"[^\W_]+")
+# One character of a script without spaces, or a run of letters and digits of the others.
+NO_SPACES = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+NO_SPACES += "\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+")
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash loses a bit
 
 
@@ -64,14 +69,15 @@ def build(rank: int, *, config: dict[str, Any] | ConfigDict, out: Path) -> None:
     config = ConfigDict(config)
     n, folder = config.contamination.n_grams, folder_of(out)
     names, hashes, items, lengths = [], [], [], set()
-    counts = Counter(items=0, too_short=0)
+    counts: dict[str, Counter[str]] = {}  # of evaluation sets
     for name, text in _items(config):
         words = words_of(text)
         length = min(n, len(words))
+        own = counts.setdefault(_set_of(name), Counter(items=0, too_short=0))
         if length < min(n, SHORTEST):
-            counts["too_short"] += 1
+            own["too_short"] += 1
             continue
-        counts["items"] += 1
+        own["items"] += 1
         lengths.add(length)
         if not names or names[-1] != name:
             names.append(name)
@@ -84,9 +90,8 @@ def build(rank: int, *, config: dict[str, Any] | ConfigDict, out: Path) -> None:
     for name, array in (("hashes", unique), ("items", np.concatenate(items)[first])):
         with whole_file(folder / f"{name}.npy") as file:
             np.save(file, array, allow_pickle=False)
-    write_json(
-        folder / "items.json", {"names": names, "lengths": sorted(lengths), "n_grams": len(unique), **counts}
-    )
+    found = {"names": names, "lengths": sorted(lengths), "n_grams": len(unique), "sets": counts}
+    write_json(folder / "items.json", found)
 
 
 def _items(config: ConfigDict) -> Iterator[tuple[str, str]]:
@@ -104,6 +109,11 @@ def _items(config: ConfigDict) -> Iterator[tuple[str, str]]:
                         "out the evaluation set, a check that skips parts of it is none"
                     )
                 yield f"{name}:{line}" if line else name, text
+
+
+def _set_of(item: str) -> str:
+    """The evaluation set of an item's name: its file."""
+    return re.sub(r":\d+$", "", item)
 
 
 def _strings(value: Any) -> Iterator[str | bytes]:
@@ -144,7 +154,7 @@ class Contamination:
 
     def _note(self, one: Document, name: str, n_gram: str) -> str | None:
         self._documents["contaminated"] += 1
-        evaluation_set = re.sub(r":\d+$", "", name)
+        evaluation_set = _set_of(name)
         self._sets[evaluation_set] += 1
         if len(self._hits) < HITS:
             hit = {"id": one.id, "source": one.metadata["source"], "evaluation": name, "n_gram": n_gram[:1000]}

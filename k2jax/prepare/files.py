@@ -2,10 +2,14 @@
 
 Patterns are fsspec's: `*` within a folder, `**` at any depth; local paths, gs://, s3://, hf:// and what else fsspec
 knows. Names that begin with a dot are left out unless the pattern has one, and links to folders are not followed.
+How a file is packed is seen by its first bytes; its name says it only where those say nothing.
 """
 
+import bz2
+import codecs
 import contextlib
 import io
+import lzma
 import os
 import re
 import zlib
@@ -24,20 +28,37 @@ from k2jax.text import without_secret_parameters, without_secrets
 BLOCK = 1 << 20  # bytes read at a time
 # Compressed bytes decoded at once. A zstd block of 4 can stand for 128 KiB, a byte of gzip for about 1,032, so at most
 # 64 MiB and 17 MiB come out.
-ZSTD_STEP, GZIP_STEP = 1 << 11, 1 << 14
+ZSTD_STEP, GZIP_STEP, XZ_STEP, BZIP2_STEP = 1 << 11, 1 << 14, 1 << 12, 1 << 10
+HEAD = 512  # bytes by which it is seen how a file is packed
 NAME_CHARACTERS = 2000  # kept of a name or URL; object stores allow names of 1,024 bytes
-PATTERNS = {  # of a source that is a folder
-    "text": "**",
-    "jsonl": "**/*.jsonl*",
-    "parquet": "**/*.parquet",
-    "arrow": "**/*.arrow",
-    "warc": "**/*.warc*",
-    "megatron": "**/*.bin",
-    "llm360": "**/*.jsonl*",
+PACKED = r"(\.(gz|zst|zstd|xz|bz2))?"
+NAMES = {  # of a source's data, in a folder of it
+    "text": r".*",
+    "jsonl": rf".*\.(jsonl|ndjson){PACKED}",
+    "parquet": r".*\.parquet",
+    "arrow": r".*\.arrow",
+    "warc": rf".*\.(warc|wet){PACKED}",
+    "megatron": r".*\.bin",
+    "llm360": rf".*\.jsonl{PACKED}",
 }
+# What stands beside data and is none: texts about it, other tools' marks and descriptions, Megatron's index. A check
+# sum, a copy and a part of a file are none either, and matched by no wildcard.
+BESIDE = r"(README|LICEN[CS]E|NOTICE|COPYING|CHANGELOG|CITATION)\b.*|.*\.(md|rst|idx|ya?ml|py|crc|html)"
+BESIDE += r"|_(SUCCESS|metadata|common_metadata|started.*|committed.*)|(dataset_infos?|state|dataset_dict|index)\.json"
+NO_DATA = r".*(\.(sha\d+|md5|sig|asc|bak|old|orig|tmp|temp|part|partial|crdownload|incomplete|aria2|lock|swp)|~)"
+NO_DATA += r"|(SHA\d+|MD5)SUMS?"
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub"}  # for pip
-# What reading compressed data raises when the data is at fault; the storage's own errors are StorageError.
-DAMAGE = (EOFError, zlib.error, zstandard.ZstdError)
+
+
+class Damaged(Exception):
+    """Bytes that are not what their packing says."""
+
+
+# What reading packed data raises when the data is at fault; the storage's own errors are StorageError.
+DAMAGE = (EOFError, Damaged)
+UNPACKING = (OSError, ValueError, zlib.error, zstandard.ZstdError, lzma.LZMAError, MemoryError)  # bz2's is an OSError
+ZSTD_WINDOW = 1 << 31  # of a file made by zstd --long=31, as Pushshift's are: its reader holds as much
+XZ_MEMORY = 1 << 30  # a reader of xz holds its dictionary; that of xz -9 is 64 MiB
 
 
 class File(NamedTuple):
@@ -48,17 +69,18 @@ class File(NamedTuple):
     size: int
 
 
-def list_files(source: str) -> list[File]:
+def list_files(source: str, *, follow_links: bool = True) -> list[File]:
     """The files of a source of text, sorted by name; a document of python: counts as a file.
 
-    Raises ConfigError if none matches or a package is missing, StorageError if the storage cannot be listed.
+    Raises ConfigError if none matches, one is no data of that kind by its name, one links out of the source's folder
+    and `follow_links` is False, or a package is missing; StorageError if the storage cannot be listed.
     """
     kind, where = kind_of(source)
     if kind == "python":
         if not python_corpus.known(source):
             raise ConfigError(f"source {source!r}: expected python:code, python:docstrings or python:documents")
         return [File(*one, os.lstat(one.path).st_size) for one in python_corpus.candidates(source)]
-    found = _find(source, kind, where)
+    found = _find(source, kind, where, follow_links)
     if not found:
         raise ConfigError(f"source {source!r}: no file matches; check the path and its wildcards")
     return sorted(found)
@@ -79,10 +101,10 @@ def place(file: File, line: int) -> str:
     return f"{name}:{line}" if line else name
 
 
-def _find(source: str, kind: str, where: str) -> list[File]:
+def _find(source: str, kind: str, where: str, follow_links: bool) -> list[File]:
     scheme = where.partition("://")[0] if "://" in where else ""
     try:
-        fs, root, entries, hidden = _entries(kind, where, local=not scheme)
+        fs, root, entries, how = _entries(where, local=not scheme)
     except ImportError as error:
         package = PACKAGES.get(scheme, f"what fsspec needs for {scheme}://")
         raise ConfigError(f"source {source!r}: needs a package that is not there: pip install {package}") from error
@@ -92,30 +114,71 @@ def _find(source: str, kind: str, where: str) -> list[File]:
         raise ConfigError(f"source {source!r}: {error}") from error
     except Exception as error:  # each storage has exceptions of its own
         raise StorageError(f"source {source!r} cannot be listed ({type(error).__name__}: {error})") from error
-    files = []
+    files, no_data, out = [], [], []
     for path, entry in entries.items():
         name = path[len(root) :].lstrip("/")
         name = without_secret_parameters(name) if scheme else name  # a new signature must not deal files anew, either
-        if not _is_file(path, entry, local=not scheme) or ("/." in f"/{name}" and not hidden):
+        last = name.rpartition("/")[2]
+        if not _is_file(path, entry, local=not scheme) or ("/." in f"/{name}" and how in (FOLDER, PATTERN)):
             continue
-        if kind == "arrow" and name.rpartition("/")[2].startswith("cache-"):
+        if kind == "arrow" and last.startswith("cache-"):
             continue  # of a transformation that Hugging Face's datasets once ran: the same rows again
+        if not _is_data(kind, last, how):
+            if how != FOLDER or not _matches(BESIDE, last):
+                no_data.append(name)
+            continue
+        if not scheme and not follow_links and how != ONE and _links_out(path, root):
+            out.append(name)
         files.append(File(name, fs.unstrip_protocol(path) if scheme else path, entry["size"] or 0))
+    if no_data:
+        raise ConfigError(
+            f"source {source!r}: {_some(no_data)} by name no {kind} data: take that out, or give a pattern that "
+            f"matches the data alone"
+        )
+    if out:
+        raise ConfigError(
+            f"source {source!r}: {_some(out)} a link out of its folder: copy the data there, or set follow_links=True"
+        )
     return files
 
 
-def _entries(kind: str, where: str, *, local: bool) -> tuple[Any, str, dict[str, dict[str, Any]], bool]:
-    """The file system, the fixed part of the pattern, what matches, by path, and whether hidden names are meant."""
+def _some(names: list[str]) -> str:
+    """For a message: the first names, and what they are to be said of."""
+    first = ", ".join(shown_name(name) for name in sorted(names)[:5])
+    return f"{first} is" if len(names) == 1 else f"{len(names)} files ({first}{', ...' * (len(names) > 5)}) are each"
+
+
+FOLDER, PATTERN, HIDDEN_PATTERN, ONE = range(4)  # what a source names; the third has a dot's name in it
+
+
+def _is_data(kind: str, name: str, how: int) -> bool:
+    """By its name: in a folder that of the kind's data; what a pattern matches is, unless it is known as none."""
+    if kind == "text" or how == ONE:
+        return True
+    return _matches(NAMES[kind], name) if how == FOLDER else not _matches(NO_DATA, name)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.fullmatch(pattern, name, re.IGNORECASE | re.DOTALL) is not None
+
+
+def _links_out(path: str, root: str) -> bool:
+    return not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/")
+
+
+def _entries(where: str, *, local: bool) -> tuple[Any, str, dict[str, dict[str, Any]], int]:
+    """The file system, the fixed part of the pattern, what matches, by path, and what the source names."""
     fs, pattern = fsspec.core.url_to_fs(where)
     if fs.isfile(pattern):  # whose name may hold a wildcard's character
         path = pattern.partition("?")[0] if "://" in where else pattern  # a signature may hold a slash
-        return fs, path.rpartition("/")[0], {pattern: fs.info(pattern)}, True
-    if fs.isdir(pattern):
-        pattern = f"{pattern.rstrip('/')}/{PATTERNS[kind]}"
+        return fs, path.rpartition("/")[0], {pattern: fs.info(pattern)}, ONE
+    is_folder = fs.isdir(pattern)
+    if is_folder:
+        pattern = f"{pattern.rstrip('/')}/**"
     # A local folder that cannot be read would else be left out without a word.
     entries = fs.glob(pattern, detail=True, **({"on_error": "raise"} if local else {}))
     root = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
-    return fs, root, entries, "/." in pattern[len(root) :]
+    return fs, root, entries, FOLDER if is_folder else HIDDEN_PATTERN if "/." in pattern[len(root) :] else PATTERN
 
 
 def _is_file(path: str, entry: dict[str, Any], *, local: bool) -> bool:
@@ -192,7 +255,10 @@ class _Unpacked(io.RawIOBase):
             if not data:
                 raise EOFError("it ends within compressed data")
             self._decoder = self._decoder or self._new_decoder()
-            self._ready = memoryview(self._decoder.decompress(data))
+            try:
+                self._ready = memoryview(self._decoder.decompress(data))
+            except UNPACKING as error:
+                raise Damaged(str(error)) from error
             self._rest = self._decoder.unused_data if self._decoder.eof else b""
             self._decoder = None if self._decoder.eof else self._decoder
         size = min(len(buffer), len(self._ready))
@@ -200,17 +266,51 @@ class _Unpacked(io.RawIOBase):
         return size
 
 
+def _zstd() -> Any:
+    return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
+
+
+# {how: (its first bytes, names that end so, what decodes it, compressed bytes at a time)}
+PACKINGS: dict[str, tuple[bytes, tuple[str, ...], Callable[[], Any], int]] = {
+    "gzip": (b"\x1f\x8b\x08", (".gz",), lambda: zlib.decompressobj(wbits=31), GZIP_STEP),
+    "zstd": (b"\x28\xb5\x2f\xfd", (".zst", ".zstd"), _zstd, ZSTD_STEP),
+    "xz": (b"\xfd7zXZ\x00", (".xz",), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY), XZ_STEP),
+    "bzip2": (b"BZh", (".bz2",), bz2.BZ2Decompressor, BZIP2_STEP),
+}
+SKIPPABLE = b"\x2a\x4d\x18"  # of zstd's frames without data, behind a byte 0x50 to 0x5f: .warc.zst begins with one
+
+
+def packing(head: bytes, name: str) -> str | None:
+    """How a file is packed: by its first bytes, and by its name where they are neither that nor text."""
+    for how, (first, *_) in PACKINGS.items():
+        if head.startswith(first) and (how != "bzip2" or head[4:10] == b"1AY&SY"):
+            return how
+    if head[1:4] == SKIPPABLE and 0x50 <= head[0] <= 0x5F:
+        return "zstd"
+    named = next((how for how, (_, ends, *_) in PACKINGS.items() if name.lower().endswith(ends)), None)
+    return named if named and not _is_text(head) else None
+
+
+def _is_text(head: bytes) -> bool:
+    """As a server has it that unpacks what is named .gz."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character may be cut at its end
+    except UnicodeDecodeError:
+        return False
+    return bool(head) and b"\0" not in head
+
+
 @contextlib.contextmanager
 def opened(file: File) -> Iterator[io.BufferedReader]:
-    """The file's bytes, decompressed if its name ends in .gz or .zst; reading may raise StorageError or DAMAGE."""
+    """The file's bytes, unpacked where they are packed (PACKINGS); reading may raise StorageError or DAMAGE."""
     with Stored(file.path) as raw:
-        inner: Any = raw
-        if file.path.endswith(".gz"):
-            inner = _Unpacked(io.BufferedReader(raw, BLOCK), lambda: zlib.decompressobj(wbits=31), GZIP_STEP)
-        elif file.path.endswith(".zst"):
-            new_decoder = zstandard.ZstdDecompressor().decompressobj
-            inner = _Unpacked(io.BufferedReader(raw, BLOCK), new_decoder, ZSTD_STEP)
-        yield io.BufferedReader(inner, BLOCK)
+        stored = io.BufferedReader(raw, BLOCK)
+        how = packing(stored.peek(HEAD)[:HEAD], file.path)
+        if how is None:
+            yield stored
+        else:
+            *_, new_decoder, step = PACKINGS[how]
+            yield io.BufferedReader(_Unpacked(stored, new_decoder, step), BLOCK)
 
 
 def bounded_lines(stream: io.BufferedReader, most: int) -> Iterator[tuple[int, bytes | None]]:

@@ -2,7 +2,7 @@
 
 What gives no document (bad JSON, bytes that are no UTF-8, a truncated file) is counted with its file and line, and
 what stands before and after it is read. A file that cannot be read at all is an error: a corpus must not shrink
-silently. Files are dealt to the tasks of a subset in an order that the seed draws.
+silently.
 """
 
 import datetime
@@ -20,7 +20,7 @@ from k2jax.errors import ConfigError
 from k2jax.prepare.chat.rows import COLUMNS
 from k2jax.prepare.documents import document
 from k2jax.prepare.files import File, place, shown_name
-from k2jax.prepare.recipe import kind_of
+from k2jax.prepare.recipe import DUMP, kind_of
 from k2jax.prepare.records import (
     Bad,
     Record,
@@ -45,25 +45,24 @@ def documents(
     files: list[File],
     *,
     name: str,
-    shard: int,
-    num_shards: int,
     tally: Tally,
+    last_bytes: int | None = None,
     keep_removed: KeepRemoved | None = None,
     render: RenderRow | None = None,
 ) -> Iterator[Document]:
-    """The documents of one task of subset `name`: those of its files, in their order.
+    """The documents of some files of subset `name`, in their order.
 
     `render` gives the text of a row, and more metadata, where rows are conversations: a row that is none is then a
     ConfigError that names file and row, unless the recipe says bad_rows="drop".
 
-    `max_bytes` is dealt out evenly: the task ends before the document that exceeds its part, counted as "over
-    max_bytes". Documents shorter or longer than the subset's limits are removed here, in step "read"; with `extract`
-    the upper limit is that of the text alone, not of the page. Raises ConfigError for a source without files or a
-    text column, StorageError for a file that cannot be read.
+    `last_bytes` is the text that is taken from the last file: it ends before the document that exceeds that, counted as
+    "over max_bytes". Documents shorter or longer than the subset's limits are removed here, in step "read"; with
+    `extract` the upper limit is that of the text alone, not of the page. Raises ConfigError for a source without files
+    or a text column, StorageError for a file that cannot be read.
     """
-    room = chosen.max_bytes // num_shards + (shard < chosen.max_bytes % num_shards)
     longest = 0 if chosen.extract else chosen.max_document_bytes
-    for file in files:
+    for number, file in enumerate(files, 1):
+        room = last_bytes if number == len(files) else None
         seen: set[int] = set()
         for line, record in records(chosen.source, file, chosen=chosen):
             make = partial(_conversation, render=render) if render else _document
@@ -73,8 +72,10 @@ def documents(
                     raise ConfigError(_refusal(one, file, line))
                 _count(tally, one, file, line)
                 continue
+            for bad in (record[key] for key in FIELDS if isinstance(record.get(key), Bad)):
+                tally.problem(bad.reason, place(file, line), f"{bad.what}; the document is kept without it")
             size = len(one.text.encode())
-            if chosen.max_bytes and size > room:
+            if room is not None and size > room:
                 tally.problem("over max_bytes", place(file, line), "reading stops here")
                 return
             if _seen_before(one, seen):
@@ -85,7 +86,7 @@ def documents(
                 if keep_removed:
                     keep_removed(one, "read", reason)
                 continue
-            room -= size
+            room = None if room is None else room - size
             yield one
 
 
@@ -154,14 +155,14 @@ def _metadata(record: dict[str, Any], chosen: ConfigDict, name: str, file: File,
         "source_id": _short(record.get("id")),
         "licence": _short(record.get("license")) or _short(record.get("licence")) or chosen.licence,
         "date": _short(record.get("date")),
-        "dump": _short(record.get("dump")) or chosen.dump or _dump_of(file),
+        "dump": _short(record.get("dump")) or chosen.dump or dump_of(file),
     }
     return {key: value for key, value in metadata.items() if value}
 
 
-def _dump_of(file: File) -> str:
+def dump_of(file: File) -> str:
     """The dump of Common Crawl that a file's path names."""
-    found = re.search(r"\bCC-MAIN-20\d\d-\d\d\b", file.path)
+    found = re.search(rf"\b{DUMP}\b", file.path)
     return found.group() if found else ""
 
 

@@ -17,6 +17,7 @@ from k2jax.data.tokenizer import EOS, NUM_FIXED
 from k2jax.errors import ConfigError
 from k2jax.prepare.chat import options
 
+DUMP = r"CC-MAIN-20\d\d-\d\d"  # of Common Crawl, by year and week: their order is that of the names
 SUBSET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 KINDS = {  # of sources: "KIND:WHERE"; WHERE is a path or URL with wildcards (local, gs://, s3://, hf://)
     "python": "code, docstrings or documents of the Python at work: a corpus with no download",
@@ -68,7 +69,7 @@ def base() -> ConfigDict:
     c.chat.template = ""  # file of a Jinja template; empty: the one beside `tokenizer`
     c.chat.name = ""  # of the templates beside `tokenizer`, where there are several; empty: the default
     c.chat.date = ""  # YYYY-MM-DD: the day that a template writes (strftime_now)
-    c.subsets = ConfigDict()
+    c.subsets = ConfigDict(sort_keys=False)  # their order is that of their priority, where that is equal
     c.lock()
     c.subsets.unlock()
     return c
@@ -80,11 +81,13 @@ def subset(
     text_key: str = "text",
     licence: str = "",
     dump: str = "",
+    dumps: tuple[str, ...] = (),
     max_bytes: int = 0,
     min_document_bytes: int = 1,
     max_document_bytes: int = 0,
     max_line_bytes: int = 1 << 28,
     tasks: int = 1,
+    follow_links: bool = False,
     priority: int = 0,
     extract: bool = False,
     language_model: str = "",
@@ -107,12 +110,14 @@ def subset(
     c.text_key = text_key  # column or key of the text; "url", "id", "license", "date", "dump" are kept where they are
     c.licence = licence  # of documents that name none themselves
     c.dump = dump  # of documents that name none; empty: a CC-MAIN-2024-30 in the file's path. Newer ones are kept first
+    c.dumps = dumps  # the first and the last of Common Crawl whose files are read, such as CC-MAIN-2013-20; () for all
     c.max_bytes = max_bytes  # of text to read in all, 0 for no limit; files are taken in an order drawn by seed
     c.min_document_bytes = min_document_bytes  # shorter documents are left out
     c.max_document_bytes = max_document_bytes  # longer documents are left out, 0 for no limit
     c.max_line_bytes = max_line_bytes  # longer lines of JSON, and larger files of text, are not read
     c.tasks = tasks  # parts that the source's files are dealt into: the most workers that can read it at once
-    c.priority = priority  # of duplicates, the one in the subset of the lowest number stays: curated before web
+    c.follow_links = follow_links  # files of a local source may be links to others outside of its folder
+    c.priority = priority  # of duplicates, the one in the subset of the lowest number stays, of equal ones the first
     c.extract = extract  # text out of HTML, by trafilatura
     c.language_model = language_model  # fastText's file, such as lid.176.bin; needed by `languages`
     c.languages = languages  # kept, as ISO codes; empty for all
@@ -299,6 +304,8 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
             problems.append(f"{where}.{key}={chosen[key]}: must lie in [0, 1]")
     if not chosen.repeats > 0:
         problems.append(f"{where}.repeats={chosen.repeats}: must be above 0")
+    if chosen.dumps and (len(chosen.dumps) != 2 or not all(re.fullmatch(DUMP, dump) for dump in chosen.dumps)):
+        problems.append(f"{where}.dumps={chosen.dumps}: must be the first and the last, such as CC-MAIN-2013-20")
     if unknown := set(chosen.filters) - set(FILTERS):
         problems.append(f"{where}.filters: {sorted(unknown)} unknown; there are {', '.join(FILTERS)}")
     if chosen.languages and not chosen.language_model:

@@ -15,7 +15,8 @@ from k2jax.errors import ConfigError
 from k2jax.prepare import python_corpus
 from k2jax.prepare.files import DAMAGE, File, Stored, bounded_lines, opened, shown_name
 
-ROWS = 256  # of Parquet, in memory at a time
+ROWS = 256  # of Parquet, in memory at a time, or as few as are sure to take no more than
+BATCH_BYTES = 64 << 20
 TOO_LONG = "longer than max_line_bytes"
 
 
@@ -112,7 +113,21 @@ def parquet_records(file: File, columns: tuple[str, ...] | None, required: str |
 
 def _parquet_batches(raw: Stored, wanted: Callable[[pa.Schema], list[str]]) -> Iterator[pa.RecordBatch]:
     file = pq.ParquetFile(raw, page_checksum_verification=True)
-    yield from file.iter_batches(ROWS, columns=wanted(file.schema_arrow))
+    names = wanted(file.schema_arrow)
+    for number in range(file.num_row_groups):
+        rows = _rows_at_once(file.metadata.row_group(number), names)
+        yield from file.iter_batches(rows, row_groups=[number], columns=names)
+
+
+def _rows_at_once(group: pq.RowGroupMetaData, names: list[str]) -> int:
+    """So few that they fit: by their mean size, and where a dictionary holds values once, as if each were all of it."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    largest = 1
+    for column in columns:
+        if column.path_in_schema.partition(".")[0] in names:
+            rows = 1 if column.has_dictionary_page else max(group.num_rows, 1)
+            largest = max(largest, column.total_uncompressed_size // rows)
+    return min(ROWS, max(BATCH_BYTES // largest, 1))
 
 
 def arrow_records(file: File, columns: tuple[str, ...] | None, required: str | None) -> Iterator[Record]:
@@ -172,3 +187,12 @@ def _values(column: pa.Array) -> list[Any]:
         return column.to_pylist()
     except UnicodeDecodeError:
         return raw.to_pylist()
+    except (ValueError, OverflowError):  # a year behind 9999, or nanoseconds without pandas
+        return [_value(one) for one in column]
+
+
+def _value(one: pa.Scalar) -> Any:
+    try:
+        return one.as_py()
+    except (ValueError, OverflowError) as error:
+        return Bad("field out of range", str(error))

@@ -24,6 +24,7 @@ from k2jax.prepare.records import Bad, text_of
 # A crawler keeps 1 MiB of a page (Common Crawl until 2025, then 5); what trafilatura takes grows faster than the page.
 HTML_BYTES = 5 << 20
 Apply = Callable[[Document], str | None]
+EDITS = ("nfc", "pii")  # of the rules: those that change a text and leave out none
 
 
 class Rule(NamedTuple):

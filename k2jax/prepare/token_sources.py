@@ -31,17 +31,18 @@ from ml_collections import ConfigDict
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.files import write_json
+from k2jax.prepare.dealing import share
 from k2jax.prepare.engine import Stage
-from k2jax.prepare.files import DAMAGE, File, bounded_lines, list_files, opened, place, shown_name
+from k2jax.prepare.files import DAMAGE, File, bounded_lines, opened, place, shown_name
 from k2jax.prepare.megatron import read_documents
 from k2jax.prepare.pieces import PieceWriter
-from k2jax.prepare.read import in_order
 from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, subset, tasks
 from k2jax.prepare.tally import Tally, combine
 from k2jax.prepare.token_document import TokenDocument, token_document
 
 MOST_STORES = 256  # of one subset: more are no subsets, but a key that differs from row to row
-KEYS = ("source", "tasks", "repeats", "licence", "max_line_bytes")  # of a subset, that mean something here
+# Of a subset, that mean something here
+KEYS = ("source", "tasks", "follow_links", "priority", "repeats", "licence", "max_line_bytes")
 ROW_FIELDS = ("subset_name", "source", "src_filename", "line_idx_in_src")  # kept of LLM360's rows
 
 
@@ -66,7 +67,7 @@ def check(config: ConfigDict) -> None:
 
 
 def stage(config: ConfigDict, out: Path, tokenizer: Path) -> Stage:
-    """Converts the subsets that are tokens to pieces of stores below `out`, the preparation's folder of stages.
+    """Converts the subsets that are tokens to pieces of stores, in OUT/stages.
 
     `tokenizer` is the tokenizer.json that the ids are of. Raises ConfigError as `check`; a task raises it for ids
     outside the vocabulary, too.
@@ -76,9 +77,9 @@ def stage(config: ConfigDict, out: Path, tokenizer: Path) -> Stage:
 
 
 def read(
-    chosen: ConfigDict, *, shard: int, num_shards: int, seed: int, tally: Tally, eos: int
+    chosen: ConfigDict, files: list[File], *, shard: int, num_shards: int, seed: int, tally: Tally, eos: int
 ) -> Iterator[TokenDocument]:
-    """The documents of one task of a subset: those of file `shard`, `shard + num_shards`, ... of its source.
+    """The documents of one task of a subset, which has been dealt `files`; of seqio's those of its shard.
 
     `eos` is the id of EOS: where a document ends with it, it counts once. What cannot be read is counted in `tally`,
     which also gets a "read" step in bytes of uint32. Raises ConfigError for a source that is not what it should be.
@@ -90,7 +91,6 @@ def read(
         found = seqio_bridge.read(where, shard=shard, num_shards=num_shards, seed=seed, eos=eos)
     else:
         read_file = partial(_llm360, most=chosen.max_line_bytes, tally=tally) if kind == "llm360" else _megatron
-        files = in_order(list_files(chosen.source), seed)[shard::num_shards]
         found = (one for file in files for one in read_file(file, eos=eos))
     for one in found:
         tally.saw("read", 4 * len(one.ids))
@@ -149,8 +149,10 @@ def _convert(config: ConfigDict, out: Path, path: Path, rank: int) -> None:
     """One task: its pieces, then the JSON that says what they hold."""
     task, tokenizer, tally = token_tasks(config)[rank], load_tokenizer(path, config.eos), Tally()
     options = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+    has_files = kind_of(config.subsets[task.subset].source)[0] != "seqio"
     found = read(
         config.subsets[task.subset],
+        share(config, out, task).files if has_files else [],
         shard=task.shard,
         num_shards=task.num_shards,
         seed=config.seed,
@@ -166,13 +168,13 @@ def _convert(config: ConfigDict, out: Path, path: Path, rank: int) -> None:
             piece = f"{store}/{'held-out-' * one.held_out}{task.shard:05d}"
             if piece not in pieces:
                 _check_number(task, len(pieces), one)
-                pieces[piece] = stack.enter_context(PieceWriter(out / "tokens" / piece, **options))
+                pieces[piece] = stack.enter_context(PieceWriter(out / "stages" / "tokens" / piece, **options))
             if not one.eos and one.part:
                 row_length = _same_length(row_length, one)
             pieces[piece].add(one.ids, id=one.id, source=one.source, metadata=one.metadata, eos=one.eos)
             _count(stores.setdefault(store, {}), one)
     summary = {"subset": task.subset, "tally": tally.to_json(), "stores": stores, "row_length": row_length}
-    write_json(out / "token-sources" / f"{rank:05d}.json", summary)
+    write_json(out / "stages" / "token-sources" / f"{rank:05d}.json", summary)
 
 
 def _check_number(task: Task, number: int, one: TokenDocument) -> None:

@@ -79,6 +79,7 @@ def last_results(record: Record) -> list[dict[str, Any]]:
         {"task": result["task"], "metrics": result["metrics"]}
         for result in Results(record.workdir).all()
         if result["checkpoint"] == record.checkpoints[-1].digest
+        and "weights" not in result["settings"]  # of an average, which is not what is released
     ]
     path = record.workdir / "validation.json"
     held_out = read_json(path) if path.is_file() else {}

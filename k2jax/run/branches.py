@@ -115,6 +115,12 @@ def add_options(parser: ArgumentParser, what: str = "the run directory") -> None
     parser.add_argument("--branch", type=int, metavar="N", help="of the run, what its N-th roll-back left behind")
 
 
+def add_weights(parser: ArgumentParser) -> None:
+    """--weights."""
+    what = "params, as trained (default), or ema, their moving average (optimizer.ema_decay)"
+    parser.add_argument("--weights", choices=("params", "ema"), default="params", help=what)
+
+
 def chosen(args: Namespace) -> Any:
     """The folder that the options name. ConfigError where the run has no such branch."""
     if args.branch is None:

@@ -307,7 +307,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, by_layer: bool) -> list[i
 
 
 def _array_spec(name: str, x: jax.Array, base: dict[str, Any]) -> dict[str, Any]:
-    by_layer = name.startswith("params/layers.")
+    by_layer = name.startswith(("params/layers.", "ema/layers."))
     return {
         "driver": "zarr",
         "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},

@@ -213,7 +213,7 @@ class Checkpoints:
         found = jax.block_until_ready(jax.jit(digest.tree_digests)(arrays))
         cluster.together(f"verifies checkpoint {step}", lambda: _verify(step, meta, found))
         self.last_meta, self.last_data = meta, data
-        return unflat({**_zero_moments(shardings, shapes, arrays), **arrays})
+        return unflat({**_begun(shardings, shapes, arrays), **arrays})
 
     def _read(
         self, step: int, shardings: TrainState, shapes: TrainState
@@ -227,9 +227,9 @@ class Checkpoints:
             )
         storage.check_format(meta, f"checkpoint {step}")
         if not storage.has_moments(meta):
-            shardings, shapes = (state._replace(mu={}, nu={}, clips={}) for state in (shardings, shapes))
-        elif not storage.has_clips(meta["arrays"]):
-            shardings, shapes = (state._replace(clips={}) for state in (shardings, shapes))
+            shardings, shapes = (state._replace(mu={}, nu={}) for state in (shardings, shapes))
+        absent = {field: {} for field in storage.OPTIONAL if not storage.has(field, meta["arrays"])}
+        shardings, shapes = (state._replace(**absent) for state in (shardings, shapes))
         wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(shapes).items()}
         storage.check_arrays(step, meta, wanted)
         data = storage.read_data(folder, meta)
@@ -301,16 +301,18 @@ def _verify(step: int, meta: dict, found: dict[str, jax.Array]) -> None:
         )
 
 
-def _zero_moments(
-    shardings: TrainState, shapes: TrainState, read: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Of the optimizer's arrays, those that the checkpoint has none of, as before the first step."""
+def _begun(shardings: TrainState, shapes: TrainState, read: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Of the state's arrays, those that the checkpoint has none of, as before the first step: an average begins as the
+    weights, all else as zeros."""
     wanted, places = ({n: x for n, x in flat(s).items() if n not in read} for s in (shapes, shardings))
     if not wanted:
         return {}
-    return jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), wanted), out_shardings=places
-    )()
+
+    def begin(read: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in wanted.items()}
+        return zeros | {name: jnp.copy(read[f"params{name[3:]}"]) for name in wanted if name.startswith("ema/")}
+
+    return jax.jit(begin, out_shardings=places)(dict(read))
 
 
 def _to_stderr(line: str) -> None:

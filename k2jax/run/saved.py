@@ -36,6 +36,7 @@ class SavedStep(NamedTuple):
     config: ConfigDict  # the experiment as it was at this step
     stage: ConfigDict  # the row of config.stages that the step belongs to: rope base and sequence length
     epochs: list[Epoch]  # of the run, up to that of this step
+    weights: str = "params"  # which of its weights readers take: those, or "ema"
 
     @property
     def digest(self) -> str:
@@ -99,11 +100,12 @@ def steps_so_far(workdir: Path | BucketPath) -> list[int]:
     return saved_steps(workdir) if (workdir / "checkpoints").is_dir() else []
 
 
-def open_step(workdir: str | Path | BucketPath, step: int | None = None) -> SavedStep:
+def open_step(workdir: str | Path | BucketPath, step: int | None = None, weights: str = "params") -> SavedStep:
     """The checkpoint of a step, by default the newest. Nothing of its arrays is read yet.
 
-    Raises ConfigError, listing the steps that there are, when it is missing or of another format, and when it is not a
-    checkpoint of this run; StorageError when its meta is damaged, or not that of the ledger.
+    Raises ConfigError, listing the steps that there are, when it is missing or of another format, when it is not a
+    checkpoint of this run, and when it has no such weights; StorageError when its meta is damaged, or not that of the
+    ledger.
     """
     workdir, steps = at(workdir), saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
@@ -117,8 +119,13 @@ def open_step(workdir: str | Path | BucketPath, step: int | None = None) -> Save
     if meta["step"] != step:
         raise StorageError(f"checkpoint {step} of {workdir}: it is that of step {meta['step']}: name its folder so")
     storage.check_format(meta, f"checkpoint {step} of {workdir}")
+    if not storage.has(weights, meta["arrays"]):
+        raise ConfigError(
+            f"--weights={weights}: checkpoint {step} of {workdir} has no average of the weights "
+            f"(optimizer.ema_decay was 0): leave it out"
+        )
     config = configuration.from_dict(meta["config"])
-    return SavedStep(workdir, step, meta, config, config.stages[meta["stage"]], epochs_of(workdir, meta))
+    return SavedStep(workdir, step, meta, config, config.stages[meta["stage"]], epochs_of(workdir, meta), weights)
 
 
 def check_tokenizer(saved: SavedStep) -> Tokenizer:
@@ -150,7 +157,7 @@ def _folder(saved: SavedStep) -> Path | BucketPath:
 
 
 def restore_params(saved: SavedStep, mesh: Mesh) -> Params:
-    """The parameters (float32) on a mesh, each laid out as the table of sharding.py says and checked by its digest.
+    """The weights (float32) on a mesh, each laid out as the table of sharding.py says and checked by its digest.
 
     Raises StorageError naming an array that is damaged.
     """
@@ -175,14 +182,14 @@ def restore_copy(saved: SavedStep, mesh: Mesh, dtype: jnp.dtype) -> Params:
 
 def _read(saved: SavedStep, mesh: Mesh, names: tuple[str, ...], one_by_one: bool = False) -> Params:
     table = parameter_table(saved.config.model)
-    places = {f"params/{name}": sharding.named(mesh, table[name].axes) for name in names}
+    places = {f"{saved.weights}/{name}": sharding.named(mesh, table[name].axes) for name in names}
     try:
         read = storage.read_arrays(_folder(saved), saved.meta, places, one_by_one=one_by_one)
     except StorageError:
         raise
     except Exception as error:
         raise StorageError(f"checkpoint {saved.step}: cannot be read: {one_line(error)}") from error
-    return {name: read[f"params/{name}"] for name in names}
+    return {name: read[f"{saved.weights}/{name}"] for name in names}
 
 
 def _digests(params: Params) -> dict[str, int]:
@@ -192,11 +199,11 @@ def _digests(params: Params) -> dict[str, int]:
 def check_digests(saved: SavedStep, found: dict[str, int]) -> None:
     """Compares {parameter: digest} with what the checkpoint recorded; StorageError naming those that differ."""
     recorded = saved.meta["digests"]
-    wrong = [name for name, value in found.items() if value != recorded[f"params/{name}"]]
+    wrong = [name for name, value in found.items() if value != recorded[f"{saved.weights}/{name}"]]
     if wrong:
         raise StorageError(
             f"checkpoint {saved.step}: damaged array(s) {', '.join(wrong[:5])}: digest {found[wrong[0]]:08x}, "
-            f"recorded {recorded[f'params/{wrong[0]}']:08x}: use another step, or a copy"
+            f"recorded {recorded[f'{saved.weights}/{wrong[0]}']:08x}: use another step, or a copy"
         )
 
 

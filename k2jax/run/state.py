@@ -14,9 +14,10 @@ class TrainState(NamedTuple):
     updates: jax.Array  # of the optimizer: steps that were not skipped
     skips_in_a_row: jax.Array  # non-finite steps up to now
     params: Params  # float32
-    mu: Params  # Adam's first moment, float32
-    nu: Params  # Adam's second moment, float32
+    mu: Params  # first moments, float32; of which parameters, and in what shape: training/optimizer.py
+    nu: Params  # second moments, float32
     clips: Params = {}  # AdaGC's: each tensor's norm, float32 () or (L,), and `updates`, int32; {} where it is off
+    ema: Params = {}  # moving average of params, float32; {} where it is off
 
 
 def flat(state: TrainState) -> dict[str, jax.Array]:
@@ -31,7 +32,7 @@ def flat(state: TrainState) -> dict[str, jax.Array]:
 
 def unflat(arrays: dict[str, jax.Array]) -> TrainState:
     """The inverse of `flat`."""
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"mu": {}, "nu": {}}  # an optimizer may have none of a kind
     for name, value in arrays.items():
         field, _, key = name.partition("/")
         if key:

@@ -1,6 +1,6 @@
 """One checkpoint on the storage: a folder of four parts that are committed together, and what is in each.
 
-    params/    the weights, and the integers of the state; float32 arrays by name, through Orbax
+    params/    the weights, their average (ema), and the integers of the state; float32 by name, through Orbax
     moments/   the optimizer's; a checkpoint of weights only has none, an old one has lost them (thinned.json)
     data/      the one integer that the loader needs, and the digest of its order
     meta/      what the arrays are, a digest of each, where they came from; and its own SHA-256
@@ -39,6 +39,7 @@ FORMAT = 2  # of the parts; LAYOUT_VERSION is of the arrays' names and shapes
 CHUNK_BYTES = 1 << 27  # of an array on disk, at most: read, checked and decoded as a whole
 SMALL_BYTES = 1 << 23  # a device's part of a parameter up to this is one chunk, all layers in it
 READERS = 8  # arrays that a process reads at a time
+OPTIONAL = ("clips", "ema")  # fields of the state that a run may turn on or off on its way
 THINNED = "thinned.json"  # beside the parts: the moments were taken away, on purpose
 Log = Callable[[str], None]
 # What epath.Path makes of a URL, and leaves as it is, without gcsfs, s3fs or TensorFlow: here, and for JAX's cache.
@@ -96,14 +97,18 @@ def check_format(meta: dict[str, Any], what: str) -> None:
 def check_arrays(step: int, meta: dict[str, Any], wanted: Mapping[str, list]) -> None:
     """ConfigError when a checkpoint does not hold {name: [shape, type]}: the configuration needs another."""
     check_format(meta, f"checkpoint {step}")
-    off = not has_clips(wanted)  # AdaGC, whose arrays nobody needs then
-    found = {name for name in meta["arrays"] if not (off and name.startswith("clips/"))}
-    for name in sorted(wanted.keys() | found):
-        if wanted.get(name) != meta["arrays"].get(name):
-            raise ConfigError(
-                f"checkpoint {step}: array {name} is {meta['arrays'].get(name, 'absent')}, "
-                f"the configuration needs {wanted.get(name, 'none of that name')}"
-            )
+    off = tuple(f"{field}/" for field in OPTIONAL if not has(field, wanted))  # nobody needs those arrays then
+    found = {name for name in meta["arrays"] if not name.startswith(off)}
+    differing = [name for name in sorted(wanted.keys() | found) if wanted.get(name) != meta["arrays"].get(name)]
+    if differing:
+        name = differing[0]
+        saved = meta.get("config", {}).get("optimizer", {}).get("name", "adamw")
+        why = f": its moments are of optimizer.name={saved!r}: train on with that one, or begin a run from its weights"
+        why += " (tools/convert_to_hf.py, then tools/convert_from_hf.py)"
+        raise ConfigError(
+            f"checkpoint {step}: array {name} is {meta['arrays'].get(name, 'absent')}, the configuration needs "
+            f"{wanted.get(name, 'none of that name')}{why if all(map(is_moment, differing)) else ''}"
+        )
 
 
 def has_moments(meta: dict[str, Any]) -> bool:
@@ -111,9 +116,9 @@ def has_moments(meta: dict[str, Any]) -> bool:
     return any(is_moment(name) for name in meta["arrays"])
 
 
-def has_clips(names: Iterable[str]) -> bool:
-    """Whether AdaGC was on."""
-    return any(name.startswith("clips/") for name in names)
+def has(field: str, names: Iterable[str]) -> bool:
+    """Whether arrays of these names have those of a field of the state."""
+    return any(name.startswith(f"{field}/") for name in names)
 
 
 def is_thinned(step_folder: epath.PathLike) -> bool:
@@ -136,7 +141,7 @@ def _part(name: str) -> str:
 def layouts(shapes: Mapping[str, Any], shardings: Mapping[str, NamedSharding]) -> dict[str, DiskLayout]:
     """{name: where it lies in training and for the disk}; of `shapes` shape and dtype count."""
     return {
-        name: disk_layout(tuple(x.shape), x.dtype.itemsize, shardings[name], by_layer=_is_stacked(name))
+        name: disk_layout(tuple(x.shape), x.dtype.itemsize, shardings[name], by_layer=is_stacked(name))
         for name, x in shapes.items()
     }
 
@@ -157,15 +162,15 @@ def copy_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return jax.block_until_ready({name: copy(to_disk(x, places[name])) for name, x in arrays.items()})
 
 
-def _is_stacked(name: str) -> bool:
+def is_stacked(name: str) -> bool:
     """Whether its readers go layer by layer; those of the moments take all."""
-    return name.startswith("params/layers.")
+    return name.startswith(("params/layers.", "ema/layers."))
 
 
 def chunk_args(name: str, x: jax.Array) -> ocp.SaveArgs:
     """A chunk on disk: a device's part, or a layer of it where that is large, or so much of it as a chunk may have."""
     large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > SMALL_BYTES
-    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if large and _is_stacked(name) else ())
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if large and is_stacked(name) else ())
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def _checkpoint(part: Mapping[str, Any]) -> list[str]:
     moments = [one for one in part["moments"] if one["before"]]
     if moments:
         one = max(moments, key=lambda one: one["found"] / one["before"])
-        lines.append(f"Adam's moments: since the checkpoint before, the norm of {one['group']} grew most: "
+        lines.append(f"the optimizer's moments: since the checkpoint before, the norm of {one['group']} grew most: "
                      f"{_number(one['before'])} to {_number(one['found'])}")  # fmt: skip
     if through := part["through"]:
         step = through["first_difference"]

@@ -149,8 +149,8 @@ def _altered(evidence: Evidence) -> Verdict | None:
     for one in found["moments"]:
         if not one["found"] <= MOMENTS * max(one["before"], 1e-30):
             reasons.append(
-                f"Adam's {one['group']} has norm {one['found']:.3g} in checkpoint {step}, {one['before']:.3g} in that "
-                f"before it"
+                f"the optimizer's {one['group']} has norm {one['found']:.3g} in checkpoint {step}, {one['before']:.3g} "
+                f"in that before it"
             )
     return Verdict("state", confidence, reasons) if reasons else None
 

@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError
-from k2jax.model.decoder import Params, parameter_table
+from k2jax.model.decoder import Parameter, Params, parameter_table
 from k2jax.parallel import pipeline, sharding
 from k2jax.parallel.sharding import AnyMesh
 from k2jax.run.state import TrainState
-from k2jax.training.optimizer import first_state
+from k2jax.training.optimizer import first_state, kept_moments
 from k2jax.training.step import Batch
 
 
@@ -93,11 +93,15 @@ def place_state(config: ConfigDict, shapes: TrainState, mesh: Mesh) -> TrainStat
     """The sharding of every array of the state: moments over all data axes, whatever the parameters do."""
     table = parameter_table(config.model)
     params = {name: sharding.named(mesh, p.axes) for name, p in table.items()}
-    moments = {
-        name: NamedSharding(mesh, sharding.optimizer_spec(p.shape, p.axes, mesh)) for name, p in table.items()
-    }
+    mu, nu = (moment_places(of, mesh) for of in kept_moments(config))
     scalar = NamedSharding(mesh, PartitionSpec())
-    return TrainState(scalar, scalar, scalar, params, moments, dict(moments), dict.fromkeys(shapes.clips, scalar))
+    clips, ema = dict.fromkeys(shapes.clips, scalar), {name: params[name] for name in shapes.ema}
+    return TrainState(scalar, scalar, scalar, params, mu, nu, clips, ema)
+
+
+def moment_places(table: dict[str, Parameter], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Of moments that have these shapes and axes; gradients are summed to where a parameter's would be."""
+    return {name: NamedSharding(mesh, sharding.optimizer_spec(p.shape, p.axes, mesh)) for name, p in table.items()}
 
 
 def make_state(config: ConfigDict, shardings: TrainState) -> TrainState:

@@ -17,12 +17,12 @@ from k2jax.data.loader import make_loader
 from k2jax.data.order import Order, StagePlan
 from k2jax.data.store import Store
 from k2jax.errors import ConfigError
-from k2jax.model.decoder import compute_dtype
+from k2jax.model.decoder import compute_dtype, parameter_table
 from k2jax.parallel import compile_cache, sharding, xla_options
 from k2jax.run.state import TrainState
 from k2jax.run.tuning import Tuning
 from k2jax.training.launch import Launch
-from k2jax.training.placement import batch_sharding, place_batches
+from k2jax.training.placement import batch_sharding, moment_places, place_batches
 from k2jax.training.step import Batch, Metrics, train_step
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -41,7 +41,7 @@ def stage_step(
         eos_id=eos_id,
         num_subsets=num_subsets,
         compute_dtype=compute_dtype(config),
-        moment_shardings=shardings.mu,
+        moment_shardings=moment_places(parameter_table(config.model), shardings.step.mesh),
     )
 
 

@@ -19,7 +19,7 @@ from k2jax.model.weights import Arrays, apart, cast_once, together, with_masters
 from k2jax.parallel import context, replicas, sharding
 from k2jax.parallel.sharding import shard
 from k2jax.run.state import TrainState
-from k2jax.training.optimizer import adamw, learning_rate
+from k2jax.training.optimizer import averaged, direction, learning_rate
 from k2jax.training.remedies import adagc, qk_clip, rows_without_repeats, update_scales
 
 Metrics = dict[str, Any]  # of arrays; "layers" is one of them, too
@@ -209,7 +209,6 @@ def train_step(
     """One update. A non-finite loss or gradient leaves parameters and moments as they were, and is counted.
 
     So does an outlier, above `batch.limits`, where `stability.skip` is on.
-
     `moment_shardings` pins the gradients to where the moments live, so that data-parallel devices each update a part.
     """
     moment_specs = moment_shardings and {name: place.spec for name, place in moment_shardings.items()}
@@ -235,7 +234,8 @@ def train_step(
         logits_LN = attention_logits(config, state.params, batch.tokens, rope_base=stage.rope_base, **some)
         params, counts["clipped_heads"] = qk_clip(config, new.params, jnp.where(applied, logits_LN, 0.0))
         new = new._replace(params=params)
-    new = new._replace(skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1))
+    ema = averaged(config, state.ema, new, applied)
+    new = new._replace(ema=ema, skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1))
     metrics = {
         "loss": loss,
         "finite": finite,
@@ -279,11 +279,11 @@ def updated(
     else:
         clip = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-12))
         grads = jax.tree.map(lambda g: g * clip, grads)
-    direction, mu, nu = adamw(config, state, grads)
+    toward, mu, nu = direction(config, state, grads)
     if config.optimizer.update_clip:
         scales, counts["clipped_updates"] = update_scales(config, state.updates + 1, grads, nu)
-        direction = {name: d * scales[name] for name, d in direction.items()}
-    update = jax.tree.map(lambda d: jnp.where(applied, -lr * d, 0.0), direction)
+        toward = {name: d * scales[name] for name, d in toward.items()}
+    update = jax.tree.map(lambda d: jnp.where(applied, -lr * d, 0.0), toward)
 
     def keep(new: Params, old: Params) -> Params:
         return jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)

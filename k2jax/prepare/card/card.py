@@ -65,7 +65,7 @@ def make_card(stages: Path, data: dict[str, Any]) -> dict[str, Any]:
         "chat": data.get("chat", {"template_sha256": "", "notes": [], "conversations": {}}),
         "upsampling": _upsampling(config, copies["documents_by_copies"]),
         "duplicates": {**duplicates, **copies},
-        "contamination": _contamination(stages / "clean" / "contamination", config),
+        "contamination": _contamination(stages, config),
         "samples": samples_of(stages, config),
         "inconsistencies": _inconsistencies(subsets, duplicates["removed"]),
     }
@@ -179,18 +179,20 @@ def _inconsistencies(subsets: dict[str, dict], removed: dict[str, dict[str, int]
     return found
 
 
-def _contamination(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Documents checked and contaminated by subset, contaminated ones by evaluation set, and the first of them."""
+def _contamination(stages: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Documents checked and contaminated by subset, contaminated ones by evaluation set, and the first of them; items
+    of each set that could be looked for, and those that are too short."""
     subsets: dict[str, list] = {}
     sets: list[dict] = []
     hits: list[dict] = []
     for rank, task in enumerate(recipe.tasks(ConfigDict(config))):
-        if report := _read(folder / f"{rank:05d}.json"):
+        if report := _read(stages / "clean" / "contamination" / f"{rank:05d}.json"):
             subsets.setdefault(task.subset, []).append({"documents": report["documents"]})
             sets.append({"sets": report["sets"]})
             hits = [*hits, *report["hits"]][:HITS]
     by_subset = {name: combine(found)["documents"] for name, found in subsets.items()}
-    return {"subsets": by_subset, "sets": combine(sets).get("sets", {}), "hits": hits}
+    items = (_read(stages / "contamination" / "items.json") or {}).get("sets", {})
+    return {"subsets": by_subset, "sets": combine(sets).get("sets", {}), "hits": hits, "items": items}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

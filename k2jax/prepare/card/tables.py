@@ -292,9 +292,11 @@ def _contamination(card: dict[str, Any]) -> list[Table]:
         for name, counts in found["subsets"].items()
     ]
     hits = [[hit["source"], hit["evaluation"], hit["n_gram"]] for hit in found["hits"]]
+    items = sorted(found["items"].items())
+    sets = [[name, found["sets"].get(name, 0), n["items"], n["too_short"]] for name, n in items]
     return [
         Table(["subset", "checked", "contaminated", "of them"], rows, numeric=(1, 2, 3)),
-        Table(["evaluation set", "documents"], [list(item) for item in found["sets"].items()], numeric=(1,)),
+        Table(["evaluation set", "documents", "items looked for", "too short to be"], sets, numeric=(1, 2, 3)),
         Table(["document", "evaluation item", "first shared words"], hits, folded="The first documents"),
     ]
 

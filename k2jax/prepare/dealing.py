@@ -1,0 +1,200 @@
+"""Which task reads which files: listed once for all, so that no two tasks see different ones, and cut to `max_bytes`.
+
+The files of a subset are in an order that the seed draws, and dealt out in turns. Where a subset has a limit, its text
+is what stands first in that order, up to the document that would exceed it: the same for any number of tasks. Where
+that is, is found by reading as many files as hold that much, in waves of which each is as large as the one before it
+lets one expect.
+
+    stages/files/<subset>.json          [[name, path, size], ...] in their order
+    stages/files/<subset>-limit.json    {"files": how many are read, "last_bytes": of text, of the last of them}
+    stages/files/waves/<n>/<rank>.json  {subset: {number of the file: bytes of text}}
+    stages/files/summary.json           {subset: {"files", "bytes", "digest"}} of all that were found
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from k2jax.data.manifest import sha256_json
+from k2jax.errors import ConfigError
+from k2jax.files import write_json
+from k2jax.prepare import recipe
+from k2jax.prepare.chat import rows
+from k2jax.prepare.engine import Engine, Stage
+from k2jax.prepare.files import File, list_files, shown_name
+from k2jax.prepare.read import RenderRow, documents, dump_of, in_order
+from k2jax.prepare.recipe import Task
+from k2jax.prepare.tally import Tally
+
+PACKED = 4  # bytes of text in a byte as it is stored, until a wave has told
+MORE = 1.1  # than is expected to be enough
+
+
+class Share(NamedTuple):
+    """What a task reads: files, and where it stops in the last of them."""
+
+    files: list[File]
+    last_bytes: int | None = None  # of text, from the last file; None: all of it
+
+
+def listed(config: ConfigDict) -> dict[str, list[File]]:
+    """The files of each subset that has some, in the order in which they are dealt out.
+
+    Raises ConfigError for a source without files; reads none.
+    """
+    found = {}
+    for name, chosen in sorted(config.subsets.items()):
+        if recipe.kind_of(chosen.source)[0] != "seqio":
+            files = list_files(chosen.source, follow_links=chosen.follow_links)
+            found[name] = in_order(_of_dumps(files, name, chosen), config.seed)
+    return found
+
+
+def _of_dumps(files: list[File], name: str, chosen: ConfigDict) -> list[File]:
+    """Those of the dumps that are asked for, by their paths."""
+    if not chosen.dumps:
+        return files
+    first, last = chosen.dumps
+    if nameless := [file.name for file in files if not dump_of(file)]:
+        raise ConfigError(f"subsets.{name}.dumps: {shown_name(nameless[0])} names no dump in its path: leave dumps out")
+    found = [file for file in files if first <= dump_of(file) <= last]
+    if not found:
+        raise ConfigError(f"subsets.{name}.dumps={chosen.dumps}: none of its {len(files):,} files is of those")
+    return found
+
+
+def summary(files: dict[str, list[File]]) -> dict[str, dict[str, Any]]:
+    """Of each subset the number of its files, their bytes, and a digest of their names and sizes."""
+    found = {}
+    for name, own in files.items():
+        names = sorted([file.name, file.size] for file in own)
+        found[name] = {"files": len(own), "bytes": sum(file.size for file in own), "digest": sha256_json(names)}
+    return found
+
+
+def deal(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any]) -> None:
+    """Lists the sources, as `inputs` has them, and finds where each that has a limit ends.
+
+    Raises ConfigError if a preparation in `out` began with other files.
+    """
+    at = {"config": config.to_dict(), "out": out}
+    engine.run(Stage("files", 1, functools.partial(list_all, **at)))
+    began = json.loads((_folder(out) / "summary.json").read_bytes())
+    if changed := [name for name in inputs if inputs[name] != began.get(name)]:
+        raise ConfigError(
+            f"--out={out}: the files of subset {changed[0]} have changed since this preparation began "
+            f"({began.get(changed[0])} then, {inputs[changed[0]]} now): remove the folder and begin again"
+        )
+    for number, wave in enumerate(_waves(config, out)):
+        engine.run(
+            Stage(f"limits-{number}", _tasks(config, wave), functools.partial(measure, number=number, wave=wave, **at))
+        )
+
+
+def share(config: ConfigDict, out: Path, task: Task) -> Share:
+    """What a task of reading, of text or of tokens, has been dealt."""
+    files, limit = _files_of(out, task.subset), _folder(out) / f"{task.subset}-limit.json"
+    if not config.subsets[task.subset].max_bytes:
+        return Share(files[task.shard :: task.num_shards])
+    cut = json.loads(limit.read_bytes())
+    own = files[: cut["files"]][task.shard :: task.num_shards]
+    has_last = cut["files"] and (cut["files"] - 1) % task.num_shards == task.shard
+    return Share(own, cut["last_bytes"] if has_last else None)
+
+
+def list_all(_: int, *, config: dict[str, Any], out: Path) -> None:
+    """A task: lists the sources once for all."""
+    found = listed(ConfigDict(config))
+    for name, files in found.items():
+        write_json(_folder(out) / f"{name}.json", files)
+    write_json(_folder(out) / "summary.json", summary(found))
+
+
+def template_of(out: str | Path) -> Path:
+    """The chat template that every task reads, as it was when the preparation began."""
+    return Path(out) / "stages" / "chat_template.json"
+
+
+def rendering(out: Path, chosen: ConfigDict) -> AbstractContextManager[RenderRow | None]:
+    """What makes texts of a subset's rows where they are conversations; None else."""
+    return rows.rendering(template_of(out), chosen) if chosen.conversations else nullcontext()
+
+
+def _folder(out: Path) -> Path:
+    return out / "stages" / "files"
+
+
+def _files_of(out: Path, name: str) -> list[File]:
+    return [File(*row) for row in json.loads((_folder(out) / f"{name}.json").read_bytes())]
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def _waves(config: ConfigDict, out: Path) -> Iterator[dict[str, tuple[int, int]]]:
+    """Files to measure, {subset: (first, stop)}, until all that have a limit know where it is; each is noted then."""
+    limits = {name: chosen.max_bytes for name, chosen in config.subsets.items() if chosen.max_bytes}
+    files = {name: _files_of(out, name) for name in limits}
+    sizes: dict[str, list[int]] = {name: [] for name in limits}
+    number = 0
+    while limits:
+        wave = {name: _next(files[name], sizes[name], limit) for name, limit in sorted(limits.items())}
+        yield wave
+        for path in sorted((_folder(out) / "waves" / str(number)).iterdir()):
+            for name, found in json.loads(path.read_bytes()).items():
+                sizes[name] += [0] * (wave[name][1] - len(sizes[name]))
+                for index, size in found.items():
+                    sizes[name][int(index)] = size
+        number += 1
+        for name, limit in list(limits.items()):
+            if sum(sizes[name]) > limit or len(sizes[name]) == len(files[name]):
+                write_json(_folder(out) / f"{name}-limit.json", _cut(sizes[name], limit))
+                del limits[name]
+
+
+def _next(files: list[File], sizes: list[int], limit: int) -> tuple[int, int]:
+    """The files behind those that are measured which should be enough: at least one."""
+    stored, text = sum(file.size for file in files[: len(sizes)]), sum(sizes)
+    ratio = text / stored if text and stored else PACKED
+    wanted, stop = (limit - text) / ratio * (MORE if sizes else 1), len(sizes)
+    while stop < len(files) and (wanted > 0 or stop == len(sizes)):
+        wanted -= files[stop].size
+        stop += 1
+    return len(sizes), stop
+
+
+def _cut(sizes: list[int], limit: int) -> dict[str, Any]:
+    """Where `limit` bytes end; the document that exceeds it is left out, and all behind it."""
+    for number, size in enumerate(sizes):
+        if size > limit:
+            return {"files": number + 1, "last_bytes": limit}
+        limit -= size
+    return {"files": len(sizes), "last_bytes": None}
+
+
+def _tasks(config: ConfigDict, wave: dict[str, tuple[int, int]]) -> int:
+    """That measure it: no more than files, nor than read those subsets."""
+    return min(sum(stop - start for start, stop in wave.values()), sum(config.subsets[name].tasks for name in wave))
+
+
+def measure(
+    rank: int, *, number: int, wave: dict[str, tuple[int, int]], config: dict[str, Any], out: Path
+) -> None:
+    """A task: the bytes of text of some of a wave's files, as reading counts them; no further than the limit in one."""
+    whole, found = ConfigDict(config), {name: {} for name in wave}
+    files = {name: _files_of(out, name) for name in wave}
+    every = [(name, index) for name, (start, stop) in wave.items() for index in range(start, stop)]
+    for name, index in every[rank :: _tasks(whole, wave)]:
+        size, chosen = 0, whole.subsets[name]
+        with rendering(out, chosen) as render:
+            for one in documents(chosen, [files[name][index]], name=name, tally=Tally(), render=render):
+                size += len(one.text.encode())
+                if size > chosen.max_bytes:
+                    break
+        found[name][str(index)] = size
+    write_json(_folder(out) / "waves" / str(number) / f"{rank:05d}.json", found)
