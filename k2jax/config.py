@@ -19,6 +19,7 @@ from k2jax.errors import ConfigError
 from k2jax.keys import (
     FREE_KEYS,
     GROUPS,
+    KINDS,
     ON_HOST,
     OPTIMIZERS,
     PATHS,
@@ -26,6 +27,7 @@ from k2jax.keys import (
     RANGES,
     REMAT_NAMES,
     SCHEDULES,
+    TOO_LONG,
     base,
     closest,
     range_of,
@@ -184,6 +186,7 @@ def validate(config: ConfigDict) -> None:
     need(len(set(names)) == len(names), "stages", names, "each stage needs a name of its own")
     for i, row in enumerate(config.stages):
         _validate_stage(need, f"stages.{i}.", row, m.sliding_window)
+        _validate_sft(need, f"stages.{i}.", row, m.attention.implementation)
     if problems:
         raise ConfigError(f"{len(problems)} problem(s) in the configuration: " + "; ".join(problems))
 
@@ -269,6 +272,17 @@ def _validate_stage(need: Any, prefix: str, row: ConfigDict, window: int) -> Non
             name,
             "a subset's name has only letters, digits, - and _: it is a folder's name",
         )
+
+
+def _validate_sft(need: Any, prefix: str, row: ConfigDict, attention: str) -> None:
+    need(row.kind in KINDS, prefix + "kind", row.kind, f"must be one of {', '.join(KINDS)}")
+    need(row.too_long in TOO_LONG, prefix + "too_long", row.too_long, f"must be one of {', '.join(TOO_LONG)}")
+    if row.kind == "sft":
+        what = "is 'cudnn', which masks no documents, and an sft stage's rows hold several: take 'auto'"
+        need(attention != "cudnn", prefix + "kind", row.kind, f"model.attention.implementation {what}")
+    else:
+        for key, usual in {"too_long": "refuse", "reset_positions": False}.items():
+            need(row[key] == usual, prefix + key, row[key], f"is for stages of kind 'sft': leave it {usual!r}")
 
 
 def _override(config: ConfigDict, text: str) -> None:

@@ -61,3 +61,37 @@ def stages_65b(rows: tuple[int, int], microbatches: tuple[int, int]) -> tuple[Co
             mix=STAGE2_MIX,
         ),
     )
+
+CHAT_TOKENS = {  # of K2-Chat's mix, as its card has them
+    "chat-flan-3m": 2_346_961_387,
+    "chat-openhermes-2": 404_820_694,
+    "chat-safety": 99_976_621,
+    "chat-mathinstruct": 66_639_699,
+    "chat-tinystories": 1_448_898,
+    "chat-stanford-philosophy": 786_928,
+}
+
+
+def stage_chat(rows: int, microbatches: int, epochs: int = 2, chunks: int = 10) -> ConfigDict:
+    """K2-Chat's stage: mix and length are published, what else it did is not. Each store is read `epochs` times.
+
+    Learning rate, warm-up and epochs are K2-V2's, which are published (k2v2_train, sft/); batch and chunks our choice.
+    """
+    length = 8192
+    steps = epochs * sum(CHAT_TOKENS.values()) // (rows * length * chunks) * chunks
+    return config.stage(
+        name="chat",
+        kind="sft",
+        sequence_length=length,
+        too_long="cut",  # our choice, as the next
+        reset_positions=True,
+        rope_base=500_000.0,
+        rows_per_step=rows,
+        microbatches=microbatches,
+        steps_per_chunk=steps // chunks,
+        chunks=chunks,
+        lr_peak=2e-5,
+        lr_final=0.0,
+        warmup_steps=steps // 20,
+        mix=dict.fromkeys(CHAT_TOKENS, 1),
+    )

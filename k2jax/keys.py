@@ -16,6 +16,8 @@ from k2jax.errors import ConfigError
 # Arrays of a layer that `model.remat` may keep; "attention" is its output, "middle" the stream between its two halves.
 ATTENTION_SUMS = "attention_sums"  # of its softmax: kept with it
 REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
+KINDS = ("pretrain", "sft")  # of stages
+TOO_LONG = ("refuse", "drop", "cut")  # what an sft stage does of conversations that are longer than its rows
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")  # training/optimizer.py has what they are
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor")  # there, too
 GROUPS = ("embed", "norms", "q", "k", "v", "biases", "o", "gate", "up", "down", "head")  # of parameters: decoder.py
@@ -171,6 +173,7 @@ def stage(**overrides: Any) -> ConfigDict:
     """One row of the stage table; every key with its default."""
     s = ConfigDict()
     s.name = "stage1"
+    s.kind = "pretrain"                   # "sft": rows of whole conversations, of which what is masked is learned
     s.sequence_length = 2048              # T: tokens a row
     s.rows_per_step = 2040                # global batch, rows
     s.microbatches = 1                    # gradient accumulation: the batch is cut into this many
@@ -183,6 +186,8 @@ def stage(**overrides: Any) -> ConfigDict:
     s.decay_share = 0.1                   # of the steps after the warm-up, the last, in which "wsd..." decays
     s.warmup_steps = 2000                 # linear from `lr_start`: in a later stage, up again from where the last ended
     s.lr_start = 0.0
+    s.too_long = "refuse"                 # sft: conversations longer than a row; or "drop" (counted), "cut" at its end
+    s.reset_positions = False             # sft: RoPE's positions begin anew with each conversation of a row
     s.mix = ConfigDict()                  # {subset: repeats}: weight of each of its windows; epochs result
     s.lock()
     for key, value in overrides.items():

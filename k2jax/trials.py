@@ -205,7 +205,7 @@ class Trials:
         known = [self._row_losses(state, rows) for rows in self.other]
         subsets = np.concatenate([rows["subset"] for rows in self.other]) if self.other else np.zeros(0, np.int32)
         baselines = _baselines(subsets, np.concatenate(known) if known else np.zeros(0), self.rules.deviations)
-        repeated = {one.row: one for one in repeats(self.own["tokens"])}
+        repeated = {one.row: one for one in repeats(_without_padding(self.own))}
         names = self.rerun.data.subset_names
 
         def told(row: int) -> dict[str, Any]:
@@ -262,22 +262,22 @@ class Trials:
 
     def _row_losses(self, state: TrainState, rows: Rows) -> np.ndarray:
         """Nats per target of each row, float64 (rows,)."""
-        nats, targets = jax.device_get(self._losses_of(state.params, self.rerun.batch(self.step, rows).tokens))
+        batch = self.rerun.batch(self.step, rows)
+        nats, targets = jax.device_get(self._losses_of(state.params, batch.tokens, batch.marks))
         return nats.reshape(-1).astype(np.float64) / np.maximum(targets.reshape(-1), 1)
 
     @cached_property
     def _losses_of(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """(parameters, tokens (A, R, T+1)) to (losses, targets), (A, R) each."""
-        config, eos_id = self.rerun.config, self.rerun.data.manifest["eos_id"]
-        stage = config.stages[self.rerun.order.stage_of_step(self.step).index]
+        """(parameters, tokens and marks (A, R, T+1)) to (losses, targets), (A, R) each."""
+        config, plan = self.rerun.config, self.rerun.order.stage_of_step(self.step)
+        eos_id, stage = self.rerun.data.manifest["eos_id"], config.stages[plan.index]
         one = partial(row_losses, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype(config))
 
-        def losses(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            def told(some: jax.Array) -> tuple[jax.Array, jax.Array]:
-                rows = one(params, some)[1]
-                return rows.nats, rows.targets
+        def losses(params: Params, tokens: jax.Array, marks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            def told(some: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+                return (rows := one(params, some[0], None, some[1])[1]).nats, rows.targets
 
-            return jax.lax.map(told, tokens)
+            return jax.lax.map(told, (tokens, marks))
 
         return jax.jit(losses, out_shardings=NamedSharding(self.rerun.mesh, PartitionSpec()))
 
@@ -294,6 +294,12 @@ class Trials:
              "text": part.text[:EXCERPT]}
             for part in parts[:3]
         ]  # fmt: skip
+
+
+def _without_padding(rows: Rows) -> np.ndarray:
+    """Tokens (rows, T+1), of conversations with other numbers in the place of padding, which else repeats itself."""
+    tokens = rows["tokens"]
+    return np.where(rows["marks"] > 0, tokens, -1 - np.arange(tokens.shape[1])) if "marks" in rows else tokens
 
 
 def _baselines(subsets: np.ndarray, losses: np.ndarray, deviations: float) -> dict[int, tuple[float, float]]:

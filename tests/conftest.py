@@ -198,6 +198,14 @@ def tiny_config(tiny_data: Path) -> Callable[..., ConfigDict]:
 
 
 @pytest.fixture(scope="session")
+def chat_data(made_once: Callable, tiny_data: Path) -> Path:
+    """The folder of conversation_stores.make_chat: text, conversations, and tiny.py, an experiment on both."""
+    from conversation_stores import make_chat
+
+    return made_once("chat", lambda root: make_chat(root, tiny_data))
+
+
+@pytest.fixture(scope="session")
 def tiny_run(made_once: Callable, tiny_config: Callable[..., ConfigDict]) -> Path:
     """The workdir of a whole run on all devices, which ends with a sampled text. Tests read it, or copy it."""
 

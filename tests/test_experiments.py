@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conversation_stores import write_store
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax.data import chunks
+from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256
 from k2jax.model.decoder import num_params, parameter_table
 from k2jax.parallel import sharding
 from k2jax.run.ledger import Ledger, StepLog, bits_float
@@ -61,8 +63,13 @@ def test_is_a_lab_note(path: Path):
 
 def shrink(c: ConfigDict, data: Path, root: Path) -> ConfigDict:
     """The same experiment on a tiny model, with a store of tiny data under each name that its mix has."""
-    for name in {name for stage in c.stages for name in stage.mix}:
-        shutil.copytree(data / "code", root / name)
+    same = {"sha256": tokenizer_sha256(data / "tokenizer.json"), "held_out": 0.1}
+    same["eos_id"] = load_tokenizer(data / "tokenizer.json").token_to_id(EOS)
+    for name, kind in {(name, stage.kind) for stage in c.stages for name in stage.mix}:
+        if kind == "sft":
+            write_store(root / name, [2 + i % 3 for i in range(60)], **same)
+        else:
+            shutil.copytree(data / "code", root / name)
     with c.unlocked():
         c.model.update(
             vocab_size=512, dim=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, ffn_dim=48

@@ -326,6 +326,7 @@ class Stage:
         stage = manifest["stages"][index]
         self.name, self.length, self.rows_per_step = (stage[k] for k in ("name", "sequence_length", "rows_per_step"))
         self.chunk_steps, self.steps, self.subsets = stage["steps_per_chunk"], steps, stage["subsets"]
+        self.sft = is_sft(stage)
         names = sorted(manifest["stores"])
         self.number = np.array([names.index(s["name"]) for s in self.subsets])
         self.keys = [key_of(manifest["seed"], "windows", index, s["name"]) for s in self.subsets]
@@ -467,7 +468,9 @@ class Part:
         """Under which a subset goes on where the manifest changes."""
         m = self.manifest
         store = m["stores"][s["name"]]["root_digest"]
-        return m["seed"], i, s["name"], store, s["windows"], m["stages"][i]["sequence_length"], m["label_shift"]
+        stage = m["stages"][i]
+        key = m["seed"], i, s["name"], store, s["windows"], stage["sequence_length"], m["label_shift"]
+        return (*key, "sft", stage["too_long"]) if is_sft(stage) else key
 
     def _decide(self, how: str, a: int, b: int) -> None:
         where = f"journal: {how} of {a}:{b}"
@@ -808,13 +811,40 @@ def check_manifest(manifest: Any, config: dict, where: str) -> None:
         mix = {get(s, "name", str, where): get(s, "repeats", float, where) for s in subsets}
         same(mix, {name: float(r) for name, r in plan["mix"].items()}, f"{where}: the mix of {shown(stage['name'])}")
         must(len(mix) == len(subsets) and all(0 < r < 1e9 for r in mix.values()), f"{where}: a subset comes twice")
+        check_kind(stage, plan, where)
         for s in subsets:
-            train = get(get(stores, s["name"], dict, where), "num_train_tokens", int, where)
-            same(number(s, "windows", where, 1), (train - (shift == "next")) // length, f"{where}: windows")
+            store = get(stores, s["name"], dict, where)
+            train = get(store, "num_train_tokens", int, where)
+            if is_sft(stage):
+                check_packed(s, store, length, where)
+            else:
+                same(number(s, "windows", where, 1), (train - (shift == "next")) // length, f"{where}: windows")
         weights = [(s["name"], s["windows"] * Fraction(str(s["repeats"]))) for s in subsets]
         total = stage["chunks"] * stage["steps_per_chunk"] * rows
         must(total < 1 << 48, f"{where}: {total:,} rows")
         same([number(s, "rows", where) for s in subsets], shares(total, weights), f"{where}: rows of the subsets")
+
+
+def is_sft(stage: dict) -> bool:
+    return "kind" in stage and stage["kind"] == "sft"
+
+
+def check_kind(stage: dict, plan: dict, where: str) -> None:
+    """§3.2: of a stage and of the configuration's."""
+    found = stage["kind"] if "kind" in stage else "pretrain"
+    same(found, plan.get("kind", "pretrain"), f"{where}: kind of {shown(stage['name'])}")
+    if is_sft(stage):
+        same(get(stage, "too_long", str, where), plan.get("too_long"), f"{where}: too_long of {shown(stage['name'])}")
+        same(number(stage, "packing", where), 1, f"{where}: packing of {shown(stage['name'])}")
+
+
+def check_packed(s: dict, store: dict, length: int, where: str) -> None:
+    """§3.2: a subset of an sft stage: so many rows can hold so many tokens, and each has a conversation."""
+    rows, there, tokens = (number(s, key, where, 1) for key in ("windows", "conversations", "tokens"))
+    left_out, _ = number(s, "left_out", where), number(s, "cut", where)
+    must(rows <= there and tokens <= rows * length, f"{where}: windows of {shown(s['name'])}")
+    must(there + left_out <= store["num_documents"], f"{where}: conversations of {shown(s['name'])}")
+    must(tokens <= store["num_train_tokens"], f"{where}: tokens of {shown(s['name'])}")
 
 
 def check_epochs(release: Release) -> int:
@@ -894,6 +924,7 @@ def check_journal(release: Release) -> int:
 
 
 ROW_KEYS = {"step": int, "batch": str, "loss": str, "grad_norm": str, "applied": bool, "outlier": bool}
+SFT_KEYS = {"supervised_tokens": int, "padding_tokens": int}  # more, of steps of an sft stage
 RECORD_KEYS = {"first_step", "last_step", "checkpoint", "order", "config", "steps", "num_rows", "previous", "record"}
 
 
@@ -917,7 +948,8 @@ def read_rows(release: Release, folder: str, first: int, last: int | None) -> di
             continue
         for where, line in release.lines(f"{folder}/ledger/{name}"):
             row = an_object(parse(line, where), where)
-            same({key: type(value) for key, value in row.items()}, ROW_KEYS, f"{where}: its keys and types")
+            keys = ROW_KEYS | SFT_KEYS if SFT_KEYS.keys() & row.keys() else ROW_KEYS
+            same({key: type(value) for key, value in row.items()}, keys, f"{where}: its keys and types")
             must(HEX.fullmatch(row["batch"]), f"{where}: batch {shown(row['batch'])}")
             for key in ("loss", "grad_norm"):
                 must(re.fullmatch("[0-9a-f]{8}", row[key]), f"{where}: {key} {shown(row[key])}")
@@ -1133,6 +1165,7 @@ def check_branches(release: Release) -> int:
 # ---- 6 data: the rows that were read ---------------------------------------------------------------------------------
 
 COLUMNS = ["step", "row", "position", "subset", "epoch", "window", "token_ids", "documents"]
+MARKS = "marks"  # a column more, of rows of conversations
 MAX_GROUP = 1 << 31  # bytes of a row group, decoded
 KNOWN_DOCUMENTS = 1 << 20  # starts of documents that are kept, to be compared between rows
 
@@ -1148,13 +1181,13 @@ def batch_digest(tokens: np.ndarray) -> str:
 class Chunk:
     """§7.2: a file of rows, `rows` a step and `length` ids a row, of which row groups are read as they are needed."""
 
-    def __init__(self, release: Release, path: str, first: int, last: int, rows: int, length: int):
+    def __init__(self, release: Release, path: str, first: int, last: int, rows: int, length: int, sft: bool):
         self.path, self.first, self.rows, self.length = path, first, rows, length
         must(path in release.sizes, f"{path} is not there")
         limits = {"thrift_string_size_limit": 1 << 24, "thrift_container_size_limit": 1 << 20}
         self.file = pq.ParquetFile(release.open(path), **limits)
         about = self.file.metadata
-        same(self.file.schema_arrow.names, COLUMNS, f"{path}: its columns")
+        same(self.file.schema_arrow.names, COLUMNS + [MARKS] * sft, f"{path}: its columns")
         same(about.num_rows, (last - first + 1) * rows, f"{path}: its rows")
         groups = [about.row_group(i) for i in range(about.num_row_groups)]
         for group in groups:
@@ -1190,6 +1223,7 @@ class Data:
         self.of_all = 0  # steps that are released
         self.wrong: dict[str, str] = {}
         self.starts: dict[tuple, tuple] = {}
+        self.once: dict[tuple, str] = {}  # conversations of an epoch, and where they were seen
         self.bare: set[str] = set()  # subsets in which a document begins without the end of another before it
         self.inside: dict[str, str] = {}  # subsets in which a document goes on after an end
 
@@ -1212,7 +1246,8 @@ def read_data(release: Release) -> Data:
         if chunk is None or chunk.first != first:
             i, end = numbered[first]
             length = stage.length + (part.manifest["label_shift"] == "next")
-            chunk = Chunk(release, f"data/chunk_{i:05d}.parquet", first, end, stage.rows_per_step, length)
+            path = f"data/chunk_{i:05d}.parquet"
+            chunk = Chunk(release, path, first, end, stage.rows_per_step, length, stage.sft)
         look_at(data, step, chunk.step(step), part, length, ledger.rows[step]["batch"])
     data.of_all = last
     for name, where in data.inside.items():
@@ -1260,21 +1295,56 @@ def look_at(data: Data, step: int, table: pa.Table, part: Part, length: int, rec
             told = f"step {step}, row {row}: {name} is {shown(found[row])}, the order has {shown(expected[row])}"
             data.wrong.setdefault("order", told)
             break
-    lists = table["token_ids"].combine_chunks()
-    fits = lists.null_count == 0 and np.array_equal(np.diff(lists.offsets.to_numpy()), np.full(len(window), length))
-    ids = lists.flatten().to_numpy(zero_copy_only=False)
-    if not fits or ids.dtype.kind != "u" or ids.max(initial=0) >= part.manifest["vocab_size"]:
+    tokens = numbers(table, "token_ids", length, part.manifest["vocab_size"])
+    sft = part.stage_of(step).sft
+    marks = numbers(table, MARKS, length, 2 * length + 2) if sft else None
+    if tokens is None or (sft and marks is None):
         data.wrong.setdefault("batches", f"step {step}: its rows are not of {length} ids of the vocabulary")
         return
-    tokens = ids.reshape(-1, length)
-    if (found := batch_digest(tokens)) != recorded:
+    if (found := batch_digest(np.concatenate([tokens, marks], axis=1) if sft else tokens)) != recorded:
         told = f"step {step}: the released rows have digest {found[:12]}, the ledger says {recorded[:12]}"
         data.wrong.setdefault("batches", told)
     data.digests += 1
     try:
-        look_at_documents(data, step, table, tokens, part)
+        if sft:
+            look_at_conversations(data, step, table, tokens, marks, part)
+        else:
+            look_at_documents(data, step, table, tokens, part)
     except Wrong as error:
         data.wrong.setdefault("documents", str(error))
+
+
+def numbers(table: pa.Table, name: str, length: int, below: int) -> np.ndarray | None:
+    """A column of lists as uint32 (rows, length); None where they are not so long, or a number is not below `below`."""
+    lists = table[name].combine_chunks()
+    fits = lists.null_count == 0 and np.array_equal(np.diff(lists.offsets.to_numpy()), np.full(len(table), length))
+    found = lists.flatten().to_numpy(zero_copy_only=False)
+    if not fits or found.dtype.kind != "u" or found.max(initial=0) >= below:
+        return None
+    return found.reshape(-1, length).astype(np.uint32)
+
+
+def look_at_conversations(
+    data: Data, step: int, table: pa.Table, tokens: np.ndarray, marks: np.ndarray, part: Part
+) -> None:
+    """§7.4: a row's conversations follow each other, are whole, as its marks number them, and one of them is learned;
+    none stands twice in an epoch of the steps looked at, and behind them are zeros."""
+    subsets, epochs, length = column(table, "subset"), column(table, "epoch").tolist(), part.stage_of(step).length
+    for row, parts in enumerate(table["documents"].to_pylist()):
+        at, where = 0, f"step {step}, row {row}"
+        expected, learned = np.zeros(tokens.shape[1], np.uint32), marks[row] & 1 == 1
+        for i, one in enumerate(parts or []):
+            start, stop = one["start"], one["stop"]
+            must(start == at < stop <= length and one["start_in_document"] == 0, f"{where}: conversation {i}")
+            expected[start:stop], at = i + 1, stop
+            key = (id(part), part.stage_of(step).name, subsets[row], epochs[row], one["id"], one["source"])
+            before = data.once.setdefault(key, where) if len(data.once) < KNOWN_DOCUMENTS else data.once.get(key, where)
+            must(before == where, f"{where}: conversation {i} stands in {before}, too, in the same epoch")
+        must(np.array_equal(marks[row] >> 1, expected), f"{where}: its marks do not number its conversations")
+        must(not tokens[row, at:].any() and not marks[row, at:].any(), f"{where}: padding is not zero")
+        of_one = expected[1:] == expected[:-1]
+        must((learned[1:] & of_one).any(), f"{where}: nothing in it is learned")
+        data.parts += len(parts or [])
 
 
 def look_at_documents(data: Data, step: int, table: pa.Table, tokens: np.ndarray, part: Part) -> None:
@@ -1672,6 +1742,8 @@ NEVER = (
     "held-out losses, metrics other than loss and gradient norm, goodput, launches, costs, prediction, spikes, cards: "
     "the digest of the release covers them, the ledger does not",
     "who the documents are: their tokens are in the ledger, their names and sources are the publisher's word",
+    "that conversations share rows as the packing has it, which follows from lengths in the stores: that each is whole "
+    "and once in an epoch is checked",
     "rows of branches: their digests are in the branches' ledgers, the rows are not released",
     "who made the release: the signature needs the library model-signing and the maker's key",
 )

@@ -31,7 +31,7 @@ def checkpoint_steps(order: Order) -> list[int]:
 
 
 def tokens_before(order: Order, step: int) -> int:
-    """Tokens in the rows of steps 1 to `step` - 1."""
+    """Tokens in the rows of steps 1 to `step` - 1; of conversations padding counts as such."""
     earlier = tokens_before(order.past, min(step, order.after_step + 1)) if order.past else 0
     return earlier + sum(
         (min(step - 1, plan.last_step) - plan.first_step + 1) * plan.rows_per_step * plan.sequence_length

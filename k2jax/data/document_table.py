@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from k2jax.data.packing import Placed
 from k2jax.data.storage import storage_errors
 from k2jax.data.store import REMEDY, ROW_GROUP, Store
 from k2jax.errors import ConfigError
@@ -81,7 +82,16 @@ class DocumentTable:
         document = self._starts[index]
         start = np.maximum(document, begins[row])
         stop = np.minimum(self._starts[index + 1], ends[row])
-        places = (start - document, start - begins[row], stop - begins[row])
+        return self._listed(offsets, index, (start - document, start - begins[row], stop - begins[row]))
+
+    def of_placed(self, placed: Placed, rows: int) -> pa.ListArray:
+        """For each of the `rows` rows of conversations in which those stand, a list of SPAN."""
+        offsets = placed.row.searchsorted(np.arange(rows + 1))
+        places = (np.zeros_like(placed.start), placed.start, placed.start + placed.length)
+        return self._listed(offsets, placed.document, places)
+
+    def _listed(self, offsets: np.ndarray, index: np.ndarray, places: tuple[np.ndarray, ...]) -> pa.ListArray:
+        """Of documents `index`, at SPAN's three `places`, a list for each row: from its offset to the next one's."""
         columns = [*self._look_up(index), *(pa.array(place) for place in places)]
         fields = [column.cast(field.type) for column, field in zip(columns, SPAN, strict=True)]
         return pa.ListArray.from_arrays(

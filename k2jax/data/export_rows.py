@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+from k2jax.data.conversations import ConversationRows
 from k2jax.data.document_table import SPAN, DocumentTable
 from k2jax.data.loader import BatchSource, batch_digest, row_length
 from k2jax.data.provenance import Run
@@ -13,9 +14,10 @@ from k2jax.errors import ConfigError
 GROUP_TOKENS = 1 << 22  # in a row group, about: what is held in memory
 
 
-def schema(vocab_size: int) -> pa.Schema:
-    """The columns of a chunk."""
+def schema(vocab_size: int, marked: bool) -> pa.Schema:
+    """The columns of a chunk; rows of conversations are `marked`."""
     ids = pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+    marks = [("marks", pa.list_(pa.uint32()))] if marked else []
     return pa.schema(
         [
             ("step", pa.int64()),
@@ -26,6 +28,7 @@ def schema(vocab_size: int) -> pa.Schema:
             ("window", pa.int64()),
             ("token_ids", pa.list_(ids)),
             ("documents", pa.list_(SPAN)),
+            *marks,
         ]
     )
 
@@ -72,10 +75,16 @@ def _record_batch(
     stride = run.order.stage_of_step(step).sequence_length
     count = len(rows.window)
     lists, places = [], []
-    for subset in np.unique(rows.subset):
-        here = np.flatnonzero(rows.subset == subset)
-        lists.append(tables[subset].spans(rows.window[here] * stride, length))
-        places.append(here)
+    if "marks" in batch:
+        conversations = ConversationRows(run.manifest, run.order.stage_of_step(step).index, run.stores)
+        for name, here, placed in conversations.placed(rows):
+            lists.append(tables[run.subset_names.index(name)].of_placed(placed, len(here)))
+            places.append(here)
+    else:
+        for subset in np.unique(rows.subset):
+            here = np.flatnonzero(rows.subset == subset)
+            lists.append(tables[subset].spans(rows.window[here] * stride, length))
+            places.append(here)
     documents = pa.concat_arrays(lists).take(pa.array(np.argsort(np.concatenate(places))))
     ids = pa.array(
         batch["tokens"].ravel().astype(columns.field("token_ids").type.value_type.to_pandas_dtype())
@@ -90,4 +99,7 @@ def _record_batch(
         pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * length, ids),
         documents,
     ]
+    if "marks" in batch:
+        marks = pa.array(batch["marks"].ravel().view(np.uint32))
+        values.append(pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * length, marks))
     return pa.record_batch(values, schema=columns)

@@ -6,9 +6,10 @@ there are, and there is no iterator state to save: resuming at step n is startin
 What a batch holds, for the rows that this host reads (T = sequence length):
 
     tokens    int32 (rows, T + 1), or (rows, T) with label_shift "inside"
+    marks     int32, as tokens: of an sft stage alone, see conversations.py
     subset    int32 (rows,)       index in sorted(manifest["stores"])
     position  int64 (rows,)       of order.py
-    digest    uint32 (rows, 8)    of `row_digests`
+    digest    uint32 (rows, 8)    of `row_digests`, of a row's tokens and then its marks
 """
 
 import hashlib
@@ -24,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from absl import flags
 
-from k2jax.data.manifest import num_windows
+from k2jax.data.conversations import ConversationRows
+from k2jax.data.manifest import is_sft, num_windows
 from k2jax.data.order import Order, Rows
 from k2jax.data.released import ReleasedRows
 from k2jax.data.store import Store
@@ -62,6 +64,10 @@ class BatchSource:
         self._sequence_length = stage.sequence_length
         self._row_length = row_length(stage.sequence_length, label_shift)
         self._local_rows = np.arange(stage.rows_per_step)[slice(None) if local_rows is None else local_rows]
+        self._conversations, self._marked, manifest = None, False, order.of_step(first_step).manifest
+        if is_sft(manifest["stages"][stage.index]):
+            self._marked = True
+            self._conversations = None if self._released else ConversationRows(manifest, stage.index, stores)
 
     def __len__(self) -> int:
         return self._last_step - self._first_step + 1
@@ -70,15 +76,22 @@ class BatchSource:
         step = self._first_step + int(index)
         positions = self._order.positions(step)[self._local_rows]
         rows = self._order.rows(positions)
-        if self._released:
-            tokens = self._released.read(step, self._local_rows, self._rows_per_step, self._row_length)
+        more = {}
+        if self._conversations:
+            tokens, marks = self._conversations.read(rows, self._row_length)
+            more = {"marks": marks.view(np.int32)}
+        elif self._released:
+            of_rows = step, self._local_rows, self._rows_per_step, self._row_length
+            tokens = self._released.read(*of_rows)
+            more = {"marks": self._released.read(*of_rows, "marks").view(np.int32)} if self._marked else {}
         else:
             tokens = self._read(rows)
         return {
             "tokens": tokens.view(np.int32),
             "subset": rows.subset.astype(np.int32),
             "position": positions,
-            "digest": row_digests(self._local_rows, tokens),
+            "digest": row_digests(self._local_rows, np.concatenate([tokens, *more.values()], axis=1)),
+            **more,
         }
 
     def _read(self, rows: Rows) -> np.ndarray:

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from k2jax.errors import ConfigError
+from k2jax.keys import TOO_LONG
 
 FORMAT = 1
 LABEL_SHIFTS = ("next", "inside")
@@ -55,8 +56,9 @@ def build_manifest(
 
     Args:
         stages: dicts with name, sequence_length, rows_per_step, steps_per_chunk, chunks and mix, a dict
-            from store name to repeats. Repeats are weights: a stage's rows are shared out in proportion to
-            windows * repeats, so what results is rows / windows epochs of a subset.
+            from store name to repeats; of kind "sft" with too_long, and packing and packed of conversations.py. Repeats
+            are weights: a stage's rows are shared out in proportion to windows * repeats, so what results is rows /
+            windows epochs of a subset.
         stores: every store of the run by name. A store in no mix is read by no stage.
         seed: of all permutations.
         label_shift: "next" or "inside", see `num_windows`.
@@ -102,10 +104,15 @@ def _one_tokenizer(stores: dict[str, StoreSummary]) -> StoreSummary:
     return first
 
 
+def is_sft(stage: dict[str, Any]) -> bool:
+    """Of a stage: in manifests those of pre-training say no kind."""
+    return "kind" in stage and stage["kind"] == "sft"
+
+
 def _build_stage(stage: dict[str, Any], stores: dict[str, StoreSummary], label_shift: str) -> dict[str, Any]:
     where = f"stage {stage['name']!r}"
     length = stage["sequence_length"]
-    windows = {}
+    windows, sft = {}, is_sft(stage)
     for name, repeats in sorted(stage["mix"].items()):
         if name not in stores:
             known = ", ".join(sorted(stores))
@@ -113,6 +120,8 @@ def _build_stage(stage: dict[str, Any], stores: dict[str, StoreSummary], label_s
         if not repeats > 0:
             raise ConfigError(f"{where}: repeats of {name!r} is {repeats}: expected a number above 0")
         windows[name] = num_windows(stores[name].num_train_tokens, length, label_shift)
+        if sft:
+            windows[name] = stage["packed"][name]["windows"]
         if windows[name] == 0:
             raise ConfigError(
                 f"{where}: store {name!r} has {stores[name].num_train_tokens} training tokens, too few for "
@@ -124,10 +133,19 @@ def _build_stage(stage: dict[str, Any], stores: dict[str, StoreSummary], label_s
     # Fraction(str(x)) is the decimal number that was written (0.1), not the float nearest to it.
     rows = share_out(total, {name: windows[name] * Fraction(str(stage["mix"][name])) for name in windows})
     fields = ("name", "sequence_length", "rows_per_step", "steps_per_chunk", "chunks")
+    more = {"kind": "sft", "too_long": stage["too_long"], "packing": stage["packing"]} if sft else {}
+    of_packing = stage["packed"] if sft else {name: {} for name in windows}
     return {
         **{field: stage[field] for field in fields},
+        **more,
         "subsets": [
-            {"name": name, "repeats": float(stage["mix"][name]), "windows": windows[name], "rows": rows[name]}
+            {
+                **of_packing[name],
+                "name": name,
+                "repeats": float(stage["mix"][name]),
+                "windows": windows[name],
+                "rows": rows[name],
+            }
             for name in windows
         ],
     }
@@ -177,11 +195,15 @@ def check_manifest(manifest: Any, where: str) -> None:
         sizes = ("sequence_length", "rows_per_step", "steps_per_chunk", "chunks")
         named = isinstance(row, dict) and isinstance(row.get("name"), str)
         need(named and whole(row, sizes), "a stage's name or numbers")
+        sft = row.get("kind") == "sft" and row.get("too_long") in TOO_LONG and whole(row, ("packing",))
+        need("kind" not in row or sft, f"the kind of {row['name']!r}, or how it is packed")
         subsets = row.get("subsets")
         need(isinstance(subsets, list) and bool(subsets), f"the subsets of {row['name']!r}")
         for subset in subsets:
             fine = isinstance(subset, dict) and subset.get("name") in stores and type(subset.get("repeats")) is float
             need(fine and whole(subset, ("windows",)) and whole(subset, ("rows",), 0), f"a subset of {row['name']!r}")
+            counts = whole(subset, ("conversations", "tokens")) and whole(subset, ("left_out", "cut"), 0)
+            need(row.get("kind") != "sft" or counts, f"a packed subset of {row['name']!r}")
         total = row["chunks"] * row["steps_per_chunk"] * row["rows_per_step"]
         need(sum(subset["rows"] for subset in subsets) == total, f"the rows of {row['name']!r}")
 
@@ -205,4 +227,17 @@ def describe(manifest: dict[str, Any]) -> str:
                 f"  {subset['name']:<28}{rows * length:>20,}{100 * rows / total:>8.2f}%"
                 f"{subset['repeats']:>8.3g}{rows / subset['windows']:>8.3g}"
             )
+        lines += [_packed(subset, length) for subset in stage["subsets"] if "conversations" in subset]
     return "\n".join(lines)
+
+
+def _packed(subset: dict[str, Any], length: int) -> str:
+    """Of a subset of an sft stage: how full its rows are, and what is not in them."""
+    padding = 1 - subset["tokens"] / (subset["windows"] * length)
+    parts = [
+        f"  {subset['name']}: {subset['conversations']:,} conversations an epoch, {subset['tokens']:,} tokens in "
+        f"{subset['windows']:,} rows, {padding:.2%} padding"
+    ]
+    parts += [f"{subset['cut']:,} cut at the row's end"] if subset["cut"] else []
+    parts += [f"{subset['left_out']:,} left out, too long"] if subset["left_out"] else []
+    return "; ".join(parts)

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from k2jax.bucket import BucketPath, at
+from k2jax.data.conversations import ConversationRows
 from k2jax.data.epochs import check_journal, order_of, read_epochs
 from k2jax.data.journal import read_journal
 from k2jax.data.launches import read_launches
 from k2jax.data.loader import row_length
-from k2jax.data.order import Order
+from k2jax.data.manifest import is_sft
+from k2jax.data.order import Order, StagePlan
 from k2jax.data.released import ReleasedRows, released_rows
 from k2jax.data.store import Store, open_stores
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -146,17 +148,37 @@ def which_docs(run: Run, step: int, row: int | None = None, *, text: bool = Fals
     if row is not None and not 0 <= row < stage.rows_per_step:
         raise ConfigError(f"row {row}: the rows of step {step} are 0 to {stage.rows_per_step - 1}")
     decode = _decoder(run) if text else None
-    positions = run.order.positions(step).tolist()
+    positions, conversations = run.order.positions(step).tolist(), _conversations_of(run, stage.index)
     origins = []
     for number in range(stage.rows_per_step) if row is None else [row]:
         found = run.order.row(positions[number])
         subset = run.subset_names[found.subset]
-        if run.released:
+        if conversations:
+            parts = _conversations_in_row(run, conversations, positions[number], decode)
+        elif run.released:
             parts = _parts_released(run, step, number, decode)
         else:
             parts = _parts_in_store(run, run.stores[subset], found.window * stage.sequence_length, step, decode)
         origins.append(RowOrigin(number, positions[number], subset, found.epoch, found.window, parts))
     return origins
+
+
+def _conversations_of(run: Run, stage: int) -> ConversationRows | None:
+    """Of an sft stage; None of one of windows, and of a release, which says itself what its rows hold."""
+    if run.released or not is_sft(run.manifest["stages"][stage]):
+        return None
+    return ConversationRows(run.manifest, stage, run.stores)
+
+
+def _conversations_in_row(run: Run, rows: ConversationRows, position: int, decode: Any) -> list[DocumentPart]:
+    [(name, _, placed)] = rows.placed(run.order.rows(np.array([position])))
+    store, parts = run.stores[name], []
+    for index, begin, start, length in zip(placed.document, placed.begin, placed.start, placed.length, strict=True):
+        document = store.document(int(index))
+        words = decode(store.read([begin], length)[0].tolist()) if decode else None
+        places = (0, int(length)), (int(start), int(start + length))
+        parts.append(DocumentPart(int(index), document["id"], document["source"], *places, words))
+    return parts
 
 
 def _parts_in_store(run: Run, store: Store, start: int, step: int, decode: Any) -> list[DocumentPart]:
@@ -214,6 +236,7 @@ def which_steps(run: Run, document_id: str) -> list[DocumentReads]:
                 whole = DocumentReads(name, index, document["source"], num_tokens, held_out, [])
                 reads = found.setdefault((name, store.root_digest, index), whole).reads
                 reads += _reads(run, part, name, start, start + num_tokens)
+                reads += _reads_of_conversation(run, part, name, index)
     if not found:
         names = sorted({name for part in run.epochs() for name in part.subset_names})
         raise ConfigError(f"document {document_id}: none of the stores {', '.join(names)} has it")
@@ -227,6 +250,7 @@ def _reads(run: Run, part: Run, subset: str, start: int, stop: int) -> list[Read
     reads, order = [], part.order
     for stage, plan in zip(part.manifest["stages"], order.stages, strict=True):
         windows = {entry["name"]: entry["windows"] for entry in stage["subsets"]}.get(subset, 0)
+        windows = 0 if is_sft(stage) else windows
         stride = plan.sequence_length  # from a window to the next
         length = row_length(stride, part.manifest["label_shift"])
         first = max(0, (start - length) // stride + 1)
@@ -234,12 +258,38 @@ def _reads(run: Run, part: Run, subset: str, start: int, stop: int) -> list[Read
             begin = window * stride
             a, b = max(start, begin), min(stop, begin + length)
             for position in order.find(plan.index, part.subset_names.index(subset), window):
-                step = run.order.step_of_position(position)
-                if step is None and order.step_of_position(position) is not None:
-                    continue  # the data had changed before its turn: the next part has it
-                # The journal moves whole steps, so a row keeps its place in its step.
-                row = None if step is None else (position - plan.first_position) % plan.rows_per_step
-                epoch = order.row(position).epoch
                 places = ((a - start, b - start), (a - begin, b - begin))
-                reads.append(Read(step, row, plan.name, subset, epoch, window, position, *places))
+                reads += _read_at(run, part, plan, subset, position, places)
     return reads
+
+
+def _reads_of_conversation(run: Run, part: Run, subset: str, document: int) -> list[Read]:
+    """All readings of a document of a store by the sft stages of one part of a run."""
+    reads, number = [], part.subset_names.index(subset)
+    for stage, plan in zip(part.manifest["stages"], part.order.stages, strict=True):
+        of = {entry["name"]: entry for entry in stage["subsets"]}.get(subset)
+        if of is None or not is_sft(stage):
+            continue
+        rows = ConversationRows(part.manifest, plan.index, part.stores)
+        for epoch in range(of["rows"] // of["windows"] + 2):  # one more where the stage goes on after a change
+            window = rows.window_of(subset, document, epoch)
+            positions = [] if window is None else part.order.find(plan.index, number, window)
+            for position in (p for p in positions if part.order.row(p).epoch == epoch):
+                [(_, _, placed)] = rows.placed(part.order.rows(np.array([position])))
+                [at] = np.flatnonzero(placed.document == document)
+                start, length = int(placed.start[at]), int(placed.length[at])
+                reads += _read_at(run, part, plan, subset, position, ((0, length), (start, start + length)))
+    return reads
+
+
+def _read_at(
+    run: Run, part: Run, plan: StagePlan, subset: str, position: int, places: tuple[Range, Range]
+) -> list[Read]:
+    """What stands at a position is read; not where the data had changed before its turn: the next part has that."""
+    step = run.order.step_of_position(position)
+    if step is None and part.order.step_of_position(position) is not None:
+        return []
+    # The journal moves whole steps, so a row keeps its place in its step.
+    row = None if step is None else (position - plan.first_position) % plan.rows_per_step
+    found = part.order.row(position)
+    return [Read(step, row, plan.name, subset, found.epoch, found.window, position, *places)]

@@ -46,12 +46,14 @@ class ReleasedRows:
         self._lock = threading.Lock()
         self._file = lru_cache(maxsize=2)(_ChunkFile)
 
-    def read(self, step: int, rows: np.ndarray, rows_per_step: int, length: int) -> np.ndarray:
-        """Token ids uint32 (rows, length) of some rows of a step.
+    def read(
+        self, step: int, rows: np.ndarray, rows_per_step: int, length: int, name: str = "token_ids"
+    ) -> np.ndarray:
+        """Token ids uint32 (rows, length) of some rows of a step; or their "marks", of conversations.
 
         Raises ConfigError for a step that is not released, DamagedError for a file that is not what it should be.
         """
-        column = self._column(step, rows_per_step, "token_ids")
+        column = self._column(step, rows_per_step, name)
         ids = column.flatten().to_numpy(zero_copy_only=False)
         if ids.dtype.kind != "u" or ids.size != rows_per_step * length:
             raise DamagedError(f"{self._of(step).path}: step {step} has not {rows_per_step} rows of {length:,} ids")

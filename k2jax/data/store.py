@@ -392,6 +392,34 @@ class Store:
 
         return finish
 
+    def start_reading_spans(
+        self, starts: npt.ArrayLike, lengths: npt.ArrayLike, *, masks: bool = False
+    ) -> Callable[[], np.ndarray]:
+        """Tokens [start, start + length) of each of some spans, one after the other, as `start_reading`: uint32.
+
+        `masks` gives the loss mask in their place, uint8.
+        """
+        spans = list(zip(np.asarray(starts).tolist(), np.asarray(lengths).tolist(), strict=True))
+        with ts.Batch() as batch:
+            array = self._mask if masks else self._tokens
+            reads = [array[start : start + length].read(batch=batch) for start, length in spans]
+
+        def finish() -> np.ndarray:
+            with storage_errors(f"store {self.path}: cannot read {'the loss mask' if masks else 'tokens'}"):
+                found = np.concatenate([np.empty(0, np.uint8 if masks else np.uint32), *(r.result() for r in reads)])
+            most = int(found.max(initial=0))
+            if most >= (2 if masks else self.info["vocab_size"]):
+                what = "its loss mask" if masks else f"outside the vocabulary of {self.info['vocab_size']}, a token"
+                raise ConfigError(f"store {self.path}: {what} holds {most}: {REMEDY}")
+            return found
+
+        return finish
+
+    def document_starts(self) -> np.ndarray:
+        """Where each document starts, and last the number of tokens: int64 (documents + 1,)."""
+        with storage_errors(f"store {self.path}: cannot read document_start"):
+            return np.asarray(self._starts.read().result())
+
     def documents_in(self, start: int, stop: int) -> list[DocumentSpan]:
         """The documents that tokens [start, stop) belong to, in order, first and last cut to the range."""
         with storage_errors(f"store {self.path}: cannot read document_start"):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from k2jax.data.conversations import is_target, num_held_out_rows
 from k2jax.data.manifest import num_windows
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
@@ -48,7 +49,9 @@ class Validation:
         with bar("validation", None, "window") as done, jax.set_mesh(subject.mesh):
 
             def record(batch: HeldOutBatch) -> None:
-                texts = decode(batch.rows[:, 1:].tolist(), skip_control=True)
+                ids = batch.rows[:, 1:]
+                asked = np.ones(ids.shape, bool) if batch.marks is None else is_target(batch.marks)
+                texts = decode([row[of].tolist() for row, of in zip(ids, asked, strict=True)], skip_control=True)
                 samples.extend(
                     {
                         "subset": batch.subset,
@@ -85,6 +88,8 @@ class Validation:
         length, shift = saved.stage.sequence_length, saved.config.data.label_shift
         tokens = {name: run.stores[name].num_tokens - run.stores[name].num_train_tokens for name in found}
         held_out = {name: num_windows(count, length, shift) for name, count in tokens.items()}
+        if saved.stage.kind == "sft":
+            held_out = {name: num_held_out_rows(run.stores[name], length, saved.stage.too_long) for name in found}
         metrics = {
             "total": summary(windows, held_out),
             "subsets": {

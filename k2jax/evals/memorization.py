@@ -5,13 +5,16 @@ decoding gets right, position by position, and a row that it gets right in full 
 so that checkpoints and chunks make a table; and for windows that no step reads, to set the rows beside.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step
+from k2jax.data.conversations import ConversationRows
 from k2jax.data.loader import validation_starts
-from k2jax.data.order import Order
+from k2jax.data.manifest import is_sft
+from k2jax.data.order import Order, Rows, StagePlan
 from k2jax.data.provenance import Run
 from k2jax.errors import ConfigError
 from k2jax.evals.identity import stores_digest
@@ -104,11 +107,24 @@ def read_windows(run: Run, steps: list[int], rows: int) -> list[Window]:
     windows = []
     for step in steps:
         chunk, found = chunk_of_step(run.order, step), run.order.rows(run.order.positions(step)[numbers])
-        for number, subset, window in zip(numbers.tolist(), found.subset, found.window, strict=True):
-            name, start = run.subset_names[subset], int(window) * plan.sequence_length
+        for number, name, start in _beginnings(run, plan, numbers, found):
             [tokens] = run.stores[name].read([start], PROMPT + NEW)
             windows.append(Window(step, chunk, number, name, start, tokens))
     return windows
+
+
+def _beginnings(run: Run, plan: StagePlan, numbers: np.ndarray, found: Rows) -> Iterator[tuple[int, str, int]]:
+    """(number, subset, first token in the store) of rows; of conversations that of a row's first, the longest in it.
+
+    Rows whose conversations are all too short are left out.
+    """
+    if not is_sft(run.manifest["stages"][plan.index]):
+        for number, subset, window in zip(numbers.tolist(), found.subset, found.window, strict=True):
+            yield number, run.subset_names[subset], int(window) * plan.sequence_length
+        return
+    for name, here, placed in ConversationRows(run.manifest, plan.index, run.stores).placed(found):
+        for at in np.flatnonzero((placed.start == 0) & (placed.length >= PROMPT + NEW)):
+            yield int(numbers[here[placed.row[at]]]), name, int(placed.begin[at])
 
 
 def held_out_windows(run: Run, subsets: list[str], rows: int) -> list[Window]:

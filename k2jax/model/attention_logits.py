@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
+from k2jax.model import conversations
 from k2jax.model.attention import MASKED, attend_causally
-from k2jax.model.decoder import Block, Decoder, Params, dense, document_ids, rope_table
+from k2jax.model.decoder import Block, Decoder, Params, dense, document_ids, rope_of
 from k2jax.parallel import context, fsdp, sharding
 from k2jax.parallel.sharding import num_stages, shard
 
@@ -22,32 +23,53 @@ BLOCK = 512  # queries, and keys, whose logits a device holds at a time
 
 
 def attention_logits(
-    config: ConfigDict, params: Params, tokens: jax.Array, *, rope_base: float, eos_id: int, compute_dtype: jnp.dtype
+    config: ConfigDict,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    rope_base: float,
+    eos_id: int,
+    compute_dtype: jnp.dtype,
+    marks: jax.Array | None = None,
+    reset_positions: bool = False,
 ) -> jax.Array:
     """(L, N) float32: the maximum over positions of the scaled product of a query and a key that it sees.
 
-    Of one row of the first microbatch of `tokens` (A, R, T+1) on each device that has rows of its own.
+    Of one row of the first microbatch of `tokens` (A, R, T+1) on each device that has rows of its own. Padding of
+    conversations, which have `marks`, does not count.
     """
     mesh, m = jax.sharding.get_abstract_mesh(), config.model
     parts = 1 if mesh.empty else sharding.row_parts(mesh) * num_stages()
-    rows_BT = tokens[0].reshape(parts, -1, tokens.shape[-1])[:, 0]
-    inputs_BT = rows_BT[:, :-1] if config.data.label_shift == "next" else rows_BT
-    document_BT = document_ids(inputs_BT, eos_id) if m.mask_documents else jnp.zeros_like(inputs_BT)
-    inputs_BT, document_BT = (shard(context.in_order(x, 1), "tokens_BT") for x in (inputs_BT, document_BT))
+    end = -1 if config.data.label_shift == "next" else None
+
+    def inputs(x: jax.Array) -> jax.Array:
+        return x[0].reshape(parts, -1, x.shape[-1])[:, 0][:, :end]
+
+    inputs_BT, position_BT = inputs(tokens), None
+    masked = m.mask_documents or marks is not None
+    if marks is not None:
+        document_BT = conversations.documents(inputs(marks))
+        position_BT = conversations.positions(document_BT) if reset_positions else None
+    else:
+        document_BT = document_ids(inputs_BT, eos_id) if masked else jnp.zeros_like(inputs_BT)
+    rows = inputs_BT, document_BT, position_BT
+    inputs_BT, document_BT, position_BT = jax.tree.map(lambda x: shard(context.in_order(x, 1), "tokens_BT"), rows)
     place_T = context.in_order(jnp.arange(inputs_BT.shape[1]), 0)
-    rope = tuple(context.in_order(t, 0) for t in rope_table(m, rope_base, inputs_BT.shape[1]))
+    rope = rope_of(m, rope_base, inputs_BT.shape[1], position_BT)
     decoder, rings = Decoder(m, params, compute_dtype), tuple(m.rings)
     x_BTD = shard(fsdp.lookup(decoder.embed_VD[...], inputs_BT, compute_dtype, rings), "x_BTD")
     product = partial(dense, rings=rings, products=config.precision.products)
 
     def layers(x_BTD: jax.Array, stacked: Params, rope: tuple, document_BT: jax.Array, place_T: jax.Array) -> tuple:
+        length = inputs_BT.shape[1]
+        counted_BT = jnp.where(document_BT > length, -1, document_BT)  # padding, as conversations.documents numbers it
         def layer(x_BTD: jax.Array, arrays: Params) -> tuple[jax.Array, jax.Array]:
             found = []
 
             def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-                found.append(largest(q_BTNH, k_BTKH, document_BT, place_T))
-                masked = document_BT if m.mask_documents else None
-                return attend_causally(q_BTNH, k_BTKH, v_BTKH, masked, m.attention.implementation)
+                found.append(largest(q_BTNH, k_BTKH, counted_BT, place_T))
+                own_BT = document_BT if masked else None
+                return attend_causally(q_BTNH, k_BTKH, v_BTKH, own_BT, m.attention.implementation)
 
             return Block(m, arrays)(x_BTD, rope, attend, product), found[0]
 
@@ -77,7 +99,7 @@ def _over_stages(layers: Callable) -> Callable:
 
 
 def largest(q_BTNH: jax.Array, k_BTKH: jax.Array, document_BT: jax.Array, place_T: jax.Array) -> jax.Array:
-    """(N,) float32, over all rows; `place_T` says where in a row a position is."""
+    """(N,) float32, over all rows; `place_T` says where in a row a position is. Documents below 0 see nothing."""
     heads = fsdp.rows(fsdp.TENSOR)
     here = partial(_largest, axes=fsdp.reading())
     specs = heads, heads, fsdp.tokens_spec(), PartitionSpec("context")
@@ -101,6 +123,7 @@ def _largest(
             k_BSKH, document_BS, place_S = block
             att_BKGCS = jnp.einsum("BCKGH,BSKH->BKGCS", q_BCKGH, k_BSKH, preferred_element_type=jnp.float32)
             sees_BCS = (document_BC[:, :, None] == document_BS[:, None]) & (place_C[:, None] >= place_S)
+            sees_BCS &= document_BC[:, :, None] >= 0
             return jnp.where(sees_BCS[:, None, None], att_BKGCS, MASKED).max(axis=(0, 3, 4))
 
         return jax.lax.map(of_keys, keys).max(axis=0)

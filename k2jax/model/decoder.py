@@ -147,6 +147,16 @@ def rope_table(m: ConfigDict, base: float, num_positions: int) -> tuple[jax.Arra
     return jnp.cos(angle), jnp.sin(angle)
 
 
+def rope_of(
+    m: ConfigDict, base: float, num_positions: int, position_BT: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of rows as the mesh in use has them: (T, H/2), or (B, T, H/2) where each row has its own positions."""
+    table = rope_table(m, base, num_positions)
+    if position_BT is None:
+        return tuple(context.in_order(t, 0) for t in table)
+    return tuple(shard(t[position_BT], "x_BTD") for t in table)
+
+
 def _scale_llama3(frequency: jax.Array, r: ConfigDict) -> jax.Array:
     """LLaMA 3.1's scaling: long wavelengths slowed by `factor`, short ones kept, a linear ramp between the two."""
     turns = r.original_context * frequency / (2 * math.pi)  # full turns within the original context
@@ -284,13 +294,18 @@ class Decoder(nnx.Module):
         self.head_DV = nnx.Param(self.embed_VD[...].T if m.tie_embeddings else wide(params["head_DV"]))
 
     def __call__(
-        self, tokens_BT: jax.Array, rope_base: float, document_BT: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        rope_base: float,
+        document_BT: jax.Array | None = None,
+        position_BT: jax.Array | None = None,
     ) -> jax.Array:
         """(B, T) int32 to hidden states (B, T, D). `document_BT` masks attention to each document; None: to the row.
+        `position_BT` are RoPE's; None: those in the row.
 
         Where devices share rows, all of them are in the order of `context.in_order`.
         """
-        rope = tuple(context.in_order(t, 0) for t in rope_table(self.m, rope_base, tokens_BT.shape[1]))
+        rope = rope_of(self.m, rope_base, tokens_BT.shape[1], position_BT)
         rings = tuple(self.m.rings)
         x_BTD = shard(lookup(self.embed_VD[...], tokens_BT, self.compute_dtype, rings), "x_BTD")
 

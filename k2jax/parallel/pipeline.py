@@ -92,6 +92,9 @@ def run_layers(
     stages = mesh.shape["stage"]
     cut = partial(_cut, microbatches=p.microbatches, parts=sharding.row_parts(mesh))
 
+    of_rows = jax.tree.leaves(rope)[0].ndim == 3  # each row has positions of its own
+    rope = jax.tree.map(cut, rope) if of_rows else rope
+
     def deal(w: jax.Array) -> jax.Array:
         """Layers in the order of stages, then rounds. Parameters keep theirs, which is that of all checkpoints: here
         they move, by an all-to-all over the stages. With R = 1 none does."""
@@ -99,7 +102,7 @@ def run_layers(
         return w.reshape(shape).swapaxes(0, 1).reshape(w.shape)
 
     on_stage = jax.shard_map(
-        partial(_on_stage, layer=layer, remat=remat, repeats=p.repeats, unroll=max(m.unroll, 1)),
+        partial(_on_stage, layer=layer, remat=remat, repeats=p.repeats, unroll=max(m.unroll, 1), rope_of_rows=of_rows),
         in_specs=(STAGE, STAGE, PartitionSpec(), PartitionSpec()),
         out_specs=STAGE,
         axis_names={"stage"},  # the others stay with the partitioner
@@ -120,6 +123,7 @@ def _on_stage(
     remat: Callable[[Layer], Layer],
     repeats: int,
     unroll: int,
+    rope_of_rows: bool,
 ) -> jax.Array:
     """What the devices of one stage do, with `layers` a tree of (R G, ...), from (M/S, B, T, D) to (M/S, B, T, D)."""
     stage, stages = jax.lax.axis_index("stage"), jax.lax.axis_size("stage")
@@ -128,16 +132,17 @@ def _on_stage(
     M = waiting_MBTD.shape[0]
 
     @remat
-    def pick_and_apply(x_BTD: jax.Array, number: jax.Array, document_BT: jax.Array | None) -> jax.Array:
+    def pick_and_apply(x_BTD: jax.Array, number: jax.Array, own: Any, document_BT: jax.Array | None) -> jax.Array:
         arrays = jax.tree.map(lambda w: w[number], layers)
-        return layer(x_BTD, arrays, rope, document_BT)
+        return layer(x_BTD, arrays, own, document_BT)
 
     def work(x_BTD: jax.Array, item: jax.Array) -> jax.Array:
         first = jnp.clip(item // M, 0, repeats - 1) * num_layers
         document_BT = None if document_MBT is None else document_MBT[item % M]
+        own = jax.tree.map(lambda t: t[item % M], rope) if rope_of_rows else rope
 
         def step(x_BTD: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-            return pick_and_apply(x_BTD, number, document_BT), None
+            return pick_and_apply(x_BTD, number, own, document_BT), None
 
         return jax.lax.scan(step, x_BTD, first + jnp.arange(num_layers), unroll=unroll)[0]
 

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from k2jax.config import FREE_KEYS, base, flatten, stage, to_dict
 
 
-def config_digest(config: ConfigDict) -> str:
-    """SHA-256 of what the run computes: the free keys do not enter."""
+def config_digest(config: ConfigDict | dict[str, Any]) -> str:
+    """SHA-256 of what the run computes: the free keys do not enter. A `to_dict` stands for its configuration."""
     fixed = {key: value for key, value in flatten(to_dict(config)).items() if not _matches(key, FREE_KEYS)}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 

@@ -111,8 +111,16 @@ class Ledger:
         self.path = directory / "records.jsonl"
 
     def append_step(
-        self, step: int, batch_digest: str, loss: float, grad_norm: float, applied: bool, outlier: bool
+        self,
+        step: int,
+        batch_digest: str,
+        loss: float,
+        grad_norm: float,
+        applied: bool,
+        outlier: bool,
+        **of_conversations: int,
     ) -> None:
+        """`of_conversations`: more numbers of a step of an sft stage."""
         self.steps.append(
             {
                 "step": step,
@@ -121,6 +129,7 @@ class Ledger:
                 "grad_norm": float_bits(grad_norm),
                 "applied": applied,
                 "outlier": outlier,
+                **of_conversations,
             }
         )
 

@@ -16,7 +16,8 @@ FEWEST = 8  # ordinary values before there is a limit: a doctor may be asked ear
 RECENT = 32  # ordinary values that the limit comes from, at most: early in a run older ones are of another level
 GAPS = 2  # ordinary values in a row that do not end a stretch
 # Of a row, what says nothing of the numbers: counts, clocks, the machine, and what is given.
-OTHERS = r"step|lr|tokens_seen|targets\b.*|.*_s|.*bytes.*|.*_per_s.*|mfu.*|.*_limit|skips_.*|clipped.*|masked.*"
+OTHERS = r"step|lr|.*_tokens|tokens_seen|targets\b.*|.*_s|.*bytes.*|.*_per_s.*|mfu.*|.*_limit|skips_.*|clipped.*"
+OTHERS += r"|masked.*"
 OWN_FLOOR = r"loss\b.*|param_norm\b.*|held_out\b.*|log_z\b.*"  # that move little: as the loss
 
 

@@ -106,8 +106,9 @@ class Recorder:
             "grad_norm_limit": float(values["grad_norm_limit"]),
             **{key: int(values[key]) for key in COUNTS if key in values},
             "tokens_seen": self.tokens_seen,
+            **_of_conversations(values),
             "transient_errors": values.get("transient_errors"),  # of a step that was computed again
-            **self._speed(plan, step_s),
+            **self._speed(plan, step_s, int(values.get("padding", 0))),
             "planned_step_s": self.planned.get(plan.name),
             "data_wait_s": data_wait_s,
             **_memory(),
@@ -124,6 +125,7 @@ class Recorder:
                 float(values["grad_norm"]),
                 bool(values["applied"]),
                 bool(values["outlier"]),
+                **_of_conversations(values),
             )
             of_all = {"hosts": columns(hosts)} if hosts else {}
             self.steps.append(_jsonable(row) | self._layers(row, layers) | of_all)
@@ -153,8 +155,8 @@ class Recorder:
             row[f"targets/{name}"] = targets
         return row
 
-    def _speed(self, plan: StagePlan, step_s: float | None) -> dict[str, float | None]:
-        tokens_per_s = plan.rows_per_step * plan.sequence_length / step_s if step_s else None
+    def _speed(self, plan: StagePlan, step_s: float | None, padding: int) -> dict[str, float | None]:
+        tokens_per_s = (plan.rows_per_step * plan.sequence_length - padding) / step_s if step_s else None
         flops = flops_per_token(self.config.model, plan.sequence_length)
         peak = peak_flops(jax.devices()[0].device_kind)
         share = tokens_per_s / (peak * jax.device_count()) if tokens_per_s and peak else None
@@ -185,6 +187,8 @@ class Recorder:
             planned = ""
             if row["planned_step_s"] and row["step_s"]:
                 planned = f"  {row['step_s']:.3f} s a step, planned {row['planned_step_s']:.3f}"
+            if "supervised_tokens" in row:
+                planned += f"  {row['supervised_tokens']} tokens learned"
             if row["device_memory_peak_bytes"]:
                 planned += f"  {row['device_memory_peak_bytes'] / 2**30:.1f} GiB at most"
             self.print_line(
@@ -226,6 +230,13 @@ def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str,
     fits = "" if plan["fits"] else ", which does not fit"
     say(f"planned for {plan['topology']}: {memory:.1f} GiB a chip{fits}")
     return {name: stage["step_seconds"] for name, stage in plan["stages"].items() if stage["step_seconds"]}
+
+
+def _of_conversations(values: dict[str, np.ndarray]) -> dict[str, int]:
+    """Of a step of an sft stage: how many tokens were learned, and how many of its positions held none."""
+    if "padding" not in values:
+        return {}
+    return {"supervised_tokens": int(values["targets"]), "padding_tokens": int(values["padding"])}
 
 
 def _norms(values: dict[str, np.ndarray]) -> dict[str, float]:

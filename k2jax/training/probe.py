@@ -28,7 +28,7 @@ class Probe:
         every = self.config.stability.attention_every
         if not every or step % every:
             return metrics
-        logit, logit_L = self._program(plan.index)(params, batch.tokens)
+        logit, logit_L = self._program(plan.index)(params, batch.tokens, batch.marks)
         return {**metrics, "attention_logit": logit, "layers": {**metrics["layers"], "attention_logit": logit_L}}
 
     def _program(self, index: int) -> Callable:
@@ -37,12 +37,13 @@ class Probe:
                 attention_logits,
                 self.config,
                 rope_base=self.config.stages[index].rope_base,
+                reset_positions=self.config.stages[index].reset_positions,
                 eos_id=self.eos_id,
                 compute_dtype=compute_dtype(self.config),
             )
 
-            def both(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-                logit_LN = run(params, tokens)
+            def both(params: Params, tokens: jax.Array, marks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+                logit_LN = run(params, tokens, marks=marks)
                 return logit_LN.max(), logit_LN.max(axis=1)
 
             self._programs[index] = jax.jit(both, out_shardings=NamedSharding(self.mesh, PartitionSpec()))

@@ -45,17 +45,19 @@ def stage_step(
     )
 
 
-def step_shardings(shardings: TrainState, mesh: Mesh) -> tuple[tuple[TrainState, Batch], NamedSharding]:
-    """(of what a step is given, of the numbers that it gives back)."""
+def step_shardings(
+    shardings: TrainState, mesh: Mesh, stage: ConfigDict
+) -> tuple[tuple[TrainState, Batch], NamedSharding]:
+    """(of what a step of a stage is given, of the numbers that it gives back)."""
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    return (shardings, Batch(rows, rows, rows, everywhere)), everywhere
+    return (shardings, Batch(rows, rows, rows, everywhere, rows if stage.kind == "sft" else None)), everywhere
 
 
 def step_function(
     config: ConfigDict, plan: StagePlan, shardings: TrainState, mesh: Mesh, eos_id: int, num_subsets: int
 ) -> Any:
     """The jitted training step of a stage: the one call site of jit, shardings and donation."""
-    given, everywhere = step_shardings(shardings, mesh)
+    given, everywhere = step_shardings(shardings, mesh, config.stages[plan.index])
     return jax.jit(
         stage_step(config, plan, shardings, eos_id, num_subsets),
         in_shardings=given,
@@ -73,6 +75,7 @@ def batch_shapes(config: ConfigDict, stage: ConfigDict) -> Batch:
         jax.ShapeDtypeStruct(leading, jnp.int32),
         jax.ShapeDtypeStruct((*leading, 8), jnp.uint32),
         jax.ShapeDtypeStruct((2,), jnp.float32),
+        jax.ShapeDtypeStruct((*leading, width), jnp.int32) if stage.kind == "sft" else None,
     )
 
 

@@ -46,7 +46,7 @@ def compile_probe(
         found = step(state, batch)[1]
         return jnp.stack([found[name] for name in names])
 
-    given, everywhere = step_shardings(shardings, mesh)
+    given, everywhere = step_shardings(shardings, mesh, config.stages[plan.index])
     lowered = jax.jit(numbers, in_shardings=given, out_shardings=everywhere).lower(shapes, batch)
     return Probe(names, compile_lowered(lowered, config))
 

@@ -8,9 +8,11 @@ from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax.data import storage
+from k2jax.data.conversations import packed
 from k2jax.data.epochs import Epoch
-from k2jax.data.manifest import build_manifest, manifest_digest
+from k2jax.data.manifest import build_manifest, is_sft, manifest_digest
 from k2jax.data.order import Order
+from k2jax.data.packing import VERSION
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError
@@ -30,12 +32,16 @@ def open_data(config: ConfigDict, verify: str | None = None) -> tuple[dict[str, 
     names = sorted({name for stage in config.stages for name in stage.mix})
     root = storage.normal_path(config.data.root)
     stores = {name: Store.open(f"{root}/{name}", verify=verify or config.data.verify) for name in names}
-    if masked := [name for name, store in stores.items() if store.masked]:
-        raise ConfigError(
-            f"stages.*.mix: {', '.join(masked)} in {root}: of conversations, whose loss masks no stage reads: every "
-            f"token would be learned, and EOS tells such documents not apart: take them out of the mix"
-        )
     stages = [configuration.to_dict(stage) for stage in config.stages]
+    for i, stage in enumerate(stages):
+        if is_sft(stage):
+            stage |= {"packing": VERSION, "packed": packed(stage, stores, check=verify != "no")}
+        elif masked := [name for name in stage["mix"] if stores[name].masked]:
+            raise ConfigError(
+                f"stages.{i}.mix: {', '.join(masked)} in {root}: of conversations, whose loss masks only a stage of "
+                f"kind 'sft' reads: here every token would be learned, and EOS tells such documents not apart: set "
+                f"stages.{i}.kind='sft', or take them out of the mix"
+            )
     manifest = build_manifest(
         stages=stages,
         stores={name: store.summary() for name, store in stores.items()},

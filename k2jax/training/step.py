@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from k2jax.model import conversations
 from k2jax.model.attention_logits import attention_logits
 from k2jax.model.decoder import Decoder, Params, document_ids, parameter_table
 from k2jax.model.loss import LossOptions, head_loss, targets_and_weights
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
     subset: jax.Array  # int32 (A, R): index into the manifest's sorted subsets
     digest: jax.Array  # uint32 (A, R, 8): of each row, see data/loader.py
     limits: jax.Array = NO_LIMITS  # float32 (2,): of loss and gradient norm; above one the step is an outlier
+    marks: jax.Array | None = None  # int32, as tokens: of an sft stage, see data/conversations.py
 
 
 class Sums(NamedTuple):
@@ -74,6 +76,7 @@ def loss_sums(
     params: Params | Arrays,
     tokens: jax.Array,
     subset: jax.Array,
+    marks: jax.Array | None = None,
     *,
     config: ConfigDict,
     stage: ConfigDict,
@@ -83,9 +86,11 @@ def loss_sums(
 ) -> tuple[jax.Array, Sums]:
     """The loss summed over the targets of (R, T+1) tokens, and its parts; nothing is divided yet."""
     times = config.data.mask_repeats
-    kept_B = rows_without_repeats(tokens, times) if times else None
+    # Padding repeats nothing: each position has a number of its own there.
+    looked_at = tokens if marks is None else jnp.where(marks > 0, tokens, -1 - jnp.arange(tokens.shape[1]))
+    kept_B = rows_without_repeats(looked_at, times) if times else None
     loss, rows = row_losses(
-        params, tokens, kept_B, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype
+        params, tokens, kept_B, marks, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype
     )
     subset_BX = jax.nn.one_hot(subset, num_subsets, dtype=jnp.float32)
     # Sums of products, not a product of matrices, which TPUs round to bfloat16 unless told.
@@ -99,6 +104,7 @@ def row_losses(
     params: Params | Arrays,
     tokens: jax.Array,
     kept_B: jax.Array | None = None,
+    marks: jax.Array | None = None,
     *,
     config: ConfigDict,
     stage: ConfigDict,
@@ -108,20 +114,28 @@ def row_losses(
     """The loss of (R, T+1) tokens, to be differentiated, and what is told of each row.
 
     The loss is the sum of the cross-entropies, and of z-loss where that is on.
-    Rows weigh as `kept_B` (float32) says; None: all the same.
+    Rows weigh as `kept_B` (float32) says; None: all the same. Rows of conversations have `marks` (R, T+1).
     """
-    inputs_BT = tokens[:, :-1] if config.data.label_shift == "next" else tokens
-    masked = config.model.mask_documents
-    inputs_BT, targets_BT, weights_BT = targets_and_weights(
-        tokens, config.data.label_shift, inputs_BT == eos_id if masked else None
-    )
+    if marks is None:
+        inputs_BT = tokens[:, :-1] if config.data.label_shift == "next" else tokens
+        masked = config.model.mask_documents
+        inputs_BT, targets_BT, weights_BT = targets_and_weights(
+            tokens, config.data.label_shift, inputs_BT == eos_id if masked else None
+        )
+        document_BT, position_BT = document_ids(inputs_BT, eos_id) if masked else None, None
+    else:
+        inputs_BT, targets_BT, weights_BT, marks_BT = conversations.targets_and_weights(
+            tokens, marks, config.data.label_shift
+        )
+        document_BT = conversations.documents(marks_BT)
+        position_BT = conversations.positions(document_BT) if stage.reset_positions else None
     weights_BT = weights_BT if kept_B is None else weights_BT * kept_B[:, None]
-    rows = inputs_BT, targets_BT, weights_BT, document_ids(inputs_BT, eos_id) if masked else None
-    inputs_BT, targets_BT, weights_BT, document_BT = jax.tree.map(
+    rows = inputs_BT, targets_BT, weights_BT, document_BT, position_BT
+    inputs_BT, targets_BT, weights_BT, document_BT, position_BT = jax.tree.map(
         lambda x_BT: shard(context.in_order(x_BT, 1), "tokens_BT"), rows
     )
     decoder = Decoder(config.model, params, compute_dtype, config.precision.products)
-    hidden_BTD = decoder(inputs_BT, stage.rope_base, document_BT)
+    hidden_BTD = decoder(inputs_BT, stage.rope_base, document_BT, position_BT)
     options = LossOptions(
         config.loss.block, config.loss.z_loss, config.precision.logits, tuple(config.model.rings)
     )
@@ -142,39 +156,42 @@ def mean_gradients(
     the parameters.
     """
     add_up = partial(summed_gradients, config=config, **loss_arguments)
+    rows = (batch.tokens, batch.subset) if batch.marks is None else (batch.tokens, batch.subset, batch.marks)
     if not replicas.axes_in_use():
-        grads, sums = add_up(params, batch.tokens, batch.subset)
+        grads, sums = add_up(params, *rows)
     else:
         specs = {name: sharding.spec(p.axes) for name, p in parameter_table(config.model).items()}
-        grads, sums = replicas.summed(add_up, params, (batch.tokens, batch.subset), specs, moment_specs or specs)
+        grads, sums = replicas.summed(add_up, params, rows, specs, moment_specs or specs)
         sums = sums.total()
     return jax.tree.map(lambda g: g / jnp.maximum(sums.targets, 1.0), grads), sums
 
 
 def summed_gradients(
-    params: Params, tokens: jax.Array, subset: jax.Array, *, config: ConfigDict, **loss_arguments
+    params: Params, *batch: jax.Array, config: ConfigDict, **loss_arguments
 ) -> tuple[Params, Sums]:
-    """Gradient of the loss summed over all targets of (A, R, T+1) tokens and (A, R) subsets, and the sums."""
+    """Gradient of the loss summed over all targets of (A, R, T+1) tokens, (A, R) subsets and, of conversations, marks;
+    and the sums."""
     arrays = apart(config.model, params)
     casts = cast_once(config.model, arrays, loss_arguments["compute_dtype"])
 
-    def loss(masters: Arrays, tokens: jax.Array, subset: jax.Array) -> tuple[jax.Array, Sums]:
-        return loss_sums(with_masters(casts, masters), tokens, subset, config=config, **loss_arguments)
+    def loss(masters: Arrays, *rows: jax.Array) -> tuple[jax.Array, Sums]:
+        return loss_sums(with_masters(casts, masters), *rows, config=config, **loss_arguments)
 
     def gradient(total: Arrays, *rows: jax.Array) -> tuple[Arrays, Sums]:
         # The sum so far stands for a matrix that is cast: it is there, and a master's numbers are not read.
         return jax.grad(loss, has_aux=True)(arrays | {name: total[name] for name in casts}, *rows)
 
-    def add(total: tuple[Arrays, Sums], rows: tuple[jax.Array, jax.Array]) -> tuple[tuple[Arrays, Sums], None]:
+    def add(total: tuple[Arrays, Sums], rows: tuple[jax.Array, ...]) -> tuple[tuple[Arrays, Sums], None]:
         grads, sums = gradient(total[0], *rows)
         return (jax.tree.map(jnp.add, total[0], grads), total[1].plus(sums)), None
 
-    shapes = jax.eval_shape(gradient, arrays, tokens[0], subset[0])
+    first = [array[0] for array in batch]
+    shapes = jax.eval_shape(gradient, arrays, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    if tokens.shape[0] == 1:
-        grads, sums = gradient(zeros[0], tokens[0], subset[0])
+    if batch[0].shape[0] == 1:
+        grads, sums = gradient(zeros[0], *first)
     else:
-        grads, sums = jax.lax.scan(add, zeros, (tokens, subset))[0]
+        grads, sums = jax.lax.scan(add, zeros, batch)[0]
     return together(grads), sums
 
 
@@ -201,7 +218,7 @@ def train_step(
     if moment_shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, moment_shardings)
     loss = sums.loss / jnp.maximum(sums.targets, 1.0)
-    if config.data.mask_repeats:
+    if config.data.mask_repeats or batch.marks is not None:
         loss = jnp.where(sums.targets > 0, loss, jnp.nan)  # of nothing: no update
     grad_squares = squares(config, grads)
     grad_norm = jnp.sqrt(sum(grad_squares.groups.values()))
@@ -213,6 +230,7 @@ def train_step(
     new, update, counts = updated(state, grads, grad_norm, lr, applied, config)
     if config.optimizer.qk_clip:
         some = {name: loss_arguments[name] for name in ("eos_id", "compute_dtype")}
+        some |= {"marks": batch.marks, "reset_positions": stage.reset_positions}
         logits_LN = attention_logits(config, state.params, batch.tokens, rope_base=stage.rope_base, **some)
         params, counts["clipped_heads"] = qk_clip(config, new.params, jnp.where(applied, logits_LN, 0.0))
         new = new._replace(params=params)
@@ -227,17 +245,27 @@ def train_step(
         "grad_norm_limit": batch.limits[1],
         "skips_in_a_row": new.skips_in_a_row,
         "lr": lr,
-        "targets": sums.targets,
-        "log_z": sums.log_z / jnp.maximum(sums.targets, 1.0),
-        "logit": sums.logit,
-        **({} if sums.masked_rows is None else {"masked_rows": sums.masked_rows}),
         **counts,
-        "subset_loss": sums.subset_loss / jnp.maximum(sums.subset_targets, 1.0),
-        "subset_targets": sums.subset_targets,
-        "batch_digest": batch.digest.reshape(-1, batch.digest.shape[-1]).sum(axis=0, dtype=jnp.uint32),
+        **of_batch(batch, sums, stage),
         **norms(grad_squares, squares(config, new.params), squares(config, update)),
     }
     return new, metrics
+
+
+def of_batch(batch: Batch, sums: Sums, stage: ConfigDict) -> Metrics:
+    """What a step tells of its batch, and of what it added up."""
+    more = {} if sums.masked_rows is None else {"masked_rows": sums.masked_rows}
+    if batch.marks is not None:
+        more["padding"] = jnp.sum(batch.marks[..., : stage.sequence_length] == 0)
+    return {
+        "targets": sums.targets,
+        "log_z": sums.log_z / jnp.maximum(sums.targets, 1.0),
+        "logit": sums.logit,
+        "subset_loss": sums.subset_loss / jnp.maximum(sums.subset_targets, 1.0),
+        "subset_targets": sums.subset_targets,
+        "batch_digest": batch.digest.reshape(-1, batch.digest.shape[-1]).sum(axis=0, dtype=jnp.uint32),
+        **more,
+    }
 
 
 def updated(

@@ -1,6 +1,7 @@
 """Loss on held-out windows by subset, beside what the unigram distribution would score on them.
 
-Held-out are a store's tokens from `num_train_tokens` on: the order has no window there, so no step reads one.
+Held-out are a store's tokens from `num_train_tokens` on: the order has no window there, so no step reads one. Of
+conversations the rows are packed as those of training, and the loss is that of their learned targets.
 """
 
 import json
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from k2jax.config import from_dict, to_dict
+from k2jax.data.conversations import is_target, num_held_out_rows, read_held_out
 from k2jax.data.loader import row_length, validation_starts
 from k2jax.data.store import Store
 from k2jax.model.decoder import Params
@@ -36,8 +38,9 @@ class HeldOutBatch(NamedTuple):
     """Some held-out windows of a subset and their losses."""
 
     subset: str
-    starts: np.ndarray  # (rows,): first token of each in the store
+    starts: np.ndarray  # (rows,): first token of each in the store; of conversations the row's number
     rows: np.ndarray  # int32 (rows, T + 1), or (rows, T) with label_shift "inside"
+    marks: np.ndarray | None  # of conversations, as rows: data/conversations.py
     losses: np.ndarray  # (rows,): nats, summed over a window's targets
     targets: np.ndarray  # (rows,): how many
 
@@ -63,18 +66,19 @@ def validate(
     losses_of = _losses_of(config, stage, compute_dtype, eos_id, mesh)
     found = {}
     for name in stage.mix:
-        store, shift = stores[name], config.data.label_shift
-        starts = validation_starts(store, stage.sequence_length, shift, max_windows)
+        store = stores[name]
+        starts = held_out_starts(config, stage, store, max_windows)
         if not len(starts):
             continue
         unigram = unigram_losses(store, config.model.vocab_size)
         loss = unigram_loss = targets = predicted = 0
         for first in range(0, len(starts), _rows_per_batch(stage, mesh)):
             some = starts[first : first + _rows_per_batch(stage, mesh)]
-            rows = store.read(some, row_length(stage.sequence_length, shift)).view(np.int32)
-            batch = HeldOutBatch(name, some, rows, *_run(losses_of, params, rows, stage, mesh))
+            rows, marks = read_rows(config, stage, store, some)
+            batch = HeldOutBatch(name, some, rows, marks, *_run(losses_of, params, rows, marks, stage, mesh))
             loss, targets = loss + batch.losses.sum(), targets + batch.targets.sum()
-            unigram_loss, predicted = unigram_loss + unigram[rows[:, 1:]].sum(), predicted + rows[:, 1:].size
+            asked = rows[:, 1:] if marks is None else rows[:, 1:][is_target(marks)]
+            unigram_loss, predicted = unigram_loss + unigram[asked].sum(), predicted + asked.size
             if on_batch:
                 on_batch(batch)
         found[name] = Validation(float(loss / targets), float(unigram_loss / predicted), int(targets))
@@ -96,18 +100,41 @@ def few_losses(
     Windows of all subsets share batches: a few of each fill one.
     """
     losses_of = _losses_of(config, stage, compute_dtype, eos_id, mesh)
-    length, shift = stage.sequence_length, config.data.label_shift
-    starts = {name: validation_starts(stores[name], length, shift, max_windows) for name in stage.mix}
+    starts = {name: held_out_starts(config, stage, stores[name], max_windows) for name in stage.mix}
     starts = {name: found for name, found in starts.items() if len(found)}
     if not starts:
         return {}
-    rows = [stores[name].read(found, row_length(length, shift)).view(np.int32) for name, found in starts.items()]
-    rows, size = np.concatenate(rows), _rows_per_batch(stage, mesh)
-    parts = [_run(losses_of, params, rows[i : i + size], stage, mesh) for i in range(0, len(rows), size)]
+    read = [read_rows(config, stage, stores[name], found) for name, found in starts.items()]
+    rows, size = np.concatenate([rows for rows, _ in read]), _rows_per_batch(stage, mesh)
+    marks = np.concatenate([marks for _, marks in read]) if stage.kind == "sft" else None
+    parts = [
+        _run(losses_of, params, rows[i : i + size], marks if marks is None else marks[i : i + size], stage, mesh)
+        for i in range(0, len(rows), size)
+    ]
     losses, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
     ends = np.cumsum([len(found) for found in starts.values()])[:-1]
     sums = zip(starts, np.split(losses, ends), np.split(targets, ends), strict=True)
     return {name: (float(loss.sum() / max(of.sum(), 1)), int(of.sum())) for name, loss, of in sums}
+
+
+def held_out_starts(config: ConfigDict, stage: ConfigDict, store: Store, most: int | None) -> np.ndarray:
+    """Which held-out rows of a stage are read, evenly spaced: the first token of each, or its number (HeldOutBatch)."""
+    if stage.kind == "pretrain":
+        return validation_starts(store, stage.sequence_length, config.data.label_shift, most)
+    available = num_held_out_rows(store, stage.sequence_length, stage.too_long)
+    count = available if most is None else min(available, most)
+    return np.arange(count) * available // max(1, count)
+
+
+def read_rows(
+    config: ConfigDict, stage: ConfigDict, store: Store, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(tokens, marks or None), int32, of some of the rows of `held_out_starts`."""
+    width = row_length(stage.sequence_length, config.data.label_shift)
+    if stage.kind == "pretrain":
+        return store.read(starts, width).view(np.int32), None
+    rows, marks = read_held_out(store, stage.sequence_length, stage.too_long, starts, width)
+    return rows.view(np.int32), marks.view(np.int32)
 
 
 def _losses_of(
@@ -126,14 +153,17 @@ def _program(config: str, stage: str, compute_dtype: jnp.dtype, eos_id: int, mes
 
 
 def _run(
-    losses_of: Callable, params: Params, rows: np.ndarray, stage: ConfigDict, mesh: Mesh
+    losses_of: Callable, params: Params, rows: np.ndarray, marks: np.ndarray | None, stage: ConfigDict, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses and targets of each row, float64; a short batch is filled up so that one shape is compiled."""
     count, full = len(rows), _rows_per_batch(stage, mesh)
-    rows = np.concatenate([rows, np.repeat(rows[:1], full - count, axis=0)])
-    placed = NamedSharding(mesh, PartitionSpec(sharding.data_axes(mesh)))
-    tokens = jax.make_array_from_callback(rows.shape, placed, lambda index: rows[index])
-    found = losses_of(params, tokens)[1]
+    place = NamedSharding(mesh, PartitionSpec(sharding.data_axes(mesh)))
+
+    def placed(some: np.ndarray) -> jax.Array:
+        filled = np.concatenate([some, np.repeat(some[:1], full - count, axis=0)])
+        return jax.make_array_from_callback(filled.shape, place, lambda index: filled[index])
+
+    found = losses_of(params, placed(rows), None, None if marks is None else placed(marks))[1]
     return np.asarray(found.nats, np.float64)[:count], np.asarray(found.targets, np.float64)[:count]
 
 
@@ -145,8 +175,10 @@ def _rows_per_batch(stage: ConfigDict, mesh: Mesh) -> int:
 
 
 def unigram_losses(store: Store, vocab_size: int) -> np.ndarray:
-    """-log probability of each token (V,) under add-one smoothed counts of the store's training tokens."""
+    """-log probability of each token (V,) under add-one smoothed counts of the store's training tokens; of
+    conversations, of those that are learned."""
     piece = min(65_536, store.num_train_tokens)
     starts = np.arange(0, min(store.num_train_tokens, UNIGRAM_TOKENS) - piece + 1, piece)
-    counts = np.bincount(store.read(starts, piece).ravel(), minlength=vocab_size) + 1.0
+    learned = store.read_mask(starts, piece).ravel() if store.masked else None
+    counts = np.bincount(store.read(starts, piece).ravel(), learned, minlength=vocab_size) + 1.0
     return -np.log(counts / counts.sum())

@@ -165,7 +165,7 @@ class Lanes:
             plant = fault.plant if fault else Plant()
             plants.append(plant._replace(lr=plant.lr * lane.lr))
         plant = Plant(*(np.array(column) for column in zip(*plants, strict=True)))
-        batch = Batch(*(np.stack(column) for column in zip(*batches, strict=True)))
+        batch = jax.tree.map(lambda *column: np.stack(column), *batches)
         self.state, told = self.run_step(self.state, batch, plant)  # compiled once for as many lanes
         for i, values in enumerate(np.asarray(told)):
             if self.lanes[i].step < self.steps:

@@ -1,0 +1,77 @@
+"""Stores of conversations for tests, written token by token: what the tests of sft stages train on."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from k2jax import config as configuration
+from k2jax.data.store import Store, StoreWriter
+from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256
+
+VOCAB_SIZE = 512
+T = 64  # of the experiment's rows
+
+EXPERIMENT = '''"""Tiny: a stage of text, and one of conversations, 20 steps, for tests."""
+
+from k2jax import config
+
+
+def get_config():
+    c = config.base()
+    c.name = "tiny-chat"
+    c.model.vocab_size = {vocab_size}
+    c.model.dim = 32
+    c.model.num_layers = 2
+    c.model.num_heads = c.model.num_kv_heads = 8
+    c.model.head_dim = 4
+    c.model.ffn_dim = 96
+    c.data.root = {root!r}
+    c.data.tokenizer = {root!r} + "/tokenizer.json"
+    c.eval.windows = 8
+    c.eval.at_checkpoints = 0
+    c.log.every_steps = 1
+    c.log.tensorboard = False
+    c.stages = (
+        config.stage(name="text", sequence_length=32, rows_per_step=8, steps_per_chunk=5, chunks=1,
+                     lr_peak=1e-2, lr_final=2e-3, warmup_steps=2, mix={{"books": 1, "web": 1}}),
+        config.stage(name="chat", kind="sft", sequence_length={length}, rows_per_step=8, steps_per_chunk=5, chunks=3,
+                     reset_positions=True, lr_peak=2e-3, lr_final=2e-4, warmup_steps=0,
+                     mix={{"talk": 1, "sums": 2}}),
+    )
+    return c
+'''
+
+
+def write_store(
+    path: Path, lengths: list[int], *, sha256: str = "0" * 64, eos_id: int = 0, seed: int = 0, held_out: float = 0.0
+) -> Store:
+    """Conversations of so many tokens, EOS among them; the last third of each, and some before it, are learned."""
+    draw = np.random.default_rng(seed)
+    options = {"tokenizer_sha256": sha256, "vocab_size": VOCAB_SIZE, "shard_tokens": 4096, "chunk_tokens": 512}
+    with StoreWriter(path, **options, eos_id=eos_id, masked=True) as writer:
+        for i, length in enumerate(lengths):
+            tokens = draw.integers(0, VOCAB_SIZE, length)
+            mask = (draw.random(length) < 0.2) | (np.arange(length) >= 2 * length // 3)
+            id = hashlib.sha256(f"{path.name} {seed} {i}".encode()).hexdigest()
+            writer.add(tokens, id=id, source=f"{path.name}.jsonl:{i + 1}", eos=False, mask=mask.astype(np.uint8))
+        writer.finish(validation_fraction=held_out)
+    return Store.open(path)
+
+
+def make_chat(root: Path, text: Path) -> None:
+    """A folder as conftest's make_data makes them, with its stores and two of conversations, and tiny.py."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name in ("books", "web", "tokenizer.json"):
+        (root / name).symlink_to(text / name)
+    draw = np.random.default_rng(1)
+    eos_id = load_tokenizer(root / "tokenizer.json").token_to_id(EOS)
+    same = {"sha256": tokenizer_sha256(root / "tokenizer.json"), "eos_id": eos_id, "held_out": 0.1}
+    write_store(root / "talk", draw.integers(4, T + 1, 90).tolist(), seed=1, **same)
+    write_store(root / "sums", draw.integers(3, 20, 120).tolist(), seed=2, **same)
+    (root / "tiny.py").write_text(EXPERIMENT.format(vocab_size=VOCAB_SIZE, root=str(root), length=T))
+
+
+def load(root: Path, **overrides: object) -> configuration.ConfigDict:
+    """The experiment of `make_chat`, overridden, locked."""
+    return configuration.load(str(root / "tiny.py"), [f"{key}={value}" for key, value in overrides.items()])
