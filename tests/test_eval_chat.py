@@ -159,7 +159,7 @@ def test_a_system_turn_that_the_template_refuses_is_left_out_and_counted(tmp_pat
         begun = [turns[1], {"role": "assistant", "content": " It is "}]
         options = {"tokenize": False, "continue_final_message": True}
         assert rendering(begun, False) == tokenizer.apply_chat_template(begun, **options)
-        with pytest.raises(ConfigError, match="no user|the template fails on it"):
+        with pytest.raises(ConfigError, match="no user|the template fails on it|the template refuses it"):
             rendering([{"role": "system", "content": "Be brief."}])
 
 

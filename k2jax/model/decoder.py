@@ -214,11 +214,9 @@ class Block(nnx.Module):
         """
         whole = rope is None
         y_BTD = self._normed(x_BTD, "attention_norm_LD")
-        wq, wk, wv, wo = self.wq_LDNH[...], self.wk_LDKH[...], self.wv_LDKH[...], self.wo_LNHD[...]
-        if whole:
-            (wq, wk, wv), wo = (w.reshape(w.shape[0], -1) for w in (wq, wk, wv)), wo.reshape(-1, wo.shape[-1])
+        weights = self.wq_LDNH[...], self.wk_LDKH[...], self.wv_LDKH[...]
         # y[B_data, T, D] . wq[D_fsdp, N_tensor, H] -> q[B_data, T, N_tensor, H]: wq is gathered over fsdp
-        q, k, v = product(y_BTD, (wq, wk, wv))
+        q, k, v = product(y_BTD, tuple(w.reshape(w.shape[0], -1) for w in weights) if whole else weights)
         q, k, v = self._biased(q, "bq_LNH"), self._biased(k, "bk_LKH"), self._biased(v, "bv_LKH")
         q, k = self._normed(q, "q_norm_LH"), self._normed(k, "k_norm_LH")
         # mean over [N_tensor, H]: summed over tensor
@@ -229,7 +227,9 @@ class Block(nnx.Module):
         q, k, v = kept(shard(q, of_q), "q"), kept(shard(k, of_k), "k"), kept(shard(v, of_k), "v")
         a = shard(attend(q, k, v), of_q)
         # a[B_data, T, N_tensor, H] . wo[N_tensor, H, D_fsdp] -> [B_data, T, D]: summed over tensor
-        y_BTD = self._normed(product(a, wo, a.ndim - 2), "attention_out_norm_LD")
+        wo = self.wo_LNHD[...]
+        y_BTD = product(a, wo.reshape(-1, wo.shape[-1]) if whole else wo, a.ndim - 2)
+        y_BTD = self._normed(y_BTD, "attention_out_norm_LD")
         x_BTD = kept(shard(x_BTD + y_BTD, "x_BTD"), "middle")
         y_BTD = self._normed(x_BTD, "mlp_norm_LD")
         gate_BTF, up_BTF = map(apart, product(y_BTD, (self.w_gate_LDF[...], self.w_up_LDF[...])))

@@ -84,9 +84,9 @@ def codes(out: Path) -> list[str]:
 
 
 def code_digest() -> str:
-    """SHA-256 over the names and contents of what makes stores of documents: the rooms prepare/ and data/."""
+    """SHA-256 over the names and contents of what makes stores of documents: three rooms."""
     digest = hashlib.sha256()
-    for path in sorted(path for room in ("data", "prepare") for path in (PACKAGE / room).rglob("*.py")):
+    for path in sorted(path for room in ("chat", "data", "prepare") for path in (PACKAGE / room).rglob("*.py")):
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -109,14 +109,14 @@ def test_broken_parameters_are_never_saved(tiny_data, command, monkeypatch, tmp_
 
     Seen red without the look at the parameters before a save.
     """
-    real = step.adamw
+    real = step.direction
 
-    def adamw(config, state, grads):
+    def ruined(config, state, grads):
         direction, mu, nu = real(config, state, grads)
         bad = jnp.where(state.step + 1 == 10, jnp.inf, 1.0)
         return {**direction, "head_DV": direction["head_DV"] * bad}, mu, nu
 
-    monkeypatch.setattr(step, "adamw", adamw)
+    monkeypatch.setattr(step, "direction", ruined)
     error = command.refuse(65, *runs.arguments(tiny_data, tmp_path / "run", {}))
     assert "step 10: parameters are not finite" in error
     assert runs.checkpoint_steps(tmp_path / "run") == []
