@@ -6,9 +6,10 @@ Data: as experiments/k2_65b.py.
 Command: python -m k2jax.train --config=experiments/k2_65b_v5p.py --workdir=DIR
 Hardware: v5p:8x8x8, 512 chips.
 Tokens: stage one 360 chunks x 941 steps x 2048 rows x 2048 = 1.4208T; stage two 20 chunks, 74.0B.
-Expected time, by tools/plan.py (libtpu 0.0.42), not measured: stage one 10.5 s a step, 782 tokens a second and chip,
-  MFU 67.9% causal, 79.2 of 95.7 GiB; stage two 11.1 s, 68.0%, 80.0 GiB; 43 days in all. Of a step of stage one,
-  products take 7.8 s (7.0 s of it due), the elementwise 1.7 s, attention 0.3 s, collectives that nothing hides 0.7 s.
+Expected time, by tools/plan.py (libtpu 0.0.42), not measured: stage one 10.1 s a step, 809 tokens a second and chip,
+  MFU 70.2% causal, 79.4 of 95.7 GiB; stage two, before attention took heads side by side, 11.1 s, 68.0%, 80.0 GiB; 42
+  days in all. Of a step of stage one, products take 7.8 s (7.0 s of it due), the elementwise 1.3 s, attention 0.3 s,
+  collectives that nothing hides 0.7 s.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ def get_config() -> ConfigDict:
     c.model.rings = (8, 8, 8)  # the torus: most of a gather goes over its first axis, 8 chips
     # As much as fits in 90% of the memory. What is computed again is cheapest for its bytes: attention, wo, up.
     c.model.remat = "q+k+v+gate"
-    c.checkpoint.every_steps = 85  # 15 min at 10.5 s a step (16 in stage two); chunks are 2.7 hours
+    c.checkpoint.every_steps = 85  # 14 min at 10.1 s a step (16 in stage two); chunks are 2.7 hours
     c.checkpoint.moments_every = 10  # all of the 380 would be 298 TB; with every tenth 120 TB, every weight in it
     c.data.label_shift = "inside"  # K2 lost one target a row; "next" does not
     c.data.threads, c.data.prefetch = 4, 8

@@ -131,7 +131,14 @@ class Ours:
         return tokens
 
 
-@pytest.fixture(scope="module", params=CASES, ids=list(CASES))
+# Of 8 draws of a family, 3 with each run of the tests, and all with `make test-slow`.
+PARAMS = [
+    pytest.param(name, marks=pytest.mark.slow if name[-1] in "23456" and name.split()[0] in OTHERS else ())
+    for name in CASES
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS, ids=list(CASES))
 def case(request, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder, number = tmp_path_factory.mktemp("parity"), list(CASES).index(request.param)
     theirs = draw_model(CASES[request.param], seed=number)
