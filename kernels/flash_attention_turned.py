@@ -33,8 +33,9 @@ class Options(NamedTuple):
 
 
 def takes(head_dim: int, length: int, sizes: BlockSizes) -> bool:
-    """Whole lanes, and rows that are in VMEM at once."""
-    return head_dim % LANES == 0 and length <= sizes.resident
+    """Whole lanes, and rows that are in VMEM at once: half as long as plain kernels hold, for angles and what is turned
+    lie beside what it was."""
+    return head_dim % LANES == 0 and length <= sizes.resident // 2
 
 
 def turned_attention(
