@@ -115,7 +115,7 @@ def make(tmp_path, name):
     for rank in range(stage.tasks):
         stage.function(rank)
     stores = {}
-    for path in sorted((tmp_path / "tokens").glob("*/*.parquet")):
+    for path in sorted((tmp_path / "stages/tokens").glob("*/*.parquet")):
         ids, rows = np.fromfile(path.with_suffix(".tokens"), "<u2"), pq.read_table(path).to_pylist()
         splits = np.split(ids, np.cumsum([row["num_tokens"] for row in rows])[:-1])
         stores.setdefault(path.parent.name, []).extend(zip(map(np.ndarray.tolist, splits), rows, strict=True))
@@ -144,7 +144,7 @@ def test_its_documents_are_the_tasks_examples(tmp_path, library):
     assert [ids for ids, _ in stores["more"]] == expected
     assert stores["books-v1"][0][1]["source"] == "books.v1/train#0.0"
     assert stores["books-v1"][-1][1]["source"].startswith("books.v1/validation#2.")
-    summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "token-sources").iterdir())]
+    summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "stages/token-sources").iterdir())]
     counts = [one["stores"]["books-v1"] for one in summaries[:3]]
     assert sum(one["held_out_documents"] for one in counts) == 20
     assert sum(one["documents"] for one in counts) == len(train)
@@ -153,7 +153,7 @@ def test_its_documents_are_the_tasks_examples(tmp_path, library):
 
 def test_the_validation_split_is_held_out_to_the_document(tmp_path):
     config, stores = make(tmp_path, "books.v1")
-    summaries = [json.loads(path.read_text()) for path in (tmp_path / "token-sources").iterdir()]
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "stages/token-sources").iterdir()]
     with StoreWriter(tmp_path / "store", tokenizer_sha256="ab" * 32, vocab_size=310, eos_id=1) as writer:
         for ids, row in stores["books-v1"]:
             writer.add(ids[:-1], id=row["id"], source=row["source"])
@@ -307,9 +307,10 @@ import k2jax
 for path in sorted(pathlib.Path(k2jax.__file__).parent.glob("prepare/*.py")) + [pathlib.Path("data/store.py")]:
     if path.stem not in ("__init__", "seqio_bridge"):
         importlib.import_module(f"k2jax.{{path.parent.name}}.{{path.stem}}")
-from k2jax.prepare import recipe, token_sources
+from k2jax.prepare import dealing, recipe, token_sources
 config = recipe.base()
 config.subsets.a = recipe.subset("llm360:{tmp_path}/a.jsonl")
+dealing.list_all(0, config=config.to_dict(), out=pathlib.Path("{tmp_path}/out"))
 token_sources.stage(config, "{tmp_path}/out", "{folder}/tokenizer.json").function(0)
 print(sorted({{"tensorflow", "seqio", "sentencepiece", "jax"}} & set(sys.modules)))
 """
