@@ -239,7 +239,7 @@ def test_a_task_run_again_writes_the_same_bytes(tmp_path, tokenizer):
     for _ in range(2):
         convert(tmp_path, tokenizer, k2=subset)
         contents.append({path: path.read_bytes() for path in (tmp_path / "stages").rglob("*") if path.is_file()})
-    assert contents[0] == contents[1] and len(contents[0]) == 3 + 2  # and what was dealt
+    assert contents[0] == contents[1] and len(contents[0]) == 3 + 3  # and what was dealt
 
 
 def test_the_stage_goes_to_another_process(tmp_path, tokenizer):

@@ -95,7 +95,7 @@ def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Pat
     """
     config, folder = ConfigDict(config), Path(out) / "stages" / "clean"
     task, tally = recipe.tasks(config)[rank], Tally()
-    chosen, dealt = config.subsets[task.subset], dealing.share(config, Path(out), task)
+    chosen, dealt = config.subsets[task.subset], dealing.share(Path(out), task)
     check_of: contamination.Contamination | None = None
     steps = rules.build(chosen)
     removed = _Removed(config.removed_samples, [rule for rule in steps if rule.step in rules.EDITS])

@@ -5,10 +5,13 @@ is what stands first in that order, up to the document that would exceed it: the
 that is, is found by reading as many files as hold that much, in waves of which each is as large as the one before it
 lets one expect.
 
-    stages/files/<subset>.json          [[name, path, size], ...] in their order
-    stages/files/<subset>-limit.json    {"files": how many are read, "last_bytes": of text, of the last of them}
-    stages/files/waves/<n>/<rank>.json  {subset: {number of the file: bytes of text}}
-    stages/files/summary.json           {subset: {"files", "bytes", "digest"}} of all that were found
+Below stages/files; a task reads what is its own, for the lists of all have millions of rows:
+
+    <subset>.json                  [[name, path, size], ...] of all, in their order
+    summary.json                   {subset: {"files", "bytes", "digest"}} of those
+    shares/<subset>/<shard>.json   {"files": [[name, path, size], ...], "last_bytes"} of a task of reading
+    waves/<n>/files/<rank>.json    [[subset, number, name, path, size], ...] of a task of measuring
+    waves/<n>/sizes/<rank>.json    {subset: {number of the file: bytes of text}}
 """
 
 import functools
@@ -90,29 +93,37 @@ def deal(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any]) 
             f"--out={out}: the files of subset {changed[0]} have changed since this preparation began "
             f"({began.get(changed[0])} then, {inputs[changed[0]]} now): remove the folder and begin again"
         )
-    for number, wave in enumerate(_waves(config, out)):
-        engine.run(
-            Stage(f"limits-{number}", _tasks(config, wave), functools.partial(measure, number=number, wave=wave, **at))
-        )
+    for number, num_tasks in enumerate(_waves(config, out)):
+        engine.run(Stage(f"limits-{number}", num_tasks, functools.partial(measure, number=number, **at)))
 
 
-def share(config: ConfigDict, out: Path, task: Task) -> Share:
+def share(out: Path, task: Task) -> Share:
     """What a task of reading, of text or of tokens, has been dealt."""
-    files, limit = _files_of(out, task.subset), _folder(out) / f"{task.subset}-limit.json"
-    if not config.subsets[task.subset].max_bytes:
-        return Share(files[task.shard :: task.num_shards])
-    cut = json.loads(limit.read_bytes())
-    own = files[: cut["files"]][task.shard :: task.num_shards]
-    has_last = cut["files"] and (cut["files"] - 1) % task.num_shards == task.shard
-    return Share(own, cut["last_bytes"] if has_last else None)
+    found = json.loads(_share_of(out, task.subset, task.shard).read_bytes())
+    return Share([File(*row) for row in found["files"]], found["last_bytes"])
 
 
 def list_all(_: int, *, config: dict[str, Any], out: Path) -> None:
-    """A task: lists the sources once for all."""
-    found = listed(ConfigDict(config))
+    """A task: lists the sources once for all, and deals out those without a limit."""
+    whole = ConfigDict(config)
+    found = listed(whole)
     for name, files in found.items():
         write_json(_folder(out) / f"{name}.json", files)
+        if not whole.subsets[name].max_bytes:
+            _deal_out(out, name, files, whole.subsets[name].tasks, None)
     write_json(_folder(out) / "summary.json", summary(found))
+
+
+def _deal_out(out: Path, name: str, files: list[File], num_shards: int, last_bytes: int | None) -> None:
+    """Of the last of `files` so many bytes of text are read; None: all."""
+    for shard in range(num_shards):
+        has_last = files and (len(files) - 1) % num_shards == shard
+        own = {"files": files[shard::num_shards], "last_bytes": last_bytes if has_last else None}
+        write_json(_share_of(out, name, shard), own)
+
+
+def _share_of(out: Path, name: str, shard: int) -> Path:
+    return _folder(out) / "shares" / name / f"{shard:05d}.json"
 
 
 def template_of(out: str | Path) -> Path:
@@ -136,24 +147,32 @@ def _files_of(out: Path, name: str) -> list[File]:
 # ---- limits ----------------------------------------------------------------------------------------------------------
 
 
-def _waves(config: ConfigDict, out: Path) -> Iterator[dict[str, tuple[int, int]]]:
-    """Files to measure, {subset: (first, stop)}, until all that have a limit know where it is; each is noted then."""
-    limits = {name: chosen.max_bytes for name, chosen in config.subsets.items() if chosen.max_bytes}
+def _waves(config: ConfigDict, out: Path) -> Iterator[int]:
+    """The tasks of each wave, whose files are dealt to them, until it is known where each limit is: those subsets are
+    dealt out then."""
+    limits = {name: chosen.max_bytes for name, chosen in sorted(config.subsets.items()) if chosen.max_bytes}
     files = {name: _files_of(out, name) for name in limits}
     sizes: dict[str, list[int]] = {name: [] for name in limits}
     number = 0
     while limits:
-        wave = {name: _next(files[name], sizes[name], limit) for name, limit in sorted(limits.items())}
-        yield wave
-        for path in sorted((_folder(out) / "waves" / str(number)).iterdir()):
-            for name, found in json.loads(path.read_bytes()).items():
-                sizes[name] += [0] * (wave[name][1] - len(sizes[name]))
+        wave = {name: _next(files[name], sizes[name], limit) for name, limit in limits.items()}
+        folder = _folder(out) / "waves" / str(number)
+        rows = [(name, i, *files[name][i]) for name, (start, stop) in wave.items() for i in range(start, stop)]
+        num_tasks = min(len(rows), sum(config.subsets[name].tasks for name in wave))
+        for rank in range(num_tasks):
+            write_json(folder / "files" / f"{rank:05d}.json", rows[rank::num_tasks])
+        yield num_tasks
+        for name, (start, stop) in wave.items():
+            sizes[name] += [0] * (stop - start)
+        for rank in range(num_tasks):
+            for name, found in json.loads((folder / "sizes" / f"{rank:05d}.json").read_bytes()).items():
                 for index, size in found.items():
                     sizes[name][int(index)] = size
         number += 1
         for name, limit in list(limits.items()):
             if sum(sizes[name]) > limit or len(sizes[name]) == len(files[name]):
-                write_json(_folder(out) / f"{name}-limit.json", _cut(sizes[name], limit))
+                num_files, last_bytes = _cut(sizes[name], limit)
+                _deal_out(out, name, files[name][:num_files], config.subsets[name].tasks, last_bytes)
                 del limits[name]
 
 
@@ -168,33 +187,28 @@ def _next(files: list[File], sizes: list[int], limit: int) -> tuple[int, int]:
     return len(sizes), stop
 
 
-def _cut(sizes: list[int], limit: int) -> dict[str, Any]:
-    """Where `limit` bytes end; the document that exceeds it is left out, and all behind it."""
+def _cut(sizes: list[int], limit: int) -> tuple[int, int | None]:
+    """(files that are read, bytes of text of the last of them) where `limit` bytes end; None: all of it.
+
+    The document that exceeds it is left out, and all behind it.
+    """
     for number, size in enumerate(sizes):
         if size > limit:
-            return {"files": number + 1, "last_bytes": limit}
+            return number + 1, limit
         limit -= size
-    return {"files": len(sizes), "last_bytes": None}
+    return len(sizes), None
 
 
-def _tasks(config: ConfigDict, wave: dict[str, tuple[int, int]]) -> int:
-    """That measure it: no more than files, nor than read those subsets."""
-    return min(sum(stop - start for start, stop in wave.values()), sum(config.subsets[name].tasks for name in wave))
-
-
-def measure(
-    rank: int, *, number: int, wave: dict[str, tuple[int, int]], config: dict[str, Any], out: Path
-) -> None:
+def measure(rank: int, *, number: int, config: dict[str, Any], out: Path) -> None:
     """A task: the bytes of text of some of a wave's files, as reading counts them; no further than the limit in one."""
-    whole, found = ConfigDict(config), {name: {} for name in wave}
-    files = {name: _files_of(out, name) for name in wave}
-    every = [(name, index) for name, (start, stop) in wave.items() for index in range(start, stop)]
-    for name, index in every[rank :: _tasks(whole, wave)]:
+    whole, folder = ConfigDict(config), _folder(out) / "waves" / str(number)
+    found: dict[str, dict[str, int]] = {}
+    for name, index, *row in json.loads((folder / "files" / f"{rank:05d}.json").read_bytes()):
         size, chosen = 0, whole.subsets[name]
         with rendering(out, chosen) as render:
-            for one in documents(chosen, [files[name][index]], name=name, tally=Tally(), render=render):
+            for one in documents(chosen, [File(*row)], name=name, tally=Tally(), render=render):
                 size += len(one.text.encode())
                 if size > chosen.max_bytes:
                     break
-        found[name][str(index)] = size
-    write_json(_folder(out) / "waves" / str(number) / f"{rank:05d}.json", found)
+        found.setdefault(name, {})[str(index)] = size
+    write_json(folder / "sizes" / f"{rank:05d}.json", found)

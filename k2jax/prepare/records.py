@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from k2jax.data.records import TOO_LONG, Bad, text_of
@@ -88,20 +89,26 @@ def parquet_records(file: File, columns: tuple[str, ...] | None, required: str |
 def _parquet_batches(raw: Stored, wanted: Callable[[pa.Schema], list[str]]) -> Iterator[pa.RecordBatch]:
     file = pq.ParquetFile(raw, page_checksum_verification=True)
     names = wanted(file.schema_arrow)
+    kinds = (file.schema_arrow.field(name).type for name in names)
+    texts = [name for name, kind in zip(names, kinds, strict=True) if kind in (pa.string(), pa.binary())]
+    encoded = pq.ParquetFile(raw, metadata=file.metadata, read_dictionary=texts, page_checksum_verification=True)
     for number in range(file.num_row_groups):
-        rows = _rows_at_once(file.metadata.row_group(number), names)
+        rows = _rows_at_once(file.metadata.row_group(number), names, encoded, number)
         yield from file.iter_batches(rows, row_groups=[number], columns=names)
 
 
-def _rows_at_once(group: pq.RowGroupMetaData, names: list[str]) -> int:
-    """So few that they fit: by their mean size, and where a dictionary holds values once, as if each were all of it."""
-    columns = [group.column(i) for i in range(group.num_columns)]
-    largest = 1
-    for column in columns:
-        if column.path_in_schema.partition(".")[0] in names:
-            rows = 1 if column.has_dictionary_page else max(group.num_rows, 1)
-            largest = max(largest, column.total_uncompressed_size // rows)
-    return min(ROWS, max(BATCH_BYTES // largest, 1))
+def _rows_at_once(group: pq.RowGroupMetaData, names: list[str], encoded: pq.ParquetFile, number: int) -> int:
+    """So few that they fit: by their mean size, and by the longest value of a dictionary, which rows can repeat."""
+    columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    columns = {path: column for path, column in columns.items() if path.partition(".")[0] in names}
+    largest = max((column.total_uncompressed_size // max(group.num_rows, 1) for column in columns.values()), default=0)
+    for path, column in columns.items():
+        if column.has_dictionary_page and column.total_uncompressed_size * ROWS > BATCH_BYTES:
+            first = next(encoded.iter_batches(1, row_groups=[number], columns=[path]), None)
+            if first is not None and pa.types.is_dictionary(first.column(0).type):
+                longest = pc.max(pc.binary_length(first.column(0).dictionary)).as_py()
+                largest = max(largest, longest or 0)
+    return min(ROWS, max(BATCH_BYTES // max(largest, 1), 1))
 
 
 def arrow_records(file: File, columns: tuple[str, ...] | None, required: str | None) -> Iterator[Record]:

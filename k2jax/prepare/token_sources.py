@@ -152,7 +152,7 @@ def _convert(config: ConfigDict, out: Path, path: Path, rank: int) -> None:
     has_files = kind_of(config.subsets[task.subset].source)[0] != "seqio"
     found = read(
         config.subsets[task.subset],
-        share(config, out, task).files if has_files else [],
+        share(out, task).files if has_files else [],
         shard=task.shard,
         num_shards=task.num_shards,
         seed=config.seed,
