@@ -279,7 +279,7 @@ def test_names_that_climb_stay_inside_the_output(tmp_path):
     record = {"text": "text", "id": "../../../escaped", "url": "file:///../..", "dump": "../up\n"}
     (tmp_path / "in" / "a\n..%2f..\\.jsonl").write_text(json.dumps(record) + "\n")
     names = run(make_config(tmp_path / "in"), tmp_path / "out")
-    assert len(names) == 6 and sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert len(names) == 7 and sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     [row] = pq.read_table(tmp_path / "out/stages/clean/index/00000.parquet").to_pylist()
     assert row["dump"] == "../up\\n" and row["source"] == "a\\n..%2f..\\.jsonl:1"
 
