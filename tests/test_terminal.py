@@ -40,20 +40,58 @@ class Terminal:
         end = time.monotonic() + within_s
         while wanted not in self.text[self._seen :]:
             assert time.monotonic() < end, (wanted, self.text)
-            if select.select([self._master], [], [], 0.2)[0]:
-                self.text += os.read(self._master, 4096)
+            self._reads()
         self._seen = self.text.index(wanted, self._seen) + len(wanted)
+
+    def settles(self, last: bytes, within_s: float = 120.0) -> None:
+        """Waits until nothing more comes behind this."""
+        end = time.monotonic() + within_s
+        while self._reads() or not self.text.endswith(last):
+            assert time.monotonic() < end, (last, self.text)
+        self._seen = len(self.text)
+
+    def _reads(self) -> bool:
+        """What has come within 0.3 s; whether anything has."""
+        if not select.select([self._master], [], [], 0.3)[0]:
+            return False
+        try:
+            self.text += os.read(self._master, 4096)
+        except OSError:  # what a terminal gives whose program has ended
+            pytest.fail(f"it ended: {self.text.decode(errors='replace')[-2000:]}")
+        return True
 
     def ends(self) -> int:
         return self._process.wait(60)
 
 
+def conversation(folder: Path) -> Terminal:
+    import_hf(chat_folder(folder / "hf", "chatml", context=1 << 16), folder / "run", "talk", False)
+    options = "--temperature=3", "--max-new-tokens=60000"
+    there = Terminal("-m", "k2jax.generate", "--chat", f"--workdir={folder / 'run'}", *options)
+    there.shows(b"Ctrl-C stops an answer")
+    return there
+
+
+@pytest.mark.processes
+def test_ctrl_c_ends_nothing_wherever_it_comes(tmp_path: Path):
+    """Within a line, before an answer, in it, and between it and the prompt."""
+    there = conversation(tmp_path)
+    there.shows(b"you> ")
+    for ms in range(0, 60, 8):
+        there.types(b"a\n")
+        time.sleep(ms / 1000)
+        there.types(b"\x03")
+        there.settles(b"you> ")  # a second one of the same answer would end it
+    there.types(b"/help\n")
+    there.shows(b"/reset begins")
+    there.settles(b"you> ")
+    there.types(b"\x04")
+    assert there.ends() == 0
+
+
 @pytest.mark.processes
 def test_a_conversation_at_a_terminal(tmp_path: Path):
-    import_hf(chat_folder(tmp_path / "hf", "chatml", context=1 << 16), tmp_path / "run", "talk", False)
-    options = "--temperature=3", "--max-new-tokens=60000"
-    there = Terminal("-m", "k2jax.generate", "--chat", f"--workdir={tmp_path / 'run'}", *options)
-    there.shows(b"Ctrl-C stops an answer")
+    there = conversation(tmp_path)
     for _ in range(5):  # an answer that ends by itself is drawn one time in ten
         there.shows(b"you> ")
         there.types("naïve 日本?\n".encode())
@@ -61,7 +99,7 @@ def test_a_conversation_at_a_terminal(tmp_path: Path):
         there.types(b"\x03")
         there.shows(b"\n")
     assert b"\r\nstopped\r\n" in there.text
-    there.shows(b"you> ")
+    there.settles(b"you> ")  # readline prints it some instants before it waits, and sees no signal between the two
     there.types(b"\x03")
     there.shows(b"Ctrl-D ends")
     there.types(b"/reset\n")
@@ -69,6 +107,6 @@ def test_a_conversation_at_a_terminal(tmp_path: Path):
     there.shows(b"you> ")
     there.types(b"<|im_end|>\n")
     there.shows(b"error: a control token in a turn: turn 1, of role user")
-    there.shows(b"you> ")
+    there.settles(b"you> ")
     there.types(b"\x04")
     assert there.ends() == 0

@@ -3,8 +3,8 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 from k2jax.chat.turns import MOST, control_token, turn_of
 from k2jax.conversation.answering import LENGTH, Answerer, Prompt
@@ -25,22 +25,48 @@ def talk(answerer: Answerer, special: set[str], system: str | None, say: Callabl
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  which gives input() its editing and its history
         say(HELP)
-    while (line := _next(YOU if shown else "", say)) is not None:
-        text = line.strip()
-        if text in ("/reset", "/help"):
-            turns = [] if text == "/reset" else turns
-            say(HELP if text == "/help" else "a new conversation")
-        elif text.startswith("/") and " " not in text and text.count("/") == 1:
-            say(f"{text}: no such command; {HELP}")
-        elif text:
-            turns = _turn(answerer, turns, line, special, system, say, MODEL if shown else "")
+    with _Interrupts() as interrupts:
+        while (line := _next(YOU if shown else "", say, interrupts)) is not None:
+            text = line.strip()
+            if text in ("/reset", "/help"):
+                turns = [] if text == "/reset" else turns
+                say(HELP if text == "/help" else "a new conversation")
+            elif text.startswith("/") and " " not in text and text.count("/") == 1:
+                say(f"{text}: no such command; {HELP}")
+            elif text:
+                turns = _turn(answerer, turns, line, special, system, say, MODEL if shown else "", interrupts)
 
 
-def _next(prompt: str, say: Callable[[str], None]) -> str | None:
+class _Interrupts:
+    """Ctrl-C while somebody talks: it is noted while a turn is answered, and raised while one is typed.
+
+    One handler for all of it, so that there is no moment between the two at which a key ends the command.
+    """
+
+    noted = raises = False
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.raises or self.noted:  # the second of one answer ends the command as ever
+            self.raises = False
+            raise KeyboardInterrupt
+        self.noted = True
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
+def _next(prompt: str, say: Callable[[str], None], interrupts: _Interrupts) -> str | None:
     """What the user says; None at the end of the input."""
     while True:
         try:
-            return input(prompt)
+            interrupts.raises = True
+            line = input(prompt)
+            interrupts.noted = interrupts.raises = False
+            return line
         except EOFError:
             if prompt:
                 print()
@@ -62,6 +88,7 @@ def _turn(
     system: str | None,
     say: Callable[[str], None],
     name: str,
+    interrupts: _Interrupts,
 ) -> list[dict[str, Any]]:
     """Answers one; returns the conversation after it, which is that before it where there is no answer."""
     turn = turn_of({"role": "user", "content": line}, len(turns), None, MOST)
@@ -74,22 +101,24 @@ def _turn(
     except ConfigError as error:
         say(f"error: {error}; /reset begins a new conversation")
         return turns
-    return [*prompt.turns, {"role": "assistant", "content": _answer(answerer, prompt, say, name)}]
+    return [*prompt.turns, {"role": "assistant", "content": _answer(answerer, prompt, say, name, interrupts)}]
 
 
-def _answer(answerer: Answerer, prompt: Prompt, say: Callable[[str], None], name: str) -> str:
+def _answer(
+    answerer: Answerer, prompt: Prompt, say: Callable[[str], None], name: str, interrupts: _Interrupts
+) -> str:
     _print(name)
     streamer = Streamer(answerer.decode, prompt.ids, _print)
-    with _interrupts() as wanted:
 
-        def take(ids: list[int]) -> bool:
-            streamer.add(ids)
-            return bool(wanted)
+    def take(ids: list[int]) -> bool:
+        streamer.add(ids)
+        return interrupts.noted
 
-        answer = answerer.answer(prompt, on_tokens=take)
+    answer = answerer.answer(prompt, on_tokens=take)
+    stopped, interrupts.noted = interrupts.noted, False
     streamer.finish()
     _print("\n")
-    if wanted:
+    if stopped:
         say("stopped")
     elif answer.fills_context:
         say(f"the model's context of {answerer.context:,} tokens is full: /reset begins a new conversation")
@@ -101,20 +130,3 @@ def _answer(answerer: Answerer, prompt: Prompt, say: Callable[[str], None], name
 def _print(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that Ctrl-C adds to, once; the second ends the command as ever."""
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
