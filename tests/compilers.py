@@ -32,7 +32,8 @@ def on_gpu_compiler(test: Callable) -> Callable:
 
 def run_compiling(code: str, cwd: Path, environment: dict[str, str] | None = None) -> str:
     """What a program prints that compiles for devices that are not here."""
-    of_process = os.environ | {"PYTHONPATH": str(REPOSITORY)} | (environment or {})
+    found_in = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}  # compiled_step.py is of the tests
+    of_process = os.environ | found_in | (environment or {})
     of_process.pop("JAX_COMPILATION_CACHE_DIR")  # nothing is looked for in a cache: it is what the compiler does
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=of_process, cwd=cwd)
     assert done.returncode == 0, done.stderr[-3000:]

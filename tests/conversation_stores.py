@@ -4,35 +4,17 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from conftest import EXPERIMENT as TINY
+from conftest import VOCAB_SIZE
 
 from k2jax import config as configuration
 from k2jax.data.store import Store, StoreWriter
 from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256
 
-VOCAB_SIZE = 512
 T = 64  # of the experiment's rows
 
-EXPERIMENT = '''"""Tiny: a stage of text, and one of conversations, 20 steps, for tests."""
-
-from k2jax import config
-
-
-def get_config():
-    c = config.base()
-    c.name = "tiny-chat"
-    c.model.vocab_size = {vocab_size}
-    c.model.dim = 32
-    c.model.num_layers = 2
-    c.model.num_heads = c.model.num_kv_heads = 8
-    c.model.head_dim = 4
-    c.model.ffn_dim = 96
-    c.data.root = {root!r}
-    c.data.tokenizer = {root!r} + "/tokenizer.json"
-    c.eval.windows = 8
-    c.eval.at_checkpoints = 0
-    c.log.every_steps = 1
-    c.log.tensorboard = False
-    c.stages = (
+# The tiny experiment of the other tests, but for its name and stages.
+EXPERIMENT = TINY.partition("    c.stages")[0].replace('"tiny"', '"tiny-chat"') + '''    c.stages = (
         config.stage(name="text", sequence_length=32, rows_per_step=8, steps_per_chunk=5, chunks=1,
                      lr_peak=1e-2, lr_final=2e-3, warmup_steps=2, mix={{"books": 1, "web": 1}}),
         config.stage(name="chat", kind="sft", sequence_length={length}, rows_per_step=8, steps_per_chunk=5, chunks=3,

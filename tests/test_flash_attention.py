@@ -202,14 +202,9 @@ import sys
 from k2jax.plan import topologies
 topologies.use_tpu_compiler()
 import jax, jax.numpy as jnp
-from k2jax import config
-from k2jax.parallel import sharding
-from k2jax.training.placement import place_state
-from k2jax.training.program import batch_shapes, step_function
-from k2jax.data.order import StagePlan
+from compiled_step import compiled_step, small
 from k2jax.kernels.flash_attention import flash_attention
 from k2jax.kernels.flash_attention_tpu import block_sizes
-from k2jax.training.optimizer import init_state
 for generation, (smallest, _, _) in topologies.GENERATIONS.items():
     device = topologies.tpu_devices(smallest)[0]
     place = jax.sharding.SingleDeviceSharding(device)
@@ -223,19 +218,9 @@ for generation, (smallest, _, _) in topologies.GENERATIONS.items():
         loss = lambda q, k, ids: flash_attention(q, k, k, ids, sizes=sizes).astype(jnp.float32).sum()
         jax.jit(jax.grad(loss, (0, 1))).lower(q, k, ids).compile()
     print(generation)
-c = config.base().unlock()
-c.model.update(vocab_size=512, dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512)
-c.stages = (config.stage(mix={"x": 1}, sequence_length=256, rows_per_step=8),)
-c.mesh.fsdp, c.mesh.tensor, c.precision.compute = 2, 2, "bfloat16"
-mesh = sharding.make_mesh(c.mesh, topologies.tpu_devices("v5p:2x2x1"))
-plan = StagePlan("x", 0, 256, 8, 10, 1, 0, 80, 1, 10)
-shapes = jax.eval_shape(lambda: init_state(c.model, 0))
-placed = place_state(c, shapes, mesh)
-with jax.set_mesh(mesh):
-    step = step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
-    batch = batch_shapes(c, c.stages[0])
-    state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
-    text = step.lower(state, batch).compile().as_text()
+c = small(head_dim=64)
+c.mesh.fsdp, c.mesh.tensor = 2, 2
+text = compiled_step(c, topologies.tpu_devices("v5p:2x2x1"))
 print("kernels in the step:", text.count('custom_call_target="tpu_custom_call"'))
 """
 

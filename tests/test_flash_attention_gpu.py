@@ -213,13 +213,9 @@ COMPILE = """
 from k2jax.plan import topologies
 topologies.use_tpu_compiler()
 import jax, jax.numpy as jnp
-from k2jax import config
+from compiled_step import compiled_step, small
 from k2jax.parallel import sharding
-from k2jax.training.placement import place_state
-from k2jax.training.program import batch_shapes, step_function
 from k2jax.model.attention import attend_causally
-from k2jax.data.order import StagePlan
-from k2jax.training.optimizer import init_state
 def kernels(text):
     return [text.count('custom_call_target="' + name) for name in ("__gpu$xla.gpu.triton", "__cudnn$fmha")]
 def smallest():
@@ -228,7 +224,7 @@ def smallest():
     text = text.replace("A100-SXM4-80GB", "GeForce RTX 3090")
     from jax.experimental.topologies import get_topology_desc
     return get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=text).devices
-c = config.base().unlock()
+c = small(head_dim=64)
 for gpu in (*topologies.GPUS, "smallest"):
     mesh = sharding.make_mesh(c.mesh, smallest() if gpu == "smallest" else topologies.devices(gpu + ":1"))
     place = jax.sharding.NamedSharding(mesh, jax.P())
@@ -241,19 +237,10 @@ for gpu in (*topologies.GPUS, "smallest"):
         loss = lambda q, k, ids: attend_causally(q, k, k, ids, implementation).astype(jnp.float32).sum()
         with jax.set_mesh(mesh):
             print(gpu, implementation, *kernels(jax.jit(jax.grad(loss, (0, 1))).lower(q, k, ids).compile().as_text()))
-c.model.update(vocab_size=512, dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512)
-c.stages = (config.stage(mix={"x": 1}, sequence_length=256, rows_per_step=8),)
-c.mesh.fsdp, c.mesh.tensor, c.precision.compute = 4, 2, "bfloat16"
-mesh = sharding.make_mesh(c.mesh, topologies.devices("h100:8"))
-plan = StagePlan("x", 0, 256, 8, 10, 1, 0, 80, 1, 10)
+c.mesh.fsdp, c.mesh.tensor = 4, 2
 for c.model.attention.implementation in ("flash", "auto"):
-    shapes = jax.eval_shape(lambda: init_state(c.model, 0))
-    placed = place_state(c, shapes, mesh)
-    with jax.set_mesh(mesh):
-        step = step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
-        batch = batch_shapes(c, c.stages[0])
-        state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
-        print("step", c.model.attention.implementation, *kernels(step.lower(state, batch).compile().as_text()))
+    text = compiled_step(c, topologies.devices("h100:8"))
+    print("step", c.model.attention.implementation, *kernels(text))
 """
 
 

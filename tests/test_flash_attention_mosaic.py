@@ -266,13 +266,10 @@ from k2jax.plan import topologies
 topologies.use_tpu_compiler()
 import re
 import jax, jax.numpy as jnp
+from compiled_step import compiled_step, small
 from k2jax import config
 from k2jax.parallel import sharding
-from k2jax.training.placement import place_state
-from k2jax.training.program import batch_shapes, step_function
 from k2jax.model.attention import attend_causally
-from k2jax.data.order import StagePlan
-from k2jax.training.optimizer import init_state
 from k2jax.kernels.flash_attention import flash_attention
 from k2jax.kernels.mosaic_block_sizes import block_sizes
 def kernels(text):
@@ -294,19 +291,10 @@ for T, H, documents in AHEAD:
     loss = lambda q, k, ids: flash_attention(q, k, k, ids, sizes=sizes).astype(jnp.float32).sum()
     with jax.set_mesh(mesh):
         print("ahead", H, kernels(jax.jit(jax.grad(loss, (0, 1))).lower(q, k, ids).compile().as_text()))
-c.model.update(vocab_size=512, dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512)
-c.stages = (config.stage(mix={"x": 1}, sequence_length=512, rows_per_step=8),)
-c.precision.compute, c.model.attention.implementation = "bfloat16", "mosaic"
-plan = StagePlan("x", 0, 512, 8, 10, 1, 0, 80, 1, 10)
+c = small(head_dim=64, sequence_length=512)
+c.model.attention.implementation = "mosaic"
 for c.mesh.fsdp, c.mesh.tensor, c.mesh.context in ((4, 2, 1), (4, 1, 2)):
-    mesh = sharding.make_mesh(c.mesh, topologies.devices("h100:8"))
-    shapes = jax.eval_shape(lambda: init_state(c.model, 0))
-    placed = place_state(c, shapes, mesh)
-    with jax.set_mesh(mesh):
-        step = step_function(c, plan, placed, mesh, eos_id=2, num_subsets=1)
-        batch = batch_shapes(c, c.stages[0])
-        state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
-        print("step", c.mesh.context, kernels(step.lower(state, batch).compile().as_text()))
+    print("step", c.mesh.context, kernels(compiled_step(c, topologies.devices("h100:8"))))
 """
 CASES = [("bfloat16", 2048, 64, True), ("bfloat16", 2048, 128, True), ("bfloat16", 500, 128, False)]
 CASES += [("float16", 129, 96, True), ("bfloat16", 500, 192, True), ("bfloat16", 2048, 256, True)]
