@@ -1,57 +1,218 @@
-"""Personal data in texts: e-mail addresses and public IPv4 addresses as in datatrove, and phone numbers.
+"""Personal data in texts: e-mail addresses, public IP addresses and phone numbers, each kind by one placeholder.
 
-Each kind has one placeholder, of those that are nobody's: with several, taken in turn as datatrove does by default,
-what a document becomes would depend on the documents before it.
+What decides is a kept library's: datatrove's pattern of e-mail, `ipaddress`, and Google's libphonenumber (as the package
+phonenumberslite). Here are linear patterns that find candidates for them, and what around a candidate says that it is
+none: an expression, a version, a section. (Presidio's recognisers come with spaCy's models, ask this same libphonenumber
+for phones, and guess names and places.)
+
+A placeholder is nobody's. With several, taken in turn as datatrove does by default, what a document becomes would depend
+on the documents before it. What is replaced again does not change: kinds go one after the other, a placeholder is no
+candidate, and it begins and ends with characters that say the same to its neighbours as what it stands for.
 """
 
+import functools
+import ipaddress
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
-EMAIL = "email@example.com"  # RFC 2606
-ADDRESS = "192.0.2.1"  # RFC 5737
-PHONE = "555-0100"  # of the numbers that North America keeps for fiction
+from k2jax.errors import ConfigError
+
+Span = tuple[int, int]
+PLACEHOLDERS = {  # by kind, in the order in which they are looked for
+    "email": "email@example.com",  # RFC 2606
+    "ipv6": "2001:db8::1",  # RFC 3849
+    "ipv4": "192.0.2.1",  # RFC 5737
+    "phone": "+1-202-555-0100",  # of the numbers that North America keeps for fiction
+}
+BEFORE = 40  # characters in which the words before a candidate are looked for
 
 # datatrove's pattern for e-mail takes time that grows with the square of a run without spaces (1.9 s for 12,000
 # characters of "a-a-a-"), so it is given the characters around an @ alone; RFC 5321 allows 64 and 255 of them.
 LOCAL = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}\Z")
 DOMAIN = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}")
+TOP_LEVEL = re.compile(r"\.(?:[A-Za-z]{2,}|xn--[A-Za-z0-9-]+)\Z|\]\Z")  # not of lodash@4.17.21
 
-# Numbers as people write them, with a country's code or an area's, and separators: "+44 20 7946 0958",
-# "(212) 664-7665", "212-664-7665". Not bare digits, dates, versions, decimals, ISBNs or part of anything longer.
-NUMBER = re.compile(
-    r"(?<![\w.+/:=#-])(?<!\d\s)(?:"
-    r"\+[1-9]\d{0,2}(?:[ .-]\(?\d{1,4}\)?){2,5}"  # the digits in all are counted below
-    r"|(?:1[ .-])?(?:\([2-9]\d{2}\)\s?|[2-9]\d{2}[.-])[2-9]\d{2}[.-]\d{4}"
-    r")(?![\w-]|[.,/:]\d|\s\d)"
+# All addresses given out so far begin with 2 or 3 (IANA: 2000::/3). In a bracket behind a name it is a slice, x[2000::2].
+IPV6 = re.compile(r"(?<![\w:.])(?<!\w\[)[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]|\.\d)")
+IPV4 = re.compile(r"(?<![\w.-])(?<!\w/)\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)")
+# Versions and sections have small parts. All four of an address are below 64 in one case of 256: those need a word.
+SMALL = 64
+ADDRESS = re.compile(
+    r"(?:\b(?:ip|ipv4|inet|addr|address|addresses|host|hosts|server|servers|nameserver|dns|ping|resolver|gateway|client"
+    r"|proxy)\b[\s:=\"'(]*|[/@]/?)\Z",
+    re.IGNORECASE,
 )
-DIGITS = 8, 15  # of an international number (E.164 allows 15)
+
+# Numbers as people write them: with a country's code, or with gaps; the library says whether it is one. Bare digits
+# without a code are anything. What follows a number, or stands in an expression, is no beginning.
+GAP = "(?:[ \u00a0]?[-./\u2010-\u2013\u2212][ \u00a0]?|[ \u00a0])?"
+AREA = rf"\(\d{{1,5}}\){GAP}"
+NUMBER = re.compile(
+    rf"{re.escape(PLACEHOLDERS['phone'])}(?!\d)"
+    rf"|(?<![\w+./#@-])\+[1-9]\d{{0,2}}{GAP}(?:{AREA})?\d(?:{GAP}\d){{4,13}}"
+    rf"|(?<![\w+./#@*^$\u20ac\u00a3-])(?:(?:1{GAP})?{AREA}\d(?:{GAP}\d){{3,11}}"
+    rf"|(?<!\d[ ,:\u00a0])\d(?:{GAP}\d){{6,14}})"
+)
+PHONE = re.compile(
+    r"\b(?:tel|telephone|t\u00e9l|t\u00e9l\u00e9phone|telefon|telefone|telefono|tel\u00e9fono|phone|phones|fon|fax|mobile"
+    r"|mobil|cell|call|dial|sms|whatsapp|hotline|contact)\b[\s:=.\"'(]*(?:(?:no|nr|number|us|me|at|on|is)\b[\s:=.\"'(]*)?\Z"
+    r"|(?:\u96fb\u8a71|\u7535\u8bdd|\u0442\u0435\u043b)[\s:.\uff1a]*\Z",
+    re.IGNORECASE,
+)
+# What such numbers count else; the rule of those before an IP address, too.
+COUNTED = re.compile(
+    r"(?:\b(?:v|version|versions|release|build|section|sections|sec|chapter|figure|fig|table|equation|eq|theorem|lemma"
+    r"|page|pages|pp|part|item|order|invoice|case|docket|patent|serial|model|sku|ref|id|isbn|issn|doi|pmid|arxiv|rfc"
+    r"|oid|cas|ean|upc|iban|account|card)\b[\s.:#]*(?:no\b[\s.:#]*)?|\u00a7\s*)\Z",
+    re.IGNORECASE,
+)
+OPERATOR_BEFORE = re.compile("(?:[=<>*^\u00d7\u00f7\u2248\u2264\u2265~%\\\\_{]|[\\w)\\]] [-+/]|\\w:)[ \u00a0]?\\Z")
+BEHIND = re.compile("(?!x\\d)[\\w@]|[-/]\\w|[.,:]\\d|[ \u00a0]\\d|[ \u00a0]?[=*^\u00d7\u00f7%}]")
 
 
-def pii_replacer() -> Callable[[str], str]:
-    """What puts the placeholders in a text; applied again it changes nothing."""
+def pii_replacer(kinds: tuple[str, ...], regions: tuple[str, ...]) -> Callable[[str], tuple[str, Counter[str]]]:
+    """What puts the placeholders of `kinds` in a text, and counts them; applied again it changes nothing.
+
+    Args:
+        kinds: of PLACEHOLDERS.
+        regions: whose phone numbers are known without their country's code, such as US, FR. With it, all are.
+
+    Raises ConfigError for a library that is not there, or a region that it does not know.
+    """
+    makers = {"email": emails, "ipv6": lambda: ipv6, "ipv4": lambda: ipv4, "phone": lambda: phones(regions)}
+    finders = {kind: makers[kind]() for kind in PLACEHOLDERS if kind in kinds}
+
+    def replace(text: str) -> tuple[str, Counter[str]]:
+        counts: Counter[str] = Counter()
+        for kind, find in finders.items():
+            parts, done = [], 0
+            for start, end in find(text):
+                parts += [text[done:start], PLACEHOLDERS[kind]]
+                done = end
+            if parts:
+                counts[kind] = len(parts) // 2
+                text = "".join([*parts, text[done:]])
+        return text, counts
+
+    return replace
+
+
+@functools.cache
+def emails() -> Callable[[str], Iterator[Span]]:
+    """A finder of e-mail addresses by datatrove's pattern, of those whose last label can be a top-level domain."""
     from datatrove.pipeline.formatters import PIIFormatter
 
-    emails = PIIFormatter(remove_ips=False, email_replacement=EMAIL)
-    addresses = PIIFormatter(remove_emails=False, ip_replacement=ADDRESS)
-    return lambda text: NUMBER.sub(_phone, addresses.format(_around_at(text, emails.format)))
+    pattern = PIIFormatter().emails_replacer.regex
+
+    def find(text: str) -> Iterator[Span]:
+        done, at = 0, text.find("@")
+        while at >= 0:
+            local = LOCAL.search(text, max(done, at - 64), at)
+            domain = DOMAIN.match(text, at + 1)
+            found = pattern.search(text[local.start() : domain.end()]) if local and domain else None
+            if found and TOP_LEVEL.search(found[0]):
+                start, done = local.start() + found.start(), local.start() + found.end()
+                if found[0] != PLACEHOLDERS["email"]:
+                    yield start, done
+            at = text.find("@", at + 1)
+
+    return find
 
 
-def _phone(found: re.Match) -> str:
-    digits = sum(c.isdigit() for c in found[0])
-    return PHONE if not found[0].startswith("+") or DIGITS[0] <= digits <= DIGITS[1] else found[0]
+def ipv6(text: str) -> Iterator[Span]:
+    """IPv6 addresses of the whole Internet."""
+    for found in IPV6.finditer(text):
+        if _public(found[0]):
+            yield found.span()
 
 
-def _around_at(text: str, replace: Callable[[str], str]) -> str:
-    parts, done = [], 0
-    at = text.find("@")
-    while at >= 0:
-        local = LOCAL.search(text, max(done, at - 64), at)
-        domain = DOMAIN.match(text, at + 1)
-        if local and domain:
-            address = text[local.start() : domain.end()]
-            replaced = replace(address)
-            if replaced != address or EMAIL in address:
-                parts += [text[done : local.start()], replaced]
-                done = domain.end()
-        at = text.find("@", at + 1)
-    return "".join([*parts, text[done:]])
+def ipv4(text: str) -> Iterator[Span]:
+    """IPv4 addresses of the whole Internet, less what looks or is called like a version."""
+    for found in IPV4.finditer(text):
+        if not _public(found[0]):
+            continue
+        before = text[max(0, found.start() - BEFORE) : found.start()]
+        small = all(int(part) < SMALL for part in found[0].split("."))
+        named = ADDRESS.search(before) or re.match(r":\d", text[found.end() : found.end() + 2])
+        if named or not (small or COUNTED.search(before)):
+            yield found.span()
+
+
+def _public(address: str) -> bool:
+    """Not of documentation, as the placeholders are, of private networks, or of groups."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return found.is_global and not found.is_multicast
+
+
+def phones(regions: tuple[str, ...]) -> Callable[[str], Iterator[Span]]:
+    """A finder of phone numbers: with a country's code, or as they are written in one of `regions`."""
+    library = _phonenumbers()
+    if unknown := sorted(set(regions) - library.SUPPORTED_REGIONS):
+        raise ConfigError(f"pii_regions: {', '.join(unknown)}: libphonenumber knows none; ISO codes such as US, GB, FR")
+
+    def find(text: str) -> Iterator[Span]:
+        found = NUMBER.search(text)
+        while found:
+            start, end = found.span()
+            if found[0] == PLACEHOLDERS["phone"]:
+                length = 0
+            elif found[0][0] == "+":
+                length = _international(library, text, start, found[0])
+            else:
+                length = _national(library, text, start, found[0], regions)
+            if length:
+                yield start, start + length
+            is_placeholder = found[0] == PLACEHOLDERS["phone"]
+            found = NUMBER.search(text, end if is_placeholder else start + max(length, 1))
+
+    return find
+
+
+def _international(library: Any, text: str, start: int, number: str) -> int:
+    """The characters of `number`, which has its country's code, that are a phone number; 0 if none are.
+
+    What is behind it on its line may be a number of its own: "+1 212 664 7665 24 hours".
+    """
+    before = text[max(0, start - BEFORE) : start]
+    if OPERATOR_BEFORE.search(before) and not PHONE.search(before):
+        return 0
+    while sum(map(str.isdigit, number)) > 6:
+        is_end = not re.match(r"(?!x\d)[\w@]|[-/]\d|[.,]\d", text[start + len(number) : start + len(number) + 2])
+        if is_end and _is_number(library, number, None, library.Leniency.VALID):
+            return len(number)
+        number = number.rpartition(" ")[0]
+    return 0
+
+
+def _national(library: Any, text: str, start: int, number: str, regions: tuple[str, ...]) -> int:
+    """The same of a number without the code, which is grouped as in its region, and stands where a number may."""
+    gaps = set(re.findall(r"[^\d() \u00a0]", number))
+    only_spaces = number[0] != "0" and not gaps and "(" not in number
+    if number.isdigit() or "." in gaps and len(gaps) > 1:  # a clause of a law: 252.227-7014
+        return 0
+    before = text[max(0, start - BEFORE) : start]
+    called = PHONE.search(before)
+    if not called and (only_spaces or COUNTED.search(before) or OPERATOR_BEFORE.search(before)):
+        return 0
+    if BEHIND.match(text, start + len(number)):
+        return 0
+    exact = library.Leniency.EXACT_GROUPING
+    return len(number) if any(_is_number(library, number, region, exact) for region in regions) else 0
+
+
+def _is_number(library: Any, number: str, region: str | None, leniency: int) -> bool:
+    found = next(iter(library.PhoneNumberMatcher(number, region, leniency)), None)
+    return found is not None and (found.start, found.end) == (0, len(number))
+
+
+def _phonenumbers() -> Any:
+    try:
+        import phonenumbers
+    except ImportError as error:
+        raise ConfigError(f"phonenumbers cannot be imported ({error}): pip install phonenumberslite") from error
+    return phonenumbers
