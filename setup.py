@@ -44,6 +44,7 @@ EXTRAS = {
         "jinja2>=3.1.6,<4",  # chat templates; older ones let a template out of the sandbox
         "lxml_html_clean>=0.4,<0.5",
         "orjson>=3.10,<4",
+        "phonenumberslite>=9,<10",  # phonenumbers, less 40 MB of names of places and carriers
         "regex>=2024.11,<2027",
         "trafilatura>=1.11,<1.12",
         "warcio>=1.7,<2",

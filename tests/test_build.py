@@ -223,7 +223,7 @@ def test_what_was_begun_goes_on_with_the_same_recipe_and_files_only(made, config
     with pytest.raises(StorageError, match="stopped here"):
         build.build(config, out, workers=1)
     other = config.copy_and_resolve_references()
-    other.subsets.web.pii = True
+    other.subsets.web.pii = recipe.PII
     with pytest.raises(ConfigError, match="was begun with another recipe .*pii"):
         build.build(other, out, workers=1)
     extra = corpus / "web/9.jsonl"

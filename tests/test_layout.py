@@ -34,6 +34,7 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "k2jax/train.py:train_on": 120,  # the loop reads top to bottom in one place
+    "k2jax/prepare/recipe.py:subset": 64,  # two lines a key
     "k2jax/keys.py:base": 140,  # one line a key, of which there may be 150 with the stages'
 }
 FORBIDDEN = r"\bpickle\b|\beval\(|\bexec\(|yaml\.load\(|shell=True|trust_remote_code|torch\.load|except:"

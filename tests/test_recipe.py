@@ -106,5 +106,5 @@ def test_txt360_has_its_published_numbers():
     d = config.dedup
     assert (d.unit, d.n_grams, d.bands, d.hashes_per_band, d.exact) == ("characters", 13, 9, 13, True)
     web = config.subsets["common-crawl"]
-    assert (web.language_threshold, len(config.subsets), web.nfc, web.pii) == (0.65, 15, True, True)
+    assert (web.language_threshold, len(config.subsets), web.nfc, web.pii) == (0.65, 15, True, recipe.PII)
     assert all(chosen.priority < web.priority for name, chosen in config.subsets.items() if name != "common-crawl")

@@ -13,7 +13,7 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from k2jax.errors import ConfigError  # noqa: E402
-from k2jax.prepare import lines, pii, rules  # noqa: E402
+from k2jax.prepare import lines, rules  # noqa: E402
 from k2jax.prepare.clean import clean  # noqa: E402
 from k2jax.prepare.documents import document  # noqa: E402
 from k2jax.prepare.recipe import FILTERS, subset  # noqa: E402
@@ -203,47 +203,10 @@ def test_nfc():
     assert apply("e\u0301", nfc=True)[1] == "\u00e9"
 
 
-REPLACED = [
-    ("write to bob.smith+x@mail.example.co.uk, please", "write to email@example.com, please"),
-    ("<a@b.org>;a@b.org", "<email@example.com>;email@example.com"),
-    ("a@b.org@c.org and a@b@c.org", "email@example.com@c.org and a@email@example.com"),
-    ("server 8.8.8.8:53", "server 192.0.2.1:53"),
-    ("call +44 20 7946 0958.", "call 555-0100."),
-    ("tel:(212) 664-7665", "tel:(212) 664-7665"),  # no space before it
-    ("tel: (212) 664-7665 or 212-664-7665,", "tel: 555-0100 or 555-0100,"),
-    ("212.664.7665", "555-0100"),
-    ("1-800-555-1234", "555-0100"),
-]
-LEFT = [
-    "on 2024-01-02 at 12:30, 2024-01-02T12:30:45+0100", "call 555-1234", "3.14159265 and 1234567890",
-    "ISBN 978-0-306-40615-7", "192.168.0.1, 127.0.0.1, 10.0.0.1", "212-664-76655", "x +1 234", "version 1.2.3-4567",
-    "a @decorator\ndef f(x @ y): pass", "@user and user@host", "1.212.664.7665.1", "+1 2 3", "ssn 123-45-6789",
-    "id=212-664-7665", "/212-664-7665/", "100 200-300-4000",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "expected"), REPLACED + [(text, text) for text in LEFT])
-def test_personal_data_gets_one_placeholder_and_numbers_that_are_none_stay(text, expected):
-    assert apply(text, pii=True)[1] == expected
-
-
-def test_the_placeholder_does_not_depend_on_what_was_replaced_before():
-    replace = pii.pii_replacer()
-    assert len({replace("a@b.org 8.8.8.8") for _ in range(7)}) == 1
-
-
-@given(st.text(alphabet="a@.", max_size=30) | st.text(alphabet="a1@. +-()\n8", max_size=60))
-def test_replacing_again_changes_nothing(text):
-    replace = pii.pii_replacer()
-    assert replace(replace(text)) == replace(text)
-
-
-@pytest.mark.parametrize("unit", ["a-", "@", "a@", "a.b@c", "1-", "+1 2 3 4 ", "212-664-", "8.8.8.", "x" * 64 + "@y."])
+@pytest.mark.parametrize("unit", ["a-", "@", "a@", "1-", "212-664-"])
 def test_no_text_makes_the_patterns_slow(unit):
-    """datatrove's pattern for e-mail alone takes minutes for these: it grows with the square of the length."""
     text = (unit * 300_000)[:300_000]
     before = time.process_time()
-    pii.pii_replacer()(text)
     apply(text, line_rules=True)
     lines.sentences(text)
     apply(text.replace("-", " "), line_rules=True)

@@ -97,8 +97,8 @@ def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Pat
     task, tally = recipe.tasks(config)[rank], Tally()
     chosen, dealt = config.subsets[task.subset], dealing.share(Path(out), task)
     check_of: contamination.Contamination | None = None
-    steps = rules.build(chosen)
-    removed = _Removed(config.removed_samples, [rule for rule in steps if rule.step in rules.EDITS])
+    steps = rules.build(chosen, tally)
+    removed = _Removed(config.removed_samples, rules.edits(chosen))
     if config.contamination.sources:
         check_of = contamination.Contamination(contamination.folder_of(out), remove=config.contamination.remove)
         steps.append(Rule("contamination", check_of.apply))

@@ -1,13 +1,13 @@
 """Personal data in texts: e-mail addresses, public IP addresses and phone numbers, each kind by one placeholder.
 
-What decides is a kept library's: datatrove's pattern of e-mail, `ipaddress`, and Google's libphonenumber (as the package
+What decides is a kept library's: datatrove's pattern of e-mail, `ipaddress`, and Google's libphonenumber (the package
 phonenumberslite). Here are linear patterns that find candidates for them, and what around a candidate says that it is
-none: an expression, a version, a section. (Presidio's recognisers come with spaCy's models, ask this same libphonenumber
-for phones, and guess names and places.)
+none: an expression, a version, a section. (Presidio's recognisers come with spaCy's models, ask this same library for
+phones, and guess names and places.)
 
-A placeholder is nobody's. With several, taken in turn as datatrove does by default, what a document becomes would depend
-on the documents before it. What is replaced again does not change: kinds go one after the other, a placeholder is no
-candidate, and it begins and ends with characters that say the same to its neighbours as what it stands for.
+A placeholder is nobody's. With several, taken in turn as datatrove does by default, what a document becomes would
+depend on the documents before it. What is replaced again does not change: kinds go one after the other, a placeholder
+is no candidate, and its ends say the same to its neighbours as those of what it stands for.
 """
 
 import functools
@@ -26,6 +26,7 @@ PLACEHOLDERS = {  # by kind, in the order in which they are looked for
     "ipv4": "192.0.2.1",  # RFC 5737
     "phone": "+1-202-555-0100",  # of the numbers that North America keeps for fiction
 }
+REGIONS = ("US",)  # unless a recipe says others
 BEFORE = 40  # characters in which the words before a candidate are looked for
 
 # datatrove's pattern for e-mail takes time that grows with the square of a run without spaces (1.9 s for 12,000
@@ -34,9 +35,10 @@ LOCAL = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}\Z")
 DOMAIN = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}")
 TOP_LEVEL = re.compile(r"\.(?:[A-Za-z]{2,}|xn--[A-Za-z0-9-]+)\Z|\]\Z")  # not of lodash@4.17.21
 
-# All addresses given out so far begin with 2 or 3 (IANA: 2000::/3). In a bracket behind a name it is a slice, x[2000::2].
-IPV6 = re.compile(r"(?<![\w:.])(?<!\w\[)[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]|\.\d)")
-IPV4 = re.compile(r"(?<![\w.-])(?<!\w/)\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)")
+# Addresses given out so far begin with 2 or 3 (IANA: 2000::/3). In a bracket behind a name it is a slice: x[2000::2].
+# (?a:\w) is English: Chinese puts no spaces around them.
+IPV6 = re.compile(r"(?a:(?<![\w:.])(?<!\w\[)[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]|\.\d))")
+IPV4 = re.compile(r"(?a:(?<![\w.-])(?<!\w/)\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d))")
 # Versions and sections have small parts. All four of an address are below 64 in one case of 256: those need a word.
 SMALL = 64
 ADDRESS = re.compile(
@@ -51,14 +53,14 @@ GAP = "(?:[ \u00a0]?[-./\u2010-\u2013\u2212][ \u00a0]?|[ \u00a0])?"
 AREA = rf"\(\d{{1,5}}\){GAP}"
 NUMBER = re.compile(
     rf"{re.escape(PLACEHOLDERS['phone'])}(?!\d)"
-    rf"|(?<![\w+./#@-])\+[1-9]\d{{0,2}}{GAP}(?:{AREA})?\d(?:{GAP}\d){{4,13}}"
-    rf"|(?<![\w+./#@*^$\u20ac\u00a3-])(?:(?:1{GAP})?{AREA}\d(?:{GAP}\d){{3,11}}"
+    rf"|(?<!(?a:[\w+./#@-]))\+[1-9]\d{{0,2}}{GAP}(?:{AREA})?\d(?:{GAP}\d){{4,13}}"
+    rf"|(?<!(?a:[\w+./#@*^$\u20ac\u00a3-]))(?:(?:(?<!\d[ ,:\u00a0])[018]{GAP})?{AREA}\d(?:{GAP}\d){{3,11}}"
     rf"|(?<!\d[ ,:\u00a0])\d(?:{GAP}\d){{6,14}})"
 )
 PHONE = re.compile(
-    r"\b(?:tel|telephone|t\u00e9l|t\u00e9l\u00e9phone|telefon|telefone|telefono|tel\u00e9fono|phone|phones|fon|fax|mobile"
-    r"|mobil|cell|call|dial|sms|whatsapp|hotline|contact)\b[\s:=.\"'(]*(?:(?:no|nr|number|us|me|at|on|is)\b[\s:=.\"'(]*)?\Z"
-    r"|(?:\u96fb\u8a71|\u7535\u8bdd|\u0442\u0435\u043b)[\s:.\uff1a]*\Z",
+    r"(?:\b(?:tel|telephone|t\u00e9l|t\u00e9l\u00e9phone|telefon|telefone|telefono|tel\u00e9fono|phone|phones|fon|puh|fax"
+    r"|mob|mobile|mobil|cell|call|dial|sms|whatsapp|hotline|contact|\u0442\u0435\u043b|\u03c4\u03b7\u03bb)\b"
+    r"|\u96fb\u8a71|\u7535\u8bdd|\uc804\ud654)[\s:=.\"'(\uff1a]*(?:(?:no|nr|number|us|me|at|on|is)\b[\s:=.\"'(]*)?\Z",
     re.IGNORECASE,
 )
 # What such numbers count else; the rule of those before an IP address, too.
@@ -68,8 +70,21 @@ COUNTED = re.compile(
     r"|oid|cas|ean|upc|iban|account|card)\b[\s.:#]*(?:no\b[\s.:#]*)?|\u00a7\s*)\Z",
     re.IGNORECASE,
 )
-OPERATOR_BEFORE = re.compile("(?:[=<>*^\u00d7\u00f7\u2248\u2264\u2265~%\\\\_{]|[\\w)\\]] [-+/]|\\w:)[ \u00a0]?\\Z")
-BEHIND = re.compile("(?!x\\d)[\\w@]|[-/]\\w|[.,:]\\d|[ \u00a0]\\d|[ \u00a0]?[=*^\u00d7\u00f7%}]")
+EXPRESSION = re.compile("[=<>*^\u00d7\u00f7\u2248\u2264\u2265~%\\\\_{][ \u00a0]?\\Z")
+# Beside that, of numbers without a country's code: 5 - 212-664-7665, f(212-664-7665), key:212-664-7665.
+OPERAND = re.compile("(?:(?<!\\w)\\w|[\\d)\\]]) [-+][ \u00a0]?\\Z|(?a:\\w)[(:]\\Z")
+BEHIND = re.compile("(?!x\\d)(?a:[\\w@])|[-/]\\w|[.,:]\\d|[ \u00a0]\\d|[ \u00a0]?[=*^\u00d7\u00f7%}]")
+BEHIND_CODE = re.compile("(?!x\\d)(?a:[\\w@])|[-/.,]\\d")
+
+
+def problems(where: str, kinds: tuple[str, ...], regions: tuple[str, ...]) -> list[str]:
+    """What is wrong with a subset's keys pii and pii_regions. Whether libphonenumber knows them is seen at work."""
+    found = []
+    if unknown := set(kinds) - set(PLACEHOLDERS):
+        found.append(f"{where}.pii: {sorted(unknown)} unknown; there are {', '.join(PLACEHOLDERS)}, or True for all")
+    if "phone" not in kinds and tuple(regions) != REGIONS:
+        found.append(f"{where}.pii_regions={regions}: are of phone numbers, and 'phone' is not among pii={kinds}")
+    return found
 
 
 def pii_replacer(kinds: tuple[str, ...], regions: tuple[str, ...]) -> Callable[[str], tuple[str, Counter[str]]]:
@@ -114,7 +129,7 @@ def emails() -> Callable[[str], Iterator[Span]]:
             found = pattern.search(text[local.start() : domain.end()]) if local and domain else None
             if found and TOP_LEVEL.search(found[0]):
                 start, done = local.start() + found.start(), local.start() + found.end()
-                if found[0] != PLACEHOLDERS["email"]:
+                if not found[0].endswith(PLACEHOLDERS["email"]):  # behind what is left of a local part over 64
                     yield start, done
             at = text.find("@", at + 1)
 
@@ -179,10 +194,10 @@ def _international(library: Any, text: str, start: int, number: str) -> int:
     What is behind it on its line may be a number of its own: "+1 212 664 7665 24 hours".
     """
     before = text[max(0, start - BEFORE) : start]
-    if OPERATOR_BEFORE.search(before) and not PHONE.search(before):
+    if EXPRESSION.search(before) and not PHONE.search(before):
         return 0
     while sum(map(str.isdigit, number)) > 6:
-        is_end = not re.match(r"(?!x\d)[\w@]|[-/]\d|[.,]\d", text[start + len(number) : start + len(number) + 2])
+        is_end = not BEHIND_CODE.match(text, start + len(number))
         if is_end and _is_number(library, number, None, library.Leniency.VALID):
             return len(number)
         number = number.rpartition(" ")[0]
@@ -190,19 +205,21 @@ def _international(library: Any, text: str, start: int, number: str) -> int:
 
 
 def _national(library: Any, text: str, start: int, number: str, regions: tuple[str, ...]) -> int:
-    """The same of a number without the code, which is grouped as in its region, and stands where a number may."""
-    gaps = set(re.findall(r"[^\d() \u00a0]", number))
-    only_spaces = number[0] != "0" and not gaps and "(" not in number
-    if number.isdigit() or "." in gaps and len(gaps) > 1:  # a clause of a law: 252.227-7014
+    """The same of a number without the code: one that a word calls so, or that is grouped as its region groups them.
+
+    Without a word, spaces alone are a table's, but behind a 0 or an area's code, and signs between spaces are minus.
+    """
+    gaps = set(re.findall("[^\\d() \u00a0]", number))
+    if "." in gaps and len(gaps) > 1 or BEHIND.match(text, start + len(number)):  # a clause of a law: 252.227-7014
         return 0
     before = text[max(0, start - BEFORE) : start]
-    called = PHONE.search(before)
-    if not called and (only_spaces or COUNTED.search(before) or OPERATOR_BEFORE.search(before)):
-        return 0
-    if BEHIND.match(text, start + len(number)):
-        return 0
-    exact = library.Leniency.EXACT_GROUPING
-    return len(number) if any(_is_number(library, number, region, exact) for region in regions) else 0
+    leniency = library.Leniency.VALID
+    if not PHONE.search(before):
+        is_row = number.isdigit() or not (gaps or "(" in number or number[0] == "0") or re.search(" [^\\d(]", number)
+        if is_row or any(rule.search(before) for rule in (COUNTED, EXPRESSION, OPERAND)):
+            return 0
+        leniency = library.Leniency.EXACT_GROUPING
+    return len(number) if any(_is_number(library, number, region, leniency) for region in regions) else 0
 
 
 def _is_number(library: Any, number: str, region: str | None, leniency: int) -> bool:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from k2jax import paths
 from k2jax.data.tokenizer import EOS, NUM_FIXED
 from k2jax.errors import ConfigError
+from k2jax.prepare import pii as pii_rules
 from k2jax.prepare.chat import options
 
 DUMP = r"CC-MAIN-20\d\d-\d\d"  # of Common Crawl, by year and week: their order is that of the names
@@ -32,6 +33,7 @@ KINDS = {  # of sources: "KIND:WHERE"; WHERE is a path or URL with wildcards (lo
 }
 TOKEN_KINDS = ("megatron", "llm360", "seqio")
 FILTERS = ("gopher-repetition", "gopher-quality", "c4")
+PII = tuple(pii_rules.PLACEHOLDERS)  # the kinds of personal data: email, ipv6, ipv4, phone
 UNITS = ("characters", "words")
 
 
@@ -97,7 +99,8 @@ def subset(
     line_rules: bool = False,
     filters: tuple[str, ...] = (),
     nfc: bool = False,
-    pii: bool = False,
+    pii: bool | tuple[str, ...] = (),
+    pii_regions: tuple[str, ...] = pii_rules.REGIONS,
     fim_rate: float = 0.0,
     fim_spm_rate: float = 0.5,
     fim_stores: bool = False,
@@ -126,7 +129,8 @@ def subset(
     c.line_rules = line_rules  # RefinedWeb's: drops lines in capitals, of numbers alone, "3 likes", navigation
     c.filters = filters  # of FILTERS, in that order
     c.nfc = nfc  # Unicode's composed form
-    c.pii = pii  # e-mail addresses, public IP addresses, phone numbers, each by one placeholder
+    c.pii = PII if pii is True else pii or ()  # of PII (True: all), each by one placeholder. Not of code or mathematics
+    c.pii_regions = pii_regions  # whose phone numbers are known without their country's code: ISO's codes, such as GB
     c.fim_rate = fim_rate  # of documents: turned for filling in the middle (K2: 0.5 of code)
     c.fim_spm_rate = fim_spm_rate  # of those: suffix before prefix
     c.fim_stores = fim_stores  # plain, PSM and SPM documents in stores NAME, NAME-fim, NAME-spm, as K2 had
@@ -308,6 +312,7 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
         problems.append(f"{where}.dumps={chosen.dumps}: must be the first and the last, such as CC-MAIN-2013-20")
     if unknown := set(chosen.filters) - set(FILTERS):
         problems.append(f"{where}.filters: {sorted(unknown)} unknown; there are {', '.join(FILTERS)}")
+    problems += pii_rules.problems(where, chosen.pii, chosen.pii_regions)
     if chosen.languages and not chosen.language_model:
         problems.append(f"{where}.languages={chosen.languages}: needs language_model, a file of fastText")
     pairs = [pair for pair in chosen.upsample if len(pair) != 2 or pair[0] < 2 or pair[1] < 2]

@@ -20,11 +20,11 @@ from k2jax.errors import ConfigError
 from k2jax.prepare.lines import drop_lines
 from k2jax.prepare.pii import pii_replacer
 from k2jax.prepare.read import size_problem
+from k2jax.prepare.tally import Tally
 
 # A crawler keeps 1 MiB of a page (Common Crawl until 2025, then 5); what trafilatura takes grows faster than the page.
 HTML_BYTES = 5 << 20
 Apply = Callable[[Document], str | None]
-EDITS = ("nfc", "pii")  # of the rules: those that change a text and leave out none
 
 
 class Rule(NamedTuple):
@@ -34,8 +34,11 @@ class Rule(NamedTuple):
     apply: Apply
 
 
-def build(chosen: ConfigDict) -> list[Rule]:
-    """The rules that a subset names, in their order; ConfigError for a file or package that is not there."""
+def build(chosen: ConfigDict, tally: Tally | None = None) -> list[Rule]:
+    """The rules that a subset names, in their order; ConfigError for a file or package that is not there.
+
+    `tally` counts the personal data that they replace.
+    """
     rules = [Rule("extract", _extract())] if chosen.extract else []
     if chosen.language_model:
         rules.append(Rule("language", _language(chosen)))
@@ -44,13 +47,16 @@ def build(chosen: ConfigDict) -> list[Rule]:
     if chosen.line_rules:
         rules.append(Rule("lines", drop_lines))
     rules += [Rule(name, _filter(name)) for name in chosen.filters]
-    if chosen.nfc:
-        rules.append(Rule("nfc", _nfc))
-    if chosen.pii:
-        rules.append(Rule("pii", _pii()))
+    rules += edits(chosen, tally)
     if rules:
         rules.append(Rule("size", _size(chosen.min_document_bytes, chosen.max_document_bytes)))
     return rules
+
+
+def edits(chosen: ConfigDict, tally: Tally | None = None) -> list[Rule]:
+    """Of the rules those that change a text and leave out none."""
+    rules = [Rule("nfc", _nfc)] if chosen.nfc else []
+    return rules + ([Rule("pii", _pii(chosen, tally or Tally()))] if chosen.pii else [])
 
 
 def _extract() -> Apply:
@@ -172,11 +178,12 @@ def _nfc(one: Document) -> None:
     one.text = unicodedata.normalize("NFC", one.text)
 
 
-def _pii() -> Apply:
-    replace = pii_replacer()
+def _pii(chosen: ConfigDict, tally: Tally) -> Apply:
+    replace = pii_replacer(chosen.pii, chosen.pii_regions)
 
     def apply(one: Document) -> None:
-        one.text = replace(one.text)
+        one.text, counts = replace(one.text)
+        tally.replaced(counts)
 
     return apply
 

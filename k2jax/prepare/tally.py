@@ -3,7 +3,8 @@
     {"steps": {step: {"documents": n, "bytes": n, "removed": {reason: {"documents": n, "bytes": n}}}},
      "kept": {"documents": n, "bytes": n},
      "bad": {reason: n}, "problems": ["FILE:LINE: what is wrong with it", ...],
-     "languages": {code: n}, "licences": {name: n}, "lengths": {power of two: n}}
+     "languages": {code: n}, "licences": {name: n}, "lengths": {power of two: n},
+     "personal": {kind: n}}
 
 A step's `documents` and `bytes` (of UTF-8 text) are what went in. `bad` is input that gave no document, `problems` its
 first cases. Names from outside are cleaned before they get here: a path may hold a line feed.
@@ -32,6 +33,7 @@ class Tally:
         self.languages: Counter[str] = Counter()
         self.licences: Counter[str] = Counter()
         self.lengths: Counter[str] = Counter()
+        self.personal: Counter[str] = Counter()
 
     def saw(self, step: str, num_bytes: int) -> None:
         """A document went into a step."""
@@ -45,6 +47,10 @@ class Tally:
         counts["documents"] += 1
         counts["bytes"] += num_bytes
         return counts["documents"] - 1
+
+    def replaced(self, counts: dict[str, int]) -> None:
+        """A step put placeholders in a document: so many for each kind of personal data."""
+        self.personal.update(counts)
 
     def problem(self, reason: str, where: str, what: str = "") -> None:
         """Input that gave no document: `where` is FILE or FILE:LINE."""
@@ -75,6 +81,7 @@ class Tally:
             "languages": dict(sorted(self.languages.items())),
             "licences": dict(sorted(self.licences.items())),
             "lengths": dict(sorted(self.lengths.items(), key=lambda item: int(item[0]))),
+            "personal": dict(sorted(self.personal.items())),
         }
 
 

@@ -17,12 +17,13 @@ from k2jax.prepare import recipe
 from k2jax.prepare.card.documents import copies_of, samples_of
 from k2jax.prepare.card.html import page
 from k2jax.prepare.card.markdown import markdown
+from k2jax.prepare.card.pii_figures import FIGURES
 from k2jax.prepare.tally import combine
 
 FORMAT = 1
 LIBRARIES = (
-    "datatrove", "tokenizers", "trafilatura", "lxml", "fasttext-numpy2-wheel", "warcio", "xxhash", "numpy",
-    "pyarrow", "jinja2", "zstandard", "orjson", "tensorstore", "fsspec", "seqio", "ray",
+    "datatrove", "tokenizers", "trafilatura", "lxml", "fasttext-numpy2-wheel", "warcio", "xxhash", "phonenumberslite",
+    "numpy", "pyarrow", "jinja2", "zstandard", "orjson", "tensorstore", "fsspec", "seqio", "ray",
 )  # fmt: skip
 HITS = 20  # contaminated documents shown
 
@@ -66,6 +67,7 @@ def make_card(stages: Path, data: dict[str, Any]) -> dict[str, Any]:
         "upsampling": _upsampling(config, copies["documents_by_copies"]),
         "duplicates": {**duplicates, **copies},
         "contamination": _contamination(stages, config),
+        "personal": _personal(data["subsets"], config),
         "samples": samples_of(stages, config),
         "inconsistencies": _inconsistencies(subsets, duplicates["removed"]),
     }
@@ -152,6 +154,17 @@ def _upsampling(config: dict[str, Any], documents: dict[str, dict[str, int]]) ->
             )
             rows.append({"subset": name, "copies": [least, most], "factor": factor, "documents": found})
     return rows
+
+
+def _personal(tallies: dict[str, dict[str, dict]], config: dict[str, Any]) -> dict[str, Any]:
+    """By subset and kind, what placeholders stand for; of the rules, how well they do on a labelled sample."""
+    subsets = {}
+    for name, chosen in sorted(config["subsets"].items()):
+        if chosen["pii"]:
+            counts = combine(list(tallies.get(name, {}).values())).get("personal", {})
+            replaced = {kind: counts.get(kind, 0) for kind in chosen["pii"]}
+            subsets[name] = {"replaced": replaced, "regions": chosen["pii_regions"] if "phone" in replaced else []}
+    return {"subsets": subsets, "measured": FIGURES if subsets else {}}
 
 
 def _inconsistencies(subsets: dict[str, dict], removed: dict[str, dict[str, int]]) -> list[str]:

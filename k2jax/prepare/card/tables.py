@@ -34,6 +34,13 @@ SECTIONS = (  # (key, title, what it is), in their order
         "Documents that share n-grams with evaluation sets, as the recipe defines them.",
     ),
     (
+        "personal",
+        "Personal data",
+        "What placeholders stand for. Precision and recall are of the rules, on the labelled lines of k2jax's "
+        "tools/bench/pii_sample.txt, not on these documents: what is right was found from its first character to its "
+        "last. What is missed stays in the stores.",
+    ),
+    (
         "samples",
         "Samples",
         "Texts are cut. What shows nothing, or turns the direction of text, is written as an escape.",
@@ -84,6 +91,7 @@ def tables_of(key: str, card: dict[str, Any]) -> list[Table]:
         "languages": lambda card: _names(card, "languages"),
         "licences": lambda card: _names(card, "licences"),
         "contamination": _contamination,
+        "personal": _personal,
         "samples": lambda card: [],
         "problems": _problems,
         "recipe": lambda card: [
@@ -298,6 +306,27 @@ def _contamination(card: dict[str, Any]) -> list[Table]:
         Table(["subset", "checked", "contaminated", "of them"], rows, numeric=(1, 2, 3)),
         Table(["evaluation set", "documents", "items looked for", "too short to be"], sets, numeric=(1, 2, 3)),
         Table(["document", "evaluation item", "first shared words"], hits, folded="The first documents"),
+    ]
+
+
+def _personal(card: dict[str, Any]) -> list[Table]:
+    found = card["personal"]
+    kinds = sorted({kind for subset in found["subsets"].values() for kind in subset["replaced"]})
+    rows = [
+        [name, *(subset["replaced"].get(kind, "kept") for kind in kinds), ", ".join(subset["regions"])]
+        for name, subset in found["subsets"].items()
+    ]
+    measured = [
+        [rules, kind, n["labelled"], n["found"], n["right"], share(n["right"], n["found"]),
+         share(n["right"], n["labelled"])]
+        for rules, counts in found["measured"].get("rules", {}).items()
+        for kind, n in counts.items()
+    ]  # fmt: skip
+    columns = ["labelled", "found", "right", "precision", "recall"]
+    numeric = tuple(range(1, len(kinds) + 1))
+    return [
+        Table(["subset", *kinds, "phones without a code, of"], rows, numeric=numeric, title="Replaced"),
+        Table(["rules", "kind", *columns], measured, numeric=tuple(range(2, 7)), title="The rules, measured"),
     ]
 
 

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 CHAT_KINDS = ("jsonl", "parquet", "arrow")  # of sources, that conversations can be in
 TEXT_ONLY = (  # what is done to text alone: it would move the answers, or judge a template's words
     "text_key", "extract", "language_model", "languages", "url_blocklist", "line_rules", "filters", "nfc", "pii",
-    "fim_rate", "fim_stores",
+    "pii_regions", "fim_rate", "fim_stores",
 )  # fmt: skip
 
 
