@@ -103,6 +103,9 @@ def test_a_tasks_files_agree(tmp_path):
     assert tally["bad"] == {"bad JSON": 6}
     removed = list(read_documents(clean / "removed/00000.jsonl.zst"))
     assert [(one.metadata["step"], one.metadata["reason"]) for one in removed] == [("read", "too short")] * 3
+    shown = [one.text for one in removed if one.text]  # as a store would have them, and not counted
+    assert shown and all("email@example.com" in text and "@example.net" not in text for text in shown)
+    assert tally["personal"] == {"email": sum(one.text.count("email@example.com") for one in found)}
 
 
 def test_the_parts_of_a_source_are_the_whole(tmp_path):

@@ -36,11 +36,12 @@ DOMAIN = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}")
 TOP_LEVEL = re.compile(r"\.(?:[A-Za-z]{2,}|xn--[A-Za-z0-9-]+)\Z|\]\Z")  # not of lodash@4.17.21
 
 # Addresses given out so far begin with 2 or 3 (IANA: 2000::/3). In a bracket behind a name it is a slice: x[2000::2].
-# (?a:\w) is English: Chinese puts no spaces around them.
-IPV6 = re.compile(r"(?a:(?<![\w:.])(?<!\w\[)[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]|\.\d))")
-IPV4 = re.compile(r"(?a:(?<![\w.-])(?<!\w/)\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d))")
-# Versions and sections have small parts. All four of an address are below 64 in one case of 256: those need a word.
-SMALL = 64
+# (?a:\w) is English: Chinese puts no spaces around them. A set of characters first, what is before it second: that is
+# four times as fast.
+IPV6 = re.compile(r"(?a:[23](?<![\w:.].)(?<!\w\[.)[0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]|\.\d))")
+IPV4 = re.compile(r"(?a:[0-9](?<![\w.-].)(?<!\w/.)[0-9]{0,2}(?:\.\d{1,3}){3}(?![\w-]|\.\d))")
+# A version's first two parts are small (V8 has 11.3.244.4). So are those of one address in sixty, which need a word.
+SMALL = 32
 ADDRESS = re.compile(
     r"(?:\b(?:ip|ipv4|inet|addr|address|addresses|host|hosts|server|servers|nameserver|dns|ping|resolver|gateway|client"
     r"|proxy)\b[\s:=\"'(]*|[/@]/?)\Z",
@@ -51,6 +52,7 @@ ADDRESS = re.compile(
 # without a code are anything. What follows a number, or stands in an expression, is no beginning.
 GAP = "(?:[ \u00a0]?[-./\u2010-\u2013\u2212][ \u00a0]?|[ \u00a0])?"
 AREA = rf"\(\d{{1,5}}\){GAP}"
+RUN = re.compile("[+(\\d][-+()\\d ./\u00a0\u2010-\u2013\u2212]{6,}")  # in which a number lies, if there is one
 NUMBER = re.compile(
     rf"{re.escape(PLACEHOLDERS['phone'])}(?!\d)"
     rf"|(?<!(?a:[\w+./#@-]))\+[1-9]\d{{0,2}}{GAP}(?:{AREA})?\d(?:{GAP}\d){{4,13}}"
@@ -137,9 +139,9 @@ def emails() -> Callable[[str], Iterator[Span]]:
 
 
 def ipv6(text: str) -> Iterator[Span]:
-    """IPv6 addresses of the whole Internet."""
+    """IPv6 addresses of the whole Internet, less networks: they end with ::, as does a year before one."""
     for found in IPV6.finditer(text):
-        if _public(found[0]):
+        if _public(found[0]) and not found[0].endswith("::"):
             yield found.span()
 
 
@@ -149,7 +151,7 @@ def ipv4(text: str) -> Iterator[Span]:
         if not _public(found[0]):
             continue
         before = text[max(0, found.start() - BEFORE) : found.start()]
-        small = all(int(part) < SMALL for part in found[0].split("."))
+        small = all(int(part) < SMALL for part in found[0].split(".")[:2])
         named = ADDRESS.search(before) or re.match(r":\d", text[found.end() : found.end() + 2])
         if named or not (small or COUNTED.search(before)):
             yield found.span()
@@ -171,7 +173,11 @@ def phones(regions: tuple[str, ...]) -> Callable[[str], Iterator[Span]]:
         raise ConfigError(f"pii_regions: {', '.join(unknown)}: libphonenumber knows none; ISO codes such as US, GB, FR")
 
     def find(text: str) -> Iterator[Span]:
-        found = NUMBER.search(text)
+        for run in RUN.finditer(text):
+            yield from find_in(text, *run.span())
+
+    def find_in(text: str, start: int, stop: int) -> Iterator[Span]:
+        found = NUMBER.search(text, start, stop)
         while found:
             start, end = found.span()
             if found[0] == PLACEHOLDERS["phone"]:
@@ -183,7 +189,7 @@ def phones(regions: tuple[str, ...]) -> Callable[[str], Iterator[Span]]:
             if length:
                 yield start, start + length
             is_placeholder = found[0] == PLACEHOLDERS["phone"]
-            found = NUMBER.search(text, end if is_placeholder else start + max(length, 1))
+            found = NUMBER.search(text, end if is_placeholder else start + max(length, 1), stop)
 
     return find
 
