@@ -51,7 +51,8 @@ LEFT = [
     "ISBN 978-0-306-40615-7", "192.168.0.1, 127.0.0.1, 10.0.0.1, 224.0.0.1", "212-664-76655", "x +1 234",
     "version 1.2.3-4567", "a @decorator\ndef f(x @ y): pass", "@user and user@host", "1.212.664.7665.1", "+1 2 3",
     "ssn 123-45-6789", "id=212-664-7665", "/212-664-7665/", "100 200-300-4000", "Chrome/99.100.120.5",
-    "x[2000::2], fe80::1, ::1, 2001:db8::5, dead::beef, a::b", "2021:10:05 12:30:45", "2.6.25: Jun 6 2006::", "V8 11.3.244.4, libX11 1.4.99.1", "aa:bb:cc:dd:ee:ff",
+    "x[2000::2], fe80::1, ::1, 2001:db8::5, dead::beef, a::b", "2021:10:05 12:30:45", "aa:bb:cc:dd:ee:ff",
+    "2.6.25: Jun 6 2006::", "V8 11.3.244.4, libX11 1.4.99.1",
     *pii.PLACEHOLDERS.values(),
 ]  # fmt: skip
 REGIONS = [("US",), ("DE", "FR", "GB", "IS", "US"), ()]
@@ -169,6 +170,15 @@ def test_what_was_made_by_the_rules_before_these_is_another_recipes(tmp_path, be
     else:
         with pytest.raises(ConfigError, match="was made by another recipe .*'pii': True"):
             claim._check_recipe(made, c, tmp_path, "was made by")
+
+
+def test_another_release_of_the_phones_library_is_another_code(monkeypatch):
+    with_phones, without = recipe.base(), recipe.base()
+    with_phones.subsets.web, without.subsets.web = recipe.subset("text:x", pii=True), recipe.subset("text:x")
+    before = [claim.code_digest(config) for config in (with_phones, without)]
+    monkeypatch.setattr("phonenumbers.__version__", "9.9.9")
+    after = [claim.code_digest(config) for config in (with_phones, without)]
+    assert before[0] != after[0] and before[1] == after[1]
 
 
 def test_the_card_has_counts_by_subset_and_kind_beside_the_rules_figures():

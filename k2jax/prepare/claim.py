@@ -22,7 +22,7 @@ from k2jax.data.store import Store
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.files import remove_leftovers, write_json
-from k2jax.prepare import recipe
+from k2jax.prepare import pii, recipe
 from k2jax.text import redacted
 
 TEMPLATE = "chat_template.jinja"  # of conversations: it goes with the tokenizer
@@ -48,12 +48,12 @@ def claimed(config: ConfigDict, out: Path, other_code: bool = False) -> Iterator
         raise ConfigError(f"--out={out}: holds files that are no preparation of ours; choose an empty folder")
     begun.parent.mkdir(exist_ok=True, mode=0o700)  # tasks are told what to read with the credentials of its URLs
     with _locked(begun.parent / "lock", out):
-        wanted = {"config": redacted(config.to_dict()), "version": k2jax.__version__, "code": [code_digest()]}
+        wanted = {"config": redacted(config.to_dict()), "version": k2jax.__version__, "code": [code_digest(config)]}
         if not begun.exists():
             write_json(begun, wanted)
         found = json.loads(begun.read_bytes())
         _check_recipe(found["config"], config, out, "was begun with")
-        _check_code(found, out, other_code)
+        _check_code(found, code_digest(config), out, other_code)
         shutil.rmtree(out / "card", ignore_errors=True)
         remove_leftovers(out, alone=True)
         yield
@@ -66,14 +66,15 @@ def _locked(path: Path, out: Path) -> locks.Lock:
         raise ConfigError(f"--out={out}: another process ({holder}) is preparing data there; wait for it") from None
 
 
-def _check_code(found: dict[str, Any], out: Path, other_code: bool) -> None:
-    ours, theirs = code_digest(), found.get("code", ["unknown"])
+def _check_code(found: dict[str, Any], ours: str, out: Path, other_code: bool) -> None:
+    theirs = found.get("code", ["unknown"])
     if theirs[-1] == ours:
         return
     if not other_code:
         raise ConfigError(
-            f"--out={out} was begun by another version of k2jax (code {theirs[-1][:12]}, this is {ours[:12]}), whose "
-            f"stages may differ: go on with that version, remove the folder, or say --other_code, which is recorded"
+            f"--out={out} was begun by another version of k2jax (code {theirs[-1][:12]}, this is {ours[:12]}), or of "
+            "phonenumberslite where phones are replaced; its stages may differ: go on with that version, remove the "
+            "folder, or say --other_code, which is recorded"
         )
     write_json(out / "stages" / "recipe.json", found | {"code": [*theirs, ours]})
 
@@ -83,11 +84,16 @@ def codes(out: Path) -> list[str]:
     return json.loads((out / "stages" / "recipe.json").read_bytes())["code"]
 
 
-def code_digest() -> str:
-    """SHA-256 over the names and contents of what makes stores of documents: three rooms."""
+def code_digest(config: ConfigDict) -> str:
+    """SHA-256 over the names and contents of what makes stores of documents: three rooms, and what phones are rules of.
+
+    The plans of the world's phone numbers change from one release of their library to the next, every other week.
+    """
     digest = hashlib.sha256()
     for path in sorted(path for room in ("chat", "data", "prepare") for path in (PACKAGE / room).rglob("*.py")):
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    if any("phone" in chosen.pii for chosen in config.subsets.values()):
+        digest.update(f"libphonenumber {pii.phones_version()}".encode())
     return digest.hexdigest()
 
 

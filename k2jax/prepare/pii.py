@@ -233,6 +233,11 @@ def _is_number(library: Any, number: str, region: str | None, leniency: int) -> 
     return found is not None and (found.start, found.end) == (0, len(number))
 
 
+def phones_version() -> str:
+    """Of the library that knows phone numbers; ConfigError if it is not there."""
+    return _phonenumbers().__version__
+
+
 def _phonenumbers() -> Any:
     try:
         import phonenumbers

@@ -131,7 +131,7 @@ def main() -> None:
         return
     replacers = {"k2jax": pii.pii_replacer(tuple(pii.PLACEHOLDERS), ("US",)), "datatrove": PIIFormatter().format}
     found = {"k2jax": counts(ours), "datatrove": counts(datatroves)}
-    versions = {name: importlib.metadata.version(name) for name in ("datatrove", "phonenumberslite")}
+    versions = {"datatrove": importlib.metadata.version("datatrove"), "phonenumberslite": pii.phones_version()}
     about = {"sample_sha256": sample_sha256(), "lines": len(sample()), "versions": versions}
     for name, by_kind in found.items():
         speed = characters_per_second(replacers[name], int(args.megabytes * 1e6))

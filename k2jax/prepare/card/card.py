@@ -23,7 +23,7 @@ from k2jax.prepare.tally import combine
 FORMAT = 1
 LIBRARIES = (
     "datatrove", "tokenizers", "trafilatura", "lxml", "fasttext-numpy2-wheel", "warcio", "xxhash", "phonenumberslite",
-    "numpy", "pyarrow", "jinja2", "zstandard", "orjson", "tensorstore", "fsspec", "seqio", "ray",
+    "phonenumbers", "numpy", "pyarrow", "jinja2", "zstandard", "orjson", "tensorstore", "fsspec", "seqio", "ray",
 )  # fmt: skip
 HITS = 20  # contaminated documents shown
 
