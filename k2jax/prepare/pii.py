@@ -50,7 +50,8 @@ ADDRESS = re.compile(
 
 # Numbers as people write them: with a country's code, or with gaps; the library says whether it is one. Bare digits
 # without a code are anything. What follows a number, or stands in an expression, is no beginning.
-GAP = "(?:[ \u00a0]?[-./\u2010-\u2013\u2212][ \u00a0]?|[ \u00a0])?"
+GAP = "(?: [-./\u2010-\u2013\u2212] |[-./ \u00a0\u2010-\u2013\u2212])?"
+MOST_GROUPS = 7  # of digits, as in +33 (0)1 40 20 53 17: the library is not asked about rows of a table
 AREA = rf"\(\d{{1,5}}\){GAP}"
 RUN = re.compile("[+(\\d][-+()\\d ./\u00a0\u2010-\u2013\u2212]{6,}")  # in which a number lies, if there is one
 NUMBER = re.compile(
@@ -202,11 +203,10 @@ def _international(library: Any, text: str, start: int, number: str) -> int:
     before = text[max(0, start - BEFORE) : start]
     if EXPRESSION.search(before) and not PHONE.search(before):
         return 0
-    while sum(map(str.isdigit, number)) > 6:
-        is_end = not BEHIND_CODE.match(text, start + len(number))
-        if is_end and _is_number(library, number, None, library.Leniency.VALID):
-            return len(number)
-        number = number.rpartition(" ")[0]
+    for part in _shorter(number, " "):
+        is_end = not BEHIND_CODE.match(text, start + len(part))
+        if is_end and _is_number(part, None, library.Leniency.VALID):
+            return len(part)
     return 0
 
 
@@ -215,20 +215,38 @@ def _national(library: Any, text: str, start: int, number: str, regions: tuple[s
 
     Without a word, spaces alone are a table's, but behind a 0 or an area's code, and signs between spaces are minus.
     """
-    gaps = set(re.findall("[^\\d() \u00a0]", number))
-    if "." in gaps and len(gaps) > 1 or BEHIND.match(text, start + len(number)):  # a clause of a law: 252.227-7014
-        return 0
     before = text[max(0, start - BEFORE) : start]
-    leniency = library.Leniency.VALID
-    if not PHONE.search(before):
-        is_row = number.isdigit() or not (gaps or "(" in number or number[0] == "0") or re.search(" [^\\d(]", number)
-        if is_row or any(rule.search(before) for rule in (COUNTED, EXPRESSION, OPERAND)):
-            return 0
-        leniency = library.Leniency.EXACT_GROUPING
-    return len(number) if any(_is_number(library, number, region, leniency) for region in regions) else 0
+    called = PHONE.search(before)
+    if not called and any(rule.search(before) for rule in (COUNTED, EXPRESSION, OPERAND)):
+        return 0
+    leniency = library.Leniency.VALID if called else library.Leniency.EXACT_GROUPING
+    for part in _shorter(number, " [-/\u2013] "):
+        gaps = set(re.findall("[^\\d() \u00a0]", part))
+        # Dots go with no other sign: 252.227-7014 is a clause of a law, 0.5482 12.34 a row.
+        is_clause = "." in gaps and (len(gaps) > 1 or re.search("\\d[ \u00a0]\\d", part))
+        is_row = part.isdigit() or not (gaps or "(" in part or part[0] == "0") or re.search(" [^\\d(]", part)
+        if is_clause or is_row and not called or BEHIND.match(text, start + len(part)):
+            continue
+        if any(_is_number(part, region, leniency) for region in regions):
+            return len(part)
+    return 0
 
 
-def _is_number(library: Any, number: str, region: str | None, leniency: int) -> bool:
+def _shorter(number: str, gap: str) -> list[str]:
+    """`number`, and what is before its last gap, its last but one, and the one before: rows of a table have more."""
+    return [number, *(number[: found.start()] for found in list(re.finditer(gap, number))[:-4:-1])]
+
+
+@functools.lru_cache(1 << 14)  # what stands at the foot of every page is asked once
+def _is_number(number: str, region: str | None, leniency: int) -> bool:
+    if len(re.findall(r"\d+", number)) > MOST_GROUPS:
+        return False
+    library = _phonenumbers()
+    try:
+        if not library.is_valid_number(library.parse(number, region)):  # the matcher takes long to find none
+            return False
+    except library.NumberParseException:
+        return False
     found = next(iter(library.PhoneNumberMatcher(number, region, leniency)), None)
     return found is not None and (found.start, found.end) == (0, len(number))
 
