@@ -343,7 +343,7 @@ def _key_problems(prefix: str, found: ConfigDict, expected: ConfigDict) -> list[
         if key not in found:
             problems.append(f"{prefix}{key} is missing: start from base() and subset()")
         elif not isinstance(found[key], types):
-            problems.append(f"{prefix}{key}={found[key]!r}: must be such as {value!r}")
+            problems.append(f"{prefix}{key}={found[key]!r}: must be such as {('x',) if value == () else value!r}")
         elif isinstance(value, ConfigDict) and len(value):
             problems += _key_problems(f"{prefix}{key}.", found[key], value)
     return problems

@@ -36,9 +36,9 @@ SECTIONS = (  # (key, title, what it is), in their order
     (
         "personal",
         "Personal data",
-        "What placeholders stand for, in copies that were removed later, too. Precision and recall are of the rules, on the labelled lines of k2jax's "
-        "tools/bench/pii_sample.txt, not on these documents: what is right was found from its first character to its "
-        "last. What is missed stays in the stores.",
+        "What placeholders stand for, in copies that were removed later, too. Precision and recall are of the rules, on "
+        "k2jax's labelled lines (tools/bench/pii_sample.txt), not on these documents: what is right was found from its "
+        "first character to its last. What is missed stays in the stores.",
     ),
     (
         "samples",
