@@ -21,7 +21,7 @@ from k2jax.data.loader import row_length, validation_starts
 from k2jax.data.store import Store
 from k2jax.model.decoder import Params
 from k2jax.parallel import sharding
-from k2jax.training.step import row_losses
+from k2jax.training.losses import row_losses
 
 UNIGRAM_TOKENS = 4_000_000  # training tokens of a subset that its unigram distribution is counted on, at most
 
@@ -77,7 +77,7 @@ def validate(
             rows, marks = read_rows(config, stage, store, some)
             batch = HeldOutBatch(name, some, rows, marks, *_run(losses_of, params, rows, marks, stage, mesh))
             loss, targets = loss + batch.losses.sum(), targets + batch.targets.sum()
-            asked = rows[:, 1:] if marks is None else rows[:, 1:][is_target(marks)]
+            asked = rows[:, 1:] if marks is None else rows[:, 1:][is_target(marks, stage.kind == "dpo")]
             unigram_loss, predicted = unigram_loss + unigram[asked].sum(), predicted + asked.size
             if on_batch:
                 on_batch(batch)
@@ -106,7 +106,7 @@ def few_losses(
         return {}
     read = [read_rows(config, stage, stores[name], found) for name, found in starts.items()]
     rows, size = np.concatenate([rows for rows, _ in read]), _rows_per_batch(stage, mesh)
-    marks = np.concatenate([marks for _, marks in read]) if stage.kind == "sft" else None
+    marks = None if stage.kind == "pretrain" else np.concatenate([marks for _, marks in read])
     parts = [
         _run(losses_of, params, rows[i : i + size], marks if marks is None else marks[i : i + size], stage, mesh)
         for i in range(0, len(rows), size)
