@@ -190,7 +190,7 @@ def stage(**overrides: Any) -> ConfigDict:
     s.lr_start = 0.0
     s.too_long = "refuse"                 # sft: conversations longer than a row; or "drop" (counted), "cut" at its end
     s.reset_positions = False             # sft: RoPE's positions begin anew with each conversation of a row
-    s.beta = 0.1                          # dpo: how much a pair's log-odds over the reference's count (arXiv:2305.18290)
+    s.beta = 0.1                          # dpo: what a pair's log-odds are multiplied by, less its reference's
     s.mix = ConfigDict()                  # {subset: repeats}: weight of each of its windows; epochs result
     s.lock()
     for key, value in overrides.items():

@@ -41,6 +41,23 @@ def write_store(
     return Store.open(path)
 
 
+def write_pairs(path: Path, lengths: list[tuple[int, int]], *, seed: int = 0, held_out: float = 0.0, **same) -> Store:
+    """Pairs of conversations of so many tokens, that begin alike; of each what comes behind that is learned."""
+    draw = np.random.default_rng(seed)
+    options = {"vocab_size": VOCAB_SIZE, "shard_tokens": 4096, "chunk_tokens": 512, "masked": True, "pairs": True}
+    with StoreWriter(path, **options, **{"tokenizer_sha256": "0" * 64, "eos_id": 0} | same) as writer:
+        for i, (chosen, rejected) in enumerate(lengths):
+            halves = [draw.integers(0, VOCAB_SIZE, length) for length in (chosen, rejected)]
+            alike = min(chosen, rejected) // 2
+            halves[1][:alike] = halves[0][:alike]
+            masks = [2 * half + (np.arange(len(ids)) >= alike) for half, ids in enumerate(halves)]
+            id = hashlib.sha256(f"{path.name} {seed} {i}".encode()).hexdigest()
+            mask = np.concatenate(masks).astype(np.uint8)
+            writer.add(np.concatenate(halves), id=id, source=f"{path.name}.jsonl:{i + 1}", eos=False, mask=mask)
+        writer.finish(validation_fraction=held_out)
+    return Store.open(path)
+
+
 def make_chat(root: Path, text: Path) -> None:
     """A folder as conftest's make_data makes them, with its stores and two of conversations, and tiny.py."""
     root.mkdir(parents=True, exist_ok=True)

@@ -56,9 +56,9 @@ def build_manifest(
 
     Args:
         stages: dicts with name, sequence_length, rows_per_step, steps_per_chunk, chunks and mix, a dict
-            from store name to repeats; of kind "sft" or "dpo" with too_long, and packing and packed of conversations.py. Repeats
-            are weights: a stage's rows are shared out in proportion to windows * repeats, so what results is rows /
-            windows epochs of a subset.
+            from store name to repeats; of kind "sft" or "dpo" with too_long, and packing and packed of
+            conversations.py. Repeats are weights: a stage's rows are shared out in proportion to windows * repeats, so
+            what results is rows / windows epochs of a subset.
         stores: every store of the run by name. A store in no mix is read by no stage.
         seed: of all permutations.
         label_shift: "next" or "inside", see `num_windows`.

@@ -247,6 +247,7 @@ def check_targets(store: Store) -> None:
             number = first + int(none[0])
             raise ConfigError(
                 f"store {store.path}: document {number} ({store.document(number)['source']}) has nothing to learn "
-                f"behind its first token{', or its second half has not' if store.pairs else ''}: take it out of the conversations, or prepare them with bad_rows='drop'"
+                f"behind {'the first token of one of its halves' if store.pairs else 'its first token'}: take it out "
+                f"of the conversations, or prepare them with bad_rows='drop'"
             )
         first = stop

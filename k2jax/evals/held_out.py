@@ -50,7 +50,9 @@ class Validation:
 
             def record(batch: HeldOutBatch) -> None:
                 ids = batch.rows[:, 1:]
-                asked = np.ones(ids.shape, bool) if batch.marks is None else is_target(batch.marks, saved.stage.kind == "dpo")
+                asked = np.ones(ids.shape, bool)
+                if batch.marks is not None:
+                    asked = is_target(batch.marks, saved.stage.kind == "dpo")
                 texts = decode([row[of].tolist() for row, of in zip(ids, asked, strict=True)], skip_control=True)
                 samples.extend(
                     {

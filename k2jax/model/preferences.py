@@ -1,7 +1,7 @@
 """Direct preference optimisation (Rafailov et al., arXiv:2305.18290), on rows of pairs of conversations.
 
-Of each pair a reference, the model that the stage began with, has said beforehand how likely both conversations' answers
-are. A pair's loss is -log sigmoid(beta * ((chosen - its reference) - (rejected - its reference))), of log-probabilities
+Of each pair a reference, the model that the stage began with, has said beforehand how likely the answers of both are. A
+pair's loss is -log sigmoid(beta * ((chosen - its reference) - (rejected - its reference))), of log-probabilities
 summed over the answers' tokens. An optimizer minimises its mean over the pairs of a global batch.
 
 Axes: B batch, T positions, P pairs of a row, at most; a last one of 2 is chosen, rejected.

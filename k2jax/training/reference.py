@@ -1,8 +1,8 @@
 """What the model that a dpo stage begins with says of its pairs: made once, kept in reference/ of the run directory.
 
 NAME.npy, by the stage's name, is float32 (documents of all stores in the order of their names, 2): log-probabilities of
-the answers of the chosen and the rejected conversation, NaN for what the stage does not read. Its SHA-256 is in NAME.json
-and in the meta of the stage's checkpoints. It costs one forward pass over all pairs.
+the answers of the chosen and the rejected conversation, NaN for what the stage does not read. Its SHA-256 is in
+NAME.json and in the meta of the stage's checkpoints. It costs one forward pass over all pairs.
 """
 
 import hashlib
@@ -31,7 +31,9 @@ from k2jax.errors import ConfigError
 from k2jax.model.decoder import Params, compute_dtype
 from k2jax.parallel import cluster, sharding
 from k2jax.training.losses import pair_log_probabilities
+from k2jax.training.placement import batch_sharding
 from k2jax.training.step import Batch
+from k2jax.training.validation import rows_per_batch
 
 FOLDER = "reference"
 
@@ -48,18 +50,20 @@ class References:
         stores: dict[str, Store],
         *,
         metas: list[dict[str, Any]] | None = None,
+        restored: dict[str, Any] | None = None,
         alive: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = print,
     ):
         """`metas`, by stage, are what the trainer's checkpoints say; None of a replay, which makes no reference.
 
-        `alive` is called as the pass over the pairs goes on.
+        `restored` is the meta of the checkpoint that it goes on from. `alive` is called as the pass over the pairs goes
+        on.
         """
         self._config, self._folder, self._mesh = config, workdir / FOLDER, mesh
         self._manifest, self._stores = manifest, stores
-        self._metas, self._alive, self._say = metas, alive, say
+        self._metas, self._restored, self._alive, self._say = metas, restored or {}, alive, say
         self._tables: dict[int, jax.Array] = {}
-        everywhere, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, sharding.batch_spec(mesh))
+        everywhere, rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
         self._look_up = jax.jit(_look_up, in_shardings=(everywhere, rows), out_shardings=rows)
 
     def added(self, batch: Batch, step: int, plan: StagePlan, params: Params) -> Batch:
@@ -96,7 +100,7 @@ class References:
         config, stage = self._config, self._config.stages[plan.index]
         rows_of = ConversationRows(self._manifest, plan.index, self._stores)
         width = row_length(stage.sequence_length, config.data.label_shift)
-        size = sharding.rows_at_once(stage, self._mesh)
+        size = rows_per_batch(stage, self._mesh)
         place = NamedSharding(self._mesh, PartitionSpec(sharding.data_axes(self._mesh)))
         some = {"config": config, "stage": stage, "compute_dtype": compute_dtype(config)}
         run = jax.jit(
@@ -118,7 +122,7 @@ class References:
 
     def _load(self, plan: StagePlan) -> tuple[np.ndarray, str]:
         path = self._folder / f"{plan.name}.npy"
-        expected = self._metas and self._metas[plan.index].get("reference")
+        expected = self._restored.get("reference") if self._restored.get("stage") == plan.index else None
         number = sum(store["num_documents"] for store in self._manifest["stores"].values())
         digest = cluster.decide("reads the reference", lambda: check(self._folder, plan.name, number, expected))
         table = np.load(io.BytesIO(path.read_bytes())) if cluster.is_main() else np.zeros((number, 2), np.float32)
@@ -154,9 +158,11 @@ def check(folder: Path | BucketPath, name: str, number: int, expected: str | Non
         )
     data = path.read_bytes()
     digest, kept = hashlib.sha256(data).hexdigest(), files.read_json(about)
-    for what, should in ((about, kept.get("sha256") if isinstance(kept, dict) else None), ("the checkpoint", expected)):
-        if should != digest and (what is about or should is not None):
-            raise ConfigError(f"{path}: its SHA-256 is {digest[:12]}, {what} has {str(should)[:12]}: restore it from a copy")
+    recorded = kept.get("sha256") if isinstance(kept, dict) else None
+    for what, should in ((about.name, recorded), ("the checkpoint", expected or digest)):
+        if should != digest:
+            found = f"its SHA-256 is {digest[:12]}, {what} has {str(should)[:12]}"
+            raise ConfigError(f"{path}: {found}: restore it from a copy, or go back to before stage {name!r}")
     if np.load(io.BytesIO(data)).shape != (number, 2):
         raise ConfigError(f"{path}: is of other stores than the run's: restore those that the stage began with")
     return digest

@@ -84,8 +84,8 @@ class Lane:
         import jax
         import jax.numpy as jnp
 
-        from k2jax.training.optimizer import first_state
         from k2jax.training.losses import row_losses
+        from k2jax.training.optimizer import first_state
         from k2jax.training.step import Batch, train_step
 
         c = experiment(recipe, rows)
