@@ -176,9 +176,7 @@ class Rerun:
         self.shapes = jax.eval_shape(lambda: first_state(self.config))
         self.shardings = place_state(self.config, self.shapes, self.mesh)
         self._compiled: dict[tuple[int, bool], StepFunction] = {}
-        self.references = References(
-            self.config, workdir, self.mesh, self.data.manifest, self.data.stores, say=say
-        )
+        self.references = References(self.config, workdir, self.mesh, self.data.manifest, {}, say=say)
 
     def state(self, place: Place | None) -> TrainState:
         """That of a checkpoint, every array checked; None: from the seed. Raises DamagedError, StorageError."""

@@ -136,10 +136,8 @@ def train_on(
             first_step=step + 1, say=say, launch=launch, tuning=tuning,
         )  # fmt: skip
         recompute = Recompute(config, mesh, shapes, shardings, manifest, clock, say)
-        references = References(
-            config, run.path, mesh, manifest, stores, metas=metas, restored=checkpoints.last_meta,
-            alive=partial(watchdog.at, "step"), say=say,
-        )  # fmt: skip
+        of_trainer = metas, checkpoints.last_meta, partial(watchdog.at, "step")
+        references = References(config, run.path, mesh, manifest, stores, *of_trainer, say=say)
         watchdog.at("data")
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:

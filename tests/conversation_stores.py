@@ -71,6 +71,19 @@ def make_chat(root: Path, text: Path) -> None:
     (root / "tiny.py").write_text(EXPERIMENT.format(vocab_size=VOCAB_SIZE, root=str(root), length=T))
 
 
+def make_preferences(root: Path, text: Path) -> None:
+    """The same with a store of pairs, on which a second stage is of kind dpo."""
+    make_chat(root, text)
+    draw = np.random.default_rng(3)
+    eos_id = load_tokenizer(root / "tokenizer.json").token_to_id(EOS)
+    same = {"tokenizer_sha256": tokenizer_sha256(root / "tokenizer.json"), "eos_id": eos_id, "held_out": 0.1}
+    write_pairs(root / "liked", draw.integers(4, T // 2 + 1, (110, 2)).tolist(), seed=5, **same)
+    experiment = (root / "tiny.py").read_text().replace('"tiny-chat"', '"tiny-preferences"')
+    before, _, behind = experiment.partition('        config.stage(name="chat"')
+    row = behind.replace('kind="sft"', 'kind="dpo"').partition("mix=")[0] + 'mix={"liked": 1}),\n    )\n    return c\n'
+    (root / "tiny.py").write_text(f'{before}        config.stage(name="prefer"{row}')
+
+
 def load(root: Path, **overrides: object) -> configuration.ConfigDict:
     """The experiment of `make_chat`, overridden, locked."""
     return configuration.load(str(root / "tiny.py"), [f"{key}={value}" for key, value in overrides.items()])

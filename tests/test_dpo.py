@@ -119,6 +119,7 @@ def test_the_loss_is_that_of_each_pair_alone(rows, params, shift):
     np.testing.assert_allclose(float(sums.loss), expected[:, 0].sum(), rtol=1e-4)
     told = dict(zip(REWARDS, np.asarray(sums.preferences), strict=True))
     assert told["right"] == (expected[:, 1] > expected[:, 2]).sum() not in (0, len(expected))
+    assert told["tokens"] == sum(mask[1:].sum() for halves, _ in pairs_of(rows[shift]) for _, mask in halves)
     for i, name in enumerate(("chosen_reward", "rejected_reward", "chosen_nats"), 1):
         np.testing.assert_allclose(told[name], expected[:, i].sum(), rtol=1e-4, err_msg=name)
 

@@ -248,7 +248,10 @@ def test_another_packing_than_the_manifests_is_refused(stores):
     ("change", "what"),
     [
         ({"stages.0.kind": "sft"}, "store 'books' holds text without a loss mask.*kind to 'pretrain'"),
-        ({"stages.1.kind": "pretrain", "stages.1.reset_positions": False}, "store 'sums' holds conversations, each by itself.*kind to 'sft'"),
+        (
+            {"stages.1.kind": "pretrain", "stages.1.reset_positions": False},
+            "store 'sums' holds conversations, each by itself.*kind to 'sft'",
+        ),
         ({"stages.1.sequence_length": 16}, "longer than a row of 16"),
     ],
 )

@@ -107,7 +107,7 @@ def _one_tokenizer(stores: dict[str, StoreSummary]) -> StoreSummary:
 def is_packed(stage: dict[str, Any]) -> bool:
     """Whether rows of a stage hold whole documents, as data/packing.py has it: stages of pre-training say no kind in
     manifests."""
-    return stage.get("kind", "pretrain") in PACKED_KINDS
+    return "kind" in stage and stage["kind"] in PACKED_KINDS
 
 
 def _build_stage(stage: dict[str, Any], stores: dict[str, StoreSummary], label_shift: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-REWARDS = ("right", "chosen_reward", "rejected_reward", "chosen_nats")  # what is told, summed over pairs
+REWARDS = ("right", "chosen_reward", "rejected_reward", "chosen_nats", "tokens")  # what is told, summed over pairs
 
 
 class Preferences(NamedTuple):
@@ -21,7 +21,7 @@ class Preferences(NamedTuple):
     loss: jax.Array  # (B,) summed over pairs
     pairs: jax.Array  # (B,) how many
     slope_BT: jax.Array  # of the loss by each learned token's cross-entropy; 0 elsewhere
-    told: jax.Array  # (B, 4): REWARDS
+    told: jax.Array  # (B, 5): REWARDS
 
 
 def log_probabilities(nats_BT: jax.Array, weights_BT: jax.Array, document_BT: jax.Array, P: int) -> jax.Array:
@@ -51,7 +51,7 @@ def preferences(
     is_of_BTX = document_BT[:, :, None] == 1 + jnp.arange(2 * P)
     slope_BT = weights_BT * jnp.where(is_of_BTX, slope_BX[:, None, :], 0.0).sum(axis=2)
     right_BP = (margin_BP > 0) & there_BP
-    told = right_BP, reward_BP2[..., 0], reward_BP2[..., 1], -found_BP2[..., 0]
-    told_B4 = jnp.stack([x_BP.astype(jnp.float32).sum(axis=1) for x_BP in told], axis=1)
+    told = right_BP, reward_BP2[..., 0], reward_BP2[..., 1], -found_BP2[..., 0], weights_BT
+    told_B5 = jnp.stack([x_BX.astype(jnp.float32).sum(axis=1) for x_BX in told], axis=1)
     loss_B = jnp.where(there_BP, jax.nn.softplus(-margin_BP), 0.0).sum(axis=1)
-    return Preferences(loss_B, there_BP.sum(axis=1, dtype=jnp.float32), slope_BT, told_B4)
+    return Preferences(loss_B, there_BP.sum(axis=1, dtype=jnp.float32), slope_BT, told_B5)

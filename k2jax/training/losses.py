@@ -25,7 +25,7 @@ class RowLosses(NamedTuple):
     targets: jax.Array  # how many tokens; of pairs how many pairs
     log_z: jax.Array  # log of softmax's denominator, summed; of pairs their number times its mean
     logit: jax.Array  # the largest magnitude
-    preferences: jax.Array | None = None  # (R, 4), of pairs: model/preferences.py's REWARDS
+    preferences: jax.Array | None = None  # (R, 5), of pairs: model/preferences.py's REWARDS
 
 
 class _Answer(NamedTuple):

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -48,10 +47,10 @@ class References:
         mesh: Mesh,
         manifest: dict[str, Any],
         stores: dict[str, Store],
-        *,
         metas: list[dict[str, Any]] | None = None,
         restored: dict[str, Any] | None = None,
         alive: Callable[[], None] = lambda: None,
+        *,
         say: Callable[[str], None] = print,
     ):
         """`metas`, by stage, are what the trainer's checkpoints say; None of a replay, which makes no reference.
@@ -126,7 +125,7 @@ class References:
         number = sum(store["num_documents"] for store in self._manifest["stores"].values())
         digest = cluster.decide("reads the reference", lambda: check(self._folder, plan.name, number, expected))
         table = np.load(io.BytesIO(path.read_bytes())) if cluster.is_main() else np.zeros((number, 2), np.float32)
-        return multihost_utils.broadcast_one_to_all(table) if cluster.count() > 1 else table, digest
+        return cluster.array_of_main(table), digest
 
 
 def _look_up(table: jax.Array, pairs: jax.Array) -> jax.Array:

@@ -48,7 +48,7 @@ class Sums(NamedTuple):
     subset_loss: jax.Array  # (subsets,)
     subset_targets: jax.Array  # (subsets,)
     masked_rows: jax.Array | None = None  # where data.mask_repeats is on
-    preferences: jax.Array | None = None  # (4,), of pairs: model/preferences.py's REWARDS
+    preferences: jax.Array | None = None  # (5,), of pairs: model/preferences.py's REWARDS
 
     def plus(self, other: "Sums") -> "Sums":
         return jax.tree.map(jnp.add, self, other)._replace(logit=jnp.maximum(self.logit, other.logit))
@@ -214,7 +214,7 @@ def of_batch(batch: Batch, sums: Sums, stage: ConfigDict) -> Metrics:
         more["padding"] = jnp.sum(batch.marks[..., : stage.sequence_length] == 0)
     if sums.preferences is not None:
         mean = sums.preferences / jnp.maximum(sums.targets, 1.0)
-        more |= {f"pairs/{name}": mean[i] for i, name in enumerate(REWARDS)}
+        more |= {f"pairs/{name}": mean[i] for i, name in enumerate(REWARDS)} | {"learned": sums.preferences[-1]}
     return {
         "targets": sums.targets,
         "log_z": sums.log_z / jnp.maximum(sums.targets, 1.0),
