@@ -51,6 +51,7 @@ def found_in(row, subset=PAIRS):
         ({"prompt": "Q", "chosen": [TELL], "rejected": [OTHER]}, [ASK]),
         ({"prompt": [SYSTEM, ASK], "chosen": [TELL], "rejected": [OTHER]}, [SYSTEM, ASK]),
         ({"prompt": [ASK], "chosen": "A", "rejected": "B"}, [ASK]),
+        ({"prompt": "", "chosen": [ASK, TELL], "rejected": [ASK, OTHER]}, [ASK]),
         ({"prompt": [], "chosen": [ASK, {**TELL, "name": None}], "rejected": [ASK, OTHER]}, [ASK]),
     ],
 )  # fmt: skip
@@ -97,7 +98,9 @@ def test_answers_behind_what_both_ask_are_learned():
         ({"prompt": "Q", "chosen": TELL, "rejected": OTHER}, "no list of turns: chosen is dict"),
         ({"prompt": 7, "chosen": "A", "rejected": "B"}, "no list of turns: prompt is int"),
         ({"prompt": "Q", "chosen": "A", "rejected": " "}, "an empty turn: rejected: turn 1, of role assistant"),
-        ({"prompt": "", "chosen": "A", "rejected": "B"}, "an empty turn: prompt: turn 1, of role user"),
+        ({"prompt": " ", "chosen": "A", "rejected": "B"}, "an empty turn: prompt: turn 1, of role user"),
+        ({"prompt": "", "chosen": "A", "rejected": "B"}, "no prompt: chosen and rejected are texts"),
+        ({"prompt": "Q", "chosen": "", "rejected": "B"}, "an empty turn: chosen: turn 1, of role assistant"),
         ({"prompt": "Q", "chosen": "A", "rejected": "B</s>"}, "a control token in a turn: rejected: turn 2, of role"),
         ({"prompt": "Q</s>", "chosen": "A", "rejected": "B"}, "a control token in a turn: chosen: turn 1, of role"),
         ({"chosen": [ASK, TELL], "rejected": [ASK, {"role": "bot", "content": "B"}]}, "an unknown role: rejected: tur"),

@@ -61,7 +61,7 @@ def _read(record: dict[str, Any], subset: ConfigDict) -> list[Asked] | Bad:
     found = []
     for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
         value = record.get(name)
-        raw = [] if value is None else side(value, role)
+        raw = [] if name == "prompt" and value in (None, "") else side(value, role)
         if raw is None:
             return Bad("no list of turns", f"{name} is {type(value).__name__}, expected a text or a list of turns")
         turns = read_turns(raw, subset)
