@@ -51,6 +51,7 @@ def found_in(row, subset=PAIRS):
         ({"prompt": "Q", "chosen": [TELL], "rejected": [OTHER]}, [ASK]),
         ({"prompt": [SYSTEM, ASK], "chosen": [TELL], "rejected": [OTHER]}, [SYSTEM, ASK]),
         ({"prompt": [ASK], "chosen": "A", "rejected": "B"}, [ASK]),
+        ({"prompt": [{**ASK, "content": "A"}], "chosen": "A", "rejected": "B"}, [{**ASK, "content": "A"}]),
         ({"prompt": "", "chosen": [ASK, TELL], "rejected": [ASK, OTHER]}, [ASK]),
         ({"prompt": [], "chosen": [ASK, {**TELL, "name": None}], "rejected": [ASK, OTHER]}, [ASK]),
     ],
@@ -96,6 +97,7 @@ def test_answers_behind_what_both_ask_are_learned():
         ({"prompt": "P", "chosen": [ASK, TELL], "rejected": [ASK, OTHER]}, "a prompt that is not in its conversations"),
         ({"prompt": [SYSTEM], "chosen": [ASK, TELL], "rejected": [ASK, OTHER]}, "a prompt that is not in its conver"),
         ({"prompt": "Q", "chosen": TELL, "rejected": OTHER}, "no list of turns: chosen is dict"),
+        ({"prompt": "Q" * 40, "chosen": "Q" * 40 + "A", "rejected": "\n" + "Q" * 40 + "B"}, "answers that begin with"),
         ({"prompt": 7, "chosen": "A", "rejected": "B"}, "no list of turns: prompt is int"),
         ({"prompt": "Q", "chosen": "A", "rejected": " "}, "an empty turn: rejected: turn 1, of role assistant"),
         ({"prompt": " ", "chosen": "A", "rejected": "B"}, "an empty turn: prompt: turn 1, of role user"),
@@ -282,7 +284,10 @@ def test_what_is_left_out_of_pairs_is_counted_and_shown(made):
     assert "lists: 22 pairs, 44 conversations, 88 turns, 44 answers" in text and "sft: 9 conversations" in text
     page = (root / "out" / "card" / "data.md").read_text()
     assert "| pairs |" in page and "A preference pair is two conversations" in page
-    assert not json.loads((root / "out" / "card" / "data.json").read_bytes())["inconsistencies"]
+    card = json.loads((root / "out" / "card" / "data.json").read_bytes())
+    samples = [one["text"] for one in card["samples"]["kept"] if one["subset"] == "texts"]
+    assert not card["inconsistencies"] and len(samples) == 3
+    assert all(text.startswith("chosen: <|beg") and "\nrejected: <|begin_of_text|>" in text for text in samples)
     shown = show.examples(root / "out", data, colours=False).splitlines()
     both = [[f"{name}, chosen", f"{name}, rejected"] for name in ("lists", "lists-x3", "texts")]
     heads = [line.partition(":")[0] for line in shown if "what is learned is" in line]

@@ -17,6 +17,7 @@ from k2jax.prepare.chat.rows import Turns, conversation, names_in, read_turns, s
 
 HALVES = ("chosen", "rejected")
 SAME = "chosen and rejected are the same"
+REPEATED = 40  # characters of a question with which no two answers begin by chance; "Hello" is one of many
 Asked = list[dict[str, Any]]
 
 
@@ -86,6 +87,9 @@ def _whole(record: dict[str, Any], asked: Asked, answers: list[Asked]) -> bool |
     if isinstance(record["prompt"], list) and shared[: len(asked)] == asked:
         return True
     if first[0]["role"] == rejected[0]["role"] == "assistant":
+        question = asked[-1]["content"].strip()
+        if len(question) >= REPEATED and all(one[0]["content"].lstrip().startswith(question) for one in answers):
+            return Bad("answers that begin with their prompt", "chosen and rejected hold it, too: take it out of them")
         return False
     text = asked[0]["content"].strip()
     if isinstance(record["prompt"], str) and any(text in turn["content"] for turn in shared):
