@@ -70,7 +70,7 @@ def encoded(
         tally.saw(STEP, size)
         cut = 0 < options.max_tokens < len(ids)
         if cut and options.too_long != "cut":
-            remedy = "raise max_tokens, or set too_long to 'cut' or 'drop'"
+            remedy = f"raise max_tokens, or set too_long to drop{'' if options.pairs else ' or cut'}"
             _leave_out(one, "too long", f"{len(ids)} tokens", options.too_long, remedy)
             tally.removed(STEP, "too long", size)
             continue
