@@ -158,7 +158,7 @@ def test_a_pair_that_is_too_long_is_refused_or_dropped(tmp_path):
     row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
     size = len(pair_in_tokens(folder, row)[0])
     assert len(pair_in_tokens(folder, row, max_tokens=size)[0]) == size
-    with pytest.raises(ConfigError, match=rf"pairs\.jsonl:1: too long .*, or set too_long to drop$"):
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl:1: too long .*, or set too_long to drop$"):
         pair_in_tokens(folder, row, max_tokens=size - 1)
     with pytest.raises(ValueError, match="not enough values"):
         pair_in_tokens(folder, row, max_tokens=size - 1, too_long="drop")
