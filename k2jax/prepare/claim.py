@@ -105,6 +105,7 @@ def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str)
     made["subsets"] = {name: {**later, **chosen} for name, chosen in made.get("subsets", {}).items()}
     for chosen in made["subsets"].values():
         chosen["pii"] = [] if chosen.get("pii") is False else chosen.get("pii")  # True: by other rules
+        chosen["conversations"] = chosen["conversations"] and {"pairs": False, **chosen["conversations"]}
     made = numbered(ConfigDict(made)).to_dict()  # the names' order was that of equal priorities
     if made != wanted:
         changes = "; ".join(

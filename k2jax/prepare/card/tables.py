@@ -23,7 +23,8 @@ SECTIONS = (  # (key, title, what it is), in their order
         "conversations",
         "Conversations",
         "What is in the stores. Only answers are learned. Joined ones begin within a token of the prompt, endless ones "
-        "end with no control token; compared are conversations whose generation blocks were held against prefixes.",
+        "end with no control token; compared are conversations whose generation blocks were held against prefixes. "
+        "A preference pair is two conversations, whose answers behind what both ask are learned.",
     ),
     ("lengths", "Lengths", ""),
     ("languages", "Languages", "Where a step identifies them, or the source names them."),
@@ -34,9 +35,8 @@ SECTIONS = (  # (key, title, what it is), in their order
         "Documents that share n-grams with evaluation sets, as the recipe defines them.",
     ),
     (
-        "personal",
-        "Personal data",
-        "What placeholders stand for, in copies that were removed later, too. Precision and recall are of the rules, on "
+        "personal", "Personal data",
+        "What placeholders stand for, in copies that were removed later, too. Precision and recall are of the rules on "
         "k2jax's labelled lines (tools/bench/pii_sample.txt), not on these documents: what is right was found from its "
         "first character to its last. What is missed stays in the stores.",
     ),
