@@ -1,5 +1,6 @@
 """Stages run everywhere alike: a rank is done once, a failure reaches the user, what is incomplete never passes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -207,3 +208,44 @@ def test_a_full_disk_is_no_bug(tmp_path):
 def test_datatrove_writes_nothing_to_the_terminal(tmp_path):
     program = start(tmp_path, "note", workers=2)
     assert (*program.communicate(), program.returncode) == ("", "", 0)
+
+
+def read_archive(rank: int, *, folder: Path) -> None:
+    """A task: reads an archive whose addresses and remainders would command a terminal."""
+    from k2jax.prepare.files import File
+    from k2jax.prepare.warc import warc_records
+
+    body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>a page</p>"
+    header = b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://x/ \x1b]0;%d\x07\r\n" % rank
+    data = header + b"Content-Length: %d\r\n\r\n%b\x1b[2J\r\n\r\n" % (len(body) - 4, body)
+    path = folder / f"{rank}.warc"
+    path.write_bytes(data)
+    found = list(warc_records(File(path.name, str(path), len(data)), most=1000, html_only=True, text_key="text"))
+    (folder / f"{rank}.ran").write_text(found[0][1].reason)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_libraries_print_of_pages_is_counted_and_kept_and_commands_no_terminal(tmp_path, workers):
+    program = start(tmp_path, "read_archive", workers)
+    out, err = program.communicate()
+    assert (out, program.returncode) == ("", 0) and [(tmp_path / f"{i}.ran").read_text() for i in range(2)]
+    kept = tmp_path / "done/read_archive/said"
+    assert err.startswith(f"stage read_archive: libraries printed 8 lines, kept in {kept}; the first: Replacing spaces")
+    assert err.count("\n") == 1 and err[:-1].isprintable() and "\\u001b]0;0" in err
+    assert json.loads((kept / "00001.json").read_bytes())["num_lines"] == 4
+
+
+def chatter(rank: int, *, folder: Path) -> None:
+    for i in range(10_000):
+        print("\rbar", i, end="")
+    for i in range(1000):
+        print(f"\u202e{i} \ud800" * 1000, file=sys.stderr)
+    raise OSError(28, "No space left on device")
+
+
+def test_what_libraries_print_without_end_is_not_all_kept(tmp_path, capsys):
+    with pytest.raises((OSError, StorageError), match="No space left"):
+        engine(tmp_path).run(Stage("chatter", 1, partial(chatter, folder=tmp_path)))
+    found = json.loads((tmp_path / "done/chatter/said/00000.json").read_bytes())
+    assert len(found["first"]) == 100 and max(map(len, found["first"])) <= 6 * 300 and found["num_lines"] == 1000
+    assert capsys.readouterr().err.count("\n") == 1

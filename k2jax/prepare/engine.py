@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ import k2jax
 from k2jax import errors
 from k2jax.errors import ConfigError, RunError
 from k2jax.files import write_json, write_text
+from k2jax.prepare import said
 from k2jax.text import without_secrets
 
 EXECUTORS = ("local", "ray", "slurm")
@@ -66,12 +68,17 @@ class Engine(NamedTuple):
         if not stage.tasks:
             return
         folder = self.folder / stage.name
-        shutil.rmtree(folder / "errors", ignore_errors=True)
+        for name in ("errors", "said"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         logger.disable("datatrove")  # it tells of every step; errors come from here
         executor = self._executor(stage, folder)
         if executor.get_incomplete_ranks(skip_completed=True):
-            with _progress(stage, folder):
-                executor.run()
+            try:
+                with _progress(stage, folder):
+                    executor.run()
+            finally:
+                if line := said.summary(folder / "said"):
+                    print(f"stage {stage.name}: {line}", file=sys.stderr, flush=True)
         _raise_failures(stage, folder)
         if missing := executor.get_incomplete_ranks(skip_completed=True):
             raise RunError(
@@ -102,7 +109,7 @@ class Engine(NamedTuple):
 
 
 class _Ranks:
-    """One rank of a stage, for all three executors: no log of every step, and the error on record if it fails."""
+    """One rank of a stage, for all three executors: the error is on record if it fails, and what libraries print."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
         logger.disable("datatrove")
@@ -113,7 +120,8 @@ class _Ranks:
         [function] = self.pipeline
         before = time.process_time()
         try:
-            function(rank)
+            with said.kept(Path(self.logging_dir.resolve_paths(f"said/{rank:05d}.json"))):
+                function(rank)
         except Exception as error:
             kind = "StorageError" if isinstance(error, OSError) else type(error).__name__
             failure = {"type": kind, "message": without_secrets(str(error))}
