@@ -123,53 +123,6 @@ def start(folder: Path, task: str, workers: int) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, folder / "main.py"], env=env, text=True, **pipes)
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    """A Slurm of shell scripts: sbatch runs the job's script for every rank of its array, at once, in turn."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in {
-        "sbatch": 'script="${@: -1}"\n'
-        "ranks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' \"$script\")\n"
-        "for rank in $(seq 0 $ranks); do\n"
-        '  SLURM_ARRAY_TASK_ID=$rank SLURM_NODELIST=here bash "$script" >>"$SLURM_OUTPUT" 2>&1\n'
-        "done\necho Submitted batch job 17\n",
-        "srun": 'while [ "$1" != launch_pickled_pipeline ]; do shift; done\nexec "$@"\n',
-        "squeue": "exit 0\n",
-        "scontrol": "echo here\n",
-    }.items():
-        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}")
-        (programs / name).chmod(0o755)
-    tests = Path(__file__).parent
-    monkeypatch.setenv("PATH", os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
-    monkeypatch.setenv("SLURM_OUTPUT", str(tmp_path / "slurm.out"))
-    return programs
-
-
-def test_slurm_runs_the_job_script_and_a_job_that_dies_is_an_error(tmp_path, slurm):
-    check_executor("slurm", SLURM)
-    stage = Stage("die", 4, partial(die, folder=tmp_path))
-    with pytest.raises(RunError, match="stage die: 1 of 4 tasks did not end, the first is 2"):
-        engine(tmp_path, "slurm", 2).run(stage)
-    engine(tmp_path, "slurm", 2).run(stage)
-    assert runs(tmp_path) == {0: 1, 1: 1, 2: 2, 3: 1}, (tmp_path / "slurm.out").read_text()
-
-
-def test_a_job_of_an_earlier_attempt_is_waited_for_not_started_again(tmp_path, slurm, monkeypatch):
-    """Its rank 1 ends while we wait: only rank 0 is left to launch."""
-    monkeypatch.setattr(engine_module, "SLURM_POLL_SECONDS", 0.01)
-    done = tmp_path / "done/note"
-    (done / "completions").mkdir(parents=True)
-    (done / "job").write_text("16")
-    (slurm / "squeue").write_text(
-        f"#!/usr/bin/env bash\nif [ ! -e {done}/completions/00001 ] && [ $3 = 16 ]; then echo 16 running; fi\n"
-        f"touch {done}/completions/00001\n"
-    )
-    engine(tmp_path, "slurm", 2).run(Stage("note", 2, partial(note, folder=tmp_path)))
-    assert runs(tmp_path) == {0: 1}
-
-
 def test_a_rank_that_failed_and_passed_when_it_was_tried_again_is_no_failure(tmp_path):
     failure = '{"type": "ConfigError", "message": "wrong"}'
     for name, text in {"errors/00001.json": failure, "completions/00001": ""}.items():
@@ -183,13 +136,17 @@ def test_a_rank_that_failed_and_passed_when_it_was_tried_again_is_no_failure(tmp
 
 
 def test_executors_that_cannot_run_are_refused_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for program in ("sbatch", "squeue"):
+        with pytest.raises(ConfigError, match=f"no {program}"):
+            check_executor("slurm", SLURM)
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o755)
     with pytest.raises(ConfigError, match="partition"):
-        monkeypatch.setenv("PATH", str(tmp_path))
-        (tmp_path / "sbatch").write_text("#!/bin/sh\n")
-        (tmp_path / "sbatch").chmod(0o755)
         check_executor("slurm", {**SLURM, "partition": ""})
-    (tmp_path / "sbatch").unlink()
-    with pytest.raises(ConfigError, match="no sbatch"):
+    check_executor("slurm", SLURM)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    with pytest.raises(ConfigError, match="a task of a job array"):
         check_executor("slurm", SLURM)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="k2jax\\[data,ray\\]"):
