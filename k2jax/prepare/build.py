@@ -22,7 +22,19 @@ from k2jax.data.store import Store
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import write_bytes, write_json
-from k2jax.prepare import claim, clean, dealing, kept, pieces, recipe, spm, tally, token_sources, tokenise
+from k2jax.prepare import (
+    claim,
+    clean,
+    dealing,
+    kept,
+    pieces,
+    recipe,
+    spm,
+    tally,
+    token_sources,
+    tokenise,
+    unreadable,
+)
 from k2jax.prepare.card import card
 from k2jax.prepare.chat import mask
 from k2jax.prepare.claim import TEMPLATE
@@ -114,6 +126,8 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     engine.run(Stage("stores", len(names), join))
 
     data = {"format": FORMAT, "config": redacted(plain), **options, "inputs": inputs, "code": claim.codes(out)}
+    if left := unreadable.of_all(out, list(config.subsets)):
+        data |= {"unreadable": left}
     data |= _summary(config, out, names)
     if chats:
         sha256 = hashlib.sha256((out / TEMPLATE).read_bytes()).hexdigest()

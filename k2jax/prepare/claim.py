@@ -95,7 +95,7 @@ def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str)
     """Raises ConfigError if another recipe made what lies in `out`."""
     wanted = redacted(config.to_dict())
     made = {"eos": "", "chat": recipe.base().chat.to_dict(), **made}  # before there were these keys
-    later = {"conversations": {}, "dumps": [], "follow_links": False, "priority": 0}
+    later = {"conversations": {}, "dumps": [], "follow_links": False, "max_unreadable": 0, "priority": 0}
     made["subsets"] = {name: {**later, **chosen} for name, chosen in made.get("subsets", {}).items()}
     made = numbered(ConfigDict(made)).to_dict()  # the names' order was that of equal priorities
     if made != wanted:
