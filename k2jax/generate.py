@@ -45,7 +45,7 @@ def main() -> None:
     from k2jax.run.saved import check_tokenizer, open_step
     from k2jax.training.placement import mesh_for
 
-    saved = open_step(args.workdir, args.step)
+    saved = open_step(args.workdir, args.step, args.weights)
     encoder = check_tokenizer(saved)
     sampling = Sampling(*sampling_of(args).values())
     check_sampling(sampling)
@@ -87,6 +87,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     branches.add_options(parser)
+    branches.add_weights(parser)
     add("--step", type=int, help="a checkpoint (default: the newest)")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     paths.add(parser, "--prompts", metavar="FILE", help="a prompt a line; in a .jsonl file a line is "
@@ -241,6 +242,7 @@ def describe(saved: Any, prompt: Prompt, text: str, tokens: list[int], args: arg
         "finish": "length" if len(tokens) == args.max_new_tokens else "eos",
         "step": saved.step,
         "checkpoint": saved.digest,
+        "weights": saved.weights,
         "seed": args.seed,
         "sampling": sampling_of(args),
     }

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from test_optimizer import batch_of, numpy_rate
 from test_remedies import MESHES, changed, run_to, stepping, tensors, three_steps
 
-from k2jax import config, keys, trials
+from k2jax import config, generate, keys, trials
 from k2jax.errors import ConfigError
 from k2jax.evals.session import Session, Wanted
 from k2jax.hf.export import export
@@ -361,6 +361,19 @@ def test_the_average_is_evaluated_and_exported_when_asked(with_average, tmp_path
         verify(open_step(folder, None, named_in_it), tmp_path / weights, lambda _: None)
     with pytest.raises(ConfigError, match="tensor .* is not the one that step 15"):
         verify(open_step(folder), tmp_path / "ema", lambda _: None)
+
+
+def test_text_is_generated_from_either(with_average, monkeypatch, capsys):
+    folder, _ = with_average
+    found = {}
+    for weights in ("params", "ema"):
+        options = f"--workdir={folder}", f"--weights={weights}", "--prompt=the", "--temperature=1", "--json"
+        monkeypatch.setattr("sys.argv", ["generate", *options, "--max-new-tokens=400"])
+        generate.main()
+        said = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert said["weights"] == weights and len(said["ids"]) > 4
+        found[weights] = said["ids"]
+    assert found["params"] != found["ema"]
 
 
 def evaluated(folder, weights):

@@ -29,7 +29,7 @@ def run(
 
     Raises ConfigError at the end where lines of JSON could not be answered.
     """
-    saved = open_step(args.workdir, args.step)
+    saved = open_step(args.workdir, args.step, args.weights)
     encoder = check_tokenizer(saved)
     template = template_of(saved, file=args.chat_template, date=datetime.date.today().isoformat())
     warnings = fit.notes(template, encoder)
@@ -51,8 +51,8 @@ def run(
         if not args.json:
             terminal.talk(answerer, encoder.special_tokens, args.system, _say)
             return
-        about = {"step": saved.step, "checkpoint": saved.digest, "template_sha256": template.sha256, "seed": args.seed}
-        about["sampling"] = chosen.sampling._asdict()
+        about = {"step": saved.step, "checkpoint": saved.digest, "weights": saved.weights}
+        about |= {"template_sha256": template.sha256, "seed": args.seed, "sampling": chosen.sampling._asdict()}
         _print_lines(args, answerer, encoder.special_tokens, about)
 
 

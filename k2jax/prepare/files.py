@@ -47,6 +47,7 @@ BESIDE = r"(README|LICEN[CS]E|NOTICE|COPYING|CHANGELOG|CITATION)\b.*|.*\.(md|rst
 BESIDE += r"|_(SUCCESS|metadata|common_metadata|started.*|committed.*)|(dataset_infos?|state|dataset_dict|index)\.json"
 NO_DATA = r".*(\.(sha\d+|md5|sig|asc|bak|old|orig|tmp|temp|part|partial|crdownload|incomplete|aria2|lock|swp)|~)"
 NO_DATA += r"|(SHA\d+|MD5)SUMS?"
+FOLDER, PATTERN, HIDDEN_PATTERN, ONE = range(4)  # what a source names; the third has a dot's name in it
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub"}  # for pip
 
 
@@ -138,9 +139,6 @@ def _some(names: list[str]) -> str:
     """For a message: the first names, and what they are to be said of."""
     first = ", ".join(shown_name(name) for name in sorted(names)[:5])
     return f"{first} is" if len(names) == 1 else f"{len(names)} files ({first}{', ...' * (len(names) > 5)}) are each"
-
-
-FOLDER, PATTERN, HIDDEN_PATTERN, ONE = range(4)  # what a source names; the third has a dot's name in it
 
 
 def _is_data(kind: str, name: str, how: int) -> bool:

@@ -1,10 +1,11 @@
 """Cycles of the attention kernels on a TPU that is not here, beside splash attention at its best block sizes.
 
-    python tools/bench/tpu_kernel_cost.py [--generations v5p v6e] [--lengths 2048 8192 32768] [--kernels flash splash]
-        [--blocks FORWARD,STRIP,BACKWARD,STRIP]
+    python tools/bench/tpu_kernel_cost.py [--generations v5p v6e] [--lengths 2048 8192 32768]
+        [--kernels flash turned splash] [--blocks FORWARD,STRIP,BACKWARD,STRIP]
 
 Compiles each kernel for the TPU (extra `tpu`), reads its final instruction bundles, and counts how often each part of
-it runs for one head of causal bfloat16 attention, head_dim 128. Prints one JSON line a case:
+it runs for one head of causal bfloat16 attention, head_dim 128. "turned" are the kernels that apply RoPE, too, which
+take shorter rows alone. Prints one JSON line a case:
 
 cycles: of one TensorCore; matrix_unit_share: of them, what the arithmetic alone would take (products of the causal
 half, two in forward and five in backward); ratio_to_splash: of cycles to those of splash attention for the same
@@ -74,6 +75,11 @@ def flash_by_parts(case: dict[str, Any]) -> dict[str, tuple[float, Program]]:
     How the parts' results are put together is left to XLA, and not counted: some elementwise passes over a row.
     """
     resident = resident_of_table(case["generation"], case["length"], HEAD_DIM)
+    if case["kernel"] == "turned":
+        if case["length"] > resident // 2:
+            raise ValueError(f"rows of more than {resident // 2} positions are not turned within the kernels")
+        costs = flash_costs(case["generation"], case["length"], HEAD_DIM, tuple(case["blocks"]), turned=True)
+        return {direction: costs[f"{direction}_turned"] for direction in PRODUCTS}
     parts = max(case["length"] // resident, 1)
     costs = flash_costs(case["generation"], case["length"] // parts, HEAD_DIM, tuple(case["blocks"]))
     found = {}
@@ -115,10 +121,7 @@ def read_splash(folder: Path, case: dict[str, Any]) -> dict[str, tuple[float, Pr
 def cost(case: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
     """{direction: JSON line}; None where the kernel does not compile so, as for want of VMEM."""
     try:
-        if case["kernel"] == "flash":
-            found = flash_by_parts(case)
-        else:
-            found = splash_costs(case)
+        found = splash_costs(case) if case["kernel"] == "splash" else flash_by_parts(case)
     except ValueError as error:
         print(f"{case}: {error}", file=sys.stderr)
         return None
@@ -146,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", default=["v5p", "v6e"], choices=topologies.GENERATIONS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768])
-    parser.add_argument("--kernels", nargs="+", default=["splash", "flash"], choices=["splash", "flash"])
+    parser.add_argument("--kernels", nargs="+", default=["splash", "flash"], choices=["splash", "flash", "turned"])
     parser.add_argument("--blocks", default=None, help="of the flash kernels, all four; by default those of the table")
     parser.add_argument("--compile", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--dump", help=argparse.SUPPRESS)
@@ -162,10 +165,10 @@ def main() -> None:
                     best[direction] = line
         for line in best.values():
             print(json.dumps(line | {"ratio_to_splash": 1.0}), flush=True)
-        if "flash" in args.kernels:
+        for kernel in (name for name in ("flash", "turned") if name in args.kernels):
             given = args.blocks and tuple(int(size) for size in args.blocks.split(","))
             blocks = given or blocks_of_table(generation, length, HEAD_DIM)
-            case = {"kernel": "flash", "generation": generation, "length": length, "blocks": list(blocks)}
+            case = {"kernel": kernel, "generation": generation, "length": length, "blocks": list(blocks)}
             for direction, line in (cost(case) or {}).items():
                 ratio = line["cycles"] / best[direction]["cycles"] if best else None
                 print(json.dumps(line | {"ratio_to_splash": ratio and round(ratio, 3)}), flush=True)
