@@ -187,7 +187,7 @@ def test_what_libraries_print_of_pages_is_counted_and_kept_and_commands_no_termi
     out, err = program.communicate()
     assert (out, program.returncode) == ("", 0) and [(tmp_path / f"{i}.ran").read_text() for i in range(2)]
     kept = tmp_path / "done/read_archive/said"
-    assert err.startswith(f"stage read_archive: libraries printed 8 lines, kept in {kept}; the first: Replacing spaces")
+    assert err.startswith(f"stage read_archive: libraries printed 8 lines, which lie in {kept} until the end")
     assert err.count("\n") == 1 and err[:-1].isprintable() and "\\u001b]0;0" in err
     assert json.loads((kept / "00001.json").read_bytes())["num_lines"] == 4
 

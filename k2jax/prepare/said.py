@@ -54,4 +54,5 @@ def summary(folder: Path) -> str:
     if not found:
         return ""
     total, first = sum(one["num_lines"] for one in found), found[0]["first"][0]
-    return f"libraries printed {total:,} line{'s' * (total > 1)}, kept in {folder}; the first: {first[:100].strip()}"
+    lines = f"{total:,} line{'s' * (total > 1)}"
+    return f"libraries printed {lines}, which lie in {folder} until the end; the first: {first[:100].strip()}"

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from k2jax.errors import UnreadableError
 from k2jax.files import read_json, write_json
 from k2jax.prepare.files import File, place
-from k2jax.prepare.tally import Tally
+from k2jax.prepare.tally import Tally, shown_name
 
 REASON = "file that cannot be read"
 
@@ -33,8 +33,8 @@ def note(out: Path, subset: str, chosen: ConfigDict, files: list[File], error: U
         raise error
     path = _folder(out, subset) / f"{hashlib.sha256(file.name.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json(path, {"name": place(file, 0), "path": file.name, "error": str(error), "date": date})
-    if len(noted(out, subset)) > chosen.max_unreadable:
+    write_json(path, {"name": shown_name(file.name), "path": file.name, "error": str(error), "date": date})
+    if len(list(path.parent.glob("*.json"))) > chosen.max_unreadable:
         path.unlink()  # when the storage is well again it is read
         raise UnreadableError(f"{error}; subsets.{subset}.max_unreadable={chosen.max_unreadable} are left out already")
 
@@ -44,7 +44,7 @@ def others(out: Path, subset: str, files: list[File], tally: Tally) -> list[File
     found = {one["path"]: one for one in (read_json(path) for path in _folder(out, subset).glob("*.json"))}
     for file in files:
         if file.name in found:
-            tally.problem(REASON, found[file.name]["name"], found[file.name]["error"])
+            tally.problem(REASON, place(file, 0), found[file.name]["error"])
     return [file for file in files if file.name not in found]
 
 
