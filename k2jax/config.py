@@ -22,6 +22,7 @@ from k2jax.keys import (
     KINDS,
     ON_HOST,
     OPTIMIZERS,
+    PACKED_KINDS,
     PATHS,
     PRODUCTS,
     RANGES,
@@ -186,7 +187,7 @@ def validate(config: ConfigDict) -> None:
     need(len(set(names)) == len(names), "stages", names, "each stage needs a name of its own")
     for i, row in enumerate(config.stages):
         _validate_stage(need, f"stages.{i}.", row, m.sliding_window)
-        _validate_sft(need, f"stages.{i}.", row, m.attention.implementation)
+        _validate_packed(need, f"stages.{i}.", row, config)
     if problems:
         raise ConfigError(f"{len(problems)} problem(s) in the configuration: " + "; ".join(problems))
 
@@ -274,15 +275,23 @@ def _validate_stage(need: Any, prefix: str, row: ConfigDict, window: int) -> Non
         )
 
 
-def _validate_sft(need: Any, prefix: str, row: ConfigDict, attention: str) -> None:
+def _validate_packed(need: Any, prefix: str, row: ConfigDict, config: ConfigDict) -> None:
+    attention = config.model.attention.implementation
     need(row.kind in KINDS, prefix + "kind", row.kind, f"must be one of {', '.join(KINDS)}")
     need(row.too_long in TOO_LONG, prefix + "too_long", row.too_long, f"must be one of {', '.join(TOO_LONG)}")
-    if row.kind == "sft":
-        what = "is 'cudnn', which masks no documents, and an sft stage's rows hold several: take 'auto'"
+    usual = {"too_long": "refuse", "reset_positions": False, "beta": 0.1}
+    if row.kind in PACKED_KINDS:
+        what = f"is 'cudnn', which masks no documents, and rows of kind {row.kind!r} hold several: take 'auto'"
         need(attention != "cudnn", prefix + "kind", row.kind, f"model.attention.implementation {what}")
-    else:
-        for key, usual in {"too_long": "refuse", "reset_positions": False}.items():
-            need(row[key] == usual, prefix + key, row[key], f"is for stages of kind 'sft': leave it {usual!r}")
+        del usual["too_long"], usual["reset_positions"]
+    if row.kind == "dpo":
+        need(row.too_long != "cut", prefix + "too_long", row.too_long, "would leave half a pair: take 'drop'")
+        for key, value in {"loss.z_loss": config.loss.z_loss, "data.mask_repeats": config.data.mask_repeats}.items():
+            need(not value, prefix + "kind", row.kind, f"{key} is {value}, which is of every token's loss: set it to 0")
+        del usual["beta"]
+    for key, value in usual.items():
+        of = "'dpo'" if key == "beta" else "'sft' and 'dpo'"
+        need(row[key] == value, prefix + key, row[key], f"is for stages of kind {of}: leave it {value!r}")
 
 
 def _override(config: ConfigDict, text: str) -> None:

@@ -16,7 +16,8 @@ from k2jax.errors import ConfigError
 # Arrays of a layer that `model.remat` may keep; "attention" is its output, "middle" the stream between its two halves.
 ATTENTION_SUMS = "attention_sums"  # of its softmax: kept with it
 REMAT_NAMES = ("q", "k", "v", "attention", "middle", "gate", "up")
-KINDS = ("pretrain", "sft")  # of stages
+PACKED_KINDS = "sft", "dpo"  # of stages whose rows hold whole documents
+KINDS = ("pretrain", *PACKED_KINDS)  # of stages
 TOO_LONG = ("refuse", "drop", "cut")  # what an sft stage does of conversations that are longer than its rows
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")  # training/optimizer.py has what they are
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor")  # there, too
@@ -173,7 +174,8 @@ def stage(**overrides: Any) -> ConfigDict:
     """One row of the stage table; every key with its default."""
     s = ConfigDict()
     s.name = "stage1"
-    s.kind = "pretrain"                   # "sft": rows of whole conversations, of which what is masked is learned
+    s.kind = "pretrain"                   # "sft": rows of whole conversations, of which what is masked is learned; or
+                                          # "dpo": of whole pairs of them, of which one is preferred
     s.sequence_length = 2048              # T: tokens a row
     s.rows_per_step = 2040                # global batch, rows
     s.microbatches = 1                    # gradient accumulation: the batch is cut into this many
@@ -188,6 +190,7 @@ def stage(**overrides: Any) -> ConfigDict:
     s.lr_start = 0.0
     s.too_long = "refuse"                 # sft: conversations longer than a row; or "drop" (counted), "cut" at its end
     s.reset_positions = False             # sft: RoPE's positions begin anew with each conversation of a row
+    s.beta = 0.1                          # dpo: what a pair's log-odds are multiplied by, less its reference's
     s.mix = ConfigDict()                  # {subset: repeats}: weight of each of its windows; epochs result
     s.lock()
     for key, value in overrides.items():
@@ -222,7 +225,7 @@ RANGES = {
         optimizer.qk_clip data.mask_repeats""",
     # A clip_norm of 0, which elsewhere is "off", would multiply gradients by it: 1e9 clips nothing.
     "(0, inf)": """optimizer.clip_norm optimizer.eps model.norm_eps model.init_std model.rope_scaling.low_freq_factor
-        model.rope_scaling.high_freq_factor model.rope_scaling.original_context stages.*.mix.*
+        model.rope_scaling.high_freq_factor model.rope_scaling.original_context stages.*.mix.* stages.*.beta
         stability.deviations""",
     "(1, inf)": "stages.*.rope_base",
     "(0, 1)": "stages.*.decay_share",

@@ -35,6 +35,7 @@ from k2jax.training.launch import Launch
 from k2jax.training.optimizer import first_state
 from k2jax.training.placement import make_state, mesh_of, place_batches, place_state
 from k2jax.training.program import StepFunction, compile_step
+from k2jax.training.reference import References
 from k2jax.training.step import Batch, Metrics
 
 CLOSE = 1e-3  # relative: beyond it another order of sums is no explanation
@@ -175,6 +176,7 @@ class Rerun:
         self.shapes = jax.eval_shape(lambda: first_state(self.config))
         self.shardings = place_state(self.config, self.shapes, self.mesh)
         self._compiled: dict[tuple[int, bool], StepFunction] = {}
+        self.references = References(self.config, workdir, self.mesh, self.data.manifest, {}, say=say)
 
     def state(self, place: Place | None) -> TrainState:
         """That of a checkpoint, every array checked; None: from the seed. Raises DamagedError, StorageError."""
@@ -205,6 +207,7 @@ class Rerun:
             with closing(batches):
                 for step, rows in batches:
                     batch = placement.globalize(rows)._replace(limits=limits_as_decided(decided.get(step, {})))
+                    batch = self.references.added(batch, step, plan, state.params)
                     state, metrics = run_step(state, batch)
                     yield Done(step, state, metrics)
 
@@ -235,7 +238,8 @@ class Rerun:
 
     def probe(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """A batch as the stage of `step` runs it, from a state: the state, unchanged, in other buffers; the metrics."""
-        run_step = self.compiled(self.order.stage_of_step(step), skips=True)
+        plan = self.order.stage_of_step(step)
+        run_step, batch = self.compiled(plan, skips=True), self.references.added(batch, step, plan, state.params)
         count = (state.step + 0, state.skips_in_a_row + 0)  # what is given is used up
         after, metrics = run_step(state, batch._replace(limits=NEVER))
         return after._replace(step=count[0], skips_in_a_row=count[1]), jax.device_get(metrics)

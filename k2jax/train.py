@@ -57,6 +57,7 @@ from k2jax.training.placement import begin_state, mesh_of, place_state
 from k2jax.training.probe import Probe
 from k2jax.training.program import feed_steps
 from k2jax.training.recompute import Recompute
+from k2jax.training.reference import References
 from k2jax.training.setup import check_processes_agree, checkpoint_metas, describe_run, open_same_data
 
 
@@ -135,6 +136,8 @@ def train_on(
             first_step=step + 1, say=say, launch=launch, tuning=tuning,
         )  # fmt: skip
         recompute = Recompute(config, mesh, shapes, shardings, manifest, clock, say)
+        of_trainer = metas, checkpoints.last_meta, partial(watchdog.at, "step")
+        references = References(config, run.path, mesh, manifest, stores, *of_trainer, say=say)
         watchdog.at("data")
         with checkpoints, closing(work), progress_bar(order.num_steps, step) as bar:
             for step, plan, run_step, batch, data_wait_s in work:
@@ -143,6 +146,7 @@ def train_on(
                     watchdog.at("save")
                     stop(checkpoints, recorder, save if saved < step - 1 else None, state, step - 1)
                 state = state or made()  # made while the step was compiled
+                batch = references.added(batch, step, plan, state.params)
                 again = recompute.check(step, plan, state, batch)
                 state, metrics = run_step(state, batch._replace(limits=guard.limits(step)))
                 metrics = probe.added(metrics, step, plan, state.params, batch)

@@ -22,8 +22,8 @@ from k2jax.run.state import TrainState
 from k2jax.stability.crossing import Ordinary, limit_of
 from k2jax.stability.repeats import repeats
 from k2jax.stability.verdict import SOON, is_unusual
+from k2jax.training.losses import row_losses
 from k2jax.training.optimizer import Table, kept_moments
-from k2jax.training.step import row_losses
 
 OTHERS = 6  # steps around the one in question, whose batches stand for ordinary ones
 EARLIER = 2  # checkpoints before it from whose states its batch is run

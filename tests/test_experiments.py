@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conversation_stores import write_store
+from conversation_stores import write_pairs, write_store
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
@@ -63,11 +63,13 @@ def test_is_a_lab_note(path: Path):
 
 def shrink(c: ConfigDict, data: Path, root: Path) -> ConfigDict:
     """The same experiment on a tiny model, with a store of tiny data under each name that its mix has."""
-    same = {"sha256": tokenizer_sha256(data / "tokenizer.json"), "held_out": 0.1}
+    same = {"tokenizer_sha256": tokenizer_sha256(data / "tokenizer.json"), "held_out": 0.1}
     same["eos_id"] = load_tokenizer(data / "tokenizer.json").token_to_id(EOS)
     for name, kind in {(name, stage.kind) for stage in c.stages for name in stage.mix}:
         if kind == "sft":
             write_store(root / name, [2 + i % 3 for i in range(60)], **same)
+        elif kind == "dpo":
+            write_pairs(root / name, [(4, 4)] * 60, **same)
         else:
             shutil.copytree(data / "code", root / name)
     with c.unlocked():

@@ -29,7 +29,7 @@ TOP_LEVEL |= {"pyproject.toml", "requirements.lock"}
 FILE_LINES, FUNCTION_LINES, NESTING = 350, 60, 4
 LONG_FILES = {
     "k2jax/parallel/cluster.py": 370,  # all that processes say to one another, in one place
-    "k2jax/data/store.py": 500,  # writer and reader of one format side by side: tokens, and the loss mask beside them
+    "k2jax/data/store.py": 530,  # writer and reader of one format side by side: tokens, the loss mask, pairs' halves
     "tools/verify_release.py": 1860,  # for strangers: one file, and all of it a second time (formats, order, arrays)
 }
 LONG_FUNCTIONS = {

@@ -84,9 +84,9 @@ def stores(tmp_path_factory):
     }
 
 
-def manifest_of(stores, *, seed=7, shift="next", length=64, rows=4, chunks=12, too_long="refuse", mix=None):
+def manifest_of(stores, *, seed=7, shift="next", length=64, rows=4, chunks=12, too_long="refuse", mix=None, kind="sft"):
     mix = mix or {"a": 1, "b": 2}
-    stage = {"name": "chat", "kind": "sft", "sequence_length": length, "rows_per_step": rows, "too_long": too_long}
+    stage = {"name": "chat", "kind": kind, "sequence_length": length, "rows_per_step": rows, "too_long": too_long}
     stage |= {"steps_per_chunk": 5, "chunks": chunks, "mix": mix, "packing": VERSION}
     from k2jax.data.conversations import packed
 
@@ -226,7 +226,7 @@ def test_what_is_cut_before_its_answer_is_left_out(tmp_path):
 
 
 def test_an_empty_document_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="document 1 is empty"):
+    with pytest.raises(ConfigError, match="document 1 has 0 tokens"):
         packing_of(masked_store(tmp_path / "s", [[0, 1], [], [0, 1]]), 8, "cut")
 
 
@@ -247,8 +247,11 @@ def test_another_packing_than_the_manifests_is_refused(stores):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"stages.0.kind": "sft"}, r"store 'books' has no loss mask.*kind to 'pretrain'"),
-        ({"stages.1.kind": "pretrain", "stages.1.reset_positions": False}, r"stages.1.mix: sums, talk .*kind='sft'"),
+        ({"stages.0.kind": "sft"}, "store 'books' holds text without a loss mask.*kind to 'pretrain'"),
+        (
+            {"stages.1.kind": "pretrain", "stages.1.reset_positions": False},
+            "store 'sums' holds conversations, each by itself.*kind to 'sft'",
+        ),
         ({"stages.1.sequence_length": 16}, "longer than a row of 16"),
     ],
 )

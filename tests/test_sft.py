@@ -15,10 +15,11 @@ from k2jax.model import conversations
 from k2jax.model.attention_logits import attention_logits
 from k2jax.model.decoder import Decoder, init_params
 from k2jax.parallel import sharding
+from k2jax.training.losses import row_losses
 from k2jax.training.optimizer import first_state
 from k2jax.training.placement import check_mesh, make_state, place_batches, place_state
 from k2jax.training.program import step_function
-from k2jax.training.step import Batch, mean_gradients, row_losses
+from k2jax.training.step import Batch, mean_gradients
 
 torch = pytest.importorskip("torch")
 

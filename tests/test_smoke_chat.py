@@ -18,13 +18,19 @@ pytest.importorskip("datatrove")
 def test_what_is_made_is_the_same_each_time(tmp_path):
     for name in ("a", "b", "a"):
         made.write(tmp_path / name, count=40)
-    for name in ("numbers.jsonl", "opposites.jsonl", "chat_template.jinja"):
+    for name in ("numbers.jsonl", "opposites.jsonl", "preferred.jsonl", "chat_template.jinja"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "a" / "numbers.jsonl").read_text().splitlines()]
     assert len({json.dumps(row) for row in rows}) == 40
     for turn, answer in ((row["messages"][0], row["messages"][1]) for row in rows):
         assert (turn["role"], answer["role"]) == ("user", "assistant")
         assert int(answer["content"][:-1]) == int(turn["content"].removeprefix("After ")[:-1]) + 1
+    pairs = [json.loads(line) for line in (tmp_path / "a" / "preferred.jsonl").read_text().splitlines()]
+    assert len({json.dumps(pair) for pair in pairs}) == 20
+    for chosen, rejected in ((pair["chosen"], pair["rejected"]) for pair in pairs):
+        assert chosen[:-1] == rejected[:-1] and chosen[-1]["content"] != rejected[-1]["content"]
+    texts = [pair["chosen"][-2:] for pair in pairs if pair["chosen"][-2]["content"].startswith("After")]
+    assert texts and all(int(b["content"][:-1]) == int(a["content"][6:-1]) + 1 for a, b in texts)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tensorstore as ts
 from hypothesis import given, settings
@@ -457,3 +458,63 @@ def test_the_mask_is_in_the_digest_and_a_store_without_is_as_before(tmp_path, pa
     write_again.add([5], id="a", source="s")
     write_again.finish()
     assert not (tmp_path / "one" / "loss_mask").exists(), "a mask that was there belongs to no store without"
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_pairs_have_halves_in_their_mask(tmp_path_factory, data):
+    """Written one by one or many at once, and read by windows and spans. Seen red with `mask.sum()` for the count."""
+    half = st.lists(st.integers(0, 1), min_size=1, max_size=20).map(np.array)
+    masks = [np.append(a, b + 2) for a, b in data.draw(st.lists(st.tuples(half, half), min_size=1, max_size=8))]
+    path, flat = tmp_path_factory.mktemp("pairs") / "s", np.concatenate(masks)
+    with StoreWriter(path, vocab_size=1000, masked=True, pairs=True, **OPTIONS) as writer:
+        writer.add(np.arange(len(masks[0])), id="0", source="chat 0", eos=False, mask=masks[0])
+        if masks[1:]:
+            rows = [(str(i), f"chat {i}", len(mask), "{}") for i, mask in enumerate(masks[1:], 1)]
+            columns = [pa.array(column) for column in zip(*rows, strict=True)]
+            batch = pa.RecordBatch.from_arrays(columns, schema=store.DOCUMENTS)
+            writer.extend(np.full(len(flat) - len(masks[0]), EOS), batch, np.concatenate(masks[1:]))
+        info = writer.finish()
+    opened = pickle.loads(pickle.dumps(Store.open(path, verify="sha256")))
+    assert opened.pairs and opened.masked and info["pairs"] is True
+    assert info["supervised_tokens"] == (flat % 2).sum()
+    np.testing.assert_array_equal(opened.read_mask([0], len(flat))[0], flat)
+    starts, lengths = opened.document_starts()[:-1], [len(mask) for mask in masks]
+    np.testing.assert_array_equal(opened.start_reading_spans(starts, lengths, masks=True)(), flat)
+
+
+@pytest.mark.parametrize(
+    ("mask", "pairs"),
+    [
+        ([0, 1, 1], True), ([2, 3, 3], True), ([1, 3, 1], True), ([3, 1], True), ([0, 1, 4], True), ([], True),
+        ([0, 1, 3], False), ([0, 1, 2], False),
+    ],
+)  # fmt: skip
+def test_no_store_of_what_is_no_pair(tmp_path, mask, pairs):
+    """One half alone, halves in the other order, a pair in a store of conversations; beside a good one, too."""
+    good, size, options = ([1, 3] if pairs else [0, 1]), len(mask), {"vocab_size": 9, "masked": True, **OPTIONS}
+    with pytest.raises(AssertionError, match="value|half"), StoreWriter(tmp_path / "s", pairs=pairs, **options) as w:
+        w.add([4] * size, id="a", source="s", eos=False, mask=mask)
+    with pytest.raises(AssertionError, match="value|half"), StoreWriter(tmp_path / "s", pairs=pairs, **options) as w:
+        columns = [pa.array(x) for x in (["a", "b", "c"], ["s"] * 3, [2, size, 2], ["{}"] * 3)]
+        batch = pa.RecordBatch.from_arrays(columns, schema=store.DOCUMENTS)
+        w.extend(np.full(size + 4, 4), batch, np.array([*good, *mask, *good]))
+    with pytest.raises(AssertionError, match="is masked"):
+        StoreWriter(tmp_path / "t", vocab_size=9, pairs=True, **OPTIONS)
+
+
+def test_a_mask_of_pairs_in_a_store_of_conversations_is_said_when_read(tmp_path):
+    """As of one whose store.json was edited; and store.json of conversations is as it was before there were pairs."""
+    for name, pairs in (("chat", False), ("pairs", True)):
+        with StoreWriter(tmp_path / name, vocab_size=9, masked=True, pairs=pairs, **OPTIONS) as writer:
+            writer.add([5, 6, 7], id="a", source="s", eos=False, mask=[0, 1, 3] if pairs else [0, 1, 1])
+            writer.finish()
+    assert "pairs" not in Store.open(tmp_path / "chat").info and not Store.open(tmp_path / "chat").pairs
+    file = tmp_path / "pairs" / "store.json"
+    info = json.loads(file.read_text())
+    del info["pairs"], info["root_digest"]
+    file.write_text(json.dumps({**info, "root_digest": sha256_json(info)}))
+    opened = Store.open(tmp_path / "pairs")
+    for read in (lambda: opened.read_mask([0], 3), opened.start_reading_spans([0], [3], masks=True)):
+        with pytest.raises(ConfigError, match="its loss mask.* holds 3"):
+            read()

@@ -326,7 +326,7 @@ class Stage:
         stage = manifest["stages"][index]
         self.name, self.length, self.rows_per_step = (stage[k] for k in ("name", "sequence_length", "rows_per_step"))
         self.chunk_steps, self.steps, self.subsets = stage["steps_per_chunk"], steps, stage["subsets"]
-        self.sft = is_sft(stage)
+        self.sft, self.dpo = is_sft(stage), is_sft(stage) and stage["kind"] == "dpo"
         names = sorted(manifest["stores"])
         self.number = np.array([names.index(s["name"]) for s in self.subsets])
         self.keys = [key_of(manifest["seed"], "windows", index, s["name"]) for s in self.subsets]
@@ -470,7 +470,7 @@ class Part:
         store = m["stores"][s["name"]]["root_digest"]
         stage = m["stages"][i]
         key = m["seed"], i, s["name"], store, s["windows"], stage["sequence_length"], m["label_shift"]
-        return (*key, "sft", stage["too_long"]) if is_sft(stage) else key
+        return (*key, stage["kind"], stage["too_long"]) if is_sft(stage) else key
 
     def _decide(self, how: str, a: int, b: int) -> None:
         where = f"journal: {how} of {a}:{b}"
@@ -826,7 +826,7 @@ def check_manifest(manifest: Any, config: dict, where: str) -> None:
 
 
 def is_sft(stage: dict) -> bool:
-    return "kind" in stage and stage["kind"] == "sft"
+    return "kind" in stage and stage["kind"] in ("sft", "dpo")
 
 
 def check_kind(stage: dict, plan: dict, where: str) -> None:
@@ -924,7 +924,7 @@ def check_journal(release: Release) -> int:
 
 
 ROW_KEYS = {"step": int, "batch": str, "loss": str, "grad_norm": str, "applied": bool, "outlier": bool}
-SFT_KEYS = {"supervised_tokens": int, "padding_tokens": int}  # more, of steps of an sft stage
+SFT_KEYS = {"supervised_tokens": int, "padding_tokens": int}  # more, of steps of an sft or dpo stage
 RECORD_KEYS = {"first_step", "last_step", "checkpoint", "order", "config", "steps", "num_rows", "previous", "record"}
 
 
@@ -1328,7 +1328,8 @@ def look_at_conversations(
     data: Data, step: int, table: pa.Table, tokens: np.ndarray, marks: np.ndarray, part: Part
 ) -> None:
     """§7.4: a row's conversations follow each other, are whole, as its marks number them, and one of them is learned;
-    none stands twice in an epoch of the steps looked at, and behind them are zeros."""
+    none stands twice in an epoch of the steps looked at, and behind them are zeros. Of a dpo stage each is a pair: its
+    marks number two, both with something that is learned."""
     subsets, epochs, length = column(table, "subset"), column(table, "epoch").tolist(), part.stage_of(step).length
     for row, parts in enumerate(table["documents"].to_pylist()):
         at, where = 0, f"step {step}, row {row}"
@@ -1337,6 +1338,11 @@ def look_at_conversations(
             start, stop = one["start"], one["stop"]
             must(start == at < stop <= length and one["start_in_document"] == 0, f"{where}: conversation {i}")
             expected[start:stop], at = i + 1, stop
+            if part.stage_of(step).dpo:
+                half = start + int((marks[row, start:stop] >> 1 == 2 * i + 1).sum())
+                expected[start:half], expected[half:stop] = 2 * i + 1, 2 * i + 2
+                both = learned[start + 1 : half].any() and learned[half + 1 : stop].any()
+                must(both, f"{where}: half of pair {i} is not there, or nothing in it is learned")
             key = (id(part), part.stage_of(step).name, subsets[row], epochs[row], one["id"], one["source"])
             before = data.once.setdefault(key, where) if len(data.once) < KNOWN_DOCUMENTS else data.once.get(key, where)
             must(before == where, f"{where}: conversation {i} stands in {before}, too, in the same epoch")

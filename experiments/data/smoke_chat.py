@@ -1,4 +1,5 @@
 """Conversations with no download, for experiments/smoke_chat.py: what comes after a number, opposites; made here.
+And preference pairs of such, for a stage of kind "dpo".
 
     python tools/prepare_data.py --config=experiments/data/smoke_chat.py --out=data/smoke_chat
 
@@ -25,4 +26,5 @@ def get_config() -> ConfigDict:
     c.chat.template = f"{MADE}/chat_template.jinja"
     c.subsets.numbers = conversations(f"jsonl:{MADE}/numbers.jsonl")
     c.subsets.opposites = conversations(f"jsonl:{MADE}/opposites.jsonl")
+    c.subsets.preferred = conversations(f"jsonl:{MADE}/preferred.jsonl", pairs=True)
     return c

@@ -31,7 +31,7 @@ from k2jax.data.document_table import DocumentTable
 from k2jax.data.export_readme import readme
 from k2jax.data.export_rows import GROUP_TOKENS, row_batches, schema
 from k2jax.data.loader import row_length
-from k2jax.data.manifest import is_sft, manifest_digest
+from k2jax.data.manifest import is_packed, manifest_digest
 from k2jax.data.provenance import Run, open_run
 from k2jax.data.store import Store
 from k2jax.errors import ConfigError, RunError, StorageError
@@ -228,7 +228,7 @@ def _write_rows(
     """Writes steps first to last; returns how many rows and parts of documents they have."""
     places = [scratch / run.manifest["stores"][name]["root_digest"] for name in run.subset_names]
     tables = [DocumentTable(place) if place.with_name(f"{place.name}.starts").exists() else None for place in places]
-    marked = is_sft(run.manifest["stages"][run.order.stage_of_step(first).index])
+    marked = is_packed(run.manifest["stages"][run.order.stage_of_step(first).index])
     columns, rows, parts = schema(run.manifest["vocab_size"], marked), 0, 0
     waiting: list[pa.RecordBatch] = []
     with pq.ParquetWriter(file, columns, use_dictionary=["subset"], **COMPRESSION) as writer:

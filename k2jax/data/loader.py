@@ -6,7 +6,8 @@ there are, and there is no iterator state to save: resuming at step n is startin
 What a batch holds, for the rows that this host reads (T = sequence length):
 
     tokens    int32 (rows, T + 1), or (rows, T) with label_shift "inside"
-    marks     int32, as tokens: of an sft stage alone, see conversations.py
+    marks     int32, as tokens: of an sft or dpo stage alone, see conversations.py
+    pairs     int32 (rows, P): of a dpo stage alone, see conversations.py
     subset    int32 (rows,)       index in sorted(manifest["stores"])
     position  int64 (rows,)       of order.py
     digest    uint32 (rows, 8)    of `row_digests`, of a row's tokens and then its marks
@@ -26,7 +27,7 @@ import numpy.typing as npt
 from absl import flags
 
 from k2jax.data.conversations import ConversationRows
-from k2jax.data.manifest import is_sft, num_windows
+from k2jax.data.manifest import is_packed, num_windows
 from k2jax.data.order import Order, Rows
 from k2jax.data.released import ReleasedRows
 from k2jax.data.store import Store
@@ -65,7 +66,7 @@ class BatchSource:
         self._row_length = row_length(stage.sequence_length, label_shift)
         self._local_rows = np.arange(stage.rows_per_step)[slice(None) if local_rows is None else local_rows]
         self._conversations, self._marked, manifest = None, False, order.of_step(first_step).manifest
-        if is_sft(manifest["stages"][stage.index]):
+        if is_packed(manifest["stages"][stage.index]):
             self._marked = True
             self._conversations = None if self._released else ConversationRows(manifest, stage.index, stores)
 
@@ -76,22 +77,21 @@ class BatchSource:
         step = self._first_step + int(index)
         positions = self._order.positions(step)[self._local_rows]
         rows = self._order.rows(positions)
-        more = {}
         if self._conversations:
-            tokens, marks = self._conversations.read(rows, self._row_length)
-            more = {"marks": marks.view(np.int32)}
+            read = self._conversations.read(rows, self._row_length)
         elif self._released:
             of_rows = step, self._local_rows, self._rows_per_step, self._row_length
-            tokens = self._released.read(*of_rows)
-            more = {"marks": self._released.read(*of_rows, "marks").view(np.int32)} if self._marked else {}
+            read = {"tokens": self._released.read(*of_rows)}
+            if self._marked:
+                read["marks"] = self._released.read(*of_rows, "marks")
         else:
-            tokens = self._read(rows)
+            read = {"tokens": self._read(rows)}
+        digested = [read[name] for name in ("tokens", "marks") if name in read]
         return {
-            "tokens": tokens.view(np.int32),
+            **{name: array.view(np.int32) for name, array in read.items()},
             "subset": rows.subset.astype(np.int32),
             "position": positions,
-            "digest": row_digests(self._local_rows, np.concatenate([tokens, *more.values()], axis=1)),
-            **more,
+            "digest": row_digests(self._local_rows, np.concatenate(digested, axis=1)),
         }
 
     def _read(self, rows: Rows) -> np.ndarray:

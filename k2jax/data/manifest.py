@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from k2jax.errors import ConfigError
-from k2jax.keys import TOO_LONG
+from k2jax.keys import PACKED_KINDS, TOO_LONG
 
 FORMAT = 1
 LABEL_SHIFTS = ("next", "inside")
@@ -56,9 +56,9 @@ def build_manifest(
 
     Args:
         stages: dicts with name, sequence_length, rows_per_step, steps_per_chunk, chunks and mix, a dict
-            from store name to repeats; of kind "sft" with too_long, and packing and packed of conversations.py. Repeats
-            are weights: a stage's rows are shared out in proportion to windows * repeats, so what results is rows /
-            windows epochs of a subset.
+            from store name to repeats; of kind "sft" or "dpo" with too_long, and packing and packed of
+            conversations.py. Repeats are weights: a stage's rows are shared out in proportion to windows * repeats, so
+            what results is rows / windows epochs of a subset.
         stores: every store of the run by name. A store in no mix is read by no stage.
         seed: of all permutations.
         label_shift: "next" or "inside", see `num_windows`.
@@ -104,15 +104,16 @@ def _one_tokenizer(stores: dict[str, StoreSummary]) -> StoreSummary:
     return first
 
 
-def is_sft(stage: dict[str, Any]) -> bool:
-    """Of a stage: in manifests those of pre-training say no kind."""
-    return "kind" in stage and stage["kind"] == "sft"
+def is_packed(stage: dict[str, Any]) -> bool:
+    """Whether rows of a stage hold whole documents, as data/packing.py has it: stages of pre-training say no kind in
+    manifests."""
+    return "kind" in stage and stage["kind"] in PACKED_KINDS
 
 
 def _build_stage(stage: dict[str, Any], stores: dict[str, StoreSummary], label_shift: str) -> dict[str, Any]:
     where = f"stage {stage['name']!r}"
     length = stage["sequence_length"]
-    windows, sft = {}, is_sft(stage)
+    windows, is_whole = {}, is_packed(stage)
     for name, repeats in sorted(stage["mix"].items()):
         if name not in stores:
             known = ", ".join(sorted(stores))
@@ -120,7 +121,7 @@ def _build_stage(stage: dict[str, Any], stores: dict[str, StoreSummary], label_s
         if not repeats > 0:
             raise ConfigError(f"{where}: repeats of {name!r} is {repeats}: expected a number above 0")
         windows[name] = num_windows(stores[name].num_train_tokens, length, label_shift)
-        if sft:
+        if is_whole:
             windows[name] = stage["packed"][name]["windows"]
         if windows[name] == 0:
             raise ConfigError(
@@ -133,8 +134,8 @@ def _build_stage(stage: dict[str, Any], stores: dict[str, StoreSummary], label_s
     # Fraction(str(x)) is the decimal number that was written (0.1), not the float nearest to it.
     rows = share_out(total, {name: windows[name] * Fraction(str(stage["mix"][name])) for name in windows})
     fields = ("name", "sequence_length", "rows_per_step", "steps_per_chunk", "chunks")
-    more = {"kind": "sft", "too_long": stage["too_long"], "packing": stage["packing"]} if sft else {}
-    of_packing = stage["packed"] if sft else {name: {} for name in windows}
+    more = {key: stage[key] for key in ("kind", "too_long", "packing")} if is_whole else {}
+    of_packing = stage["packed"] if is_whole else {name: {} for name in windows}
     return {
         **{field: stage[field] for field in fields},
         **more,
@@ -195,15 +196,15 @@ def check_manifest(manifest: Any, where: str) -> None:
         sizes = ("sequence_length", "rows_per_step", "steps_per_chunk", "chunks")
         named = isinstance(row, dict) and isinstance(row.get("name"), str)
         need(named and whole(row, sizes), "a stage's name or numbers")
-        sft = row.get("kind") == "sft" and row.get("too_long") in TOO_LONG and whole(row, ("packing",))
-        need("kind" not in row or sft, f"the kind of {row['name']!r}, or how it is packed")
+        how = row.get("kind") in PACKED_KINDS and row.get("too_long") in TOO_LONG and whole(row, ("packing",))
+        need("kind" not in row or how, f"the kind of {row['name']!r}, or how it is packed")
         subsets = row.get("subsets")
         need(isinstance(subsets, list) and bool(subsets), f"the subsets of {row['name']!r}")
         for subset in subsets:
             fine = isinstance(subset, dict) and subset.get("name") in stores and type(subset.get("repeats")) is float
             need(fine and whole(subset, ("windows",)) and whole(subset, ("rows",), 0), f"a subset of {row['name']!r}")
             counts = whole(subset, ("conversations", "tokens")) and whole(subset, ("left_out", "cut"), 0)
-            need(row.get("kind") != "sft" or counts, f"a packed subset of {row['name']!r}")
+            need("kind" not in row or counts, f"a packed subset of {row['name']!r}")
         total = row["chunks"] * row["steps_per_chunk"] * row["rows_per_step"]
         need(sum(subset["rows"] for subset in subsets) == total, f"the rows of {row['name']!r}")
 

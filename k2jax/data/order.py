@@ -30,7 +30,7 @@ import numpy as np
 
 from k2jax.data.journal import ranges_of
 from k2jax.data.layout import Layout, Stream
-from k2jax.data.manifest import is_sft, manifest_digest, sha256_json
+from k2jax.data.manifest import is_packed, manifest_digest, sha256_json
 from k2jax.errors import ConfigError
 
 Interval = tuple[int, int]  # positions [first, stop)
@@ -291,7 +291,7 @@ def _key(manifest: dict[str, Any], stage: int, subset: dict[str, Any]) -> tuple:
     length = manifest["stages"][stage]["sequence_length"]
     stands = manifest["seed"], stage, subset["name"], content, subset["windows"], length, manifest["label_shift"]
     how = manifest["stages"][stage]
-    return (*stands, "sft", how["too_long"]) if is_sft(how) else stands
+    return (*stands, how["kind"], how["too_long"]) if is_packed(how) else stands
 
 
 def _without(intervals: list[Interval], a: int, b: int) -> list[Interval]:

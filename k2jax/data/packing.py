@@ -20,6 +20,7 @@ from k2jax.errors import ConfigError
 
 VERSION = 1  # of what is packed where, in manifests
 PIECE = 1 << 24  # tokens whose loss mask is looked at together
+SHORTEST_PAIR = 8  # tokens, so that a row has a greatest number of pairs: fewer hold no two answers in any template
 
 Kind = tuple[int, list[tuple[int, int]]]  # rows, and what each of them holds: (length, documents of it), longest first
 
@@ -173,9 +174,13 @@ def packing_of(store: Store, sequence_length: int, too_long: str, held_out: bool
     starts = store.document_starts()[first : (None if held_out else store.num_train_documents + 1)]
     begins, lengths = starts[:-1], np.diff(starts)
     documents, longer = np.arange(first, first + len(lengths)), lengths > sequence_length
-    if not lengths.all():
-        empty = int(documents[lengths.argmin()])
-        raise ConfigError(f"store {store.path}: document {empty} is empty, no conversation is: prepare the store again")
+    least = SHORTEST_PAIR if store.pairs else 1
+    if lengths.min(initial=least) < least:
+        short = int(documents[lengths.argmin()])
+        raise ConfigError(
+            f"store {store.path}: document {short} has {lengths.min()} tokens, expected {least} or more of a "
+            f"{'pair' if store.pairs else 'conversation'}: prepare the store again"
+        )
     count, left_out = int(longer.sum()), np.zeros(len(lengths), bool)
     if count and too_long == "refuse" and not held_out:
         _refuse(store, int(documents[longer.argmax()]), int(lengths[longer.argmax()]), count, sequence_length)
@@ -216,25 +221,33 @@ def targets_of(store: Store, begins: np.ndarray, lengths: np.ndarray) -> np.ndar
     while first < len(begins):
         stop = max(first + 1, int(ends.searchsorted(ends[first] + PIECE)))
         behind = lengths[first:stop] - 1
-        masks = store.start_reading_spans(begins[first:stop] + 1, behind, masks=True)()
+        masks = store.start_reading_spans(begins[first:stop] + 1, behind, masks=True)() & 1
         found[first:stop] = np.bincount(np.repeat(np.arange(stop - first), behind), masks, stop - first)
         first = stop
     return found
 
 
 def check_targets(store: Store) -> None:
-    """Raises ConfigError for a training document without a target: a row of such alone would teach nothing."""
+    """Raises ConfigError for a training document without a target: a row of such alone would teach nothing. Of a pair
+    both halves must have one."""
     starts, first = store.document_starts()[: store.num_train_documents + 1], 0
     while first < len(starts) - 1:
         stop = max(first + 1, int(starts.searchsorted(starts[first] + PIECE)) - 1)
         begins = starts[first:stop] - starts[first]
         [mask] = store.read_mask([starts[first]], int(starts[stop] - starts[first]))
-        mask[begins] = 0
-        none = np.flatnonzero(np.add.reduceat(mask, begins, dtype=np.int64) == 0)
+        rejected = mask >> 1
+        begins_half = np.diff(rejected, prepend=0) == 1  # the first token of a rejected half is no target, either
+        learned = mask & 1
+        learned[begins] = 0
+        learned[begins_half] = 0
+        halves = [learned & (rejected == half) for half in range(1 + store.pairs)]
+        fewest = np.min([np.add.reduceat(half, begins, dtype=np.int64) for half in halves], axis=0)
+        none = np.flatnonzero(fewest == 0)
         if none.size:
             number = first + int(none[0])
             raise ConfigError(
                 f"store {store.path}: document {number} ({store.document(number)['source']}) has nothing to learn "
-                f"behind its first token: take it out of the conversations, or prepare them with bad_rows='drop'"
+                f"behind {'the first token of one of its halves' if store.pairs else 'its first token'}: take it out "
+                f"of the conversations, or prepare them with bad_rows='drop'"
             )
         first = stop

@@ -17,7 +17,7 @@ from k2jax.data.epochs import check_journal, order_of, read_epochs
 from k2jax.data.journal import read_journal
 from k2jax.data.launches import read_launches
 from k2jax.data.loader import row_length
-from k2jax.data.manifest import is_sft
+from k2jax.data.manifest import is_packed
 from k2jax.data.order import Order, StagePlan
 from k2jax.data.released import ReleasedRows, released_rows
 from k2jax.data.store import Store, open_stores
@@ -165,7 +165,7 @@ def which_docs(run: Run, step: int, row: int | None = None, *, text: bool = Fals
 
 def _conversations_of(run: Run, stage: int) -> ConversationRows | None:
     """Of an sft stage; None of one of windows, and of a release, which says itself what its rows hold."""
-    if run.released or not is_sft(run.manifest["stages"][stage]):
+    if run.released or not is_packed(run.manifest["stages"][stage]):
         return None
     return ConversationRows(run.manifest, stage, run.stores)
 
@@ -250,7 +250,7 @@ def _reads(run: Run, part: Run, subset: str, start: int, stop: int) -> list[Read
     reads, order = [], part.order
     for stage, plan in zip(part.manifest["stages"], order.stages, strict=True):
         windows = {entry["name"]: entry["windows"] for entry in stage["subsets"]}.get(subset, 0)
-        windows = 0 if is_sft(stage) else windows
+        windows = 0 if is_packed(stage) else windows
         stride = plan.sequence_length  # from a window to the next
         length = row_length(stride, part.manifest["label_shift"])
         first = max(0, (start - length) // stride + 1)
@@ -268,7 +268,7 @@ def _reads_of_conversation(run: Run, part: Run, subset: str, document: int) -> l
     reads, number = [], part.subset_names.index(subset)
     for stage, plan in zip(part.manifest["stages"], part.order.stages, strict=True):
         of = {entry["name"]: entry for entry in stage["subsets"]}.get(subset)
-        if of is None or not is_sft(stage):
+        if of is None or not is_packed(stage):
             continue
         rows = ConversationRows(part.manifest, plan.index, part.stores)
         for epoch in range(of["rows"] // of["windows"] + 2):  # one more where the stage goes on after a change

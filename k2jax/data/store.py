@@ -3,7 +3,8 @@
 A store is a Zarr v3 group at a local path or a gs:// or s3:// URL:
 
     tokens/            one 1-D array, uint16 or uint32: each document, then EOS; crc32c over every chunk
-    loss_mask/         of conversations alone: uint8, for each token 1 if it is learned, 0 if it is only read
+    loss_mask/         of conversations alone: uint8, for each token 1 if it is learned, 0 if it is only read; of pairs
+                       bit 1 (value 2), too, if it is of the rejected half
     document_start/    int64: where each document starts in tokens, and last the number of tokens
     documents.parquet  per document: id, source, num_tokens (EOS included), metadata (JSON)
     documents.blocks   the SHA-256 of each MiB of that, a line of hex each
@@ -12,6 +13,8 @@ A store is a Zarr v3 group at a local path or a gs:// or s3:// URL:
 Tokens from `num_train_tokens` on, whole documents, are held out for validation. A store without a valid
 store.json is unfinished and is refused. With a loss mask a document ends as its writer left it, mostly without EOS, and
 may hold EOS anywhere: `document_start` alone tells such documents apart. store.json then has `supervised_tokens`.
+A store of preference pairs, whose store.json has `pairs`, holds in each document the chosen conversation's tokens, then
+the rejected one's.
 """
 
 import json
@@ -70,6 +73,7 @@ class StoreWriter:
         shard_tokens: tokens in a file, a multiple of chunk_tokens.
         chunk_tokens: tokens under one checksum, the least that a read fetches.
         masked: each document comes with a loss mask, see `add`.
+        pairs: each is a pair, whose mask has the rejected half's bit; with `masked`.
         overwrite: replace a finished store.
 
     Raises ConfigError if `path` holds a finished store or other things; StorageError, here and in the
@@ -86,9 +90,11 @@ class StoreWriter:
         shard_tokens: int = 1 << 24,
         chunk_tokens: int = 1 << 16,
         masked: bool = False,
+        pairs: bool = False,
         overwrite: bool = False,
     ):
         assert 0 <= eos_id < vocab_size, (eos_id, vocab_size)
+        assert masked or not pairs, "a store of pairs is masked"
         self.path = storage.normal_path(path)
         self._info = {
             "format": FORMAT,
@@ -113,7 +119,7 @@ class StoreWriter:
             self._mask = None
             if masked:  # a store without has the bytes, and so the digest, that it had before there were masks
                 self._mask = storage.ArrayWriter(f"{self.path}/loss_mask", "uint8", shard_tokens, chunk_tokens)
-                self._info["supervised_tokens"] = 0
+                self._info |= {"supervised_tokens": 0, **({"pairs": True} if pairs else {})}
             self._file = self._fs.open_output_stream(f"{self._root}/{DOCUMENTS_FILE}", compression=None)
             # Ids are random: a dictionary of them would only take space.
             options = {"compression": "zstd", "use_dictionary": ["source", "metadata"]}
@@ -152,7 +158,8 @@ class StoreWriter:
             source: the path or URL that it came from.
             metadata: what preparation knows of it, anything that JSON can hold.
             eos: False for a row that was cut from a stream of documents, or a conversation; it is not empty.
-            mask: (n,) of 0 and 1, in a store that is `masked`: which tokens are learned. EOS after them is not.
+            mask: (n,) of 0 and 1, in a store that is `masked`: which tokens are learned. EOS after them is not. Of a
+                pair, which has no EOS: 0 and 1 of the chosen half, then 2 and 3 of the rejected one.
 
         Raises ConfigError, and appends nothing, if a token is outside the vocabulary.
         """
@@ -191,13 +198,20 @@ class StoreWriter:
             self._tokens.append(tokens)
             if self._mask:
                 mask = np.asarray(mask, np.uint8)
-                assert len(mask) == len(tokens) and mask.max(initial=0) <= 1, "one for each token, 0 or 1"
+                self._check_mask(mask, lengths)
                 self._mask.append(mask)
-                self._info["supervised_tokens"] += int(mask.sum(dtype=np.int64))
+                self._info["supervised_tokens"] += int((mask & 1).sum(dtype=np.int64))
             # A document's source and URL may be links with a token in them.
             self._rows += [(id, without_secrets(source), n, without_secrets(more)) for id, source, n, more in rows]
             while len(self._rows) >= ROW_GROUP:
                 self._write_rows()
+
+    def _check_mask(self, mask: np.ndarray, lengths: np.ndarray) -> None:
+        pairs = self._info.get("pairs", False)
+        assert len(mask) == lengths.sum() and mask.max(initial=0) <= (3 if pairs else 1), "one value for each token"
+        for one in np.split(mask, np.cumsum(lengths)[:-1]) if pairs else ():
+            rejected = one > 1
+            assert len(one) and not rejected[0] and np.diff(rejected).sum() == 1, "a chosen half, then a rejected one"
 
     def _write_rows(self) -> None:
         columns = [pa.array(values) for values in zip(*self._rows[:ROW_GROUP], strict=True)]
@@ -287,11 +301,21 @@ class Store:
         """Whether its tokens have a loss mask: it is of conversations."""
         return "supervised_tokens" in self.info
 
+    @property
+    def pairs(self) -> bool:
+        """Whether each document is a preference pair, whose loss mask has bit 1 where the rejected half is."""
+        return self.info.get("pairs", False)
+
     @cached_property
     def num_train_documents(self) -> int:
         """Documents that are not held out."""
         with storage_errors(f"store {self.path}: cannot read document_start"):
             return storage.searchsorted(self._starts, self.num_train_tokens)
+
+    @property
+    def _num_marks(self) -> int:
+        """Values that the loss mask may hold, from 0."""
+        return 4 if self.pairs else 2
 
     def summary(self) -> StoreSummary:
         """What the manifest must know of this store."""
@@ -358,8 +382,9 @@ class Store:
     def read_mask(self, starts: npt.ArrayLike, length: int) -> np.ndarray:
         """The loss mask of what `read` gives for the same arguments: uint8 (n, length), 1 where a token is learned.
 
-        Of document i it is `read_mask([start], num_tokens)` with both from `document(i)`. Raises ConfigError if the
-        store has no mask or one holds anything but 0 and 1, StorageError as `read`.
+        Of document i it is `read_mask([start], num_tokens)` with both from `document(i)`. Of `pairs` it is 2 more in
+        the rejected half. Raises ConfigError if the store has no mask or one holds anything else, StorageError as
+        `read`.
         """
         return self.start_reading_mask(starts, length)()
 
@@ -371,8 +396,10 @@ class Store:
 
         def finish() -> np.ndarray:
             rows = reading()
-            if rows.max(initial=0) > 1:
-                raise ConfigError(f"store {self.path}: its loss mask holds {rows.max()}, expected 0 or 1: {REMEDY}")
+            if (most := int(rows.max(initial=0))) >= self._num_marks:
+                raise ConfigError(
+                    f"store {self.path}: its loss mask holds {most}, expected less than {self._num_marks}: {REMEDY}"
+                )
             return rows
 
         return finish
@@ -408,7 +435,7 @@ class Store:
             with storage_errors(f"store {self.path}: cannot read {'the loss mask' if masks else 'tokens'}"):
                 found = np.concatenate([np.empty(0, np.uint8 if masks else np.uint32), *(r.result() for r in reads)])
             most = int(found.max(initial=0))
-            if most >= (2 if masks else self.info["vocab_size"]):
+            if most >= (self._num_marks if masks else self.info["vocab_size"]):
                 what = "its loss mask" if masks else f"outside the vocabulary of {self.info['vocab_size']}, a token"
                 raise ConfigError(f"store {self.path}: {what} holds {most}: {REMEDY}")
             return found

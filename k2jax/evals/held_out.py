@@ -50,7 +50,9 @@ class Validation:
 
             def record(batch: HeldOutBatch) -> None:
                 ids = batch.rows[:, 1:]
-                asked = np.ones(ids.shape, bool) if batch.marks is None else is_target(batch.marks)
+                asked = np.ones(ids.shape, bool)
+                if batch.marks is not None:
+                    asked = is_target(batch.marks, saved.stage.kind == "dpo")
                 texts = decode([row[of].tolist() for row, of in zip(ids, asked, strict=True)], skip_control=True)
                 samples.extend(
                     {
@@ -88,7 +90,7 @@ class Validation:
         length, shift = saved.stage.sequence_length, saved.config.data.label_shift
         tokens = {name: run.stores[name].num_tokens - run.stores[name].num_train_tokens for name in found}
         held_out = {name: num_windows(count, length, shift) for name, count in tokens.items()}
-        if saved.stage.kind == "sft":
+        if saved.stage.kind != "pretrain":
             held_out = {name: num_held_out_rows(run.stores[name], length, saved.stage.too_long) for name in found}
         metrics = {
             "total": summary(windows, held_out),

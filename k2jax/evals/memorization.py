@@ -13,7 +13,7 @@ import numpy as np
 from k2jax.data.chunks import checkpoint_steps, chunk_of_step
 from k2jax.data.conversations import ConversationRows
 from k2jax.data.loader import validation_starts
-from k2jax.data.manifest import is_sft
+from k2jax.data.manifest import is_packed
 from k2jax.data.order import Order, Rows, StagePlan
 from k2jax.data.provenance import Run
 from k2jax.errors import ConfigError
@@ -118,7 +118,7 @@ def _beginnings(run: Run, plan: StagePlan, numbers: np.ndarray, found: Rows) -> 
 
     Rows whose conversations are all too short are left out.
     """
-    if not is_sft(run.manifest["stages"][plan.index]):
+    if not is_packed(run.manifest["stages"][plan.index]):
         for number, subset, window in zip(numbers.tolist(), found.subset, found.window, strict=True):
             yield number, run.subset_names[subset], int(window) * plan.sequence_length
         return

@@ -25,6 +25,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import jax
+import numpy as np
 from jax._src import distributed as service  # the key-value store has no public name
 from jax.experimental import multihost_utils
 
@@ -195,6 +196,11 @@ def agree(what: str, values: dict[str, Any]) -> None:
             )
 
     together(f"compares its {what}", compare)
+
+
+def array_of_main(array: np.ndarray) -> np.ndarray:
+    """That of process 0 on every process; each has one of its shape and type, and a device."""
+    return multihost_utils.broadcast_one_to_all(array) if count() > 1 else array
 
 
 def post(name: str, value: Any) -> None:

@@ -145,6 +145,10 @@ def _conversations(config: ConfigDict) -> list[str]:
     return [name for name, chosen in config.subsets.items() if chosen.conversations]
 
 
+def _pairs(config: ConfigDict) -> list[str]:
+    return [name for name in _conversations(config) if config.subsets[name].conversations.pairs]
+
+
 def _check_template(config: ConfigDict) -> None:
     """Raises ConfigError before anything is begun, so that the recipe can be corrected."""
     encoder = _recipe_tokenizer(config)
@@ -226,6 +230,7 @@ def _take_tokenizer(config: ConfigDict, path: Path, stages: Path) -> None:
 def _join(rank: int, *, config: dict[str, Any], out: Path, names: list[str], options: dict[str, Any]) -> None:
     """A task: one store from its pieces. What a seqio task has for validation is held out, else a share of the end."""
     recipe_of_all, stages, name = ConfigDict(config), out / "stages", names[rank]
+    options = {**options, "pairs": any(name in recipe.stores_of(recipe_of_all, one) for one in _pairs(recipe_of_all))}
     held_out = {"validation_fraction": recipe_of_all.validation_fraction}
     counts = token_sources.summary(recipe_of_all, stages)[1].get(name, {})
     if "held_out_tokens" in counts:
@@ -284,8 +289,9 @@ def describe(data: dict[str, Any]) -> str:
 def _describe_chat(chat: dict[str, Any]) -> list[str]:
     lines = [f"chat template: {note}" for note in chat["notes"]]
     for name, n in chat["conversations"].items():
+        pairs = f"{n['pairs']:,} pairs, " if n.get("pairs") else ""  # older preparations do not count them
         lines.append(
-            f"{name}: {n['conversations']:,} conversations, {n['turns']:,} turns, {n['answers']:,} answers; "
+            f"{name}: {pairs}{n['conversations']:,} conversations, {n['turns']:,} turns, {n['answers']:,} answers; "
             f"{n['supervised_tokens']:,} of {n['tokens']:,} tokens are learned"
             + (f"; {n['cut']:,} conversations cut" if n["cut"] else "")
         )

@@ -97,6 +97,8 @@ def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str)
     made = {"eos": "", "chat": recipe.base().chat.to_dict(), **made}  # before there were these keys
     later = {"conversations": {}, "dumps": [], "follow_links": False, "max_unreadable": 0, "priority": 0}
     made["subsets"] = {name: {**later, **chosen} for name, chosen in made.get("subsets", {}).items()}
+    for chosen in made["subsets"].values():
+        chosen["conversations"] = chosen["conversations"] and {"pairs": False, **chosen["conversations"]}
     made = numbered(ConfigDict(made)).to_dict()  # the names' order was that of equal priorities
     if made != wanted:
         changes = "; ".join(

@@ -27,7 +27,7 @@ from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError, UnreadableError
 from k2jax.files import write_json
 from k2jax.prepare import recipe, unreadable
-from k2jax.prepare.chat import rows
+from k2jax.prepare.chat import texts
 from k2jax.prepare.engine import Engine, Stage
 from k2jax.prepare.files import File, list_files
 from k2jax.prepare.read import RenderRow, documents, dump_of, in_order
@@ -133,7 +133,7 @@ def template_of(out: str | Path) -> Path:
 
 def rendering(out: Path, chosen: ConfigDict) -> AbstractContextManager[RenderRow | None]:
     """What makes texts of a subset's rows where they are conversations; None else."""
-    return rows.rendering(template_of(out), chosen) if chosen.conversations else nullcontext()
+    return texts.rendering(template_of(out), chosen) if chosen.conversations else nullcontext()
 
 
 def _folder(out: Path) -> Path:

@@ -145,20 +145,22 @@ def conversations(
     too_long: str = "refuse",
     bad_rows: str = "refuse",
     answers: str = "all",
+    pairs: bool = False,
     roles: tuple[tuple[str, str], ...] = (),
     control_in_turns: bool = False,
     **of_any_subset: Any,
 ) -> ConfigDict:
     """A subset of conversations: its stores have a loss mask. `of_any_subset` is subset()'s, less what edits text.
 
-    Its rows have `messages`, `conversations`, or `prompt` and `completion` (chat/rows.py); near duplicates stay, since
-    conversations that share a system turn look nearly the same.
+    Its rows have `messages`, `conversations`, or `prompt` and `completion` (chat/rows.py), or are `pairs`; near
+    duplicates stay, since conversations that share a system turn look nearly the same.
     """
     c = subset(source, **of_any_subset).unlock()
-    c.conversations.max_tokens = max_tokens  # of one conversation, 0 for no limit
+    c.conversations.max_tokens = max_tokens  # of one conversation, or both of a pair; 0 for no limit
     c.conversations.too_long = too_long  # longer ones: "refuse" (an error), "drop" (left out, counted) or "cut" to it
     c.conversations.bad_rows = bad_rows  # rows that give no conversation, or none to learn: "refuse" or "drop"
     c.conversations.answers = answers  # learned of a conversation: "all", or its "last"
+    c.conversations.pairs = pairs  # rows are preference pairs, chosen and rejected (chat/pairs.py)
     c.conversations.roles = roles  # ((a row's name, system|user|assistant|tool), ...) beside those that are known
     c.conversations.control_in_turns = control_in_turns  # turns may hold names of special tokens, which become those
     return c.lock()

@@ -19,7 +19,7 @@ from k2jax.run import branches, storage
 
 # Of a run directory, by name. What else lies there (locks, TensorBoard's files, what was abandoned) is nobody's record.
 SMALL = ("epochs", "journal.jsonl", "environment.json", "tokenizer.json", "spikes", "goodput.jsonl", "validation.json")
-SMALL += ("prediction.json", "plan.json", "evals", "gallery", "compiled")
+SMALL += ("prediction.json", "plan.json", "evals", "gallery", "compiled", "reference")
 ROWS = ("ledger", "metrics", "held_out")
 OF_A_BRANCH = (*SMALL, *ROWS, branches.DONE)
 UNFINISHED = re.compile(r"\.new-.+-\d+$|\.orbax-checkpoint-tmp|^lock$")  # what writers leave behind, killed or not

@@ -17,7 +17,7 @@ from k2jax.bucket import BucketPath
 from k2jax.data.journal import Entry, read_journal
 from k2jax.errors import ConfigError
 
-COPIED = ("epochs", "tokenizer.json", "environment.json", "compiled")
+COPIED = ("epochs", "tokenizer.json", "environment.json", "compiled", "reference")
 ROWS = ("ledger", "metrics", "held_out")
 DONE = "branch.json"  # written last
 TAIL_BYTES = 1 << 16  # more than a row has

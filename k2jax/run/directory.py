@@ -1,7 +1,7 @@
 """The run directory: its lock, what it says of itself, and the refusal to resume it as something else.
 
 epochs/  environment.json  journal.jsonl  tokenizer.json  metrics/  ledger/  held_out/  checkpoints/  branches/
-compiled/  abandoned/
+compiled/  reference/  abandoned/
 """
 
 import importlib.metadata

@@ -18,7 +18,7 @@ from k2jax.errors import ConfigError
 from k2jax.run.saved import open_step
 from k2jax.run.storage import is_thinned
 
-COPIED = ("checkpoints", "ledger", "metrics", "held_out", "compiled", "journal.jsonl", "tokenizer.json")
+COPIED = ("checkpoints", "ledger", "metrics", "held_out", "compiled", "reference", "journal.jsonl", "tokenizer.json")
 
 
 def new_name() -> str:
@@ -93,7 +93,7 @@ def _check_same(begun: dict[str, Any] | None, source: Path, step: int, workdir: 
 
 def _copy_rows(source: Path, workdir: Path, meta: dict[str, Any]) -> None:
     """Ledger, metrics, held-out losses, which the resume cuts to the step; of the journal what the checkpoint knew."""
-    for name in ("ledger", "metrics", "held_out", "compiled"):
+    for name in ("ledger", "metrics", "held_out", "compiled", "reference"):
         if (source / name).is_dir():
             with files.whole_folder(workdir / name) as folder:
                 shutil.copytree(source / name, folder, dirs_exist_ok=True)

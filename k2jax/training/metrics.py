@@ -107,6 +107,7 @@ class Recorder:
             **{key: int(values[key]) for key in COUNTS if key in values},
             "tokens_seen": self.tokens_seen,
             **_of_conversations(values),
+            **({"num_pairs": int(values["targets"])} if "learned" in values else {}),
             "transient_errors": values.get("transient_errors"),  # of a step that was computed again
             **self._speed(plan, step_s, int(values.get("padding", 0))),
             "planned_step_s": self.planned.get(plan.name),
@@ -187,7 +188,9 @@ class Recorder:
             planned = ""
             if row["planned_step_s"] and row["step_s"]:
                 planned = f"  {row['step_s']:.3f} s a step, planned {row['planned_step_s']:.3f}"
-            if "supervised_tokens" in row:
+            if "num_pairs" in row:
+                planned += f"  {row['num_pairs']} pairs, {row['pairs/right']:.0%} right"
+            elif "supervised_tokens" in row:
                 planned += f"  {row['supervised_tokens']} tokens learned"
             if row["device_memory_peak_bytes"]:
                 planned += f"  {row['device_memory_peak_bytes'] / 2**30:.1f} GiB at most"
@@ -233,15 +236,16 @@ def planned_step_seconds(workdir: Path, say: Callable[[str], None]) -> dict[str,
 
 
 def _of_conversations(values: dict[str, np.ndarray]) -> dict[str, int]:
-    """Of a step of an sft stage: how many tokens were learned, and how many of its positions held none."""
+    """Of a step of an sft or dpo stage: how many tokens were learned, and how many of its positions held none."""
     if "padding" not in values:
         return {}
-    return {"supervised_tokens": int(values["targets"]), "padding_tokens": int(values["padding"])}
+    learned = values["learned"] if "learned" in values else values["targets"]
+    return {"supervised_tokens": int(learned), "padding_tokens": int(values["padding"])}
 
 
 def _norms(values: dict[str, np.ndarray]) -> dict[str, float]:
     """And the rest of what is a number of the whole step, or of a layer group of it."""
-    wanted = re.compile(r"(grad|param|update)_norm|update_ratio|log_z|logit|attention_logit")
+    wanted = re.compile(r"(grad|param|update)_norm|update_ratio|log_z|logit|attention_logit|pairs")
     return {key: float(value) for key, value in values.items() if wanted.fullmatch(key.partition("/")[0])}
 
 

@@ -152,8 +152,8 @@ class Placement(NamedTuple):
 
     def globalize(self, rows: dict[str, np.ndarray]) -> Batch:
         """This process's rows of a step to the global batch (A, R, ...)."""
-        marks = self._global(rows["marks"]) if "marks" in rows else None
-        return Batch(*(self._global(rows[key]) for key in ("tokens", "subset", "digest")), marks=marks)
+        of_kind = {key: self._global(rows[key]) for key in ("marks", "pairs") if key in rows}
+        return Batch(*(self._global(rows[key]) for key in ("tokens", "subset", "digest")), **of_kind)
 
     def _global(self, local: np.ndarray) -> jax.Array:
         tail = local.shape[1:]

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from k2jax.data.conversations import most_pairs
 from k2jax.data.loader import make_loader
 from k2jax.data.order import Order, StagePlan
 from k2jax.data.store import Store
 from k2jax.errors import ConfigError
+from k2jax.keys import PACKED_KINDS
 from k2jax.model.decoder import compute_dtype, parameter_table
 from k2jax.parallel import compile_cache, sharding, xla_options
 from k2jax.run.state import TrainState
@@ -50,7 +52,8 @@ def step_shardings(
 ) -> tuple[tuple[TrainState, Batch], NamedSharding]:
     """(of what a step of a stage is given, of the numbers that it gives back)."""
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    return (shardings, Batch(rows, rows, rows, everywhere, rows if stage.kind == "sft" else None)), everywhere
+    marked, paired = (rows if stage.kind in kinds else None for kinds in (PACKED_KINDS, ("dpo",)))
+    return (shardings, Batch(rows, rows, rows, everywhere, marked, paired, paired)), everywhere
 
 
 def step_function(
@@ -70,12 +73,15 @@ def batch_shapes(config: ConfigDict, stage: ConfigDict) -> Batch:
     """Shapes and types of a global batch."""
     leading = (stage.microbatches, stage.rows_per_step // stage.microbatches)
     width = stage.sequence_length + (config.data.label_shift == "next")
+    pairs = (*leading, most_pairs(stage.sequence_length))
     return Batch(
         jax.ShapeDtypeStruct((*leading, width), jnp.int32),
         jax.ShapeDtypeStruct(leading, jnp.int32),
         jax.ShapeDtypeStruct((*leading, 8), jnp.uint32),
         jax.ShapeDtypeStruct((2,), jnp.float32),
-        jax.ShapeDtypeStruct((*leading, width), jnp.int32) if stage.kind == "sft" else None,
+        jax.ShapeDtypeStruct((*leading, width), jnp.int32) if stage.kind in PACKED_KINDS else None,
+        jax.ShapeDtypeStruct(pairs, jnp.int32) if stage.kind == "dpo" else None,
+        jax.ShapeDtypeStruct((*pairs, 2), jnp.float32) if stage.kind == "dpo" else None,
     )
 
 

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from k2jax import config as configuration
 from k2jax.data import storage
-from k2jax.data.conversations import packed
+from k2jax.data.conversations import check_kind, packed
 from k2jax.data.epochs import Epoch
-from k2jax.data.manifest import build_manifest, is_sft, manifest_digest
+from k2jax.data.manifest import build_manifest, is_packed, manifest_digest
 from k2jax.data.order import Order
 from k2jax.data.packing import VERSION
 from k2jax.data.store import Store
@@ -33,15 +33,11 @@ def open_data(config: ConfigDict, verify: str | None = None) -> tuple[dict[str, 
     root = storage.normal_path(config.data.root)
     stores = {name: Store.open(f"{root}/{name}", verify=verify or config.data.verify) for name in names}
     stages = [configuration.to_dict(stage) for stage in config.stages]
-    for i, stage in enumerate(stages):
-        if is_sft(stage):
+    for stage in stages:
+        for name in stage["mix"]:
+            check_kind(stage, name, stores[name])
+        if is_packed(stage):
             stage |= {"packing": VERSION, "packed": packed(stage, stores, check=verify != "no")}
-        elif masked := [name for name in stage["mix"] if stores[name].masked]:
-            raise ConfigError(
-                f"stages.{i}.mix: {', '.join(masked)} in {root}: of conversations, whose loss masks only a stage of "
-                f"kind 'sft' reads: here every token would be learned, and EOS tells such documents not apart: set "
-                f"stages.{i}.kind='sft', or take them out of the mix"
-            )
     manifest = build_manifest(
         stages=stages,
         stores={name: store.summary() for name, store in stores.items()},

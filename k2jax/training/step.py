@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from k2jax.model import conversations
 from k2jax.model.attention_logits import attention_logits
-from k2jax.model.decoder import Decoder, Params, document_ids, parameter_table
-from k2jax.model.loss import LossOptions, head_loss, targets_and_weights
+from k2jax.model.decoder import Params, parameter_table
+from k2jax.model.preferences import REWARDS
 from k2jax.model.weights import Arrays, apart, cast_once, together, with_masters
-from k2jax.parallel import context, replicas, sharding
-from k2jax.parallel.sharding import shard
+from k2jax.parallel import replicas, sharding
 from k2jax.run.state import TrainState
+from k2jax.training.losses import RowLosses, pair_losses, row_losses
 from k2jax.training.optimizer import averaged, direction, learning_rate
 from k2jax.training.remedies import adagc, qk_clip, rows_without_repeats, update_scales
 
@@ -34,19 +33,22 @@ class Batch(NamedTuple):
     subset: jax.Array  # int32 (A, R): index into the manifest's sorted subsets
     digest: jax.Array  # uint32 (A, R, 8): of each row, see data/loader.py
     limits: jax.Array = NO_LIMITS  # float32 (2,): of loss and gradient norm; above one the step is an outlier
-    marks: jax.Array | None = None  # int32, as tokens: of an sft stage, see data/conversations.py
+    marks: jax.Array | None = None  # int32, as tokens: of an sft or dpo stage, see data/conversations.py
+    pairs: jax.Array | None = None  # int32 (A, R, P): of a dpo stage, see there; -1 where a row has no more
+    reference: jax.Array | None = None  # float32 (A, R, P, 2): what their reference says, see model/preferences.py
 
 
 class Sums(NamedTuple):
-    """What a microbatch adds up, over its targets: float32."""
+    """What a microbatch adds up, over its targets, which are tokens, or pairs: float32."""
 
-    loss: jax.Array  # cross-entropy, nats
+    loss: jax.Array  # cross-entropy, nats; of pairs their loss
     targets: jax.Array  # how many
     log_z: jax.Array  # log of softmax's denominator
     logit: jax.Array  # the largest magnitude, of which microbatches have the maximum
     subset_loss: jax.Array  # (subsets,)
     subset_targets: jax.Array  # (subsets,)
     masked_rows: jax.Array | None = None  # where data.mask_repeats is on
+    preferences: jax.Array | None = None  # (5,), of pairs: model/preferences.py's REWARDS
 
     def plus(self, other: "Sums") -> "Sums":
         return jax.tree.map(jnp.add, self, other)._replace(logit=jnp.maximum(self.logit, other.logit))
@@ -54,15 +56,6 @@ class Sums(NamedTuple):
     def total(self) -> "Sums":
         """Of arrays that have one more dimension, the first."""
         return jax.tree.map(lambda x: x.sum(axis=0), self)._replace(logit=self.logit.max(axis=0))
-
-
-class Rows(NamedTuple):
-    """Of each row, over its targets: float32 (R,)."""
-
-    nats: jax.Array  # cross-entropy, summed
-    targets: jax.Array  # how many
-    log_z: jax.Array  # log of softmax's denominator, summed
-    logit: jax.Array  # the largest magnitude
 
 
 class Squares(NamedTuple):
@@ -77,6 +70,8 @@ def loss_sums(
     tokens: jax.Array,
     subset: jax.Array,
     marks: jax.Array | None = None,
+    pairs: jax.Array | None = None,
+    reference: jax.Array | None = None,
     *,
     config: ConfigDict,
     stage: ConfigDict,
@@ -85,64 +80,23 @@ def loss_sums(
     compute_dtype: jnp.dtype,
 ) -> tuple[jax.Array, Sums]:
     """The loss summed over the targets of (R, T+1) tokens, and its parts; nothing is divided yet."""
+    subset_BX = jax.nn.one_hot(subset, num_subsets, dtype=jnp.float32)
+    some = {"config": config, "stage": stage, "compute_dtype": compute_dtype}
+    if pairs is not None:
+        loss, rows = pair_losses(params, tokens, marks, pairs, reference, **some)
+        return loss, _sums(rows, subset_BX)._replace(preferences=rows.preferences.sum(axis=0))
     times = config.data.mask_repeats
     # Padding repeats nothing: each position has a number of its own there.
     looked_at = tokens if marks is None else jnp.where(marks > 0, tokens, -1 - jnp.arange(tokens.shape[1]))
     kept_B = rows_without_repeats(looked_at, times) if times else None
-    loss, rows = row_losses(
-        params, tokens, kept_B, marks, config=config, stage=stage, eos_id=eos_id, compute_dtype=compute_dtype
-    )
-    subset_BX = jax.nn.one_hot(subset, num_subsets, dtype=jnp.float32)
+    loss, rows = row_losses(params, tokens, kept_B, marks, eos_id=eos_id, **some)
+    return loss, _sums(rows, subset_BX)._replace(masked_rows=None if kept_B is None else (1.0 - kept_B).sum())
+
+
+def _sums(rows: RowLosses, subset_BX: jax.Array) -> Sums:
     # Sums of products, not a product of matrices, which TPUs round to bfloat16 unless told.
     by_subset = [(value_B[:, None] * subset_BX).sum(axis=0) for value_B in (rows.nats, rows.targets)]
-    masked_rows = None if kept_B is None else (1.0 - kept_B).sum()
-    sums = rows.nats.sum(), rows.targets.sum(), rows.log_z.sum(), rows.logit.max()
-    return loss, Sums(*sums, *by_subset, masked_rows)
-
-
-def row_losses(
-    params: Params | Arrays,
-    tokens: jax.Array,
-    kept_B: jax.Array | None = None,
-    marks: jax.Array | None = None,
-    *,
-    config: ConfigDict,
-    stage: ConfigDict,
-    eos_id: int,
-    compute_dtype: jnp.dtype,
-) -> tuple[jax.Array, Rows]:
-    """The loss of (R, T+1) tokens, to be differentiated, and what is told of each row.
-
-    The loss is the sum of the cross-entropies, and of z-loss where that is on.
-    Rows weigh as `kept_B` (float32) says; None: all the same. Rows of conversations have `marks` (R, T+1).
-    """
-    if marks is None:
-        inputs_BT = tokens[:, :-1] if config.data.label_shift == "next" else tokens
-        masked = config.model.mask_documents
-        inputs_BT, targets_BT, weights_BT = targets_and_weights(
-            tokens, config.data.label_shift, inputs_BT == eos_id if masked else None
-        )
-        document_BT, position_BT = document_ids(inputs_BT, eos_id) if masked else None, None
-    else:
-        inputs_BT, targets_BT, weights_BT, marks_BT = conversations.targets_and_weights(
-            tokens, marks, config.data.label_shift
-        )
-        document_BT = conversations.documents(marks_BT)
-        position_BT = conversations.positions(document_BT) if stage.reset_positions else None
-    weights_BT = weights_BT if kept_B is None else weights_BT * kept_B[:, None]
-    rows = inputs_BT, targets_BT, weights_BT, document_BT, position_BT
-    inputs_BT, targets_BT, weights_BT, document_BT, position_BT = jax.tree.map(
-        lambda x_BT: shard(context.in_order(x_BT, 1), "tokens_BT"), rows
-    )
-    decoder = Decoder(config.model, params, compute_dtype, config.precision.products)
-    hidden_BTD = decoder(inputs_BT, stage.rope_base, document_BT, position_BT)
-    options = LossOptions(
-        config.loss.block, config.loss.z_loss, config.precision.logits, tuple(config.model.rings)
-    )
-    loss, told = head_loss(hidden_BTD, decoder.head_DV[...], targets_BT, weights_BT, options)
-    nats_B, log_z_B = ((x_BT * weights_BT).sum(axis=1) for x_BT in (told.nats, told.log_z))
-    logit_B = jnp.where(weights_BT > 0, told.logit, 0.0).max(axis=1)
-    return loss, Rows(nats_B, weights_BT.sum(axis=1), log_z_B, logit_B)
+    return Sums(rows.nats.sum(), rows.targets.sum(), rows.log_z.sum(), rows.logit.max(), *by_subset)
 
 
 def mean_gradients(
@@ -156,7 +110,8 @@ def mean_gradients(
     the parameters.
     """
     add_up = partial(summed_gradients, config=config, **loss_arguments)
-    rows = (batch.tokens, batch.subset) if batch.marks is None else (batch.tokens, batch.subset, batch.marks)
+    of_kind = batch.marks, batch.pairs, batch.reference
+    rows = (batch.tokens, batch.subset, *(array for array in of_kind if array is not None))
     if not replicas.axes_in_use():
         grads, sums = add_up(params, *rows)
     else:
@@ -169,8 +124,8 @@ def mean_gradients(
 def summed_gradients(
     params: Params, *batch: jax.Array, config: ConfigDict, **loss_arguments
 ) -> tuple[Params, Sums]:
-    """Gradient of the loss summed over all targets of (A, R, T+1) tokens, (A, R) subsets and, of conversations, marks;
-    and the sums."""
+    """Gradient of the loss summed over all targets of (A, R, T+1) tokens, (A, R) subsets and what else a batch of
+    this stage has by rows; and the sums."""
     arrays = apart(config.model, params)
     casts = cast_once(config.model, arrays, loss_arguments["compute_dtype"])
 
@@ -257,6 +212,9 @@ def of_batch(batch: Batch, sums: Sums, stage: ConfigDict) -> Metrics:
     more = {} if sums.masked_rows is None else {"masked_rows": sums.masked_rows}
     if batch.marks is not None:
         more["padding"] = jnp.sum(batch.marks[..., : stage.sequence_length] == 0)
+    if sums.preferences is not None:
+        mean = sums.preferences / jnp.maximum(sums.targets, 1.0)
+        more |= {f"pairs/{name}": mean[i] for i, name in enumerate(REWARDS)} | {"learned": sums.preferences[-1]}
     return {
         "targets": sums.targets,
         "log_z": sums.log_z / jnp.maximum(sums.targets, 1.0),

@@ -21,7 +21,7 @@ from k2jax.data.loader import row_length, validation_starts
 from k2jax.data.store import Store
 from k2jax.model.decoder import Params
 from k2jax.parallel import sharding
-from k2jax.training.step import row_losses
+from k2jax.training.losses import row_losses
 
 UNIGRAM_TOKENS = 4_000_000  # training tokens of a subset that its unigram distribution is counted on, at most
 
@@ -72,12 +72,12 @@ def validate(
             continue
         unigram = unigram_losses(store, config.model.vocab_size)
         loss = unigram_loss = targets = predicted = 0
-        for first in range(0, len(starts), _rows_per_batch(stage, mesh)):
-            some = starts[first : first + _rows_per_batch(stage, mesh)]
+        for first in range(0, len(starts), rows_per_batch(stage, mesh)):
+            some = starts[first : first + rows_per_batch(stage, mesh)]
             rows, marks = read_rows(config, stage, store, some)
             batch = HeldOutBatch(name, some, rows, marks, *_run(losses_of, params, rows, marks, stage, mesh))
             loss, targets = loss + batch.losses.sum(), targets + batch.targets.sum()
-            asked = rows[:, 1:] if marks is None else rows[:, 1:][is_target(marks)]
+            asked = rows[:, 1:] if marks is None else rows[:, 1:][is_target(marks, stage.kind == "dpo")]
             unigram_loss, predicted = unigram_loss + unigram[asked].sum(), predicted + asked.size
             if on_batch:
                 on_batch(batch)
@@ -105,8 +105,8 @@ def few_losses(
     if not starts:
         return {}
     read = [read_rows(config, stage, stores[name], found) for name, found in starts.items()]
-    rows, size = np.concatenate([rows for rows, _ in read]), _rows_per_batch(stage, mesh)
-    marks = np.concatenate([marks for _, marks in read]) if stage.kind == "sft" else None
+    rows, size = np.concatenate([rows for rows, _ in read]), rows_per_batch(stage, mesh)
+    marks = None if stage.kind == "pretrain" else np.concatenate([marks for _, marks in read])
     parts = [
         _run(losses_of, params, rows[i : i + size], marks if marks is None else marks[i : i + size], stage, mesh)
         for i in range(0, len(rows), size)
@@ -156,7 +156,7 @@ def _run(
     losses_of: Callable, params: Params, rows: np.ndarray, marks: np.ndarray | None, stage: ConfigDict, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses and targets of each row, float64; a short batch is filled up so that one shape is compiled."""
-    count, full = len(rows), _rows_per_batch(stage, mesh)
+    count, full = len(rows), rows_per_batch(stage, mesh)
     place = NamedSharding(mesh, PartitionSpec(sharding.data_axes(mesh)))
 
     def placed(some: np.ndarray) -> jax.Array:
@@ -167,7 +167,7 @@ def _run(
     return np.asarray(found.nats, np.float64)[:count], np.asarray(found.targets, np.float64)[:count]
 
 
-def _rows_per_batch(stage: ConfigDict, mesh: Mesh) -> int:
+def rows_per_batch(stage: ConfigDict, mesh: Mesh) -> int:
     """Those of a microbatch, which the run has memory for; on another mesh a multiple of what it needs."""
     data_parallel = sharding.row_parts(mesh)
     rows = stage.rows_per_step // stage.microbatches
@@ -179,6 +179,6 @@ def unigram_losses(store: Store, vocab_size: int) -> np.ndarray:
     conversations, of those that are learned."""
     piece = min(65_536, store.num_train_tokens)
     starts = np.arange(0, min(store.num_train_tokens, UNIGRAM_TOKENS) - piece + 1, piece)
-    learned = store.read_mask(starts, piece).ravel() if store.masked else None
+    learned = store.read_mask(starts, piece).ravel() == 1 if store.masked else None  # of pairs the chosen one's
     counts = np.bincount(store.read(starts, piece).ravel(), learned, minlength=vocab_size) + 1.0
     return -np.log(counts / counts.sum())

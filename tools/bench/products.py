@@ -59,10 +59,10 @@ def run_lane(lane: str, data: Path, steps: int, rows: int) -> dict[str, Any]:
     from k2jax.data.order import StagePlan
     from k2jax.model.decoder import compute_dtype
     from k2jax.parallel import products, sharding
+    from k2jax.training.losses import row_losses
     from k2jax.training.optimizer import first_state
     from k2jax.training.placement import make_state, place_batches, place_state
     from k2jax.training.program import step_function
-    from k2jax.training.step import row_losses
 
     if lane == "float8, but for weight gradients":
         del products.TYPES["float8"]["dw"]

@@ -84,8 +84,9 @@ class Lane:
         import jax
         import jax.numpy as jnp
 
+        from k2jax.training.losses import row_losses
         from k2jax.training.optimizer import first_state
-        from k2jax.training.step import Batch, row_losses, train_step
+        from k2jax.training.step import Batch, train_step
 
         c = experiment(recipe, rows)
         row, rest = dict(c.stages[0]), {"eos_id": 2, "num_subsets": 1, "compute_dtype": jnp.float32}

@@ -13,6 +13,7 @@ from datatrove.data import Document
 from ml_collections import ConfigDict
 
 from k2jax.prepare import recipe
+from k2jax.prepare.chat.pairs import HALVES
 from k2jax.prepare.documents import read_documents
 
 TEXT_CHARACTERS = 400  # of a sample
@@ -95,8 +96,16 @@ def _shown(one: Document, **where: str) -> dict[str, Any]:
         "id": one.id,
         "source": source,
         "characters": len(one.text),
-        "text": one.text[:TEXT_CHARACTERS],
+        "text": _cut(one),
     }
+
+
+def _cut(one: Document) -> str:
+    """The beginning of its text; of a pair of conversations that of each."""
+    if "border" not in one.metadata:
+        return one.text[:TEXT_CHARACTERS]
+    halves = zip(HALVES, (one.text[: one.metadata["border"]], one.text[one.metadata["border"] :]), strict=True)
+    return "\n".join(f"{name}: {half[: TEXT_CHARACTERS // len(HALVES)]}" for name, half in halves)
 
 
 def _pairs(stages: Path, subsets: list[str]) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,8 @@ SECTIONS = (  # (key, title, what it is), in their order
         "conversations",
         "Conversations",
         "What is in the stores. Only answers are learned. Joined ones begin within a token of the prompt, endless ones "
-        "end with no control token; compared are conversations whose generation blocks were held against prefixes.",
+        "end with no control token; compared are conversations whose generation blocks were held against prefixes. "
+        "A preference pair is two conversations, whose answers behind what both ask are learned.",
     ),
     ("lengths", "Lengths", ""),
     ("languages", "Languages", "Where a step identifies them, or the source names them."),

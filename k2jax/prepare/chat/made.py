@@ -1,4 +1,5 @@
-"""Conversations that are made here, the same ones each time: what comes after a number, and opposites of words.
+"""Conversations that are made here, the same ones each time: what comes after a number, and opposites of words; and
+preference pairs of such, whose last answer is right in one and wrong in the other.
 
 For experiments/data/smoke_chat.py: enough to see a model learn to answer in a template's form, with no download.
 """
@@ -21,10 +22,12 @@ NUMBERS = range(1, 13)
 
 
 def write(folder: Path, *, count: int = 1500) -> None:
-    """Writes numbers.jsonl and opposites.jsonl, `count` conversations each, and chat_template.jinja into a folder."""
+    """Writes numbers.jsonl and opposites.jsonl, `count` conversations each, preferred.jsonl, half as many pairs, and
+    chat_template.jinja into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {"chat_template.jinja": TEMPLATE}
     contents |= {f"{name}.jsonl": _lines(ask, name, count) for name, ask in QUESTIONS.items()}
+    contents["preferred.jsonl"] = _pairs(count // 2)
     for name, text in contents.items():
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -49,8 +52,24 @@ def _lines(ask: Callable[[random.Random], tuple[str, str]], name: str, count: in
     """`count` different conversations of two to six questions, a line of JSON each."""
     draw, found = random.Random(name), {}
     while len(found) < count:
-        turns = [ask(draw) for _ in range(draw.randint(2, 8))]
-        said = [(("user", question), ("assistant", answer)) for question, answer in turns]
-        messages = [{"role": role, "content": content} for turn in said for role, content in turn]
+        messages = _messages([ask(draw) for _ in range(draw.randint(2, 8))])
         found.setdefault(json.dumps({"messages": messages}), None)
     return "".join(line + "\n" for line in found)
+
+
+def _pairs(count: int) -> str:
+    """`count` different pairs of one to four questions; the last answer is that to another question in the rejected."""
+    draw, found = random.Random("preferred"), {}
+    while len(found) < count:
+        ask = draw.choice([*QUESTIONS.values()])
+        *before, (question, right) = [ask(draw) for _ in range(draw.randint(1, 4))]
+        _, wrong = ask(draw)
+        if wrong != right:
+            chosen, rejected = (_messages([*before, (question, answer)]) for answer in (right, wrong))
+            found.setdefault(json.dumps({"chosen": chosen, "rejected": rejected}), None)
+    return "".join(line + "\n" for line in found)
+
+
+def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    said = [(("user", question), ("assistant", answer)) for question, answer in turns]
+    return [{"role": role, "content": content} for turn in said for role, content in turn]

@@ -3,6 +3,8 @@
 A token is learned if any character that it stands for is an answer's. One that spans the border is: what the model must
 write there is that token. (At an answer's beginning this means that the tokens of the prompt alone would be others;
 such answers are counted as `joined`.) It is also transformers' rule for its assistant masks.
+
+The two halves of a preference pair are tokenized apart, each as a conversation alone, and stand in one document.
 """
 
 from collections import Counter
@@ -13,22 +15,25 @@ import numpy as np
 from datatrove.data import Document
 from ml_collections import ConfigDict
 
+from k2jax.data.records import Bad
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import ConfigError
+from k2jax.prepare.chat.pairs import HALVES, SAME
 from k2jax.prepare.tally import Tally
 
 STEP = "tokens"
-COUNTS = (  # of conversations that are in stores, all as they were before any was cut, but for tokens
-    "conversations", "turns", "answers", "tokens", "supervised_tokens", "cut", "joined", "endless", "compared",
+COUNTS = (  # of conversations that are in stores, all as they were before any was cut, but for tokens; a pair has two
+    "conversations", "turns", "answers", "tokens", "supervised_tokens", "cut", "joined", "endless", "compared", "pairs",
 )  # fmt: skip
+REJECTED = 2  # the bit in the mask of every token of a pair's rejected half
 
 
 class Encoded(NamedTuple):
-    """A conversation in tokens."""
+    """A conversation, or a pair of them, in tokens."""
 
     document: Document
     ids: np.ndarray  # (n,)
-    mask: np.ndarray  # (n,) uint8: 1 where a token is learned
+    mask: np.ndarray  # (n,) uint8: bit 0 where a token is learned, REJECTED where it is of a pair's rejected half
 
 
 def mask_of(offsets: np.ndarray, answers: list[list[int]]) -> np.ndarray:
@@ -57,27 +62,58 @@ def encoded(
     `control` are the names of control tokens. Raises ConfigError, naming file and row, where the recipe says so of one
     that is too long or teaches nothing.
     """
-    for one, (ids, offsets) in zip(batch, encoder.encode_rendered([one.text for one in batch]), strict=True):
-        size, answers = len(one.text.encode()), one.metadata["answers"]
-        ids, offsets = np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
-        mask = mask_of(offsets, answers)
+    rendered = [one.text[start:stop] for one in batch for start, stop in _halves(one)]
+    found = iter(encoder.encode_rendered(rendered))
+    for one in batch:
+        size = len(one.text.encode())
+        ids, mask, offsets = (np.concatenate(parts) for parts in zip(*_encoded_halves(one, found), strict=True))
         tally.saw(STEP, size)
         cut = 0 < options.max_tokens < len(ids)
         if cut and options.too_long != "cut":
-            remedy = "raise max_tokens, or set too_long to 'cut' or 'drop'"
+            remedy = f"raise max_tokens, or set too_long to drop{'' if options.pairs else ' or cut'}"
             _leave_out(one, "too long", f"{len(ids)} tokens", options.too_long, remedy)
             tally.removed(STEP, "too long", size)
             continue
         if cut:
             ids, mask = ids[: options.max_tokens], mask[: options.max_tokens]
-        if not mask.any():
-            what = f"of {len(answers)} answers {'all are behind max_tokens' if cut else 'none has a token'}"
-            _leave_out(one, "no answer to learn", what, options.bad_rows, "take the row out, or set bad_rows='drop'")
-            tally.removed(STEP, "no answer to learn", size)
+        if bad := _useless(one, ids, mask, cut):
+            _leave_out(one, *bad, options.bad_rows, "take the row out, or set bad_rows='drop'")
+            tally.removed(STEP, bad.reason, size)
             continue
         tally.kept(size, licence=one.metadata.get("licence", ""))
         _count(counts, one, mask, offsets, control, cut)
         yield Encoded(one, ids, mask)
+
+
+def _halves(one: Document) -> list[tuple[int, int]]:
+    """The characters [start, stop) of each conversation in a document: of its only one, or of both of a pair."""
+    size, border = len(one.text), one.metadata.get("border")
+    return [(0, size)] if border is None else [(0, border), (border, size)]
+
+
+def _encoded_halves(
+    one: Document, found: Iterator[tuple[list[int], list[tuple[int, int]]]]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(ids, mask, offsets in the document's text) of each of its conversations, which are the next of `found`."""
+    for number, (start, stop) in enumerate(_halves(one)):
+        ids, offsets = next(found)
+        offsets = np.array(offsets, np.int64).reshape(-1, 2) + start
+        learned = mask_of(offsets, [answer for answer in one.metadata["answers"] if start <= answer[0] < stop])
+        yield np.array(ids, np.int64), learned | np.uint8(REJECTED * number), offsets
+
+
+def _useless(one: Document, ids: np.ndarray, mask: np.ndarray, cut: bool) -> Bad | None:
+    """Why nothing can be learned of it: of a pair, from which half; what stands first in one is no target."""
+    if "border" not in one.metadata:
+        what = f"of {len(one.metadata['answers'])} answers {'all are behind max_tokens' if cut else 'none has a token'}"
+        return None if mask.any() else Bad("no answer to learn", what)
+    border = int((mask < REJECTED).sum())
+    if np.array_equal(ids[:border], ids[border:]):
+        return Bad(SAME, "once tokenized")
+    for name, half in zip(HALVES, (mask[:border], mask[border:]), strict=True):
+        if not (half[1:] & 1).any():
+            return Bad("no answer to learn", f"{name} has none behind its first token")
+    return None
 
 
 def _leave_out(one: Document, reason: str, what: str, how: str, remedy: str) -> None:
@@ -90,15 +126,16 @@ def _count(
 ) -> None:
     answers, starts = one.metadata["answers"], set(offsets[:, 0].tolist())
     counts.update(
-        conversations=1,
+        conversations=len(_halves(one)),
         turns=one.metadata["turns"],
         answers=len(answers),
         tokens=len(mask),
-        supervised_tokens=int(mask.sum()),
+        supervised_tokens=int((mask & 1).sum()),
         cut=int(cut),
         joined=sum(begin not in starts for begin, _ in answers),
         endless=sum(not one.text[begin:end].rstrip().endswith(control) for begin, end in answers),
         compared=int(one.metadata["compared"]),
+        pairs=int("border" in one.metadata),
     )
 
 

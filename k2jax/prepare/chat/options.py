@@ -20,6 +20,8 @@ def problems(where: str, chosen: ConfigDict, kind: str, tokenizer: str, *, usual
         found.append(f"{where}.{wrong[0]}={chosen[wrong[0]]!r}: is for text, not for conversations; leave it out")
     if c.max_tokens < 0:
         found.append(f"{where}.max_tokens={c.max_tokens}: must not be negative")
+    if c.pairs and c.too_long == "cut":
+        found.append(f"{where}.too_long='cut': a pair cannot be cut, it would lose answers; use refuse or drop")
     for key, known in (("too_long", "refuse drop cut"), ("bad_rows", "refuse drop"), ("answers", "all last")):
         if c[key] not in known.split():
             found.append(f"{where}.{key}={c[key]!r}: must be one of {known.replace(' ', ', ')}")

@@ -1,22 +1,20 @@
 """Rows of conversations to turns: OpenAI's `messages`, `prompt` and `completion`, ShareGPT's `conversations`.
 
 A turn is {"role", "content", ...} with a role that is known, and text. What is none is `Bad`, never repaired: a row
-that is changed silently teaches something else.
+that is changed silently teaches something else. Rows of preference pairs are pairs.py's.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from k2jax.chat import template
 from k2jax.chat.turns import MEDIA, control_token, turn_of, two_systems
-from k2jax.chat.worker import Renderer
 from k2jax.data.records import Bad
 
-COLUMNS = ("messages", "conversations", "prompt", "completion", "system", "tools", "image", "images", "audio", "videos")
+COLUMNS = (
+    "messages", "conversations", "prompt", "completion", "chosen", "rejected", "system", "tools",
+    "image", "images", "audio", "videos",
+)  # fmt: skip
 
 
 class Turns(NamedTuple):
@@ -25,28 +23,6 @@ class Turns(NamedTuple):
     turns: list[dict[str, Any]]
     tools: list | None
     learned: list[int]  # numbers of the turns that are to be learned
-
-
-@contextlib.contextmanager
-def rendering(path: Path, chosen: ConfigDict) -> Iterator[Callable]:
-    """Gives a function from a row to its text and metadata, or to what is wrong with it (`read.RenderRow`).
-
-    `path` is what template.save wrote. The metadata are `answers`, the characters [start, stop) that are learned, the
-    number of `turns`, and whether both ways to find answers were `compared`.
-    """
-    saved = template.load(path)
-    with Renderer(saved.template, saved.control, most=chosen.max_line_bytes) as renderer:
-
-        def render(record: dict[str, Any], chosen: ConfigDict) -> tuple[str, dict[str, Any]] | Bad:
-            found = turns_of(record, chosen, saved.special)
-            if isinstance(found, Bad):
-                return found
-            done = renderer(*found)
-            if "reason" in done:
-                return Bad(done["reason"], done["what"])
-            return done.pop("text"), {**done, "turns": len(found.turns)}
-
-        yield render
 
 
 def turns_of(record: dict[str, Any], chosen: ConfigDict, special: list[str]) -> Turns | Bad:
@@ -60,13 +36,27 @@ def turns_of(record: dict[str, Any], chosen: ConfigDict, special: list[str]) -> 
     if isinstance(found, Bad):
         return found
     raw, first_learned = found
-    options, turns = chosen.conversations, []
+    turns = read_turns(raw, chosen)
+    return turns if isinstance(turns, Bad) else conversation(record, turns, first_learned, chosen, special)
+
+
+def read_turns(raw: list[Any], chosen: ConfigDict) -> list[dict[str, Any]] | Bad:
+    """Turns as a row has them, as templates know them; what is wrong with the first that is none."""
+    turns = []
     for i, turn in enumerate(raw):
-        one = turn_of(turn, i, dict(options.roles), chosen.max_line_bytes)
+        one = turn_of(turn, i, dict(chosen.conversations.roles), chosen.max_line_bytes)
         if isinstance(one, Bad):
             return one
         turns.append(one)
-    weights = [turn.pop("weight", 1) for turn in turns]
+    return turns
+
+
+def conversation(
+    record: dict[str, Any], turns: list[dict[str, Any]], first_learned: int, chosen: ConfigDict, special: list[str]
+) -> Turns | Bad:
+    """The turns of a row, of which answers from number `first_learned` on may be learned, or what is wrong with it."""
+    options, weights = chosen.conversations, [turn.get("weight", 1) for turn in turns]
+    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
     if unknown := [weight for weight in weights if weight not in (0, 1)]:
         return Bad("a weight that is neither 0 nor 1", repr(unknown[0])[:60])
     learned = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= first_learned and weights[i]]
@@ -85,21 +75,30 @@ def _form(record: dict[str, Any]) -> tuple[list[Any], int] | Bad:
         if not isinstance(found, list):
             return Bad("no list of turns", f"{lists[0]} is {type(found).__name__}")
     elif len(pair) == 2:
-        sides = [_side(record[name], role) for name, role in (("prompt", "user"), ("completion", "assistant"))]
+        sides = [side(record[name], role) for name, role in (("prompt", "user"), ("completion", "assistant"))]
         if None in sides:
             return Bad("no list of turns", "prompt and completion must be texts, or lists of turns")
         found, first = sides[0] + sides[1], len(sides[0])
     else:
-        keys = ", ".join(map(str, record))[:100]
+        more = "; pairs=True is for chosen and rejected" if {"chosen", "rejected"} <= set(record) else ""
         expected = "messages, conversations, or prompt and completion"
-        return Bad("no conversation", f"expected {expected}, found {keys or 'none'}")
-    system = record.get("system")
-    if system:
-        found, first = [{"role": "system", "content": system}, *found], first + 1
-    return found, first
+        return Bad("no conversation", f"expected {expected}, found {names_in(record)}{more}")
+    more = system_turn(record)
+    return more + found, first + len(more)
 
 
-def _side(value: Any, role: str) -> list[Any] | None:
+def names_in(record: dict[str, Any]) -> str:
+    """What a row has, for a person who looks for something else."""
+    return ", ".join(map(str, record))[:100] or "none"
+
+
+def system_turn(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turn that a row's own column is; none where it has no such."""
+    return [{"role": "system", "content": record["system"]}] if record.get("system") else []
+
+
+def side(value: Any, role: str) -> list[Any] | None:
+    """The turns of a column that is a text of one role, or a list of turns; None of anything else."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return value if isinstance(value, list) else None

@@ -1,4 +1,4 @@
-"""One conversation of each store as a person should see it before training: what is learned stands out."""
+"""One conversation of each store, or pair, as a person should see it before training: what is learned stands out."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,8 @@ import numpy as np
 
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer
+from k2jax.prepare.chat.mask import REJECTED
+from k2jax.prepare.chat.pairs import HALVES
 from k2jax.text import printable
 
 COLOURS = "\x1b[32m", "\x1b[0m"  # green, and back
@@ -18,19 +20,24 @@ SHOWN_TOKENS = 600
 def examples(out: Path, data: dict[str, Any], *, colours: bool) -> str:
     """The first conversation of each store with a loss mask in the preparation `out`; "" if there is none.
 
-    What is learned is in colour, or between [[ and ]]. Control characters of the data are escapes. Raises StorageError
-    or ConfigError as Store's methods do.
+    What is learned is in colour, or between [[ and ]]; of a preference pair both halves are shown. Control characters
+    of the data are escapes. Raises StorageError or ConfigError as Store's methods do.
     """
     lines, tokenizer = [], load_tokenizer(out / "tokenizer.json")
     for name in (name for name, row in data["stores"].items() if "supervised_tokens" in row):
         store = Store.open(out / name)
         first = store.document(0)
-        length = min(first["num_tokens"], SHOWN_TOKENS)
-        [ids], [mask] = store.read([first["start"]], length), store.read_mask([first["start"]], length)
-        more = f", {length} of its {first['num_tokens']:,} tokens" if length < first["num_tokens"] else ""
+        place = [first["start"]], first["num_tokens"]
+        [ids], [mask] = store.read(*place), store.read_mask(*place)
         how = "in colour" if colours else "in [[ ]]"
-        lines.append(f"{name}: {printable(first['source'])}{more}; what is learned is {how}:")
-        lines += picture(ids, mask, tokenizer, colours=colours).split("\n")
+        is_rejected = mask >= REJECTED
+        halves = zip(HALVES, (~is_rejected, is_rejected), strict=True) if store.pairs else [("", ~is_rejected)]
+        for half, own in halves:
+            size, what = int(own.sum()), f"{name}, {half}" if half else name
+            more = f", {SHOWN_TOKENS} of its {size:,} tokens" if size > SHOWN_TOKENS else ""
+            lines.append(f"{what}: {printable(first['source'])}{more}; what is learned is {how}:")
+            shown = ids[own][:SHOWN_TOKENS], mask[own][:SHOWN_TOKENS] & 1
+            lines += picture(*shown, tokenizer, colours=colours).split("\n")
     return "\n".join(lines)
 
 
