@@ -45,6 +45,12 @@ class DamagedError(StorageError):
     """What was read is not what was written: reading it again gives the same."""
 
 
+class UnreadableError(StorageError):
+    """A file of a source cannot be read, as often as it is tried; `path` is where it lies."""
+
+    path = ""
+
+
 class NumericsError(RunError):
     """The numerics guard stopped the run: do not restart blindly."""
 

@@ -1,5 +1,6 @@
 """Stages run everywhere alike: a rank is done once, a failure reaches the user, what is incomplete never passes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -122,53 +123,6 @@ def start(folder: Path, task: str, workers: int) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, folder / "main.py"], env=env, text=True, **pipes)
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    """A Slurm of shell scripts: sbatch runs the job's script for every rank of its array, at once, in turn."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in {
-        "sbatch": 'script="${@: -1}"\n'
-        "ranks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' \"$script\")\n"
-        "for rank in $(seq 0 $ranks); do\n"
-        '  SLURM_ARRAY_TASK_ID=$rank SLURM_NODELIST=here bash "$script" >>"$SLURM_OUTPUT" 2>&1\n'
-        "done\necho Submitted batch job 17\n",
-        "srun": 'while [ "$1" != launch_pickled_pipeline ]; do shift; done\nexec "$@"\n',
-        "squeue": "exit 0\n",
-        "scontrol": "echo here\n",
-    }.items():
-        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}")
-        (programs / name).chmod(0o755)
-    tests = Path(__file__).parent
-    monkeypatch.setenv("PATH", os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
-    monkeypatch.setenv("SLURM_OUTPUT", str(tmp_path / "slurm.out"))
-    return programs
-
-
-def test_slurm_runs_the_job_script_and_a_job_that_dies_is_an_error(tmp_path, slurm):
-    check_executor("slurm", SLURM)
-    stage = Stage("die", 4, partial(die, folder=tmp_path))
-    with pytest.raises(RunError, match="stage die: 1 of 4 tasks did not end, the first is 2"):
-        engine(tmp_path, "slurm", 2).run(stage)
-    engine(tmp_path, "slurm", 2).run(stage)
-    assert runs(tmp_path) == {0: 1, 1: 1, 2: 2, 3: 1}, (tmp_path / "slurm.out").read_text()
-
-
-def test_a_job_of_an_earlier_attempt_is_waited_for_not_started_again(tmp_path, slurm, monkeypatch):
-    """Its rank 1 ends while we wait: only rank 0 is left to launch."""
-    monkeypatch.setattr(engine_module, "SLURM_POLL_SECONDS", 0.01)
-    done = tmp_path / "done/note"
-    (done / "completions").mkdir(parents=True)
-    (done / "job").write_text("16")
-    (slurm / "squeue").write_text(
-        f"#!/usr/bin/env bash\nif [ ! -e {done}/completions/00001 ] && [ $3 = 16 ]; then echo 16 running; fi\n"
-        f"touch {done}/completions/00001\n"
-    )
-    engine(tmp_path, "slurm", 2).run(Stage("note", 2, partial(note, folder=tmp_path)))
-    assert runs(tmp_path) == {0: 1}
-
-
 def test_a_rank_that_failed_and_passed_when_it_was_tried_again_is_no_failure(tmp_path):
     failure = '{"type": "ConfigError", "message": "wrong"}'
     for name, text in {"errors/00001.json": failure, "completions/00001": ""}.items():
@@ -182,13 +136,17 @@ def test_a_rank_that_failed_and_passed_when_it_was_tried_again_is_no_failure(tmp
 
 
 def test_executors_that_cannot_run_are_refused_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for program in ("sbatch", "squeue"):
+        with pytest.raises(ConfigError, match=f"no {program}"):
+            check_executor("slurm", SLURM)
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o755)
     with pytest.raises(ConfigError, match="partition"):
-        monkeypatch.setenv("PATH", str(tmp_path))
-        (tmp_path / "sbatch").write_text("#!/bin/sh\n")
-        (tmp_path / "sbatch").chmod(0o755)
         check_executor("slurm", {**SLURM, "partition": ""})
-    (tmp_path / "sbatch").unlink()
-    with pytest.raises(ConfigError, match="no sbatch"):
+    check_executor("slurm", SLURM)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    with pytest.raises(ConfigError, match="a task of a job array"):
         check_executor("slurm", SLURM)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="k2jax\\[data,ray\\]"):
@@ -207,3 +165,44 @@ def test_a_full_disk_is_no_bug(tmp_path):
 def test_datatrove_writes_nothing_to_the_terminal(tmp_path):
     program = start(tmp_path, "note", workers=2)
     assert (*program.communicate(), program.returncode) == ("", "", 0)
+
+
+def read_archive(rank: int, *, folder: Path) -> None:
+    """A task: reads an archive whose addresses and remainders would command a terminal."""
+    from k2jax.prepare.files import File
+    from k2jax.prepare.warc import warc_records
+
+    body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>a page</p>"
+    header = b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://x/ \x1b]0;%d\x07\r\n" % rank
+    data = header + b"Content-Length: %d\r\n\r\n%b\x1b[2J\r\n\r\n" % (len(body) - 4, body)
+    path = folder / f"{rank}.warc"
+    path.write_bytes(data)
+    found = list(warc_records(File(path.name, str(path), len(data)), most=1000, html_only=True, text_key="text"))
+    (folder / f"{rank}.ran").write_text(found[0][1].reason)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_libraries_print_of_pages_is_counted_and_kept_and_commands_no_terminal(tmp_path, workers):
+    program = start(tmp_path, "read_archive", workers)
+    out, err = program.communicate()
+    assert (out, program.returncode) == ("", 0) and [(tmp_path / f"{i}.ran").read_text() for i in range(2)]
+    kept = tmp_path / "done/read_archive/said"
+    assert err.startswith(f"stage read_archive: libraries printed 8 lines, which lie in {kept} until the end")
+    assert err.count("\n") == 1 and err[:-1].isprintable() and "\\u001b]0;0" in err
+    assert json.loads((kept / "00001.json").read_bytes())["num_lines"] == 4
+
+
+def chatter(rank: int, *, folder: Path) -> None:
+    for i in range(10_000):
+        print("\rbar", i, end="")
+    for i in range(1000):
+        print(f"\u202e{i} \ud800" * 1000, file=sys.stderr)
+    raise OSError(28, "No space left on device")
+
+
+def test_what_libraries_print_without_end_is_not_all_kept(tmp_path, capsys):
+    with pytest.raises((OSError, StorageError), match="No space left"):
+        engine(tmp_path).run(Stage("chatter", 1, partial(chatter, folder=tmp_path)))
+    found = json.loads((tmp_path / "done/chatter/said/00000.json").read_bytes())
+    assert len(found["first"]) == 100 and max(map(len, found["first"])) <= 6 * 300 and found["num_lines"] == 1000
+    assert capsys.readouterr().err.count("\n") == 1

@@ -22,7 +22,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 pytest.importorskip("lm_eval")
 
 from k2jax.errors import ConfigError  # noqa: E402
-from k2jax.evals import harness, scoring, suites, tasks  # noqa: E402
+from k2jax.evals import folder, harness, scoring, suites, tasks  # noqa: E402
 from k2jax.evals.scoring import Row, Scorer, make_batches  # noqa: E402
 from k2jax.evals.session import Session, Wanted  # noqa: E402
 from k2jax.evals.subject import Subject  # noqa: E402
@@ -485,6 +485,8 @@ def test_bad_names_and_missing_data_are_one_clear_line(workdir: Path, task_dir: 
 def test_every_task_and_metric_of_the_suite_is_the_installed_harness_own():
     """By its task files, without data."""
     manager = tasks.open_manager([m.task for m in suites.SUITE], None)
+    for name in manager.all_tasks:
+        folder.check_group(manager.task_index, name)
     code = {m.name for m in suites.SUITE if tasks.HarnessTask(manager, m.task).unsafe}
     assert code == {m.name for m in suites.SUITE if m.name.startswith(("HumanEval", "MBPP"))}
     for m in suites.SUITE:

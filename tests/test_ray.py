@@ -1,5 +1,6 @@
 """Stages on Ray, in one session of it: the same bytes as from one process, and what fails there reaches the user."""
 
+import json
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -13,9 +14,10 @@ pytest.importorskip("datatrove")
 from test_build import BOOKS, NEAR, different_files
 from test_engine import engine, fill, note, runs
 
+import k2jax
 from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import build, recipe
-from k2jax.prepare.engine import Stage
+from k2jax.prepare.engine import Stage, set_environment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,3 +64,25 @@ def test_a_failed_rank_is_an_error_though_ray_does_not_raise_it(tmp_path: Path):
 def test_a_full_disk_is_no_bug(tmp_path: Path):
     with pytest.raises((OSError, StorageError), match="No space left"):
         engine(tmp_path, "ray").run(Stage("fill", 1, partial(fill, folder=tmp_path)))
+
+
+def tell(rank: int, *, folder: Path) -> None:
+    """A task: writes what it has of the environment."""
+    names = ("PYTHONPATH", "RAYON_NUM_THREADS", "AWS_SECRET_ACCESS_KEY", "https_proxy", "OTHER")
+    (folder / "environment").write_text(json.dumps({name: os.environ.get(name) for name in names}))
+
+
+@pytest.mark.processes
+def test_the_commands_environment_reaches_a_cluster_that_was_started_without_it(tmp_path: Path, monkeypatch: Any):
+    for name in ("AWS_SECRET_ACCESS_KEY", "https_proxy", "OTHER"):
+        monkeypatch.setenv(name, f"{name} of the command")
+    for name in ("PYTHONPATH", "RAYON_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back at the end
+    set_environment("ray", 7)
+    engine(tmp_path, "ray").run(Stage("tell", 1, partial(tell, folder=tmp_path)))
+    found = json.loads((tmp_path / "environment").read_text())
+    assert found.pop("OTHER") is None and found.pop("RAYON_NUM_THREADS") == "1"
+    assert found.pop("PYTHONPATH").startswith(str(Path(k2jax.__file__).parent.parent))
+    assert found == {name: f"{name} of the command" for name in found} and len(found) == 2
+    written = b"".join(path.read_bytes() for path in (tmp_path / "done").rglob("*") if path.is_file())
+    assert b"of the command" not in written

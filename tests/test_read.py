@@ -23,10 +23,10 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from k2jax.errors import ConfigError, StorageError  # noqa: E402
-from k2jax.prepare import files, read  # noqa: E402
+from k2jax.prepare import files, read, stored  # noqa: E402
 from k2jax.prepare.files import File, bounded_lines, list_files  # noqa: E402
 from k2jax.prepare.recipe import subset  # noqa: E402
-from k2jax.prepare.tally import Tally  # noqa: E402
+from k2jax.prepare.tally import Tally, shown_name  # noqa: E402
 
 LINES = [{"text": f"Document {i}.", "id": f"d{i}"} for i in range(6)]
 
@@ -299,7 +299,7 @@ def test_names_from_outside_stay_on_one_line_and_under_their_root(tmp_path):
 def test_long_names_keep_their_line_in_messages():
     long = files.place(File("x" * 500, "", 0), 7)
     assert long.endswith("xxx:7") and len(long) < 200
-    assert len(files.shown_name("y" * 1000)) == 1000
+    assert len(shown_name("y" * 1000)) == 1000
 
 
 def test_no_match_and_missing_packages_are_one_line(tmp_path, monkeypatch):
@@ -341,7 +341,8 @@ def test_a_storage_that_fails_while_reading_is_an_error_not_bad_input(tmp_path, 
     else:
         pq.write_table(pa.Table.from_pylist(lines), path)
     data = path.read_bytes()
-    monkeypatch.setattr(files, "open", lambda *_, **__: Failing(data), raising=False)
+    monkeypatch.setattr(stored, "open", lambda *_, **__: Failing(data), raising=False)
+    monkeypatch.setattr(stored, "WAITS", (0, 0))
     with pytest.raises(StorageError, match="connection lost"):
         read_all(f"{kind}:{path}")
 

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,20 @@ def test_a_record_without_a_length_does_not_swallow_those_behind_it_in_silence(t
     assert tally.problems == ["a.warc:3: damaged record (Content-Length: none; what follows is lost)"]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_record_that_is_longer_than_it_says_is_no_page(tmp_path, packed):
+    """It would lose its end, of which warcio tells the terminal alone."""
+    pages = [("200 OK", "text/html", b"<p>page %d</p>" % i, None) for i in range(2)]
+    whole, _ = archive(pages, packed=False)
+    data = re.sub(rb"WARC-(Payload|Block)-Digest: [^\r]+\r\n", b"", whole)
+    [length] = {int(one) for one in re.findall(rb"Content-Length: (\d+)\r\n", data) if int(one) > 40}
+    data = data.replace(b"Content-Length: %d" % length, b"Content-Length: %d" % (length - 4), 1)
+    (tmp_path / "a.warc").write_bytes(gzip.compress(data) if packed else data)
+    found, tally = read_all(f"warc:{tmp_path}")
+    assert [one.text for one in found] == ["<p>page 1</p>"]
+    assert tally.problems == ["a.warc:2: damaged record (it is longer than its Content-Length)"]
+
+
 def test_packed_content_is_unpacked_within_bounds_and_cut_content_is_bad(tmp_path):
     body = gzip.compress(b"<p>" + b"x" * 3000)
     pages = [
@@ -219,7 +234,7 @@ def test_packed_content_is_unpacked_within_bounds_and_cut_content_is_bad(tmp_pat
     (tmp_path / "a.warc.gz").write_bytes(archive(pages, extra=(("Content-Encoding", "gzip"),))[0])
     found, tally = read_all(f"warc:{tmp_path}", max_line_bytes=20_000)
     assert [len(one.text) for one in found] == [3003]
-    assert tally.bad == {"damaged record": 1, "longer than max_line_bytes": 1}
+    assert tally.bad == {"damaged gzip body": 1, "longer than max_line_bytes": 1}
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -30,7 +30,7 @@ def main() -> None:
     add("--module", help="of --seqio_mixture: the module that registers it when it is imported")
     paths.add(parser, "--out", required=True, metavar="DIR", help="what comes out; all workers must see it")
     add("--executor", choices=("local", "ray", "slurm"), default="local", help="where tasks run (default: local)")
-    add("--workers", type=int, default=0, metavar="N", help="tasks at once (default: the cores of this machine)")
+    add("--workers", type=int, default=0, metavar="N", help="tasks at once (default: the cores it may use)")
     add("--keep_stages", action="store_true", help="keep what lies between documents and stores, in DIR/stages")
     add("--other_code", action="store_true", help="go on with what another version of k2jax began; it is recorded")
     args = parser.parse_args()

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from k2jax.chat.template import ChatTemplate
 from k2jax.errors import ConfigError
+from k2jax.evals import folder
 from k2jax.evals.chat import PLAIN, Chat, Rendering
 from k2jax.evals.harness import CheckpointLM
 from k2jax.evals.identity import configs_digest, documents_digest, requests_digest
@@ -206,16 +207,20 @@ def _rendering(template: ChatTemplate | None, saved: SavedStep) -> contextlib.Ab
 def open_manager(names: list[str], task_dir: str | Path | None) -> TaskManager:
     """The tasks that there are: those of `task_dir` and the harness's own.
 
-    Raises ConfigError for a name that is none of them, with the closest.
+    Raises ConfigError for a name that is none of them, with the closest, and for what has no end (folder.py).
     """
     if task_dir is not None and not Path(task_dir).is_dir():
         raise ConfigError(f"--task-dir={task_dir}: no such folder")
+    if task_dir is not None:
+        folder.check(Path(task_dir))
     include = task_dir and str(Path(task_dir).resolve())
     # The harness's own are listed only where they are needed: that takes five seconds.
     manager = TaskManager(include_path=include, include_defaults=False) if include else None
     if manager is None or not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=include) if include else _own_tasks()
     check_names(names, manager, task_dir)
+    for name in names:
+        folder.check_group(manager.task_index, name)
     return manager
 
 

@@ -8,7 +8,6 @@ Each stage can be stopped and goes on where it was. data.json, written last, say
 import hashlib
 import json
 import math
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -23,10 +22,23 @@ from k2jax.data.store import Store
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import write_bytes, write_json
-from k2jax.prepare import claim, clean, dealing, kept, pieces, recipe, spm, tally, token_sources, tokenise
+from k2jax.prepare import (
+    claim,
+    clean,
+    dealing,
+    kept,
+    pieces,
+    recipe,
+    spm,
+    tally,
+    token_sources,
+    tokenise,
+    unreadable,
+)
 from k2jax.prepare.card import card
 from k2jax.prepare.chat import mask
 from k2jax.prepare.claim import TEMPLATE
+from k2jax.prepare.cores import cores
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
@@ -44,14 +56,14 @@ def build(
     chat_template.jinja, too.
 
     Returns what data.json holds, and whether it was there already. What an interrupted preparation finished is not
-    done again. `workers` tasks run at once, 0 for as many as there are cores. `keep_stages` leaves what lies between
-    documents and stores, several times the documents' size; `other_code` lets this code go on with what another version
-    of it began. Raises ConfigError if `out` holds anything else, was begun
+    done again. `workers` tasks run at once, 0 for as many as there are cores (cores.py). `keep_stages` leaves what lies
+    between documents and stores, several times the documents' size; `other_code` lets this code go on with what another
+    version of it began. Raises ConfigError if `out` holds anything else, was begun
     with another recipe or other documents, or is being worked in; StorageError if it cannot be written.
     """
     errors.keep_files_ours()
     config, out = claim.numbered(config), Path(out).absolute()
-    workers = workers or os.cpu_count() or 1
+    workers = workers or cores()
     was_there = (out / "data.json").exists()
     try:
         if was_there:
@@ -62,7 +74,7 @@ def build(
             inputs = clean.check(config)
             if _conversations(config):
                 _check_template(config)
-            set_environment(workers)
+            set_environment(executor, workers)
             out.mkdir(parents=True, exist_ok=True)
             with claim.claimed(config, out, other_code):
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
@@ -114,6 +126,8 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     engine.run(Stage("stores", len(names), join))
 
     data = {"format": FORMAT, "config": redacted(plain), **options, "inputs": inputs, "code": claim.codes(out)}
+    if left := unreadable.of_all(out, list(config.subsets)):
+        data |= {"unreadable": left}
     data |= _summary(config, out, names)
     if chats:
         sha256 = hashlib.sha256((out / TEMPLATE).read_bytes()).hexdigest()

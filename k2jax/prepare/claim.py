@@ -101,7 +101,8 @@ def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str)
     """Raises ConfigError if another recipe made what lies in `out`."""
     wanted = redacted(config.to_dict())
     made = {"eos": "", "chat": recipe.base().chat.to_dict(), **made}  # before there were these keys
-    later = {"conversations": {}, "dumps": [], "follow_links": False, "pii_regions": ["US"], "priority": 0}
+    later = {"conversations": {}, "dumps": [], "follow_links": False, "max_unreadable": 0, "priority": 0}
+    later["pii_regions"] = ["US"]
     made["subsets"] = {name: {**later, **chosen} for name, chosen in made.get("subsets", {}).items()}
     for chosen in made["subsets"].values():
         chosen["pii"] = [] if chosen.get("pii") is False else chosen.get("pii")  # True: by other rules

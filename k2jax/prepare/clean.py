@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 from ml_collections import ConfigDict
 
+from k2jax.errors import UnreadableError
 from k2jax.files import whole_file, write_json
-from k2jax.prepare import contamination, dealing, recipe, rules
+from k2jax.prepare import contamination, dealing, recipe, rules, unreadable
 from k2jax.prepare.documents import write_documents
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import list_files
@@ -91,11 +92,23 @@ def clean(
 def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Path) -> None:
     """Task `rank` of recipe.tasks(config): reads, cleans and writes its documents.
 
-    Raises ConfigError and StorageError as `read` does; nothing is then left that looks complete.
+    A file that cannot be read is left out where the subset allows it, and the task begins again without it. Raises
+    ConfigError and StorageError as `read` does; nothing is then left that looks complete.
     """
-    config, folder = ConfigDict(config), Path(out) / "stages" / "clean"
-    task, tally = recipe.tasks(config)[rank], Tally()
-    chosen, dealt = config.subsets[task.subset], dealing.share(Path(out), task)
+    config = ConfigDict(config)
+    task = recipe.tasks(config)[rank]
+    dealt = dealing.share(Path(out), task)
+    while True:
+        try:
+            return _clean_share(rank, task.subset, dealt, config, Path(out))
+        except UnreadableError as error:
+            unreadable.note(Path(out), task.subset, config.subsets[task.subset], dealt.files, error)
+
+
+def _clean_share(rank: int, name: str, dealt: dealing.Share, config: ConfigDict, out: Path) -> None:
+    folder, tally, chosen = out / "stages" / "clean", Tally(), config.subsets[name]
+    files = unreadable.others(out, name, dealt.files, tally)
+    is_whole = files[-1:] == dealt.files[-1:]  # else the file that a limit cuts is left out
     check_of: contamination.Contamination | None = None
     steps = rules.build(chosen, tally)
     removed = _Removed(config.removed_samples, rules.edits(chosen))
@@ -105,10 +118,10 @@ def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Pat
     with contextlib.ExitStack() as stack:
         raw = documents(
             chosen,
-            dealt.files,
-            name=task.subset,
+            files,
+            name=name,
             tally=tally,
-            last_bytes=dealt.last_bytes,
+            last_bytes=dealt.last_bytes if is_whole else None,
             keep_removed=removed.keep,
             render=stack.enter_context(dealing.rendering(out, chosen)),
         )

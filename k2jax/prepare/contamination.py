@@ -30,8 +30,9 @@ from k2jax.data.records import Bad, text_of
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import whole_file, write_json
 from k2jax.prepare import recipe
-from k2jax.prepare.files import list_files, place, shown_name
+from k2jax.prepare.files import list_files, place
 from k2jax.prepare.read import records
+from k2jax.prepare.tally import shown_name
 
 SHORTEST = 8  # words of an item; shorter ones ("What is the capital of France?") stand everywhere
 HITS = 100  # kept of a task, with their text

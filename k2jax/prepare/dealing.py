@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from k2jax.data.manifest import sha256_json
-from k2jax.errors import ConfigError
+from k2jax.errors import ConfigError, UnreadableError
 from k2jax.files import write_json
-from k2jax.prepare import recipe
+from k2jax.prepare import recipe, unreadable
 from k2jax.prepare.chat import texts
 from k2jax.prepare.engine import Engine, Stage
-from k2jax.prepare.files import File, list_files, shown_name
+from k2jax.prepare.files import File, list_files
 from k2jax.prepare.read import RenderRow, documents, dump_of, in_order
 from k2jax.prepare.recipe import Task
-from k2jax.prepare.tally import Tally
+from k2jax.prepare.tally import Tally, shown_name
 
 PACKED = 4  # bytes of text in a byte as it is stored, until a wave has told
 MORE = 1.1  # than is expected to be enough
@@ -204,11 +204,20 @@ def measure(rank: int, *, number: int, config: dict[str, Any], out: Path) -> Non
     whole, folder = ConfigDict(config), _folder(out) / "waves" / str(number)
     found: dict[str, dict[str, int]] = {}
     for name, index, *row in json.loads((folder / "files" / f"{rank:05d}.json").read_bytes()):
-        size, chosen = 0, whole.subsets[name]
-        with rendering(out, chosen) as render:
-            for one in documents(chosen, [File(*row)], name=name, tally=Tally(), render=render):
-                size += len(one.text.encode())
-                if size > chosen.max_bytes:
-                    break
+        try:
+            size = _text_bytes(whole.subsets[name], name, File(*row), out)
+        except UnreadableError as error:
+            unreadable.note(out, name, whole.subsets[name], [File(*row)], error)
+            size = 0
         found.setdefault(name, {})[str(index)] = size
     write_json(folder / "sizes" / f"{rank:05d}.json", found)
+
+
+def _text_bytes(chosen: ConfigDict, name: str, file: File, out: Path) -> int:
+    size = 0
+    with rendering(out, chosen) as render:
+        for one in documents(chosen, [file], name=name, tally=Tally(), render=render):
+            size += len(one.text.encode())
+            if size > chosen.max_bytes:
+                break
+    return size

@@ -6,33 +6,26 @@ here: an error of a task reaches the user as it was raised, and a stage is over 
 
 import contextlib
 import json
-import multiprocessing
 import os
-import resource
 import shutil
-import signal
-import subprocess
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.utils.logging import logger
-from datatrove.utils.stats import PipelineStats
 from tqdm import tqdm
 
 import k2jax
 from k2jax import errors
 from k2jax.errors import ConfigError, RunError
-from k2jax.files import write_json, write_text
-from k2jax.text import without_secrets
+from k2jax.prepare import said
+from k2jax.prepare.cores import cores
+from k2jax.prepare.executors import Local, Ray
+from k2jax.prepare.slurm import Slurm
 
 EXECUTORS = ("local", "ray", "slurm")
-SLURM_POLL_SECONDS = 10
 
 
 class Stage(NamedTuple):
@@ -66,12 +59,17 @@ class Engine(NamedTuple):
         if not stage.tasks:
             return
         folder = self.folder / stage.name
-        shutil.rmtree(folder / "errors", ignore_errors=True)
+        for name in ("errors", "said"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         logger.disable("datatrove")  # it tells of every step; errors come from here
         executor = self._executor(stage, folder)
         if executor.get_incomplete_ranks(skip_completed=True):
-            with _progress(stage, folder):
-                executor.run()
+            try:
+                with _progress(stage, folder):
+                    executor.run()
+            finally:
+                if line := said.summary(folder / "said"):
+                    print(f"stage {stage.name}: {line}", file=sys.stderr, flush=True)
         _raise_failures(stage, folder)
         if missing := executor.get_incomplete_ranks(skip_completed=True):
             raise RunError(
@@ -87,10 +85,12 @@ class Engine(NamedTuple):
             "logging_dir": str(folder),
         }
         if self.executor == "local":
-            return _Local(**options)
+            return Local(**options)
         if self.executor == "ray":
-            return _Ray(**options, mem_per_cpu_gb=1)
-        return _Slurm(
+            # Before a process unpickles anything it must find the k2jax that this one runs.
+            environment = {name: os.environ[name] for name in ("PYTHONPATH", "RAYON_NUM_THREADS") if name in os.environ}
+            return Ray(**options, mem_per_cpu_gb=1, ray_remote_kwargs={"runtime_env": {"env_vars": environment}})
+        return Slurm(
             **options,
             partition=self.slurm["partition"],
             time=self.slurm["time"],
@@ -99,92 +99,6 @@ class Engine(NamedTuple):
             job_name=f"k2jax-{stage.name}",
             qos=None,
         )
-
-
-class _Ranks:
-    """One rank of a stage, for all three executors: no log of every step, and the error on record if it fails."""
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
-        logger.disable("datatrove")
-        errors.keep_files_ours()  # on a machine of Ray's or Slurm's
-        stats = PipelineStats()
-        if self.is_rank_completed(rank):
-            return stats
-        [function] = self.pipeline
-        before = time.process_time()
-        try:
-            function(rank)
-        except Exception as error:
-            kind = "StorageError" if isinstance(error, OSError) else type(error).__name__
-            failure = {"type": kind, "message": without_secrets(str(error))}
-            with contextlib.suppress(OSError):  # a full disk: the error itself goes on
-                write_json(self.logging_dir.resolve_paths(f"errors/{rank:05d}.json"), failure)
-            raise
-        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process: with one worker, so far
-        usage = {"cpu_seconds": time.process_time() - before, "peak_bytes": peak_kib * 1024}
-        write_json(self.logging_dir.resolve_paths(f"usage/{rank:05d}.json"), usage)
-        with self.logging_dir.open(f"stats/{rank:05d}.json", "w") as file:
-            stats.save_to_disk(file)
-        self.mark_rank_as_completed(rank)
-        return stats
-
-
-class _Local(_Ranks, LocalPipelineExecutor):
-    """As datatrove's, on the standard library's pool: multiprocess's waits for ever for a worker that was killed."""
-
-    def run(self) -> None:
-        ranks = self.get_incomplete_ranks()
-        if min(self.workers, len(ranks)) == 1:
-            for rank in ranks:
-                self._run_for_rank(rank)
-            return
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["k2jax.prepare.build"])  # what every worker of every stage needs
-        with ProcessPoolExecutor(self.workers, context, _end_with, (os.getpid(),)) as pool:
-            tasks = [pool.submit(self._run_for_rank, rank) for rank in ranks]
-            try:
-                for task in as_completed(tasks):
-                    task.result()
-            except BrokenProcessPool as error:
-                raise RunError(
-                    "a worker process was killed, perhaps for want of memory: run the same command again, with fewer "
-                    "--workers"
-                ) from error
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _end_with(command: int) -> None:
-    """A worker ends when the command (its process id) does, however that ended, lest it writes beside the next one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all of them: the command speaks
-
-    def watch() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            while True:
-                os.kill(command, 0)
-                time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class _Ray(_Ranks, RayPipelineExecutor):
-    pass
-
-
-class _Slurm(_Ranks, SlurmPipelineExecutor):
-    def launch_job(self) -> None:
-        """Launches a job and waits for it; first for one that an earlier attempt left in the queue."""
-        note = Path(self.logging_dir.resolve_paths("job"))
-        if note.exists():
-            _wait_for(note.read_text())
-        super().launch_job()
-        if self.job_id != -1:
-            write_text(note, str(self.job_id))
-            _wait_for(self.job_id)
-
-    def launch_merge_stats(self) -> None:
-        """There is nothing to merge: counts are in the stages' own files."""
 
 
 def _raise_failures(stage: Stage, folder: Path) -> None:
@@ -197,13 +111,6 @@ def _raise_failures(stage: Stage, folder: Path) -> None:
         if isinstance(kind, type) and issubclass(kind, RunError):
             raise kind(failure["message"])
         raise RunError(f"stage {stage.name}, task {int(path.stem)}: {failure['type']}: {failure['message']}")
-
-
-def _wait_for(job: str) -> None:
-    """Until a Slurm job has left the queue."""
-    command = ["squeue", "--noheader", "--jobs", job]
-    while subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip():
-        time.sleep(SLURM_POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -233,17 +140,24 @@ def check_executor(executor: str, slurm: dict[str, Any]) -> None:
         except ImportError as error:
             raise ConfigError("--executor=ray: Ray is not installed: pip install 'k2jax[data,ray]'") from error
     if executor == "slurm":
-        if shutil.which("sbatch") is None:
-            raise ConfigError("--executor=slurm: there is no sbatch on this machine: run it on a Slurm login node")
+        for program in ("sbatch", "squeue"):
+            if shutil.which(program) is None:
+                raise ConfigError(f"--executor=slurm: there is no {program} on this machine: run it on a login node")
+        if "SLURM_ARRAY_TASK_ID" in os.environ:  # by which a task of ours knows what it is
+            raise ConfigError("--executor=slurm: this is a task of a job array: run it on a login node")
         if not slurm["partition"]:
             raise ConfigError("--executor=slurm: name the partition in the recipe: config.slurm.partition")
 
 
-def set_environment(workers: int) -> None:
-    """What worker processes take from this one: the k2jax that it runs, and their share of the cores (tokenizers)."""
+def set_environment(executor: str, workers: int) -> None:
+    """What worker processes take from this one: the k2jax that it runs, and their share of the cores (tokenizers).
+
+    A task on Ray or Slurm asks for one core, whatever this machine has.
+    """
     here = str(Path(k2jax.__file__).parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    threads = max(1, cores() // workers) if executor == "local" else 1
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
 
 
 def usage(folder: Path) -> dict[str, dict[str, float]]:

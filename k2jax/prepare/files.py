@@ -22,15 +22,15 @@ import zstandard
 from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import python_corpus
 from k2jax.prepare.recipe import kind_of
-from k2jax.prepare.tally import clean_name
-from k2jax.text import without_secret_parameters, without_secrets
+from k2jax.prepare.stored import Stored
+from k2jax.prepare.tally import shown_name
+from k2jax.text import without_secret_parameters
 
 BLOCK = 1 << 20  # bytes read at a time
 # Compressed bytes decoded at once. A zstd block of 4 can stand for 128 KiB, a byte of gzip for about 1,032, so at most
 # 64 MiB and 17 MiB come out.
 ZSTD_STEP, GZIP_STEP, XZ_STEP, BZIP2_STEP = 1 << 11, 1 << 14, 1 << 12, 1 << 10
 HEAD = 512  # bytes by which it is seen how a file is packed
-NAME_CHARACTERS = 2000  # kept of a name or URL; object stores allow names of 1,024 bytes
 PACKED = r"(\.(gz|zst|zstd|xz|bz2))?"
 NAMES = {  # of a source's data, in a folder of it
     "text": r".*",
@@ -85,14 +85,6 @@ def list_files(source: str, *, follow_links: bool = True) -> list[File]:
     if not found:
         raise ConfigError(f"source {source!r}: no file matches; check the path and its wildcards")
     return sorted(found)
-
-
-def shown_name(name: str) -> str:
-    """A name or URL from outside, in characters that print, up to NAME_CHARACTERS of them, without credentials."""
-    name = without_secrets(name)[:NAME_CHARACTERS]
-    if name.isprintable():
-        return name
-    return "".join(clean_name(name[i : i + 300]) for i in range(0, len(name), 300))
 
 
 def place(file: File, line: int) -> str:
@@ -184,52 +176,6 @@ def _is_file(path: str, entry: dict[str, Any], *, local: bool) -> bool:
     if not local or entry["type"] != "other":
         return entry["type"] == "file"
     return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
-
-
-class Stored(io.RawIOBase):
-    """A file as it is stored; whatever goes wrong in reading it is a StorageError that names it."""
-
-    def __init__(self, path: str):
-        self.path = path
-        try:
-            self._file: Any = fsspec.open(path, "rb").open() if "://" in path else open(path, "rb", buffering=0)
-        except Exception as error:  # each storage has exceptions of its own
-            raise self._error(error) from error
-
-    def readinto(self, buffer: Any) -> int:
-        """As of any raw file."""
-        try:
-            data = self._file.read(len(buffer))
-        except Exception as error:
-            raise self._error(error) from error
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """As of any file."""
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """As of any file."""
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True: Parquet is read from its end."""
-        return True
-
-    def close(self) -> None:
-        """Closes it on the storage."""
-        if not self.closed and hasattr(self, "_file"):
-            self._file.close()
-        super().close()
-
-    def _error(self, error: Exception) -> StorageError:
-        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        return StorageError(f"{shown_name(self.path)} cannot be read ({what}): the source is not complete without it")
 
 
 class _Unpacked(io.RawIOBase):

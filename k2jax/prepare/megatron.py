@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare.files import File, Stored, shown_name
+from k2jax.prepare.files import File
+from k2jax.prepare.stored import Stored
+from k2jax.prepare.tally import shown_name
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")

@@ -20,7 +20,7 @@ from k2jax.data.records import Bad, text_of
 from k2jax.errors import ConfigError
 from k2jax.prepare.chat.rows import COLUMNS
 from k2jax.prepare.documents import document
-from k2jax.prepare.files import File, place, shown_name
+from k2jax.prepare.files import File, place
 from k2jax.prepare.recipe import DUMP, kind_of
 from k2jax.prepare.records import (
     Record,
@@ -30,7 +30,7 @@ from k2jax.prepare.records import (
     python_records,
     text_records,
 )
-from k2jax.prepare.tally import Tally, clean_name
+from k2jax.prepare.tally import Tally, clean_name, shown_name
 
 FIELDS = ("url", "id", "license", "licence", "date", "dump")  # kept of a record beside its text
 IDS_WATCHED = 1 << 20  # of a file, for those seen before: 100 MB; later ones are not compared

@@ -90,6 +90,7 @@ def subset(
     max_line_bytes: int = 1 << 28,
     tasks: int = 1,
     follow_links: bool = False,
+    max_unreadable: int = 0,
     priority: int = 0,
     extract: bool = False,
     language_model: str = "",
@@ -120,6 +121,7 @@ def subset(
     c.max_line_bytes = max_line_bytes  # longer lines of JSON, and larger files of text, are not read
     c.tasks = tasks  # parts that the source's files are dealt into: the most workers that can read it at once
     c.follow_links = follow_links  # files of a local source may be links to others outside of its folder
+    c.max_unreadable = max_unreadable  # files that are left out, by name, if they cannot be read; 0: it ends there
     c.priority = priority  # of duplicates, the one in the subset of the lowest number stays, of equal ones the first
     c.extract = extract  # text out of HTML, by trafilatura
     c.language_model = language_model  # fastText's file, such as lid.176.bin; needed by `languages`
@@ -294,7 +296,9 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
         problems.append(f"{where}.source={chosen.source!r}: must be one of {known}")
     if kind in TOKEN_KINDS and not tokenizer:
         problems.append(f"{where}: a source of tokens needs tokenizer, the one that its ids were made with")
-    for key in ("max_bytes", "min_document_bytes", "max_document_bytes"):
+    if kind in TOKEN_KINDS and chosen.max_unreadable:
+        problems.append(f"{where}.max_unreadable={chosen.max_unreadable}: is of documents, {kind}: is of tokens")
+    for key in ("max_bytes", "min_document_bytes", "max_document_bytes", "max_unreadable"):
         if chosen[key] < 0:
             problems.append(f"{where}.{key}={chosen[key]}: must not be negative")
     if 0 < chosen.max_document_bytes < chosen.min_document_bytes:

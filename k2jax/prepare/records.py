@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 from k2jax.data.records import TOO_LONG, Bad, text_of
 from k2jax.errors import ConfigError
 from k2jax.prepare import python_corpus
-from k2jax.prepare.files import DAMAGE, File, Stored, bounded_lines, opened, shown_name
+from k2jax.prepare.files import DAMAGE, File, bounded_lines, opened
+from k2jax.prepare.stored import Stored
+from k2jax.prepare.tally import shown_name
 
 ROWS = 256  # of Parquet, in memory at a time, or as few as are sure to take no more than
 BATCH_BYTES = 64 << 20

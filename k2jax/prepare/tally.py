@@ -13,13 +13,24 @@ first cases. Names from outside are cleaned before they get here: a path may hol
 from collections import Counter, defaultdict
 from typing import Any
 
+from k2jax.text import without_secrets
+
 PROBLEMS = 20  # kept by task
+NAME_CHARACTERS = 2000  # kept of a name or URL; object stores allow names of 1,024 bytes
 
 
 def clean_name(name: str) -> str:
     """A name from outside in one line that no terminal obeys: control characters as \\xNN, at most 300 characters."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name[:300])
     return shown.encode("utf-8", "backslashreplace").decode()
+
+
+def shown_name(name: str) -> str:
+    """A name or URL from outside, in characters that print, up to NAME_CHARACTERS of them, without credentials."""
+    name = without_secrets(name)[:NAME_CHARACTERS]
+    if name.isprintable():
+        return name
+    return "".join(clean_name(name[i : i + 300]) for i in range(0, len(name), 300))
 
 
 class Tally:

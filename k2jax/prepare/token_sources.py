@@ -33,11 +33,11 @@ from k2jax.errors import ConfigError
 from k2jax.files import write_json
 from k2jax.prepare.dealing import share
 from k2jax.prepare.engine import Stage
-from k2jax.prepare.files import DAMAGE, File, bounded_lines, opened, place, shown_name
+from k2jax.prepare.files import DAMAGE, File, bounded_lines, opened, place
 from k2jax.prepare.megatron import read_documents
 from k2jax.prepare.pieces import PieceWriter
 from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, subset, tasks
-from k2jax.prepare.tally import Tally, combine
+from k2jax.prepare.tally import Tally, combine, shown_name
 from k2jax.prepare.token_document import TokenDocument, token_document
 
 MOST_STORES = 256  # of one subset: more are no subsets, but a key that differs from row to row

@@ -9,6 +9,7 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 
 from k2jax.data.records import TOO_LONG, Bad
+from k2jax.prepare.body import unpacked
 from k2jax.prepare.files import DAMAGE, File, opened
 from k2jax.prepare.records import Record
 
@@ -23,7 +24,8 @@ def warc_records(file: File, *, most: int, html_only: bool, text_key: str) -> It
     """(number of the record from 1, its page or what is wrong with it), for .warc, .warc.gz and .warc.zst.
 
     Records that are no responses (requests, metadata) are passed over. A record whose length or digest is not what
-    its header says is bad; where none can be recognised the rest of the file is lost, and counted as such.
+    its header says is bad, and so is one whose body is not packed as its headers say (body.py); where none can be
+    recognised the rest of the file is lost, and counted as such.
     """
     number, page = 0, None
     try:
@@ -35,8 +37,13 @@ def warc_records(file: File, *, most: int, html_only: bool, text_key: str) -> It
                 page = _damage(record)
                 if page is None and record.rec_type in ("response", "conversion"):
                     page = _page(record, most, html_only, text_key)
+                damage, is_longer = _end(archive)
+                if is_longer:
+                    page = Bad("damaged record", "it is longer than its Content-Length")
                 if page is not None:
                     yield number, page
+                if damage:  # behind a page that is whole
+                    raise damage
             stream.read(1)  # within headers warcio takes an error for the end of the file: here it is raised again
             counted = isinstance(page, Bad) and page.reason == "damaged record"
             if archive.offset < watched.size or (watched.end.strip() and not counted):
@@ -63,6 +70,16 @@ class _Watched:
         return data
 
 
+def _end(archive: ArchiveIterator) -> tuple[Exception | None, bool]:
+    """Goes to the end of the record: the damage on the way, and whether more than empty lines stands behind it."""
+    before, damage = archive.err_count, None
+    try:
+        archive.read_to_end()
+    except DAMAGE as error:
+        damage = error
+    return damage, archive.err_count > before
+
+
 def _damage(record: Any) -> Bad | None:
     """What is wrong with a record's header, of whatever type: without a length it swallows those behind it."""
     length = record.rec_headers.get_header("Content-Length") or "none"
@@ -82,18 +99,14 @@ def _page(record: Any, most: int, html_only: bool, text_key: str) -> dict[str, A
     kind = (headers.get_header("WARC-Identified-Payload-Type") or declared).partition(";")[0].strip().lower()
     if kind not in HTML and (html_only or kind != "text/plain"):
         return Bad("no page", kind)
-    stream = record.content_stream()
-    content = stream.read(most + 1)
-    if len(content) > most:
-        return Bad(TOO_LONG, f"more than {most} bytes once unpacked")
-    record.raw_stream.read()  # what stands behind packed content
+    body = record.raw_stream.read()
     if record.raw_stream.limit:
         return Bad("damaged record", f"it ends {record.raw_stream.limit} bytes early")
-    if not getattr(getattr(stream, "decompressor", None), "eof", True):
-        return Bad("damaged record", "its packed content ends early")
     if any(problem.startswith("block digest failed") for problem in record.digest_checker.problems):
         return Bad("damaged record", "its digest is another")
-    text = _decoded(content, declared)
+    is_chunked = "chunked" in _header(http, "Transfer-Encoding").lower()
+    content = unpacked(body, _header(http, "Content-Encoding"), is_chunked=is_chunked, most=most)
+    text = content if isinstance(content, Bad) else _decoded(content, declared)
     if isinstance(text, Bad):
         return text
     return {
@@ -102,6 +115,11 @@ def _page(record: Any, most: int, html_only: bool, text_key: str) -> dict[str, A
         "id": headers.get_header("WARC-Record-ID"),
         "date": headers.get_header("WARC-Date"),
     }
+
+
+def _header(http: Any, name: str) -> str:
+    """All values of a header of the response."""
+    return ", ".join(value for key, value in (http.headers if http else ()) if key.lower() == name.lower())
 
 
 def _decoded(content: bytes, declared: str) -> str | Bad:

@@ -3,14 +3,17 @@
     python tools/bench/prepare.py [--megabytes=100] [--smoke]
 
 The corpus is what `python:` sources give, with every file three times over in part, so that there are duplicates; pages
-for the rules of web text are its documents in HTML. One JSON line for each stage, each rule, the tokenizer library
-alone, and the whole: CPU-hours a TB of text, and the core-years of what TxT360 deduplicated: 61.8 TB of compressed text
-(k2-facts 4.6), taken to be packed as this corpus is by gzip.
+are its documents in HTML with the menus, scripts and styles of a site, in a web archive. One JSON line for each stage,
+each rule, reading pages and extracting their text, the tokenizer library alone, and the whole: CPU-hours a TB of text
+in stages of many tasks, and the core-years of what TxT360 deduplicated: 61.8 TB of compressed text (k2-facts 4.6),
+taken to be packed as this corpus is by gzip. In neither is extraction, which goes by pages, or `clusters`, which is
+one task: it is counted by documents that have a copy.
 """
 
 import argparse
 import gzip
 import html
+import io
 import json
 import os
 import sys
@@ -21,15 +24,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from datatrove.data import Document  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
+from warcio.statusandheaders import StatusAndHeaders  # noqa: E402
+from warcio.warcwriter import WARCWriter  # noqa: E402
 
 from k2jax.data.tokenizer import load_tokenizer  # noqa: E402
 from k2jax.prepare import build, engine, python_corpus, recipe, rules  # noqa: E402
 from k2jax.prepare.documents import document  # noqa: E402
+from k2jax.prepare.files import File  # noqa: E402
+from k2jax.prepare.warc import warc_records  # noqa: E402
 
 TXT360_BYTES = 61.8e12
-RULES = ("extract", "line_rules", "gopher-repetition", "gopher-quality", "c4", "nfc", "pii")
+ALONE = ("files", "clusters", "tokenizer")  # stages of one task, whatever the corpus
+RULES = ("line_rules", "gopher-repetition", "gopher-quality", "c4", "nfc", "pii")
 SHARDS = 8
 
 
@@ -71,7 +78,7 @@ def make_recipe(corpus: Path) -> ConfigDict:
 
 
 def rule_costs(num_bytes: int) -> Iterator[dict]:
-    """MB of text a CPU-second of each rule alone; `extract` of pages of HTML."""
+    """MB of text a CPU-second of each rule alone."""
     found, size = [], 0
     for text in texts():
         found.append(text)
@@ -82,8 +89,7 @@ def rule_costs(num_bytes: int) -> Iterator[dict]:
         filters = (name,) if name in recipe.FILTERS else ()
         flags = {} if filters else {name: True}
         [(_, apply), *_] = rules.build(recipe.subset("text:x", filters=filters, **flags))
-        given = [page(text) if name == "extract" else document(text, subset="x", source="x") for text in found]
-        given = given[: len(given) // 10] if name == "extract" else given
+        given = [document(text, subset="x", source="x") for text in found]
         total = sum(len(one.text.encode()) for one in given)
         start = time.process_time()
         for one in given:
@@ -93,11 +99,64 @@ def rule_costs(num_bytes: int) -> Iterator[dict]:
         yield {"rule": name, **speed}
 
 
-def page(text: str) -> Document:
-    """The document as a web page might hold it."""
-    menu = "<ul>" + "<li><a href='/'>Home</a></li>" * 20 + "</ul>"
+def page(text: str) -> bytes:
+    """The text as a web page might hold it."""
+    links = "".join(f"<li><a href='/{i}' title='no. {i}'>Section {i}</a></li>" for i in range(40))
+    card = "<div class='card'><img src='/x.jpg'><h3><a href='/y'>Another one</a></h3><p>Its first words ...</p></div>"
+    script = "<script>" + "window.push({id: 1, name: 'value', list: [1, 2, 3]});\n" * 300 + "</script>"
+    style = "<style>" + ".card > a:hover { color: #123456; margin: 0 auto; }\n" * 100 + "</style>"
     paragraphs = "".join(f"<p>{html.escape(part)}</p>" for part in text.split("\n\n"))
-    return document(f"<html><body>{menu}<article>{paragraphs}</article></body></html>", subset="x", source="x")
+    return (
+        f"<html><head><title>A page</title><meta charset=utf-8>{style}{script}</head><body><nav><ul>{links}</ul></nav>"
+        f"<main><article><h1>A page</h1>{paragraphs}</article></main><aside>{card * 20}</aside>"
+        f"<footer><ul>{links}</ul><p>All rights reserved</p></footer>{script}</body></html>"
+    ).encode()
+
+
+def write_archive(path: Path, num_bytes: int) -> int:
+    """Pages of texts of up to 20 kB, about `num_bytes` of HTML; returns how many."""
+    headers, size, number = [("Content-Type", "text/html; charset=utf-8")], 0, 0
+    with path.open("wb") as file:
+        writer = WARCWriter(file, gzip=True)
+        for text in texts():
+            content = page(text[:20_000])
+            record = writer.create_warc_record(
+                f"https://example.org/{number}", "response", io.BytesIO(content),
+                http_headers=StatusAndHeaders("200 OK", headers, protocol="HTTP/1.1"),
+            )  # fmt: skip
+            writer.write_record(record)
+            size, number = size + len(content), number + 1
+            if size >= num_bytes:
+                break
+    return number
+
+
+def page_costs(folder: Path, num_bytes: int) -> Iterator[dict]:
+    """CPU-seconds of reading a web archive, and of trafilatura on its pages."""
+    path = folder / "pages.warc.gz"
+    number = write_archive(path, num_bytes)
+    start = time.process_time()
+    file = File(path.name, str(path), path.stat().st_size)
+    pages = [one["text"] for _, one in warc_records(file, most=1 << 28, html_only=True, text_key="text")]
+    assert len(pages) == number
+    size = sum(len(one.encode()) for one in pages)
+    yield {"pages": "read", **_page_speed(number, size, time.process_time() - start)}
+    [(_, extract), *_] = rules.build(recipe.subset("text:x", extract=True))
+    documents = [document(one, subset="x", source="x") for one in pages]
+    start = time.process_time()
+    kept = [one for one in documents if extract(one) is None]
+    seconds = time.process_time() - start
+    text_share = sum(len(one.text.encode()) for one in kept) / size
+    yield {"pages": "extract", **_page_speed(number, size, seconds), "kept": len(kept), "text_share": text_share}
+
+
+def _page_speed(number: int, size: int, seconds: float) -> dict:
+    return {
+        "num_pages": number,
+        "mb": size / 1e6,
+        "pages_per_cpu_second": number / seconds,
+        "cpu_hours_per_tb": seconds / size * 1e12 / 3600,
+    }
 
 
 def library_alone(documents: list[str], tokenizer: Path) -> float:
@@ -131,16 +190,21 @@ def main() -> None:
         share_stored = stored["bytes"] / sum(len(text.encode()) for text in kept)
         alone, ours = library_alone(kept, out / "tokenizer.json") * share_stored, costs["tokens"]["cpu_seconds"]
         print(json.dumps({"tokenizer_alone_cpu_seconds": alone, "stage_tokens": ours, "share": alone / ours}))
-        whole = sum(cost["cpu_seconds"] for stage, cost in costs.items() if stage != "tokenizer")
-        report("stage", "all but training a tokenizer", whole, read)
+        whole = sum(cost["cpu_seconds"] for stage, cost in costs.items() if stage not in ALONE)
+        report("stage", f"all but {', '.join(ALONE)}", whole, read)
+        gone = data["subsets"]["corpus"]["duplicates"]["steps"]["duplicates"]["removed"]
+        copies = sum(n["documents"] for n in gone.values())
+        each = costs["clusters"]["cpu_seconds"] / copies * 1e6
+        print(json.dumps({"clusters_cpu_microseconds_per_copy": each, "copies": copies}))
+        for line in page_costs(Path(folder), num_bytes // 4):
+            print(json.dumps(line), flush=True)
         each = list(rule_costs(num_bytes // 10))
         for line in each:
             print(json.dumps(line))
         sample = "".join(kept)[: 1 << 24].encode()
         packed = len(sample) / len(gzip.compress(sample, 6))
         hours = {"plain": whole / read["bytes"] * 1e12 / 3600}
-        rules_of_text = (line for line in each if line["rule"] != "extract")
-        hours["web"] = hours["plain"] + sum(1e6 / line["mb_per_cpu_second"] / 3600 for line in rules_of_text)
+        hours["web"] = hours["plain"] + sum(1e6 / line["mb_per_cpu_second"] / 3600 for line in each)
         years = hours["web"] * TXT360_BYTES / 1e12 * packed / 24 / 365
         print(json.dumps({"cpu_hours_per_tb": hours, "gzip_ratio": packed, "txt360_core_years": years}))
 

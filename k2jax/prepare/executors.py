@@ -1,0 +1,116 @@
+"""datatrove's executors as we need them: the errors of tasks are on record, and what libraries print.
+
+Slurm's is in slurm.py.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor
+from datatrove.utils.logging import logger
+from datatrove.utils.stats import PipelineStats
+
+from k2jax import errors
+from k2jax.errors import RunError
+from k2jax.files import write_json
+from k2jax.prepare import said
+from k2jax.text import without_secrets
+
+# Of the command's environment, for Ray's processes, which the cluster started: how storage is reached, and threads.
+PASSED_ON = re.compile(
+    r"(AWS|GOOGLE|GCS|AZURE|HF|FSSPEC|OMP|RAYON|TOKENIZERS|SSL_CERT)_\w+|STORAGE_EMULATOR_HOST|\w+_CA_BUNDLE"
+    r"|(https?|all|no)_proxy",
+    re.IGNORECASE,
+)
+
+
+class Ranks:
+    """One rank of a stage, for all three executors: the error is on record if it fails, and what libraries print."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        logger.disable("datatrove")
+        errors.keep_files_ours()  # on a machine of Ray's or Slurm's
+        stats = PipelineStats()
+        if self.is_rank_completed(rank):
+            return stats
+        [function] = self.pipeline
+        before = time.process_time()
+        try:
+            with said.kept(Path(self.logging_dir.resolve_paths(f"said/{rank:05d}.json"))):
+                function(rank)
+        except Exception as error:
+            kind = "StorageError" if isinstance(error, OSError) else type(error).__name__
+            failure = {"type": kind, "message": without_secrets(str(error))}
+            with contextlib.suppress(OSError):  # a full disk: the error itself goes on
+                write_json(self.logging_dir.resolve_paths(f"errors/{rank:05d}.json"), failure)
+            raise
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process: with one worker, so far
+        usage = {"cpu_seconds": time.process_time() - before, "peak_bytes": peak_kib * 1024}
+        write_json(self.logging_dir.resolve_paths(f"usage/{rank:05d}.json"), usage)
+        with self.logging_dir.open(f"stats/{rank:05d}.json", "w") as file:
+            stats.save_to_disk(file)
+        self.mark_rank_as_completed(rank)
+        return stats
+
+
+class Local(Ranks, LocalPipelineExecutor):
+    """As datatrove's, on the standard library's pool: multiprocess's waits for ever for a worker that was killed."""
+
+    def run(self) -> None:
+        ranks = self.get_incomplete_ranks()
+        if min(self.workers, len(ranks)) == 1:
+            for rank in ranks:
+                self._run_for_rank(rank)
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["k2jax.prepare.build"])  # what every worker of every stage needs
+        with ProcessPoolExecutor(self.workers, context, _end_with, (os.getpid(),)) as pool:
+            tasks = [pool.submit(self._run_for_rank, rank) for rank in ranks]
+            try:
+                for task in as_completed(tasks):
+                    task.result()
+            except BrokenProcessPool as error:
+                raise RunError(
+                    "a worker process was killed, perhaps for want of memory: run the same command again, with fewer "
+                    "--workers"
+                ) from error
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with(command: int) -> None:
+    """A worker ends when the command (its process id) does, however that ended, lest it writes beside the next one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all of them: the command speaks
+
+    def watch() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(command, 0)
+                time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Ray(Ranks, RayPipelineExecutor):
+    """Its processes take the command's environment from what they unpickle: Ray keeps it in no log."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With what is to be passed on of the environment here."""
+        passed_on = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
+        return {**self.__dict__, "environment": passed_on}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes it on, in the process of a task."""
+        os.environ.update(state.pop("environment"))
+        self.__dict__.update(state)

@@ -1,0 +1,106 @@
+"""A file as it is stored, local or remote: a read that fails is tried again, and an error names the file."""
+
+import contextlib
+import errno
+import io
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import fsspec
+
+from k2jax.errors import UnreadableError
+from k2jax.prepare.tally import shown_name
+
+WAITS = (1, 4, 16, 64)  # seconds before a read that failed is tried again
+# What a network's file system, or a busy one, says for a while. What has no number is of a storage's own connections.
+PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ECONNRESET, errno.ECONNREFUSED,
+    errno.ECONNABORTED, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, socket.EAI_AGAIN,
+}  # fmt: skip
+
+
+class Stored(io.RawIOBase):
+    """A file as it is stored; what goes wrong in reading it again and again is an UnreadableError that names it."""
+
+    def __init__(self, path: str):
+        self.path, self._at, self._file, self._version = path, 0, None, None
+        self._trying(lambda file: None)
+
+    def readinto(self, buffer: Any) -> int:
+        """As of any raw file."""
+        data = self._trying(lambda file: file.read(len(buffer)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As of any file."""
+        self._at = self._trying(lambda file: file.seek(offset, whence))
+        return self._at
+
+    def tell(self) -> int:
+        """As of any file."""
+        return self._at
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True: Parquet is read from its end."""
+        return True
+
+    def close(self) -> None:
+        """Closes it on the storage."""
+        if not self.closed and self._file is not None:
+            self._file.close()
+        super().close()
+
+    def _trying(self, act: Callable[[Any], Any]) -> Any:
+        """What `act` gives of the file; where it fails, again after a while, with the file opened anew."""
+        for wait in (*WAITS, None):
+            try:
+                if self._file is None:
+                    self._file = self._opened()
+                return act(self._file)
+            except Exception as error:  # each storage has exceptions of its own
+                if wait is None or not _may_pass(error):
+                    raise self._error(error) from error
+            with contextlib.suppress(Exception):  # of the connection that broke
+                if self._file is not None:
+                    self._file.close()
+            self._file = None
+            time.sleep(wait)
+
+    def _opened(self) -> Any:
+        """The file, at the place where reading was; ValueError if it is another by now."""
+        path = self.path
+        file = fsspec.open(path, "rb").open() if "://" in path else open(path, "rb", buffering=0)
+        version = getattr(file, "size", None)  # of remote ones
+        if isinstance(file, io.FileIO):
+            found = os.fstat(file.fileno())
+            version = (found.st_ino, found.st_size, found.st_mtime_ns)
+        if self._at:
+            if version != self._version:
+                raise ValueError("it has changed while it was read")
+            file.seek(self._at)
+        self._version = version
+        return file
+
+    def _error(self, error: Exception) -> UnreadableError:
+        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        found = UnreadableError(
+            f"{shown_name(self.path)} cannot be read ({what}): the source is not complete without it"
+        )
+        found.path = self.path
+        return found
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another try may help: not where there is no such file, or no right to it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in PASSING
+    return not isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError, TypeError))
