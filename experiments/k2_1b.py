@@ -5,7 +5,7 @@ Data: as experiments/k2_65b.py (a fiftieth of it is read).
 Command: python -m k2jax.train --config=experiments/k2_1b.py --workdir=DIR
 Hardware: 8 H100s; one H100 with --config.stages.0.microbatches=32 --config.stages.1.microbatches=32. 16 TPU v5e chips
   with --config.stages.0.microbatches=8 --config.stages.1.microbatches=8 --config.model.remat=q+k+v+gate: by
-  tools/plan.py 41% MFU in stage one, 6.7 s a step, 10.2 of 15.8 GiB (not measured).
+  tools/plan.py 48% MFU in stage one, 5.8 s a step, 10.2 of 15.8 GiB (not measured).
 Tokens: stage one 360 chunks x 74 steps x 512 rows x 2048 = 27.9B; stage two 20 chunks, 1.4B.
 Expected time: on 8 H100s 15 hours by tools/plan.py, 57% MFU causal (not measured). Expected loss: not known.
 """

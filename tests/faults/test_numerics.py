@@ -8,7 +8,7 @@ import pytest
 from faults import runs
 from k2jax.data.journal import read_journal
 from k2jax.run import storage
-from k2jax.training import program, step
+from k2jax.training import losses, program, step
 
 ROW = 3  # of eight, on eight devices: one device meets the fault
 FAULTS = {
@@ -26,7 +26,7 @@ def poison(monkeypatch):
     """`poison({7: "nan"})`: from here on, the loss of one row of step 7 is poisoned."""
 
     def poison(faults, monkeypatch=monkeypatch):
-        real_step, real_loss, tracing = step.train_step, step.head_loss, []
+        real_step, real_loss, tracing = step.train_step, losses.head_loss, []
 
         def train_step(state, batch, **kwargs):
             tracing.append(state.step + 1)
@@ -45,7 +45,7 @@ def poison(monkeypatch):
             return loss, told
 
         monkeypatch.setattr(program, "train_step", train_step)
-        monkeypatch.setattr(step, "head_loss", head_loss)
+        monkeypatch.setattr(losses, "head_loss", head_loss)
 
     return poison
 
