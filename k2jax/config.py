@@ -285,6 +285,8 @@ def _validate_packed(need: Any, prefix: str, row: ConfigDict, config: ConfigDict
         need(attention != "cudnn", prefix + "kind", row.kind, f"model.attention.implementation {what}")
         del usual["too_long"], usual["reset_positions"]
     if row.kind == "dpo":
+        plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", row.name) is not None
+        need(plain, prefix + "name", row.name, "names a file of a dpo stage: take letters, digits, - and _")
         need(row.too_long != "cut", prefix + "too_long", row.too_long, "would leave half a pair: take 'drop'")
         for key, value in {"loss.z_loss": config.loss.z_loss, "data.mask_repeats": config.data.mask_repeats}.items():
             need(not value, prefix + "kind", row.kind, f"{key} is {value}, which is of every token's loss: set it to 0")

@@ -11,7 +11,7 @@ from test_packing import manifest_of, source
 from test_sft import small as of_sft
 
 from k2jax import config as configuration
-from k2jax.data.conversations import is_target, most_pairs
+from k2jax.data.conversations import is_target, most_pairs, pair_numbers
 from k2jax.data.order import StagePlan
 from k2jax.errors import ConfigError
 from k2jax.model.decoder import Decoder, init_params
@@ -27,6 +27,7 @@ torch = pytest.importorskip("torch")
 
 ROWS, LENGTH, EOS, BETA = 16, 64, 5, 0.3
 P = most_pairs(LENGTH)
+SIZES = {"a": 40, "b": 60}  # documents
 
 
 def small(**options) -> configuration.ConfigDict:
@@ -72,6 +73,25 @@ def test_rows_hold_whole_pairs_side_by_side(rows):
         alike = min(len(chosen[0]), len(rejected[0])) // 2
         assert np.array_equal(chosen[0][:alike], rejected[0][:alike])
         assert not chosen[1][:alike].any() and chosen[1][alike:].all() and rejected[1][alike:].all()
+
+
+def test_pairs_are_numbered_through_the_stages_stores(tmp_path):
+    draw = np.random.default_rng(1)
+    lengths = {name: draw.integers(4, 33, (count, 2)).tolist() for name, count in SIZES.items()}
+    stores = {name: write_pairs(tmp_path / name, pairs, eos_id=EOS, seed=3) for name, pairs in lengths.items()}
+    manifest = manifest_of(stores, length=LENGTH, rows=ROWS, chunks=2, mix={"a": 1, "b": 1}, kind="dpo")
+    assert pair_numbers(manifest, 0) == ({"a": 0, "b": SIZES["a"]}, sum(SIZES.values()))
+    seen = set()
+    for read in (source(manifest, stores)[step] for step in range(6)):
+        rows = zip(*(read[key] for key in ("tokens", "marks", "pairs", "subset")), strict=True)
+        for tokens, marks, pairs, subset in rows:
+            for p, number in enumerate(pairs[pairs >= 0].tolist()):
+                name = "ab"[subset]
+                document = stores[name].document(number - (SIZES["a"] if name == "b" else 0))
+                [own] = stores[name].read([document["start"]], document["num_tokens"])
+                assert np.array_equal(tokens[np.isin(marks >> 1, (2 * p + 1, 2 * p + 2))], own)
+                seen.add(number)
+    assert min(seen) < SIZES["a"] < max(seen)
 
 
 def expected_of(c, params, rows):
@@ -239,6 +259,7 @@ def test_every_mesh_gives_the_loss_and_gradients_of_one_device(case, rows, on_on
         ({"loss": {"z_loss": 1e-4}}, "z_loss"),
         ({"stage": {"kind": "sft"}}, "beta.*for stages of kind 'dpo'"),
         ({"data": {"mask_repeats": 3}}, "mask_repeats"),
+        ({"stage": {"name": "a/../b"}}, "name.*letters, digits"),
     ],
 )
 def test_settings_that_would_mean_something_else_are_refused(overrides, what):

@@ -66,10 +66,10 @@ def test_the_reference_is_what_the_checkpoint_before_the_stage_says(run, data):
     metas = {step: read_meta(run / "checkpoints" / str(step)) for step in (5, 10, 20)}
     assert [metas[step].get("reference") for step in (5, 10, 20)] == [None, about["sha256"], about["sha256"]]
     stores, manifest = open_data(load(data))
-    first = sum(stores[name].num_documents for name in sorted(stores) if name < "liked")
     known = np.isfinite(table).all(axis=1)
-    assert known.sum() == stores["liked"].num_train_documents
-    assert known[first : first + known.sum()].all() and (table[known] < 0).all()
+    assert len(table) == stores["liked"].num_documents and known.sum() == stores["liked"].num_train_documents
+    assert known[: known.sum()].all() and (table[known] < 0).all()
+    assert about["stores"] == {"liked": manifest["stores"]["liked"]["root_digest"]}
 
 
 def last_digests(run: Path) -> dict:
@@ -99,14 +99,19 @@ def test_on_one_device_the_same_run_within_rounding(run, data, tmp_path):
         np.testing.assert_allclose(ours[step]["loss"], theirs[step]["loss"], rtol=2e-3)
 
 
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 @pytest.mark.parametrize(
     ("harm", "complaint"),
     [
         (lambda folder: (folder / "prefer.npy").unlink(), "prefer.npy is not there.*restore it"),
         (lambda folder: np.save(folder / "prefer.npy", np.zeros((3, 2), np.float32)), "prefer.json has"),
         (lambda folder: reference.write(folder, "prefer", np.zeros((3, 2), np.float32), {}), "the checkpoint has"),
+        (lambda folder: edit(folder / "prefer.json", stores={"liked": "0" * 64}), "is of other stores than those of"),
     ],
-    ids=["gone", "changed", "another"],
+    ids=["gone", "changed", "another", "of other stores"],
 )
 def test_a_reference_that_is_not_the_stages_ends_a_resume(run, data, tmp_path, harm, complaint):
     again = stopped(run, tmp_path / "run", 15)

@@ -69,8 +69,7 @@ class ConversationRows:
         self._length, self._key = about["sequence_length"], (manifest["seed"], "conversations", stage)
         self._names, self._stores = sorted(manifest["stores"]), stores
         self.pairs = most_pairs(self._length) if about["kind"] == "dpo" else 0  # that a row can hold
-        sizes = [manifest["stores"][name]["num_documents"] for name in self._names]
-        self.first_number = dict(zip(self._names, np.cumsum([0, *sizes]).tolist(), strict=False))
+        self.first_number, self.num_pairs = pair_numbers(manifest, stage)
         self._packings: dict[str, Packing] = {}
         for subset in about["subsets"]:
             name = subset["name"]
@@ -103,7 +102,7 @@ class ConversationRows:
 
     def read(self, rows: Rows, width: int) -> dict[str, np.ndarray]:
         """tokens and marks, uint32 (rows, width) each, all reads in flight at once; of pairs their numbers, too: int32
-        (rows, pairs), counted through all stores of the run in the order of their names, -1 where there is none."""
+        (rows, pairs), as `pair_numbers` counts them, -1 where there is none."""
         reads, pairs = [], np.full((len(rows.window), self.pairs), -1, np.int32)
         for name, here, placed in self.placed(rows):
             store, spans = self._stores[name], (placed.begin, placed.length)
@@ -116,6 +115,13 @@ class ConversationRows:
         for here, placed, reading in reads:
             fill(tokens, marks, here, placed, *(finish() for finish in reading), bool(self.pairs))
         return {"tokens": tokens, "marks": marks} | ({"pairs": pairs} if self.pairs else {})
+
+
+def pair_numbers(manifest: Mapping[str, Any], stage: int) -> tuple[dict[str, int], int]:
+    """({store: number of its first document}, how many there are), through the stage's stores in the order of names."""
+    names = sorted(subset["name"] for subset in manifest["stages"][stage]["subsets"])
+    *firsts, total = np.cumsum([0, *(manifest["stores"][name]["num_documents"] for name in names)]).tolist()
+    return dict(zip(names, firsts, strict=True)), total
 
 
 def most_pairs(sequence_length: int) -> int:

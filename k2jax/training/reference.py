@@ -1,8 +1,8 @@
 """What the model that a dpo stage begins with says of its pairs: made once, kept in reference/ of the run directory.
 
-NAME.npy, by the stage's name, is float32 (documents of all stores in the order of their names, 2): log-probabilities of
-the answers of the chosen and the rejected conversation, NaN for what the stage does not read. Its SHA-256 is in
-NAME.json and in the meta of the stage's checkpoints. It costs one forward pass over all pairs.
+NAME.npy, by the stage's name, is float32 (documents of the stage's stores in the order of their names, 2): the summed
+log-probabilities of the answers of the chosen and the rejected conversation, NaN for what is held out. Its SHA-256 is
+in NAME.json and in the meta of the stage's checkpoints. It costs one forward pass over all pairs.
 """
 
 import hashlib
@@ -21,9 +21,8 @@ from ml_collections import ConfigDict
 
 from k2jax import files
 from k2jax.bucket import BucketPath
-from k2jax.data.conversations import ConversationRows, most_pairs
+from k2jax.data.conversations import ConversationRows, most_pairs, pair_numbers
 from k2jax.data.loader import row_length
-from k2jax.data.manifest import manifest_digest
 from k2jax.data.order import Rows, StagePlan
 from k2jax.data.store import Store
 from k2jax.errors import ConfigError
@@ -86,7 +85,7 @@ class References:
     def _make(self, plan: StagePlan, params: Params) -> tuple[np.ndarray, str]:
         started = time.perf_counter()
         table = self._said(plan, params)
-        about = {"stage": plan.name, "after_step": plan.first_step - 1, "data": manifest_digest(self._manifest)}
+        about = {"stage": plan.name, "after_step": plan.first_step - 1, "stores": self._stores_of(plan)}
         digest = cluster.decide("writes the reference", lambda: write(self._folder, plan.name, table, about))
         self._say(
             f"the reference of {plan.name}: {np.isfinite(table[:, 0]).sum():,} pairs in "
@@ -106,8 +105,7 @@ class References:
             partial(pair_log_probabilities, P=most_pairs(stage.sequence_length), **some),
             out_shardings=NamedSharding(self._mesh, PartitionSpec()),
         )
-        number = sum(store["num_documents"] for store in self._manifest["stores"].values())
-        table, names = np.full((number, 2), np.nan, np.float32), sorted(self._manifest["stores"])
+        table, names = np.full((rows_of.num_pairs, 2), np.nan, np.float32), sorted(self._manifest["stores"])
         for subset in self._manifest["stages"][plan.index]["subsets"]:
             for first in range(0, subset["windows"], size):
                 window = np.arange(first, first + size) % subset["windows"]  # the last are filled up with others again
@@ -122,10 +120,15 @@ class References:
     def _load(self, plan: StagePlan) -> tuple[np.ndarray, str]:
         path = self._folder / f"{plan.name}.npy"
         expected = self._restored.get("reference") if self._restored.get("stage") == plan.index else None
-        number = sum(store["num_documents"] for store in self._manifest["stores"].values())
-        digest = cluster.decide("reads the reference", lambda: check(self._folder, plan.name, number, expected))
-        table = np.load(io.BytesIO(path.read_bytes())) if cluster.is_main() else np.zeros((number, 2), np.float32)
+        stores, shape = self._stores_of(plan), (pair_numbers(self._manifest, plan.index)[1], 2)
+        digest = cluster.decide("reads the reference", lambda: check(self._folder, plan.name, stores, expected))
+        table = np.load(io.BytesIO(path.read_bytes())) if cluster.is_main() else np.zeros(shape, np.float32)
         return cluster.array_of_main(table), digest
+
+    def _stores_of(self, plan: StagePlan) -> dict[str, str]:
+        """{name: digest} of those of a stage."""
+        names = pair_numbers(self._manifest, plan.index)[0]
+        return {name: self._manifest["stores"][name]["root_digest"] for name in names}
 
 
 def _look_up(table: jax.Array, pairs: jax.Array) -> jax.Array:
@@ -147,8 +150,9 @@ def write(folder: Path, name: str, table: np.ndarray, about: dict[str, Any]) -> 
     return digest
 
 
-def check(folder: Path | BucketPath, name: str, number: int, expected: str | None) -> str:
-    """The SHA-256 of a stage's reference. ConfigError where it is not there, or not what was kept or is `expected`."""
+def check(folder: Path | BucketPath, name: str, stores: dict[str, str], expected: str | None) -> str:
+    """The SHA-256 of a stage's reference. ConfigError where it is not there, not what was kept or is `expected`, or of
+    other `stores`."""
     path, about = folder / f"{name}.npy", folder / f"{name}.json"
     if not path.exists() or not about.exists():
         raise ConfigError(
@@ -157,11 +161,14 @@ def check(folder: Path | BucketPath, name: str, number: int, expected: str | Non
         )
     data = path.read_bytes()
     digest, kept = hashlib.sha256(data).hexdigest(), files.read_json(about)
-    recorded = kept.get("sha256") if isinstance(kept, dict) else None
-    for what, should in ((about.name, recorded), ("the checkpoint", expected or digest)):
+    kept = kept if isinstance(kept, dict) else {}
+    for what, should in ((about.name, kept.get("sha256")), ("the checkpoint", expected or digest)):
         if should != digest:
             found = f"its SHA-256 is {digest[:12]}, {what} has {str(should)[:12]}"
             raise ConfigError(f"{path}: {found}: restore it from a copy, or go back to before stage {name!r}")
-    if np.load(io.BytesIO(data)).shape != (number, 2):
-        raise ConfigError(f"{path}: is of other stores than the run's: restore those that the stage began with")
+    if kept.get("stores") != stores:
+        raise ConfigError(
+            f"{path}: is of other stores than those of stage {name!r}: restore those that it began with, or go back to "
+            f"before the stage"
+        )
     return digest
