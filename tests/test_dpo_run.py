@@ -20,12 +20,14 @@ from k2jax.errors import ConfigError
 from k2jax.model.preferences import REWARDS
 from k2jax.release.build import Options, release
 from k2jax.replay import replay
+from k2jax.rerun import Rerun, checkpoints_before
 from k2jax.run.ledger import StepLog
 from k2jax.run.saved import open_step
 from k2jax.run.storage import read_meta
 from k2jax.train import train
 from k2jax.training import reference
 from k2jax.training.setup import open_data
+from k2jax.trials import Trials
 
 OPTIONS = {"eval.at_checkpoints": 2, "stability.attention_every": 7, "mesh.fsdp": 4, "mesh.tensor": 2}
 
@@ -203,3 +205,11 @@ def test_a_replay_of_a_release_asks_for_the_stores(released, monkeypatch):
     monkeypatch.setattr(Store, "open", None)
     with pytest.raises(ConfigError, match="does not say which pairs a row holds.*--stores"):
         list(replay(released / "run", 12, 1, say=lambda line: None))
+
+
+@pytest.mark.slow
+def test_the_spike_detective_runs_a_step_of_pairs_again(run):
+    rerun = Rerun(run, 12, say=lambda line: None)
+    found = Trials(rerun, 12, checkpoints_before(run, 12), {}, True, False).run()
+    assert found["replay"]["again"] and found["replay"]["first_difference"] is None
+    assert found["data"]["of"] == 8 and not any(row["repeat"] for row in found["data"]["rows"])
