@@ -8,24 +8,20 @@ import numpy as np
 import pytest
 from conversation_stores import write_pairs
 from test_packing import manifest_of, source
+from test_sft import EOS, step_on
 from test_sft import small as of_sft
 
 from k2jax import config as configuration
 from k2jax.data.conversations import is_target, most_pairs, pair_numbers
-from k2jax.data.order import StagePlan
 from k2jax.errors import ConfigError
 from k2jax.model.decoder import Decoder, init_params
 from k2jax.model.preferences import REWARDS
-from k2jax.parallel import sharding
 from k2jax.training.losses import pair_log_probabilities, row_losses
-from k2jax.training.optimizer import first_state
-from k2jax.training.placement import check_mesh, make_state, place_batches, place_state
-from k2jax.training.program import step_function
 from k2jax.training.step import Batch, mean_gradients
 
 torch = pytest.importorskip("torch")
 
-ROWS, LENGTH, EOS, BETA = 16, 64, 5, 0.3
+ROWS, LENGTH, BETA = 16, 64, 0.3
 P = most_pairs(LENGTH)
 SIZES = {"a": 40, "b": 60}  # documents
 
@@ -217,19 +213,6 @@ MESHES = {
     "context": ({"context": 4, "fsdp": 2}, {"microbatches": 2}),
     "pipeline": ({"stage": 2, "fsdp": 2}, {}),
 }
-
-
-def step_on(c, sizes, rows):
-    mesh = sharding.make_mesh({"fsdp": 1, **sizes}, jax.devices()[: int(np.prod(list(sizes.values())))])
-    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        check_mesh(c, mesh)
-        shardings = place_state(c, jax.eval_shape(lambda: first_state(c)), mesh)
-        plan = StagePlan("stage1", 0, LENGTH, ROWS, 10, 1, 0, ROWS * 10, 1, 10)
-        step = step_function(c, plan, shardings, mesh, eos_id=EOS, num_subsets=1)
-        placement = place_batches(c.stages[0], mesh)
-        batch = placement.globalize(rows)._replace(reference=placement._global(rows["reference"]))
-        state, metrics = step(make_state(c, shardings), batch)
-        return jax.device_get(metrics), jax.device_get(state.mu)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -159,18 +158,7 @@ def test_conversations_are_no_pairs(data):
 @pytest.mark.processes
 def test_two_processes_that_are_killed_are_one_that_was_not(data, tmp_path):
     """In the stage: each process has the reference again, which process 0 reads."""
-    with runs.trainers(data) as start:
-        start(tmp_path / "straight").wait(0)
-        pair = runs.pair(start, tmp_path / "run", devices=1)
-        pair[0].wait_for("saved 10")
-        for trainer in pair:
-            trainer.signal(signal.SIGKILL)
-        for trainer in pair:
-            trainer.wait(-signal.SIGKILL)
-        told, _ = (trainer.wait(0) for trainer in runs.pair(start, tmp_path / "run", devices=1))
-        assert any(line.startswith("resuming after step") for line in told)
-    assert runs.ledger_rows(tmp_path / "run") == runs.ledger_rows(tmp_path / "straight")
-    assert runs.meta(tmp_path / "run", 20)["digests"] == runs.meta(tmp_path / "straight", 20)["digests"]
+    runs.check_killed_pair(data, tmp_path, "saved 10", 20)
 
 
 @pytest.fixture(scope="module")

@@ -169,9 +169,14 @@ def step_on(c, sizes, rows):
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         check_mesh(c, mesh)
         shardings = place_state(c, jax.eval_shape(lambda: first_state(c)), mesh)
-        plan = StagePlan("stage1", 0, LENGTH, ROWS, 10, 1, 0, ROWS * 10, 1, 10)
+        length, count = c.stages[0].sequence_length, c.stages[0].rows_per_step
+        plan = StagePlan("stage1", 0, length, count, 10, 1, 0, count * 10, 1, 10)
         step = step_function(c, plan, shardings, mesh, eos_id=EOS, num_subsets=1)
-        state, metrics = step(make_state(c, shardings), place_batches(c.stages[0], mesh).globalize(rows))
+        placement = place_batches(c.stages[0], mesh)
+        batch = placement.globalize(rows)
+        if "reference" in rows:  # of test_dpo.py's
+            batch = batch._replace(reference=placement._global(rows["reference"]))
+        state, metrics = step(make_state(c, shardings), batch)
         return jax.device_get(metrics), jax.device_get(state.mu)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import jax
@@ -158,18 +157,7 @@ def test_a_meshs_shape_changes_no_row(run, chat_data, tmp_path):
 @pytest.mark.processes
 def test_two_processes_that_are_killed_are_one_that_was_not(chat_data, tmp_path):
     """Within an epoch; each process reads its part of every step."""
-    with runs.trainers(chat_data) as start:
-        start(tmp_path / "straight").wait(0)
-        pair = runs.pair(start, tmp_path / "run", devices=1)
-        pair[0].wait_for("saved 10")
-        for trainer in pair:
-            trainer.signal(signal.SIGKILL)
-        for trainer in pair:
-            trainer.wait(-signal.SIGKILL)
-        told, _ = (trainer.wait(0) for trainer in runs.pair(start, tmp_path / "run", devices=1))
-        assert any(line.startswith("resuming after step") for line in told)
-    assert runs.ledger_rows(tmp_path / "run") == runs.ledger_rows(tmp_path / "straight")
-    assert runs.meta(tmp_path / "run", 20)["digests"] == runs.meta(tmp_path / "straight", 20)["digests"]
+    runs.check_killed_pair(chat_data, tmp_path, "saved 10", 20)
 
 
 def test_conversations_begin_from_an_imported_folder(chat_data, tmp_path):

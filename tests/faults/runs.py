@@ -269,3 +269,19 @@ def copy_run(workdir: Path, to: Path, last_step: int | None = None) -> Path:
 
 def journal(workdir: Path) -> list[dict[str, Any]]:
     return read_journal(workdir / "journal.jsonl")
+
+
+def check_killed_pair(data: Path, folder: Path, when: str, last: int) -> None:
+    """Two processes, killed when they say so and started again, are the run of one that was not, up to step `last`."""
+    with trainers(data) as start:
+        start(folder / "straight").wait(0)
+        killed = pair(start, folder / "run", devices=1)
+        killed[0].wait_for(when)
+        for trainer in killed:
+            trainer.signal(signal.SIGKILL)
+        for trainer in killed:
+            trainer.wait(-signal.SIGKILL)
+        told, _ = (trainer.wait(0) for trainer in pair(start, folder / "run", devices=1))
+        assert any(line.startswith("resuming after step") for line in told)
+    assert ledger_rows(folder / "run") == ledger_rows(folder / "straight")
+    assert meta(folder / "run", last)["digests"] == meta(folder / "straight", last)["digests"]
