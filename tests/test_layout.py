@@ -54,7 +54,7 @@ OTHERS_THAT_DO = {
 
 # The rooms, each importing only from itself and from those named here, of which every one stands further up.
 COMMON = {"text", "output", "errors", "stopping", "bucket", "transfer", "locks", "files", "paths", "lease"}
-COMMON |= {"upload", "keys", "config", "k2", "kernels", "__init__"}
+COMMON |= {"upload", "keys", "mixes", "config", "k2", "kernels", "__init__"}
 RUN = {"data", "chat", "parallel", "stability", "model", "run", "training"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -71,7 +71,8 @@ MAY_IMPORT = {
     "lease": {"errors", "files", "bucket"},
     "upload": {"errors", "bucket", "transfer", "lease"},
     "keys": {"errors"},
-    "config": {"errors", "paths", "keys"},
+    "mixes": {"errors", "paths", "files", "keys"},
+    "config": {"errors", "paths", "keys", "mixes"},
     "k2": {"config"},
     "data": COMMON,
     "chat": COMMON | {"data"},
