@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.model.ffn_dim = 592
     c.data.root = DATA
     c.data.tokenizer = "data/mine/tokenizer.json"
-    mix = config.mix_of(DATA)  # {store: repeats}, as the recipe says; mix["documents"] *= 2 and del mix["..."] change it
+    mix = config.mix_of(DATA)  # {store: repeats}, as in the recipe: mix["documents"] *= 2 or del mix["..."] change it
     c.stages = (
         config.stage(
             name="stage1",

@@ -35,7 +35,8 @@ def mix_of(folder: str, kind: str = "") -> dict[str, float]:
     for name, (repeats, _) in mix.items():
         if type(repeats) not in (int, float) or not 0 < repeats < math.inf:
             raise ConfigError(
-                f"{place}/data.json: repeats of {name!r} is {repeats!r}, expected a number above 0: restore it from a copy"
+                f"{place}/data.json: repeats of {name!r} is {repeats!r}, expected a number above 0: restore it from a "
+                "copy"
             )
     found = {name: float(repeats) for name, (repeats, of) in mix.items() if kind in ("", of)}
     if not found:

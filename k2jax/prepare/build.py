@@ -279,11 +279,24 @@ def describe(data: dict[str, Any]) -> str:
             f"{name:<24}{row['documents']:>10,}{row['bytes'] / 1e6:>9,.2f} MB{row['tokens']:>13,}"
             f"{row['tokens'] - row['train_tokens']:>11,}{row['repeats']:>9g}"
         )
+    lines += _describe_held_out(data)
     for name, counts in data["subsets"].items():
         reasons = left_out(*counts.values())
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         lines += [f"left out of {name}: {why}"] if why else []
     return "\n".join(lines + _describe_chat(data["chat"]) if "chat" in data else lines)
+
+
+def _describe_held_out(data: dict[str, Any]) -> list[str]:
+    """Held out are whole documents, so that a share of a small store may be none."""
+    share = data["config"]["validation_fraction"]
+    none = [name for name, row in data["stores"].items() if row["tokens"] == row["train_tokens"]]
+    if not none or not share:
+        return []
+    return [
+        f"nothing is held out of {', '.join(none)}: the last document is larger than validation_fraction={share:g} of "
+        "the tokens: training will say no validation loss of it; a larger fraction does"
+    ]
 
 
 def _describe_chat(chat: dict[str, Any]) -> list[str]:
