@@ -102,6 +102,7 @@ MAY_IMPORT = {
     "gallery": COMMON | RUN | {"generate", "evals"},
     "report": COMMON | RUN | {"evals"},
     "costs": COMMON | RUN,
+    "command": {"errors"},
     "experiments": {"config", "k2", "prepare"},
 }
 
