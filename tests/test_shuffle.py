@@ -29,7 +29,7 @@ def run(one: Shuffle, written: list[list[tuple[int, bytes]]]) -> list[bytes]:
     return [b"".join(one.read(partition)) for partition in range(one.partitions)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_every_partition_gets_its_own_in_order(tmp_path_factory, data):
     sizes = {name: data.draw(st.integers(1, 7)) for name in ("FAN", "SLOTS")}
@@ -58,9 +58,9 @@ def test_records_are_dealt_out_in_their_order(tmp_path):
 
 
 def test_few_files_are_open_and_few_are_opened(tmp_path, monkeypatch):
-    """1,200 writers to 1,300 partitions, by FAN=40: all stages, each with at most 40 files and some open."""
-    monkeypatch.setattr(shuffle, "FAN", 40)
-    monkeypatch.setattr(shuffle, "SLOTS", 100)
+    """300 writers to 330 partitions, by FAN=20: all stages, each with at most 20 files and some open."""
+    monkeypatch.setattr(shuffle, "FAN", 20)
+    monkeypatch.setattr(shuffle, "SLOTS", 50)
     most, opened, real = 0, 0, open
 
     def counted(*args, **kwargs):
@@ -72,12 +72,12 @@ def test_few_files_are_open_and_few_are_opened(tmp_path, monkeypatch):
 
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr("builtins.open", counted)
-    one = Shuffle(tmp_path, 1200, 1300)
-    found = run(one, [[(rank, b"%d " % rank)] for rank in range(1200)])
-    assert found == [b"%d " % partition if partition < 1200 else b"" for partition in range(1300)]
-    assert most < 40 + 5
-    # each writer's file twice, each of 30 groups once and by each of 40 ranges, each range's once and by its partitions
-    assert opened <= 1200 * 2 + 30 * 41 + 40 + 1300
+    one = Shuffle(tmp_path, 300, 330)
+    found = run(one, [[(rank, b"%d " % rank)] for rank in range(300)])
+    assert found == [b"%d " % partition if partition < 300 else b"" for partition in range(330)]
+    assert most < 20 + 5
+    # each writer's file twice, each of 15 groups once and by each of 20 ranges, each range's once and by its partitions
+    assert opened <= 300 * 2 + 15 * 21 + 20 + 330
 
 
 @pytest.mark.parametrize("stage", ["written", "group", "split"])
