@@ -33,14 +33,13 @@ from k2jax.prepare import parts, recipe, unreadable
 from k2jax.prepare.chat import texts
 from k2jax.prepare.engine import Engine, Stage
 from k2jax.prepare.files import File, iter_files
-from k2jax.prepare.listing import Listing
+from k2jax.prepare.listing import OPENING, Listing
 from k2jax.prepare.read import RenderRow, documents, dump_of
 from k2jax.prepare.recipe import Task
 from k2jax.prepare.tally import Tally, shown_name
 
 PACKED = 4  # bytes of text in a byte as it is stored, until a wave has told
 MORE = 1.1  # than is expected to be enough
-OPENING = 1 << 16  # bytes that could be read while a file is opened
 MOST_CUTTING = 1 << 12  # tasks
 
 
