@@ -6,12 +6,13 @@ text that is there a billion times is in one of them. What is held is therefore 
 
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
 from k2jax.prepare.shuffle import Shuffle, Writer
 
-CHUNK_BYTES = 1 << 28  # of records that are held at a time; sorting takes several times as much
+CHUNK_BYTES = 1 << 27  # of records that are held at a time; sorting takes six times as much
 BLOCK = 1 << 16  # records with texts, likewise
 _COUNT = struct.Struct("<I")
 
@@ -29,15 +30,17 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 def chunks(shuffle: Shuffle, partition: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The records of a partition, at least CHUNK_BYTES of them at a time, but for the last."""
-    parts, size = [], 0
+    """The records of a partition, CHUNK_BYTES of them at a time."""
+    size = max(1, CHUNK_BYTES // dtype.itemsize)
+    parts, count = [], 0
     for data in shuffle.read(partition):
-        parts.append(np.frombuffer(data, dtype))
-        size += len(data)
-        if size >= CHUNK_BYTES:
-            yield np.concatenate(parts)
-            parts, size = [], 0
-    if parts:
+        records = np.frombuffer(data, dtype)
+        while count + len(records) >= size:
+            yield np.concatenate([*parts, records[: size - count]])
+            parts, count, records = [], 0, records[size - count :]
+        parts.append(records)
+        count += len(records)
+    if count:
         yield np.concatenate(parts)
 
 
@@ -75,7 +78,8 @@ def add_blocks(out: Writer, partition_of: np.ndarray, records: np.ndarray, texts
     records["length"] = [len(text) for text in texts]
     order = np.argsort(partition_of, kind="stable")
     partitions, starts = np.unique(partition_of[order], return_index=True)
-    for partition, where in zip(partitions.tolist(), np.split(order, starts[1:]), strict=True):
+    for partition, (start, end) in zip(partitions.tolist(), pairwise([*starts, len(order)]), strict=True):
+        where = order[start:end]
         block = [_COUNT.pack(len(where)), records[where].tobytes(), *(texts[i] for i in where.tolist())]
         out.add(partition, b"".join(block))
 
