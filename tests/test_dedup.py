@@ -460,7 +460,7 @@ def damage_flip(path):
     path.write_bytes(data)
 
 
-BANDS = "out/bands/words-2-8-2-1/00002.runs"
+BANDS = "out/bands-words-2-8-2-1-1/00002.runs"
 
 
 @pytest.mark.parametrize(
@@ -471,25 +471,25 @@ BANDS = "out/bands/words-2-8-2-1/00002.runs"
         ("clean/index/00001.parquet", os.remove, "ids", r"index/00001.parquet cannot be read"),
         ("clean/index/00001.parquet", damage_cut, "ids", r"index/00001.parquet cannot be read"),
         ("out/order.json", os.remove, "ids", r"order.json cannot be read"),
-        ("out/ids/00001.runs", os.remove, "exact", r"00001.runs cannot be read"),
-        ("out/ids/00001.runs", damage_flip, "exact", r"00001.runs cannot be read"),
+        ("out/ids-1/00000.runs", os.remove, "exact", r"00000.runs cannot be read"),
+        ("out/ids-1/00000.runs", damage_flip, "exact", r"00000.runs cannot be read"),
         ("clean/index/00001.parquet", os.remove, "signatures", r"index/00001.parquet cannot be read"),
         ("clean/documents/00001.jsonl.zst", damage_cut, "signatures", r"00001.jsonl.zst (is damaged|has)"),
         ("clean/documents/00001.jsonl.zst", damage_empty, "signatures", r"is empty"),
-        ("out/removed/00000.runs", os.remove, "signatures", r"removed/00000.runs cannot be read"),
-        ("out/removed/00000.runs", damage_cut, "members", r"removed/00000.runs cannot be read"),
+        ("out/removed-4/00000.runs", os.remove, "signatures", r"removed-4/00000.runs cannot be read"),
+        ("out/removed-4/00000.runs", damage_cut, "members", r"removed-4/00000.runs cannot be read"),
         (BANDS, os.remove, "near", r"00002.runs cannot be read"),
         (BANDS, damage_cut, "near", r"00002.runs cannot be read"),
         (BANDS, damage_empty, "near", r"00002.runs cannot be read"),
         (BANDS, damage_flip, "near", r"00002.runs cannot be read"),
         (BANDS, damage_swap, "near", r"00002.runs cannot be read"),
-        ("out/edges/00001.runs", os.remove, "clusters", r"edges/00001.runs cannot be read"),
-        ("out/edges/00000.runs", damage_flip, "clusters", r"edges/00000.runs cannot be read"),
-        ("out/labels/00000.runs", os.remove, "members", r"labels/00000.runs cannot be read"),
+        ("out/edges-1/00001.runs", os.remove, "clusters", r"edges-1/00001.runs cannot be read"),
+        ("out/edges-1/00000.runs", damage_flip, "clusters", r"edges-1/00000.runs cannot be read"),
+        ("out/labels-4/00000.runs", os.remove, "members", r"labels-4/00000.runs cannot be read"),
         ("clean/index/00002.parquet", os.remove, "members", r"index/00002.parquet cannot be read"),
-        ("out/members/00003.runs", damage_flip, "survivors", r"members/00003.runs cannot be read"),
+        ("out/members-1/00000.runs", damage_flip, "survivors", r"members-1/00000.runs cannot be read"),
         ("out/summaries/00000.json", os.remove, "summary", r"summaries/00000.json cannot be read"),
-        ("out/rows/00000.runs", damage_cut, "duplicates", r"rows/00000.runs cannot be read"),
+        ("out/rows-4/00000.runs", damage_cut, "duplicates", r"rows-4/00000.runs cannot be read"),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_damaged_is_an_error(name, damage, stage, says, tmp_path):
@@ -517,7 +517,7 @@ def test_bands_of_other_parameters_are_not_compared(tmp_path):
         duplicates.stages(recipe_of({"web": {}}, seed=seed), tmp_path / "clean", tmp_path / "out") for seed in (1, 2)
     )
     run_stages(until("signatures", one))
-    with pytest.raises(StorageError, match="words-2-8-2-2/00000.runs cannot be read"):
+    with pytest.raises(StorageError, match="words-2-8-2-2-1/00000.runs cannot be read"):
         run_stages(stage for stage in until("near", two) if stage.name != "signatures")
 
 

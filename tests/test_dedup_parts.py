@@ -23,12 +23,13 @@ pytest.importorskip("datatrove")
 from test_dedup import SUBSETS, corpus, recipe_of, reference, rows_of, run_stages, write_clean  # noqa: E402
 
 from k2jax.prepare import shuffle  # noqa: E402
-from k2jax.prepare.dedup import components, duplicates, index, near, streams  # noqa: E402
+from k2jax.prepare.dedup import components, duplicates, exact, index, members, near, streams  # noqa: E402
 from k2jax.prepare.engine import Engine, Stage  # noqa: E402
 from k2jax.prepare.shuffle import Shuffle  # noqa: E402
 
 TINY = [
     *((module, "FAN", 3) for module in (shuffle, index, duplicates)),
+    *((module, "TOGETHER", 1) for module in (exact, members, duplicates)),
     *((shuffle, name, value) for name, value in {"SLOTS": 4, "RUN_BYTES": 700, "PARTITION_BYTES": 900}.items()),
     *((streams, name, value) for name, value in {"CHUNK_BYTES": 100, "BLOCK": 2}.items()),
     (index, "BATCH", 3),
@@ -38,7 +39,7 @@ TINY = [
 
 @pytest.fixture
 def no_sync(monkeypatch):
-    """Of thousands of tiny files, which takes minutes on some disks; that a file is whole does not depend on it here."""
+    """Of thousands of tiny files, which takes minutes on some disks; only a power cut would show it."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

@@ -1,16 +1,16 @@
 """Deduplication: the stages, from the clean documents to what becomes of each that has a duplicate.
 
   dumps       names of all dumps, which order the documents            one task for FAN of the clean documents
-  ids         hashes of the texts                                      one for each of the clean documents
+  ids         hashes of the texts                                      one for TOGETHER of the clean documents
   exact       copies of the same text: removed, and edges              one for each part
   signatures  MinHash bands of the documents that exact left           one for each of the clean documents
   near        edges between those that share a band                    one for each part
   clusters    what edges connect: some rounds of two stages each       one for each part
   labels      of each document with a duplicate its cluster            one for each part
-  members     what the cluster has to know of it                       one for each of the clean documents
+  members     what the cluster has to know of it                       one for TOGETHER of the clean documents
   survivors   which document of a cluster stays                        one for each part
   summary     how many                                                 one task
-  duplicates  <rank>.parquet of the documents of each task (ROWS)      one for each of the clean documents
+  duplicates  <rank>.parquet of the documents of each task (ROWS)      one for TOGETHER of the clean documents
 
 How many parts there are follows from the number of documents. Between stages that write for all parts or tasks and
 those that read are those of shuffle.py, where there are many. A document that is removed as an exact copy is `exact`
@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from k2jax.errors import StorageError
 from k2jax.files import whole_file
 from k2jax.prepare.dedup import components, exact, index, members, near
-from k2jax.prepare.dedup.index import Clean, Order
+from k2jax.prepare.dedup.index import TOGETHER, Clean, Order
 from k2jax.prepare.dedup.members import REASONS, REMEDY, ROW
 from k2jax.prepare.dedup.minhash import MinHash
 from k2jax.prepare.dedup.streams import read_blocks
@@ -49,7 +49,7 @@ ROWS = pa.schema(
         ("sources", pa.list_(pa.string())),  # names of the removed ones
     ]
 )
-RANGE = 1 << 22  # documents of a task whose rows are held
+RANGE = 1 << 20  # documents of a task whose rows are held; there are seldom more
 CLUSTER_BYTES = 256  # of a member with its source, or of what is held of its cluster in Python's objects
 
 
@@ -57,18 +57,29 @@ class _Files(NamedTuple):
     """What the stages say to each other."""
 
     out: Path
-    tasks: int  # of the clean documents
+    clean: Clean
     documents: int
     is_exact: bool
     is_near: bool
     minhash: MinHash
 
+    @property
+    def tasks(self) -> int:
+        """Of the clean documents."""
+        return self.clean.num_tasks
+
+    @property
+    def groups(self) -> int:
+        """Of those, where they are looked after together."""
+        return self.clean.groups(TOGETHER)
+
     def _shuffle(self, name: str, writers: int, partitions: int) -> Shuffle:
-        return Shuffle(self.out / name, writers, partitions)
+        # Should the number change between two stages, no file is found, where some would be taken for all.
+        return Shuffle(self.out / f"{name}-{partitions}", writers, partitions)
 
     @property
     def ids(self) -> Shuffle:
-        return self._shuffle("ids", self.tasks, partitions_for(self.documents * exact.ID.itemsize))
+        return self._shuffle("ids", self.groups, partitions_for(self.documents * exact.ID.itemsize))
 
     @property
     def removed(self) -> Shuffle | None:
@@ -77,8 +88,8 @@ class _Files(NamedTuple):
     @property
     def bands(self) -> Shuffle:
         size = self.documents * self.minhash.bands * near.BAND.itemsize
-        # of other parameters are elsewhere: never compared with these
-        return self._shuffle(f"bands/{'-'.join(map(str, self.minhash))}", self.tasks, partitions_for(size))
+        # Likewise of other parameters.
+        return self._shuffle(f"bands-{'-'.join(map(str, self.minhash))}", self.tasks, partitions_for(size))
 
     @property
     def edges(self) -> Shuffle:
@@ -91,7 +102,7 @@ class _Files(NamedTuple):
 
     @property
     def members(self) -> Shuffle:
-        return self._shuffle("members", self.tasks, partitions_for(self.documents * CLUSTER_BYTES))
+        return self._shuffle("members", self.groups, partitions_for(self.documents * CLUSTER_BYTES))
 
     @property
     def rows(self) -> Shuffle:
@@ -105,19 +116,18 @@ def stages(config: ConfigDict, clean: Path, out: Path) -> Iterator[Stage]:
     in folders of `out`. A stage raises StorageError if a file that it needs is missing or damaged.
     """
     documents, dedup, order = index.clean_documents(config, clean), config.dedup, out / "order.json"
-    groups = -(-documents.num_tasks // FAN)
-    yield _stage("dumps", groups, index.find_dumps, clean=documents, folder=out / "dumps")
-    yield _stage("dumps-join", 1, index.join_dumps, clean=documents, folder=out / "dumps", groups=groups, path=order)
+    yield _stage("dumps", documents.groups(FAN), index.find_dumps, clean=documents, folder=out / "dumps")
+    yield _stage("dumps-join", 1, index.join_dumps, clean=documents, folder=out / "dumps", path=order)
     total = Order.read(order).documents
-    files = _Files(out, documents.num_tasks, total, dedup.exact, dedup.near, minhash_of(config))
+    files = _Files(out, documents, total, dedup.exact, dedup.near, minhash_of(config))
     if dedup.exact:
-        yield from _exact(files, documents, order)
+        yield from _exact(files, order)
     if dedup.near:
         exempt = frozenset(name for name, chosen in config.subsets.items() if chosen.conversations)
-        yield from _near(files, documents, exempt)
+        yield from _near(files, exempt)
     yield from _clusters(files)
     ends = {"clean": documents, "order": order, "members": files.members}
-    yield _stage("members", files.tasks, members.write_members, **ends, labels=files.labels, removed=files.removed)
+    yield _stage("members", files.groups, members.write_members, **ends, labels=files.labels, removed=files.removed)
     yield from files.members.stages("members")
     parts, partitions = out / "summaries", files.members.partitions
     given = {"rows": files.rows, "parts": parts, "sources_kept": dedup.sources_kept}
@@ -125,20 +135,20 @@ def stages(config: ConfigDict, clean: Path, out: Path) -> Iterator[Stage]:
     yield from files.rows.stages("survivors")
     given = {"parts": parts, "partitions": partitions, "path": out / "summary.json"}
     yield _stage("summary", 1, members.summarize, clean=documents, **given)
-    yield _stage("duplicates", files.tasks, write_duplicates, clean=documents, rows=files.rows, folder=out)
+    yield _stage("duplicates", files.groups, write_duplicates, clean=documents, rows=files.rows, folder=out)
 
 
-def _exact(files: _Files, clean: Clean, order: Path) -> Iterator[Stage]:
-    yield _stage("ids", files.tasks, exact.write_ids, clean=clean, order=order, ids=files.ids)
+def _exact(files: _Files, order: Path) -> Iterator[Stage]:
+    yield _stage("ids", files.groups, exact.write_ids, clean=files.clean, order=order, ids=files.ids)
     yield from files.ids.stages("ids")
     given = {"ids": files.ids, "removed": files.removed, "edges": files.edges}
     yield _stage("exact", files.ids.partitions, exact.find_exact, **given)
     yield from files.removed.stages("exact")
 
 
-def _near(files: _Files, clean: Clean, exempt: frozenset[str]) -> Iterator[Stage]:
+def _near(files: _Files, exempt: frozenset[str]) -> Iterator[Stage]:
     given = {"removed": files.removed, "config": files.minhash, "exempt": exempt}
-    yield _stage("signatures", files.tasks, near.sign, clean=clean, bands=files.bands, **given)
+    yield _stage("signatures", files.tasks, near.sign, clean=files.clean, bands=files.bands, **given)
     yield from files.bands.stages("signatures")
     first = files.ids.partitions * files.is_exact
     yield _stage(
@@ -163,15 +173,14 @@ def minhash_of(config: ConfigDict) -> MinHash:
     return MinHash(**{key: config.dedup[key] for key in MinHash._fields})
 
 
-def write_duplicates(rank: int, *, clean: Clean, rows: Shuffle, folder: Path) -> None:
-    """A task: <rank>.parquet (ROWS) of the documents that have a duplicate, by their index."""
-    with (
-        whole_file(folder / f"{rank:05d}.parquet") as file,
-        pq.ParquetWriter(file, ROWS, compression="zstd") as out,
-    ):
-        for start in range(0, index.num_documents(clean, rank), RANGE):
-            if len(table := _rows(rank, range(start, start + RANGE), rows)):
-                out.write_table(table)
+def write_duplicates(group: int, *, clean: Clean, rows: Shuffle, folder: Path) -> None:
+    """A task: <rank>.parquet (ROWS) of the documents that have a duplicate, by their index, of TOGETHER tasks."""
+    for rank in clean.ranks(group, TOGETHER):
+        documents, path = index.num_documents(clean, rank), folder / f"{rank:05d}.parquet"
+        with whole_file(path) as file, pq.ParquetWriter(file, ROWS, compression="zstd") as out:
+            for start in range(0, documents, RANGE):
+                if len(table := _rows(rank, range(start, start + RANGE), rows)):
+                    out.write_table(table)
 
 
 def _rows(rank: int, indices: range, rows: Shuffle) -> pa.Table:
@@ -186,7 +195,8 @@ def _rows(rank: int, indices: range, rows: Shuffle) -> pa.Table:
     found = found[order]
     if np.any(found["index"][1:] == found["index"][:-1]):
         raise StorageError(f"{rows.folder}: a document of task {rank} is there twice: {REMEDY}")
-    known = [json.loads(details[i] or b'{"copies": 1, "by": [], "sources": []}') for i in order.tolist()]
+    none: dict[str, Any] = {"copies": 1, "by": [], "sources": []}
+    known = [json.loads(details[i]) if details[i] else none for i in order.tolist()]
     columns = {
         "index": found["index"],
         "reason": [REASONS[reason] for reason in found["reason"].tolist()],

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from k2jax.prepare.dedup.components import add_edges
-from k2jax.prepare.dedup.index import Clean, Order, index_of, nodes_of
+from k2jax.prepare.dedup.index import TOGETHER, Clean, Order, index_of, nodes_of
 from k2jax.prepare.dedup.streams import partition_of, repeats
 from k2jax.prepare.shuffle import Shuffle
 
@@ -14,19 +15,24 @@ ID = np.dtype([("high", "<u8"), ("low", "<u8"), ("node", "<u8"), ("order", "<u4"
 REMOVED = np.dtype("<u4")  # index of a document that is no more, in the partition of its task
 
 
-def write_ids(task: int, *, clean: Clean, order: Path, ids: Shuffle) -> None:
-    """A task of the clean documents: their ids (ID)."""
-    known, start = Order.read(order), 0
-    with ids.writer(task) as out:
-        for batch in index_of(clean, task, ["id", "dump"]):
-            column = batch["id"]
-            found = np.frombuffer(column.buffers()[1], ">u8").reshape(-1, 4)[column.offset : column.offset + len(batch)]
-            records = np.empty(len(found), ID)
-            records["high"], records["low"] = found[:, 0], found[:, 1]
-            records["node"] = nodes_of(task, np.arange(start, start + len(found)))
-            records["order"] = known.of(clean, task, batch["dump"])
-            out.add_records(partition_of(records["high"], ids.partitions), records)
-            start += len(found)
+def write_ids(group: int, *, clean: Clean, order: Path, ids: Shuffle) -> None:
+    """A task: the ids (ID) of TOGETHER tasks of the clean documents."""
+    known = Order.read(order)
+    with ids.writer(group) as out:
+        for task in clean.ranks(group, TOGETHER):
+            start = 0
+            for batch in index_of(clean, task, ["id", "dump"]):
+                records = np.empty(len(batch), ID)
+                records["high"], records["low"] = _halves(batch["id"])
+                records["node"] = nodes_of(task, np.arange(start, start + len(batch)))
+                records["order"] = known.of(clean, task, batch["dump"])
+                out.add_records(partition_of(records["high"], ids.partitions), records)
+                start += len(batch)
+
+
+def _halves(ids: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """The first 128 bits of 256, as two numbers."""
+    return np.frombuffer(ids.buffers()[1], ">u8").reshape(-1, 4)[ids.offset : ids.offset + len(ids), :2].T
 
 
 def find_exact(partition: int, *, ids: Shuffle, removed: Shuffle, edges: Shuffle) -> None:

@@ -26,6 +26,7 @@ from k2jax.prepare import recipe
 from k2jax.prepare.shuffle import FAN
 
 BATCH = 1 << 16  # rows of an index that are held
+TOGETHER = 16  # tasks of the clean documents that one task looks after, where it reads no text
 
 
 class Subset(NamedTuple):
@@ -47,6 +48,14 @@ class Clean(NamedTuple):
     def num_tasks(self) -> int:
         """Of all subsets."""
         return sum(subset.tasks for subset in self.subsets)
+
+    def groups(self, size: int) -> int:
+        """How many of so many tasks each."""
+        return -(-self.num_tasks // size)
+
+    def ranks(self, group: int, size: int) -> range:
+        """The tasks of a group."""
+        return range(group * size, min((group + 1) * size, self.num_tasks))
 
     def subsets_of(self, tasks: np.ndarray | int) -> np.ndarray:
         """The place among `subsets` of each task's."""
@@ -123,16 +132,16 @@ def find_dumps(group: int, *, clean: Clean, folder: Path) -> None:
     """A task: names of dumps, and number of documents, of FAN tasks of the clean documents."""
     names: set[str] = set()
     documents = 0
-    for task in range(group * FAN, min((group + 1) * FAN, clean.num_tasks)):
+    for task in clean.ranks(group, FAN):
         for batch in index_of(clean, task, ["dump"]):
             names.update(pc.unique(_names(batch["dump"])).to_pylist())
             documents += len(batch)
     write_json(_part(folder, group), Order(documents, sorted(names, reverse=True))._asdict())
 
 
-def join_dumps(_: int, *, clean: Clean, folder: Path, groups: int, path: Path) -> None:
+def join_dumps(_: int, *, clean: Clean, folder: Path, path: Path) -> None:
     """The only task: what all groups found, as an Order."""
-    parts = [Order.read(_part(folder, group)) for group in range(groups)]
+    parts = [Order.read(_part(folder, group)) for group in range(clean.groups(FAN))]
     names = sorted({name for part in parts for name in part.dumps}, reverse=True)
     if len(names) * len(clean.subsets) >= 1 << 32:
         raise ConfigError(f"{len(names):,} different values of `dump` are more than can be told apart: it names crawls")

@@ -7,7 +7,7 @@ becomes of them back to those tasks. What is held is in proportion to a partitio
 import heapq
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from k2jax.errors import StorageError
 from k2jax.files import write_json
 from k2jax.prepare.dedup.components import LABEL
 from k2jax.prepare.dedup.exact import REMOVED
-from k2jax.prepare.dedup.index import Clean, Order, index_of, nodes_of, num_documents, read_part
+from k2jax.prepare.dedup.index import TOGETHER, Clean, Order, index_of, nodes_of, num_documents, read_part
 from k2jax.prepare.dedup.streams import add_blocks, chunks, mixed, partition_of, read_blocks
 from k2jax.prepare.shuffle import Shuffle
 
@@ -34,10 +34,20 @@ REMEDY = "remove the stages of deduplication and prepare again"
 
 
 def write_members(
-    rank: int, *, clean: Clean, order: Path, labels: Shuffle, removed: Shuffle | None, members: Shuffle
+    group: int, *, clean: Clean, order: Path, labels: Shuffle, removed: Shuffle | None, members: Shuffle
 ) -> None:
-    """A task of the clean documents: those that are in a cluster (MEMBER), with their sources."""
-    documents, known, end = num_documents(clean, rank), Order.read(order), 0
+    """A task: of TOGETHER tasks of the clean documents, those that are in a cluster (MEMBER), with their sources."""
+    known = Order.read(order)
+    with members.writer(group) as out:
+        for rank in clean.ranks(group, TOGETHER):
+            for records, sources in _members(rank, clean=clean, known=known, labels=labels, removed=removed):
+                add_blocks(out, partition_of(mixed(records["component"]), members.partitions), records, sources)
+
+
+def _members(
+    rank: int, *, clean: Clean, known: Order, labels: Shuffle, removed: Shuffle | None
+) -> Iterator[tuple[np.ndarray, list[bytes]]]:
+    documents, end = num_documents(clean, rank), 0
     component, is_member = np.zeros(documents, np.uint64), np.zeros(documents, bool)
     for chunk in chunks(labels, rank, LABEL):
         where = _inside(chunk["index"], documents, rank, labels)
@@ -47,16 +57,14 @@ def write_members(
         is_removed[_inside(chunk, documents, rank, removed)] = True
     if np.any(is_removed & ~is_member):
         raise StorageError(f"{labels.folder}: an exact copy of task {rank} is in no cluster: {REMEDY}")
-    with members.writer(rank) as out:
-        for batch in index_of(clean, rank, ["source", "dump"]) if np.any(is_member) else ():
-            start, end = end, end + len(batch)
-            where = np.flatnonzero(is_member[start:end])
-            rows = batch.take(pa.array(where))
-            records = np.empty(len(where), MEMBER)
-            records["component"], records["node"] = component[start:end][where], nodes_of(rank, where + start)
-            records["order"], records["exact"] = known.of(clean, rank, rows["dump"]), is_removed[start:end][where]
-            sources = [source.encode() for source in pc.fill_null(rows["source"], "").to_pylist()]
-            add_blocks(out, partition_of(mixed(records["component"]), members.partitions), records, sources)
+    for batch in index_of(clean, rank, ["source", "dump"]) if np.any(is_member) else ():
+        start, end = end, end + len(batch)
+        where = np.flatnonzero(is_member[start:end])
+        rows = batch.take(pa.array(where))
+        records = np.empty(len(where), MEMBER)
+        records["component"], records["node"] = component[start:end][where], nodes_of(rank, where + start)
+        records["order"], records["exact"] = known.of(clean, rank, rows["dump"]), is_removed[start:end][where]
+        yield records, [source.encode() for source in pc.fill_null(rows["source"], "").to_pylist()]
 
 
 def _inside(indices: np.ndarray, documents: int, rank: int, shuffle: Shuffle) -> np.ndarray:
