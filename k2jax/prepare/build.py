@@ -42,6 +42,7 @@ from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.cores import cores
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
+from k2jax.prepare.listing import Listing
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
 from k2jax.text import redacted
 
@@ -71,14 +72,14 @@ def build(
         else:
             check_executor(executor, config.slurm.to_dict())
             token_sources.check(config)
-            inputs = clean.check(config)
+            listing = clean.check(config)
             if _conversations(config):
                 _check_template(config)
             set_environment(executor, workers)
             out.mkdir(parents=True, exist_ok=True)
             with claim.claimed(config, out, other_code):
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
-                data = _make(config, out, engine, inputs)
+                data = _make(dealing.settled(config, listing), out, engine, listing)
         if not keep_stages:
             shutil.rmtree(out / "stages", ignore_errors=True)
     except OSError as error:
@@ -89,12 +90,12 @@ def build(
     return data, was_there
 
 
-def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any]) -> dict[str, Any]:
+def _make(config: ConfigDict, out: Path, engine: Engine, listing: dict[str, Listing]) -> dict[str, Any]:
     stages, plain, tokenizer = out / "stages", config.to_dict(), out / "tokenizer.json"
     if config.tokenizer:
         _take_tokenizer(config, tokenizer, stages)  # first: one that cannot be used ends it before the long stages
     notes = _take_template(config, out, tokenizer) if _conversations(config) else []
-    dealing.deal(config, out, engine, inputs)
+    inputs = dealing.deal(config, out, engine, listing)
     for stage in chain(clean.stages(config, out), duplicates.stages(config, stages / "clean", stages / "duplicates")):
         engine.run(stage)
 
@@ -283,11 +284,24 @@ def describe(data: dict[str, Any]) -> str:
             f"{name:<24}{row['documents']:>10,}{row['bytes'] / 1e6:>9,.2f} MB{row['tokens']:>13,}"
             f"{row['tokens'] - row['train_tokens']:>11,}{row['repeats']:>9g}"
         )
+    lines += _describe_held_out(data)
     for name, counts in data["subsets"].items():
         reasons = left_out(*counts.values())
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         lines += [f"left out of {name}: {why}"] if why else []
     return "\n".join(lines + _describe_chat(data["chat"]) if "chat" in data else lines)
+
+
+def _describe_held_out(data: dict[str, Any]) -> list[str]:
+    """Held out are whole documents, so that a share of a small store may be none."""
+    share = data["config"]["validation_fraction"]
+    none = [name for name, row in data["stores"].items() if row["tokens"] == row["train_tokens"]]
+    if not none or not share:
+        return []
+    return [
+        f"nothing is held out of {', '.join(none)}: the last document is larger than validation_fraction={share:g} of "
+        "the tokens: training will say no validation loss of it; a larger fraction does"
+    ]
 
 
 def _describe_chat(chat: dict[str, Any]) -> list[str]:
