@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, listing: dict[str, List
         _take_tokenizer(config, tokenizer, stages)  # first: one that cannot be used ends it before the long stages
     notes = _take_template(config, out, tokenizer) if _conversations(config) else []
     inputs = dealing.deal(config, out, engine, listing)
-    for stage in [*clean.stages(config, out), *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
+    for stage in chain(clean.stages(config, out), duplicates.stages(config, stages / "clean", stages / "duplicates")):
         engine.run(stage)
 
     dealt = _buckets(config, stages)
