@@ -20,6 +20,7 @@ Below stages/files; a task reads what is its own, for the lists of all have mill
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -102,6 +103,7 @@ def deal(config: ConfigDict, out: Path, engine: Engine, listing: dict[str, Listi
     """
     at, inputs, began = {"config": config.to_dict(), "out": out}, summary(listing), _folder(out) / "summary.json"
     if not began.exists():
+        shutil.rmtree(_folder(out), ignore_errors=True)  # of an attempt that found other files
         write_listing(config, out, listing)
         write_json(began, inputs)
     before = json.loads(began.read_bytes())
