@@ -185,7 +185,7 @@ def test_tasks_are_as_many_as_the_sizes_want(sources, tiny_data):
 
     size = sum(file.size + OPENING for file in list_files(f"jsonl:{sources}/lines"))
     assert number(1 << 30) == (1, 1)
-    assert number(size // 5 + 1)[0] == 5
+    assert number(size // 3 + 1)[0] == 3
     assert number(1 << 12, max_bytes=1 << 13) == (2, 2)
     c = recipe.base()
     c.part_bytes = 1000
