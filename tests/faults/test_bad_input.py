@@ -25,7 +25,7 @@ KEYS = {
     "mesh smaller than the devices": ("mesh.fsdp=3", ["'fsdp': 3", "needs 3 devices, this run has 8"]),
     "too few rows for the mesh": ("stages.0.rows_per_step=4", ["stages.0", "rows_per_step=4", "mesh.fsdp"]),
     "model smaller than the tokenizer": ("model.vocab_size=400", ["model.vocab_size=400", "512"]),
-    "no such store": ("data.root=/nowhere", ["/nowhere/books", "no store.json"]),
+    "no such store": ("data.root=/nowhere", ["data.root=/nowhere", "no store lies there", "prepare"]),
     "no such tokenizer": ("data.tokenizer=/nowhere.json", ["/nowhere.json", "cannot be read"]),
     "rows too long for the data": ("stages.1.sequence_length=9999", ["stage2", "code", "too few"]),
 }

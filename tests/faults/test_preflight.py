@@ -129,4 +129,4 @@ def test_a_device_that_sends_other_numbers(pair):
 def test_a_host_that_cannot_open_the_data(pair):
     (first, out, error), (second, *_) = pair(each=([], ["--config.data.root=/nowhere"]))
     assert (first, second) == (78, 78) and re.findall(r"^WRONG (\S+)", out, re.M) == ["versions", "loader"]
-    assert re.search(rf"; loader: {HOST} \(process 1\): store /nowhere/books: no store.json", error)
+    assert re.search(rf"; loader: {HOST} \(process 1\): data.root=/nowhere: no store lies there", error)
