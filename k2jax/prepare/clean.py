@@ -22,7 +22,7 @@ from k2jax.prepare import contamination, dealing, recipe, rules, unreadable
 from k2jax.prepare.documents import write_documents
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import list_files
-from k2jax.prepare.read import documents
+from k2jax.prepare.read import check_first_rows, documents
 from k2jax.prepare.rules import Rule
 from k2jax.prepare.tally import Tally
 
@@ -52,13 +52,19 @@ def stages(config: ConfigDict, out: str | Path) -> list[Stage]:
 def check(config: ConfigDict) -> dict[str, dict[str, Any]]:
     """The files of each subset: their number, bytes, and a digest of their names and sizes.
 
-    Raises ConfigError for a source without files, or a rule whose file or package is missing; reads no document.
+    Raises ConfigError for a source without files, a rule whose file or package is missing, or a text that no row of a
+    subset's first file has; reads no more than the rows that it begins with.
     """
     for source in config.contamination.sources:
         list_files(source)
-    for name in sorted({task.subset for task in recipe.tasks(config)}):
+    names = sorted({task.subset for task in recipe.tasks(config)})
+    for name in names:
         rules.build(config.subsets[name])
-    return dealing.summary(dealing.listed(config))
+    listed = dealing.listed(config)
+    for name in names:
+        with contextlib.suppress(UnreadableError):  # told, or left out, by the stage that reads
+            check_first_rows(config.subsets[name], name, listed[name][0])
+    return dealing.summary(listed)
 
 
 def clean(

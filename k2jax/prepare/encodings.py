@@ -1,0 +1,126 @@
+"""Text of any encoding as UTF-8: known by its byte order mark, named by the recipe, or guessed where that says so.
+
+A mark says more than the recipe. Without one, and without a name, text is UTF-8, and what is none of it is counted where
+it stands. "detect" guesses an encoding for each file, by charset-normalizer, from those of its first bytes that are not
+ASCII: a guess, wrong at times, above all for short files; how many files of each encoding there were is on the card.
+What cannot be decoded becomes bytes that are no UTF-8, so that the reader counts the line, or the file, and goes on.
+"""
+
+import codecs
+import io
+import re
+
+from k2jax.prepare.files import BLOCK, DAMAGE, Damaged
+from k2jax.prepare.rule_checks import DETECT
+
+UTF_8, UNKNOWN = "utf-8", "unknown"
+MARKS = (  # UTF-32's little one begins with that of UTF-16
+    (codecs.BOM_UTF8, UTF_8),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+HEAD_BYTES = 1 << 20  # by which an encoding is guessed,
+SAMPLE_BYTES = 1 << 16  # and of those that many: the lines that are not ASCII
+# What files are written in: guessed among these, neither of old Macs nor of mainframes.
+GUESSED = [
+    *(f"cp125{i}" for i in range(9)), *(f"iso8859_{i}" for i in (1, 2, 5, 6, 7, 8, 9, 13, 15)), "koi8_r", "koi8_u", "cp866",
+    "cp874", "gb18030", "big5", "shift_jis", "cp932", "euc_jp", "euc_kr", "cp949",
+]  # fmt: skip
+JAPANESE_ESCAPE = re.compile(rb"\x1b\$[@B]")  # ISO-2022-JP, which is of seven bits
+
+
+def as_utf8(stream: io.BufferedReader, encoding: str) -> tuple[io.BufferedReader, str]:
+    """The stream's text in UTF-8, without a mark, and the encoding it is in.
+
+    What is not of that encoding is not of UTF-8 either, afterwards. UNKNOWN is what nothing could be guessed for: its
+    bytes stay.
+    """
+    head, damage = _head(stream, HEAD_BYTES if encoding == DETECT else max(len(mark) for mark, _ in MARKS))
+    for mark, found in MARKS:
+        if head.startswith(mark):
+            head = head[len(mark) :]
+            break
+    else:
+        found = guessed(head) if encoding == DETECT else codecs.lookup(encoding or UTF_8).name
+    rest = io.BufferedReader(_Joined(head, damage, stream), BLOCK)
+    if found in (UTF_8, UNKNOWN):
+        return rest, found
+    return io.BufferedReader(_Recoded(rest, found), BLOCK), found
+
+
+def guessed(head: bytes) -> str:
+    """The encoding of a file that begins so; UNKNOWN where nothing fits."""
+    first, second = head[0::2].count(0), head[1::2].count(0)
+    if max(first, second) * 8 > len(head) and min(first, second) * 4 < max(first, second):
+        return "utf-16-le" if second > first else "utf-16-be"  # every other byte of it that is Latin
+    if JAPANESE_ESCAPE.search(head):
+        return "iso2022_jp"
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # a character may be cut at its end
+    wrong = text.count("\N{REPLACEMENT CHARACTER}")
+    if sum(one > "\x7f" for one in text) >= 2 * wrong:  # UTF-8, at worst with damages: those are counted where they stand
+        return UTF_8
+    if b"\0" in head:  # no text has it, but UTF-16
+        return UNKNOWN
+    from charset_normalizer import from_bytes  # for these files alone
+
+    lines = b"\n".join(line for line in head.splitlines() if not line.isascii())
+    best = from_bytes(lines[:SAMPLE_BYTES], cp_isolation=GUESSED).best()
+    return best.encoding if best else UNKNOWN
+
+
+def _head(stream: io.BufferedReader, size: int) -> tuple[bytes, Exception | None]:
+    """The first bytes, and the damage that ends them: it is raised again behind them."""
+    head = b""
+    try:
+        while len(head) < size and (data := stream.read1(size - len(head))):
+            head += data
+    except DAMAGE as error:
+        return head, error
+    return head, None
+
+
+class _Joined(io.RawIOBase):
+    """What was read, then the rest."""
+
+    def __init__(self, head: bytes, damage: Exception | None, stream: io.BufferedReader):
+        self._head, self._damage, self._stream = memoryview(head), damage, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        if not self._head and self._damage:
+            raise self._damage
+        if not self._head:
+            return self._stream.readinto1(buffer)
+        size = min(len(buffer), len(self._head))
+        buffer[:size], self._head = self._head[:size], self._head[size:]
+        return size
+
+
+class _Recoded(io.RawIOBase):
+    """Text of another encoding in UTF-8; what is none of it becomes what is no UTF-8."""
+
+    def __init__(self, stream: io.BufferedReader, encoding: str):
+        # Both give half surrogates, which are written as they are, and which UTF-8 does not have.
+        errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
+        self._stream, self._encoding = stream, encoding
+        self._decoder, self._ready, self._over = codecs.getincrementaldecoder(encoding)(errors), memoryview(b""), False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        while not self._ready and not self._over:
+            data = self._stream.read1(BLOCK)
+            self._over = not data
+            try:
+                text = self._decoder.decode(data, final=self._over)
+            except UnicodeDecodeError as error:
+                raise Damaged(f"no text of {self._encoding}: {error.reason}") from error
+            self._ready = memoryview(text.encode("utf-8", "surrogatepass"))
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
