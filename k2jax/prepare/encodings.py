@@ -1,9 +1,10 @@
 """Text of any encoding as UTF-8: known by its byte order mark, named by the recipe, or guessed where that says so.
 
-A mark says more than the recipe. Without one, and without a name, text is UTF-8, and what is none of it is counted where
-it stands. "detect" guesses an encoding for each file, by charset-normalizer, from those of its first bytes that are not
-ASCII: a guess, wrong at times, above all for short files; how many files of each encoding there were is on the card.
-What cannot be decoded becomes bytes that are no UTF-8, so that the reader counts the line, or the file, and goes on.
+A mark says more than the recipe. Without one, and without a name, text is UTF-8, and what is none of it is counted
+where it stands. "detect" guesses an encoding for each file, by charset-normalizer, from those of its first bytes that
+are not ASCII: a guess, wrong at times, above all for short files; how many files of each encoding there were is on the
+card. What cannot be decoded becomes bytes that are no UTF-8, so that the reader counts the line, or the file, and goes
+on.
 """
 
 import codecs
@@ -25,8 +26,8 @@ HEAD_BYTES = 1 << 20  # by which an encoding is guessed,
 SAMPLE_BYTES = 1 << 16  # and of those that many: the lines that are not ASCII
 # What files are written in: guessed among these, neither of old Macs nor of mainframes.
 GUESSED = [
-    *(f"cp125{i}" for i in range(9)), *(f"iso8859_{i}" for i in (1, 2, 5, 6, 7, 8, 9, 13, 15)), "koi8_r", "koi8_u", "cp866",
-    "cp874", "gb18030", "big5", "shift_jis", "cp932", "euc_jp", "euc_kr", "cp949",
+    *(f"cp125{i}" for i in range(9)), *(f"iso8859_{i}" for i in (1, 2, 5, 6, 7, 8, 9, 13, 15)), "koi8_r", "koi8_u",
+    "cp866", "cp874", "gb18030", "big5", "shift_jis", "cp932", "euc_jp", "euc_kr", "cp949",
 ]  # fmt: skip
 JAPANESE_ESCAPE = re.compile(rb"\x1b\$[@B]")  # ISO-2022-JP, which is of seven bits
 
@@ -38,10 +39,10 @@ def as_utf8(stream: io.BufferedReader, encoding: str) -> tuple[io.BufferedReader
     bytes stay.
     """
     head, damage = _head(stream, HEAD_BYTES if encoding == DETECT else max(len(mark) for mark, _ in MARKS))
-    for mark, found in MARKS:
-        if head.startswith(mark):
-            head = head[len(mark) :]
-            break
+    marked = [(mark, name) for mark, name in MARKS if head.startswith(mark)]
+    if marked:
+        mark, found = marked[0]
+        head = head[len(mark) :]
     else:
         found = guessed(head) if encoding == DETECT else codecs.lookup(encoding or UTF_8).name
     rest = io.BufferedReader(_Joined(head, damage, stream), BLOCK)
@@ -59,7 +60,7 @@ def guessed(head: bytes) -> str:
         return "iso2022_jp"
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # a character may be cut at its end
     wrong = text.count("\N{REPLACEMENT CHARACTER}")
-    if sum(one > "\x7f" for one in text) >= 2 * wrong:  # UTF-8, at worst with damages: those are counted where they stand
+    if sum(one > "\x7f" for one in text) >= 2 * wrong:  # at worst with damages: those are counted where they stand
         return UTF_8
     if b"\0" in head:  # no text has it, but UTF-16
         return UNKNOWN

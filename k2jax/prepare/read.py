@@ -155,8 +155,8 @@ def check_first_rows(chosen: ConfigDict, name: str, file: File) -> None:
     if num_rows:
         raise ConfigError(
             f"subsets.{name}: of the {num_rows:,} rows that {place(file, 0)} begins with none has "
-            f"{text.missing(seen.__contains__)[0]!r}, they have {shown(paths)}: name the key of the text as text_key, or "
-            "those that it is made of in text"
+            f"{text.missing(seen.__contains__)[0]!r}, they have {shown(paths)}: name the key of the text as text_key, "
+            "or those that it is made of in text"
         )
 
 

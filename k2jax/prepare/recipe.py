@@ -4,7 +4,6 @@
 preparation depends on that and on the documents alone: not on workers, the executor, or earlier attempts.
 """
 
-import difflib
 import re
 import runpy
 from pathlib import Path
@@ -255,7 +254,7 @@ def tokenizer_path(text: str) -> str:
 
 def validate(config: ConfigDict) -> None:
     """Raises ConfigError listing every problem: the key, the value found, what it must be."""
-    problems = _key_problems("", config, base())
+    problems = rule_checks.key_problems("", config, base())
     if not problems:
         problems = _base_problems(config)
         for name, chosen in config.subsets.items():
@@ -305,7 +304,7 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
     if not isinstance(chosen, ConfigDict):
         return problems + [f"{where}={chosen!r}: must be made by subset()"]
     expected = conversations("") if chosen.get("conversations") else subset("")
-    if keys := _key_problems(f"{where}.", chosen, expected):
+    if keys := rule_checks.key_problems(f"{where}.", chosen, expected):
         return problems + keys
     kind, rest = kind_of(chosen.source)
     if chosen.conversations:
@@ -347,22 +346,4 @@ def _store_problems(config: ConfigDict) -> list[str]:
         for store in stores_of(config, name):
             if taken.setdefault(store, name) != name:
                 problems.append(f"subsets.{name}: its store {store} is one of subsets.{taken[store]}, too: rename one")
-    return problems
-
-
-def _key_problems(prefix: str, found: ConfigDict, expected: ConfigDict) -> list[str]:
-    """Keys that are missing, unknown or of another type; a whole number may stand where a fraction does."""
-    problems = []
-    for key in sorted(set(found) - set(expected)):
-        near = difflib.get_close_matches(key, list(expected), n=1)
-        problems.append(f"unknown key {prefix}{key}" + (f", did you mean {near[0]!r}?" if near else ""))
-    for key in sorted(expected):
-        value: Any = expected[key]
-        types = (int, float) if isinstance(value, float) else (int, float, type(None)) if value is None else (tuple, list) if isinstance(value, tuple) else type(value)
-        if key not in found:
-            problems.append(f"{prefix}{key} is missing: start from base() and subset()")
-        elif not isinstance(found[key], types):
-            problems.append(f"{prefix}{key}={found[key]!r}: must be such as {('x',) if value == () else value!r}")
-        elif isinstance(value, ConfigDict) and len(value):
-            problems += _key_problems(f"{prefix}{key}.", found[key], value)
     return problems

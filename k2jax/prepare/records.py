@@ -115,7 +115,7 @@ def _damaged(error: Exception) -> Bad:
 
 
 def parquet_records(file: File, columns: list[str] | None, text: Text | None) -> Iterator[Record]:
-    """The rows of a table, of all columns or of those at some paths (fields.py); ConfigError if it cannot give `text`."""
+    """The rows of a table, of all columns or of those at paths (fields.py); ConfigError if it cannot give `text`."""
     if not file.size:
         yield 0, Bad("empty file")
         return

@@ -1,6 +1,7 @@
-"""What a recipe may say of how documents are read and cleaned: each problem with its key, its value, what it must be."""
+"""What a recipe may say of how documents are read and cleaned: each problem with its key and what it must be."""
 
 import codecs
+import difflib
 import re
 from typing import Any
 
@@ -17,6 +18,24 @@ DETECT = "detect"  # an encoding, file by file
 NO_FILES = {"idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined", "utf-7"}
 ENCODED = ("text", "jsonl")  # kinds of sources whose files are text
 SCORER = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+def key_problems(prefix: str, found: ConfigDict, expected: ConfigDict) -> list[str]:
+    """Keys that are missing, unknown or of another type; a whole number may stand where a fraction does."""
+    problems = []
+    for key in sorted(set(found) - set(expected)):
+        near = difflib.get_close_matches(key, list(expected), n=1)
+        problems.append(f"unknown key {prefix}{key}" + (f", did you mean {near[0]!r}?" if near else ""))
+    for key in sorted(expected):
+        value: Any = expected[key]
+        types = {float: (int, float), type(None): (int, float, type(None)), tuple: (tuple, list)}.get(type(value))
+        if key not in found:
+            problems.append(f"{prefix}{key} is missing: start from base() and subset()")
+        elif not isinstance(found[key], types or type(value)):
+            problems.append(f"{prefix}{key}={found[key]!r}: must be such as {('x',) if value == () else value!r}")
+        elif isinstance(value, ConfigDict) and len(value):
+            problems += key_problems(f"{prefix}{key}.", found[key], value)
+    return problems
 
 
 def problems(where: str, chosen: ConfigDict, has_rows: bool) -> list[str]:
@@ -52,7 +71,7 @@ def _encoding_problem(name: str) -> str | None:
     if name in ("", DETECT):
         return None
     try:
-        b"".decode(name)
+        " ".encode(name)
         found = codecs.lookup(name).name
     except (LookupError, ValueError):
         return "no encoding that Python knows; there are utf-8, latin-1, cp1252, gb18030, ..., and detect"
@@ -69,10 +88,8 @@ def _language_problems(where: str, chosen: ConfigDict) -> list[str]:
         found.append(f"{where}.language_threshold={chosen.language_threshold}: must lie in [0, 1]")
     for pair in chosen.language_thresholds:
         if not _is_pair(pair) or not 0 <= pair[1] <= 1 or pair[0] not in chosen.languages:
-            found.append(
-                f"{where}.language_thresholds: {pair!r} must be (one of languages={tuple(chosen.languages)}, a threshold "
-                "in [0, 1])"
-            )
+            must = f"(one of languages={tuple(chosen.languages)}, a threshold in [0, 1])"
+            found.append(f"{where}.language_thresholds: {pair!r} must be {must}")
     return found
 
 
