@@ -28,6 +28,7 @@ from k2jax.prepare.tally import Tally
 
 SAMPLE_CHARACTERS = 2000  # kept of a removed document
 EDITED_CHARACTERS = SAMPLE_CHARACTERS + 1000  # an address that is cut in two looks like none
+GROUP, GROUP_BYTES = 64, 1 << 24  # documents that a scorer gets at once, and about their text
 INDEX = pa.schema(
     {
         "id": pa.binary(32),
@@ -78,21 +79,45 @@ def clean(
 
     `keep_removed(document, step, reason)` gets each that does not.
     """
-    for one in found:
-        size = len(one.text.encode())
-        for step, apply in steps:
-            before = one.text
-            tally.saw(step, size)
-            if reason := apply(one):
-                tally.removed(step, reason, size)
-                keep_removed(one, step, reason)
-                break
-            if one.text != before:
-                data = one.text.encode()
-                size, one.id = len(data), hashlib.sha256(data).hexdigest()
-        else:
-            tally.kept(size, one.metadata.get("language", ""), one.metadata.get("licence", ""))
-            yield one
+    passed = ((one, len(one.text.encode())) for one in found)
+    for rule in steps:
+        passed = _passed(passed, rule, tally, keep_removed)
+    for one, size in passed:
+        tally.kept(size, one.metadata.get("language", ""), one.metadata.get("licence", ""))
+        yield one
+
+
+def _passed(
+    found: Iterable[tuple[Document, int]], rule: Rule, tally: Tally, keep_removed: Callable[[Document, str, str], None]
+) -> Iterator[tuple[Document, int]]:
+    """The documents that pass one step, with the bytes of their texts."""
+    for one, size in _scored(found, rule.together) if rule.together else found:
+        before = one.text
+        tally.saw(rule.step, size)
+        if reason := rule.apply(one):
+            tally.removed(rule.step, reason, size)
+            keep_removed(one, rule.step, reason)
+            continue
+        if one.text != before:
+            data = one.text.encode()
+            size, one.id = len(data), hashlib.sha256(data).hexdigest()
+        yield one, size
+
+
+def _scored(
+    found: Iterable[tuple[Document, int]], together: Callable[[list[Document]], None]
+) -> Iterator[tuple[Document, int]]:
+    """The same documents, a few at a time: so many, or so much text."""
+    group: list[tuple[Document, int]] = []
+    for pair in found:
+        group.append(pair)
+        if len(group) == GROUP or sum(size for _, size in group) > GROUP_BYTES:
+            together([one for one, _ in group])
+            yield from group
+            group = []
+    if group:
+        together([one for one, _ in group])
+        yield from group
 
 
 def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Path) -> None:
@@ -155,8 +180,8 @@ class _Removed:
         if count <= self._most:
             metadata = {**one.metadata, "step": step, "reason": reason}
             shown = Document(one.text[:EDITED_CHARACTERS], one.id, metadata=metadata)
-            for _, apply in self._edits:
-                apply(shown)
+            for rule in self._edits:
+                rule.apply(shown)
             shown.text = shown.text[:SAMPLE_CHARACTERS]
             self.documents.append(shown)
 
