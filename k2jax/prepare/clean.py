@@ -58,6 +58,8 @@ def check(config: ConfigDict) -> dict[str, dict[str, Any]]:
     """
     for source in config.contamination.sources:
         list_files(source)
+    if config.contamination.sources:
+        contamination.units_of(config)
     names = sorted({task.subset for task in recipe.tasks(config)})
     for name in names:
         rules.build(config.subsets[name])
@@ -144,7 +146,8 @@ def _clean_share(rank: int, name: str, dealt: dealing.Share, config: ConfigDict,
     steps = rules.build(chosen, tally)
     removed = _Removed(config.removed_samples, rules.edits(chosen))
     if config.contamination.sources:
-        check_of = contamination.Contamination(contamination.folder_of(out), remove=config.contamination.remove)
+        remove, units = config.contamination.remove, contamination.units_of(config)
+        check_of = contamination.Contamination(contamination.folder_of(out), remove=remove, units=units)
         steps.append(Rule("contamination", check_of.apply))
     with contextlib.ExitStack() as stack:
         raw = documents(
