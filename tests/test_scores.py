@@ -152,6 +152,13 @@ def test_a_wrong_scorer_is_one_line(scorers, name, message):
     assert "\n" not in str(error.value)
 
 
+def test_the_files_that_rules_depend_on_are_known(scorers, tmp_path, quality_model):
+    """What was cleaned by others is to be cleaned again."""
+    chosen = subset("text:x", scorer="my_scorers:length", quality_model=quality_model, url_blocklist="domains")
+    assert rules.files_of(chosen) == [quality_model, "domains", str(tmp_path / "my_scorers.py")]
+    assert rules.files_of(subset("text:x")) == []
+
+
 def test_thresholds_differ_by_language(tmp_path, quality_model):
     """Any model of fastText labels documents; of this one hq and lq are the languages."""
     mixed, options = "the cell and a prize", {"language_model": quality_model, "languages": ("hq", "lq")}

@@ -65,6 +65,12 @@ def build(chosen: ConfigDict, tally: Tally | None = None) -> list[Rule]:
     return rules
 
 
+def files_of(chosen: ConfigDict) -> list[str]:
+    """The files whose content the rules depend on: models, the block list, the module of a scorer."""
+    paths = [chosen[key] for key in ("language_model", "quality_model", "url_blocklist") if chosen[key]]
+    return paths + ([scores.file_of(chosen.scorer)] if chosen.scorer else [])
+
+
 def edits(chosen: ConfigDict, tally: Tally | None = None) -> list[Rule]:
     """Of the rules those that change a text and leave out none."""
     rules = [Rule("nfc", _nfc)] if chosen.nfc else []

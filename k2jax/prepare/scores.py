@@ -7,6 +7,7 @@ left out for it, so that the card shows where a threshold would cut. A model tha
 import functools
 import importlib
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,12 @@ def _imported(name: str) -> Score:
     if not callable(function):
         raise ConfigError(f"scorer={name}: is no function but {type(function).__name__}")
     return function
+
+
+def file_of(name: str) -> str:
+    """The file of a scorer's module; what that imports is not known."""
+    _imported(name)
+    return sys.modules[name.partition(":")[0]].__file__
 
 
 def _numbers(function: Score, texts: list[str], name: str) -> list[float]:
