@@ -91,8 +91,8 @@ def test_a_template_stands_alone_and_is_of_rows(tmp_path):
     config = recipe.base()
     config.subsets.a = recipe.subset("jsonl:x", text="{a}", text_key="b")
     config.subsets.b = recipe.subset("text:x", text="{a}")
-    config.subsets.c = recipe.subset("jsonl:x", text_key="a..b")
-    expected = "3 problem.*a.text_key='b': stands beside.*b.text='{a}': is.*c.text_key='a..b'"
+    config.subsets.c = recipe.subset("jsonl:x", text_key="")
+    expected = "3 problem.*a.text_key='b': stands beside.*b.text='{a}': is.*c.text_key=''"
     with pytest.raises(ConfigError, match=expected):
         recipe.validate(config)
 
@@ -107,6 +107,9 @@ def test_keys_that_no_row_of_the_first_file_has_end_it_with_those_that_are_there
     with pytest.raises(ConfigError, match=r"(column|none has) 'meta.\w+', (it|they) ha.*meta.title, .*parts.text"):
         clean.check(config)
     config.subsets.web = recipe.subset(source_of(kind, tmp_path), text="{meta.title}{x?}")  # null in some, and optional
+    clean.check(config)
+    rows = [{"meta": None, "x": 1}, {"meta": {"body": "late"}, "x": 2}]
+    config.subsets.web = recipe.subset(source_of(kind, tmp_path, rows), text_key="meta.body")  # null in the first
     clean.check(config)
 
 

@@ -95,6 +95,9 @@ def nan(texts):
 def words(texts):
     return ["good" for _ in texts]
 
+def ranks(texts):
+    return [sorted(texts).index(text) for text in texts]
+
 def raises(texts):
     raise RuntimeError("no GPU here\\nand more")
 
@@ -117,7 +120,7 @@ def test_a_scorer_gets_texts_together_and_each_keeps_its_own_score(scorers):
     found, tally, _ = run(texts, scorer="my_scorers:length")
     assert [one.text for one in found] == texts
     assert [one.metadata["score"] for one in found] == [len(text) / 10 for text in texts]
-    assert sys.modules["my_scorers"].calls == [GROUP, GROUP, 150 - 2 * GROUP]
+    assert sys.modules["my_scorers"].calls == [GROUP, 1, GROUP, 150 - 2 * GROUP]
     found, tally, removed = run(texts, scorer="my_scorers:length", scorer_threshold=4.0)
     assert [one.text for one in found] == [text for text in texts if len(text) >= 40]
     assert {(step, reason) for _, step, reason in removed} == {("scorer", "score below 4")}
@@ -125,12 +128,18 @@ def test_a_scorer_gets_texts_together_and_each_keeps_its_own_score(scorers):
     assert list(tally.steps) == ["scorer", "size"] and tally.steps["size"]["documents"] == len(found)
 
 
+def test_a_scorer_that_judges_a_text_by_those_beside_it_ends_it(scorers):
+    """Ranks, or scores less their mean: other numbers with other tasks."""
+    with pytest.raises(ConfigError, match="ranks gave 0 for a text alone and 1 for it beside others: it must"):
+        run(["b", "a"], scorer="my_scorers:ranks")
+
+
 def test_a_scorer_sees_what_the_rules_before_it_left_as_they_left_it(scorers):
     found, _, _ = run(["e\u0301" * 5, "x", "y" * 30], scorer="my_scorers:length", drop_repeated=("lines",), nfc=True)
     assert [one.metadata["score"] for one in found] == [1.0, 0.1, 3.0]  # nfc comes after it: ten characters, then five
     long = [char * (6 << 20) for char in "abcd"]  # few at a time where they are large
     run(long, scorer="my_scorers:length")
-    assert sys.modules["my_scorers"].calls[-2:] == [3, 1]
+    assert sys.modules["my_scorers"].calls[-3:] == [3, 1, 1]
 
 
 @pytest.mark.parametrize(

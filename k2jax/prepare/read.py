@@ -138,14 +138,18 @@ def records(
 
 
 def check_first_rows(chosen: ConfigDict, name: str, file: File) -> None:
-    """Raises ConfigError where no row that a subset's first file begins with has what the text is made of."""
-    if kind_of(chosen.source)[0] not in ROW_KINDS or chosen.conversations:
+    """Raises ConfigError where no row that a subset's first file begins with has what the text is made of.
+
+    Of a table its columns say so.
+    """
+    kind, _ = kind_of(chosen.source)
+    if kind not in ROW_KINDS or chosen.conversations:
         return
     text, num_rows = _text(chosen), 0
     seen: set[str] = set()
     paths: dict[str, None] = {}
-    for _, row in islice(records(chosen.source, file, chosen=chosen), ROWS_LOOKED_AT):
-        if isinstance(row, Bad):
+    for _, row in islice(records(chosen.source, file, chosen=chosen), ROWS_LOOKED_AT if kind == "jsonl" else 1):
+        if isinstance(row, Bad) or kind != "jsonl":
             continue
         num_rows, seen = num_rows + 1, seen | text.seen(row)
         if not text.missing(seen.__contains__):

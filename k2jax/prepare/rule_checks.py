@@ -58,8 +58,8 @@ def _text_problems(where: str, chosen: ConfigDict, has_rows: bool) -> list[str]:
         found.append(f"{where}.text={chosen.text!r}: is made of keys, which {kind}: has not; leave it out")
     if chosen.text and chosen.text_key != "text":
         found.append(f"{where}.text_key={chosen.text_key!r}: stands beside text={chosen.text!r}; leave one out")
-    if not all(chosen.text_key.split(".")):
-        found.append(f"{where}.text_key={chosen.text_key!r}: must be a key, or keys with dots between them")
+    if not chosen.text_key:
+        found.append(f"{where}.text_key='': must be a key, or keys with dots between them")
     if problem := _encoding_problem(chosen.encoding):
         found.append(f"{where}.encoding={chosen.encoding!r}: {problem}")
     if chosen.encoding and kind not in ENCODED:

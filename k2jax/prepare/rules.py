@@ -67,8 +67,8 @@ def build(chosen: ConfigDict, tally: Tally | None = None) -> list[Rule]:
 
 def files_of(chosen: ConfigDict) -> list[str]:
     """The files whose content the rules depend on: models, the block list, the module of a scorer."""
-    paths = [chosen[key] for key in ("language_model", "quality_model", "url_blocklist") if chosen[key]]
-    return paths + ([scores.file_of(chosen.scorer)] if chosen.scorer else [])
+    paths = [chosen[key] for key in ("language_model", "quality_model", "url_blocklist")]
+    return [path for path in (*paths, scores.file_of(chosen.scorer) if chosen.scorer else "") if path]
 
 
 def edits(chosen: ConfigDict, tally: Tally | None = None) -> list[Rule]:

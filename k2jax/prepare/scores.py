@@ -1,7 +1,8 @@
 """Rules that ask a model about a document: its language, its quality by fastText, a score by a function of the user's.
 
 What a model says is kept in the document's metadata, as `language`, `quality`, `score`, and counted before anything is
-left out for it, so that the card shows where a threshold would cut. A model that gives what is no number ends it.
+left out for it, so that the card shows where a threshold would cut. A model that gives what is no number ends it, and
+so does a scorer whose number for a text depends on those beside it: which those are depends on the tasks.
 """
 
 import functools
@@ -20,6 +21,7 @@ from k2jax.prepare.tally import Tally
 
 Apply = Callable[[Document], str | None]
 Score = Callable[[list[str]], list[float]]
+SAME = 0.02  # of a score: what a network in bfloat16 gives is not the same in another batch, but near
 DIGITS = 6  # kept of a score, and compared: the last ones differ from machine to machine
 
 
@@ -78,10 +80,14 @@ def _judged(one: Document, name: str, score: float, least: float | None, tally: 
 
 def scorer(chosen: ConfigDict, tally: Tally) -> tuple[Callable[[list[Document]], None], Apply]:
     """What scores documents together, by the function that `scorer` names, and what judges each by its score."""
-    function = _imported(chosen.scorer)
+    function, is_checked = _imported(chosen.scorer), False
 
     def score(documents: list[Document]) -> None:
+        nonlocal is_checked
         numbers = _numbers(function, [one.text for one in documents], chosen.scorer)
+        if not is_checked and len(documents) > 1:
+            is_checked = True
+            _check_alone(function, documents[0].text, numbers[0], chosen.scorer)
         for one, number in zip(documents, numbers, strict=True):
             one.metadata["score"] = round(number, DIGITS)
 
@@ -108,9 +114,18 @@ def _imported(name: str) -> Score:
 
 
 def file_of(name: str) -> str:
-    """The file of a scorer's module; what that imports is not known."""
+    """The file of a scorer's module, "" of one that is built in; what it imports is not known."""
     _imported(name)
-    return sys.modules[name.partition(":")[0]].__file__
+    return vars(sys.modules[name.partition(":")[0]]).get("__file__") or ""
+
+
+def _check_alone(function: Score, text: str, beside: float, name: str) -> None:
+    [alone] = _numbers(function, [text], name)
+    if abs(alone - beside) > SAME * max(1.0, abs(alone)):
+        raise ConfigError(
+            f"scorer={name} gave {alone:g} for a text alone and {beside:g} for it beside others: it must judge each by "
+            "itself"
+        )
 
 
 def _numbers(function: Score, texts: list[str], name: str) -> list[float]:
