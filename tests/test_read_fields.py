@@ -16,7 +16,7 @@ from test_read import jsonl, read_all, texts  # noqa: E402
 
 from k2jax.errors import ConfigError  # noqa: E402
 from k2jax.prepare import clean, recipe  # noqa: E402
-from k2jax.prepare.fields import text_by  # noqa: E402
+from k2jax.prepare.fields import seen, text_by  # noqa: E402
 
 KINDS = ("jsonl", "parquet", "arrow")
 ROWS = [
@@ -113,14 +113,40 @@ def test_keys_that_no_row_of_the_first_file_has_end_it_with_those_that_are_there
     clean.check(config)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_of_a_row_may_stand_elsewhere_and_a_block_list_needs_it(tmp_path, kind):
+    """A list that finds no URL blocks nothing, and nobody is told."""
+    rows = [{"text": f"text {i}", "meta": {"url": f"https://{host}.example/", "tags": ["MIT", "BSD"]}, "date": "2024"}
+            for i, host in enumerate(("bad", "good"))]  # fmt: skip
+    (tmp_path / "domains").write_text("bad.example")
+    config, source = recipe.base(), source_of(kind, tmp_path, rows)
+    moved = (("url", "meta.url"), ("license", "meta.tags"))
+    found, _ = read_all(source, field_keys=moved)
+    assert found[1].metadata == {
+        "subset": "web", "source": f"a.{kind}:2", "url": "https://good.example/", "licence": "MIT, BSD", "date": "2024",
+    }  # fmt: skip
+    blocking = {"url_blocklist": str(tmp_path / "domains")}
+    for keys, missing in (((), "url"), ((("url", "meta.link"),), "meta.link")):
+        config.subsets.web = recipe.subset(source, field_keys=keys, **blocking)
+        recipe.validate(config)
+        with pytest.raises(ConfigError, match=f"none has .{missing}., .*meta.tags.* as field_keys"):
+            clean.check(config)
+    config.subsets.web = recipe.subset(source, field_keys=moved, **blocking)
+    clean.check(config)
+    config.subsets.web = recipe.subset(source, field_keys=(("link", "meta.url"), ("url",), ("url", "a..b")))
+    config.subsets.trees = recipe.subset("text:x", field_keys=(("url", "meta.url"),), **blocking)
+    with pytest.raises(ConfigError, match=r"5 problem.*\('link', 'meta.url'\) must be.*text: documents have no URL"):
+        recipe.validate(config)
+
+
 def test_the_first_rows_are_looked_at_however_bad_they_are(tmp_path):
     config = recipe.base()
     (tmp_path / "a.jsonl").write_bytes(b"{bad\n[]\n" * 50 + jsonl([{"x": 1}, {"text": None}]))
     config.subsets.web = recipe.subset(f"jsonl:{tmp_path}/a.jsonl")
     clean.check(config)
     (tmp_path / "a.jsonl").write_bytes(b"{bad\n" + jsonl([{"body": [{"p": "x"}], "\x1b[2J": 1}]))
-    with pytest.raises(ConfigError, match=r"of the 1 rows that a.jsonl begins with none has 'text', they have body.p, "
-                       r"\\x1b\[2J: name"):  # fmt: skip
+    with pytest.raises(ConfigError, match=r"of the 1 rows that a.jsonl begins with none has 'text', they "
+                       r"have body.p, \\x1b\[2J: name"):  # fmt: skip
         clean.check(config)
     (tmp_path / "a.jsonl").write_bytes(b"{bad\n")  # nothing to say it by
     clean.check(config)
@@ -193,5 +219,5 @@ def test_a_key_and_a_template_of_it_alone_agree(row, path):
     by_key, by_template = text_by(path, "").of(row, 1 << 20), text_by("text", f"{{{path}}}").of(row, 1 << 20)
     if isinstance(by_key, str):
         assert by_template == by_key
-    seen = text_by(path, "").seen(row)
-    assert seen <= {path} and (not isinstance(by_key, str) or by_key == "" or seen)
+    there = seen(row, [path])
+    assert there <= {path} and (not isinstance(by_key, str) or by_key == "" or there)

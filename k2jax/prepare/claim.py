@@ -103,8 +103,9 @@ def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str)
     made = {"eos": "", "chat": recipe.base().chat.to_dict(), **made}  # before there were these keys
     later = {"conversations": {}, "dumps": [], "follow_links": False, "max_unreadable": 0, "priority": 0}
     later["pii_regions"] = ["US"]
-    later |= {"text": "", "encoding": "", "language_thresholds": [], "drop_repeated": [], "quality_model": ""}
-    later |= {"quality_label": "", "quality_threshold": None, "scorer": "", "scorer_threshold": None}
+    later |= {"text": "", "field_keys": [], "encoding": "", "language_thresholds": [], "drop_repeated": []}
+    later |= {"quality_model": "", "quality_label": "", "quality_threshold": None}
+    later |= {"scorer": "", "scorer_threshold": None}
     made["contamination"] = {"unit": "words", **made.get("contamination", {})}
     made["subsets"] = {name: {**later, **chosen} for name, chosen in made.get("subsets", {}).items()}
     for chosen in made["subsets"].values():

@@ -58,11 +58,6 @@ class Text(NamedTuple):
         needed = [one.path for one in lacking if not one.optional]
         return needed or [one.path for one in lacking if len(lacking) == len(self.fields)]
 
-    def seen(self, row: dict[str, Any]) -> set[str]:
-        """The keys that a row has, be it as null."""
-        paths = {field.path for field in self.fields}
-        return {path for path in paths if any(one is not MISSING for one in values(row, path))}
-
 
 def text_by(key: str, template: str) -> Text:
     """By the recipe's `text` where it is one, else by its `text_key`; ConfigError for a template that is none."""
@@ -147,6 +142,17 @@ def values(value: Any, path: str) -> Iterator[Any]:
         yield from values(value[step], path[len(step) + 1 :])
     else:
         yield MISSING
+
+
+def seen(row: dict[str, Any], paths: Iterable[str]) -> set[str]:
+    """The paths that lead to something in a row, be it null."""
+    return {path for path in paths if any(one is not MISSING for one in values(row, path))}
+
+
+def at(row: dict[str, Any], path: str) -> Any:
+    """What a path leads to; several are a list, None is nothing."""
+    found = [one for one in values(row, path) if one is not MISSING and one is not None]
+    return found[0] if len(found) == 1 else found or None
 
 
 def _longest(value: dict[str, Any], path: str) -> str | None:

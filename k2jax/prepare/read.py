@@ -22,7 +22,7 @@ from k2jax.data.records import Bad, text_of
 from k2jax.errors import ConfigError
 from k2jax.prepare.chat.rows import COLUMNS
 from k2jax.prepare.documents import document
-from k2jax.prepare.fields import Text, paths_of, shown, text_by
+from k2jax.prepare.fields import Text, at, is_at, paths_of, seen, shown, text_by
 from k2jax.prepare.files import File, place
 from k2jax.prepare.recipe import DUMP, ROW_KINDS, kind_of
 from k2jax.prepare.records import (
@@ -33,9 +33,9 @@ from k2jax.prepare.records import (
     python_records,
     text_records,
 )
+from k2jax.prepare.rule_checks import FIELDS
 from k2jax.prepare.tally import Tally, clean_name, shown_name
 
-FIELDS = ("url", "id", "license", "licence", "date", "dump")  # kept of a record beside its text
 ROWS_LOOKED_AT = 10_000  # of a subset's first file, for the keys of its text
 MANY = 200  # keys of those rows that are looked through for a message
 IDS_WATCHED = 1 << 20  # of a file, for those seen before: 100 MB; later ones are not compared
@@ -131,36 +131,41 @@ def records(
     if kind == "jsonl":
         return json_records(file, chosen.max_line_bytes, chosen.encoding, encodings)
     text = None if every_field or conversations else _text(chosen)
-    columns = [*COLUMNS, *FIELDS] if conversations else None
-    if text:
-        columns = [*(field.path for field in text.fields), *FIELDS]
+    columns = [*COLUMNS] if conversations else [field.path for field in text.fields] if text else None
+    if columns is not None:
+        columns += [*FIELDS, *dict(chosen.field_keys).values()]
     return (parquet_records if kind == "parquet" else arrow_records)(file, columns, text)
 
 
 def check_first_rows(chosen: ConfigDict, name: str, file: File) -> None:
-    """Raises ConfigError where no row that a subset's first file begins with has what the text is made of.
-
-    Of a table its columns say so.
-    """
+    """Raises ConfigError where no row that a subset's first file begins with has a key that the recipe reads: those of
+    the text, `field_keys`, and the URL of a block list. Of a table its columns say so."""
     kind, _ = kind_of(chosen.source)
     if kind not in ROW_KINDS or chosen.conversations:
         return
-    text, num_rows = _text(chosen), 0
-    seen: set[str] = set()
+    text, moved, has, num_rows = _text(chosen), dict(chosen.field_keys), set(), 0
+    others = [*moved.values(), *(["url"] if chosen.url_blocklist and "url" not in moved else [])]
     paths: dict[str, None] = {}
     for _, row in islice(records(chosen.source, file, chosen=chosen), ROWS_LOOKED_AT if kind == "jsonl" else 1):
-        if isinstance(row, Bad) or kind != "jsonl":
+        if isinstance(row, Bad):
             continue
-        num_rows, seen = num_rows + 1, seen | text.seen(row)
-        if not text.missing(seen.__contains__):
+        num_rows += 1
+        if kind == "jsonl":
+            has |= seen(row, [*(field.path for field in text.fields), *others])
+        else:  # of whose columns those that are read are here, and for the text there are some
+            has |= {field.path for field in text.fields} | {path for path in others if any(is_at(path, k) for k in row)}
+        lacking = text.missing(has.__contains__) or [path for path in others if path not in has]
+        if not lacking:
             return
         if len(paths) < MANY:
             paths |= dict.fromkeys(islice(paths_of(row), MANY))
     if num_rows:
+        if kind != "jsonl":
+            paths = dict.fromkeys(paths_of(next(records(chosen.source, file, chosen=chosen, every_field=True))[1]))
+        key = "field_keys" if lacking[0] in others else "text_key, or those that it is made of as text"
         raise ConfigError(
-            f"subsets.{name}: of the {num_rows:,} rows that {place(file, 0)} begins with none has "
-            f"{text.missing(seen.__contains__)[0]!r}, they have {shown(paths)}: name the key of the text as text_key, "
-            "or those that it is made of in text"
+            f"subsets.{name}: of the {num_rows:,} rows that {place(file, 0)} begins with none has {lacking[0]!r}, they "
+            f"have {shown(paths)}: name the right one as {key}"
         )
 
 
@@ -190,6 +195,8 @@ def _refusal(bad: Bad, file: File, line: int) -> str:
 
 def _metadata(record: dict[str, Any], chosen: ConfigDict, name: str, file: File, line: int) -> dict[str, str]:
     source = shown_name(file.name)
+    if chosen.field_keys:
+        record = record | {name: at(record, path) for name, path in chosen.field_keys}
     metadata = {
         "subset": name,
         "source": f"{source}:{line}" if line else source,

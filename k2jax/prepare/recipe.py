@@ -83,6 +83,7 @@ def subset(
     *,
     text_key: str = "text",
     text: str = "",
+    field_keys: tuple[tuple[str, str], ...] = (),
     encoding: str = "",
     licence: str = "",
     dump: str = "",
@@ -121,8 +122,9 @@ def subset(
     """One subset: where its documents come from, what is done to them, how it is used. Everything is off by default."""
     c = ConfigDict()
     c.source = source  # KIND:WHERE, see KINDS
-    c.text_key = text_key  # path of the text in a row, as meta.text; "url", "id", "license", "date", "dump" are kept
+    c.text_key = text_key  # path of the text in a row, as meta.text; kept are also its FIELDS (rule_checks.py)
     c.text = text  # or a template of paths, as "{title}\n\n{meta.text}"; {title?} may be missing (fields.py)
+    c.field_keys = field_keys  # (("url", "meta.url"), ...): paths of those of FIELDS that stand elsewhere in a row
     c.encoding = encoding  # of text and JSON lines that have no byte order mark: Python's name; "detect" for a guess
     c.licence = licence  # of documents that name none themselves
     c.dump = dump  # of documents that name none; empty: a CC-MAIN-2024-30 in the file's path. Newer ones are kept first

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from k2jax.errors import ConfigError
 from k2jax.prepare import fields, pii
 
+FIELDS = ("url", "id", "license", "licence", "date", "dump")  # kept of a record beside its text
 FILTERS = ("gopher-repetition", "gopher-quality", "c4")
 REPEATED = ("lines", "paragraphs")
 CONTAMINATION_UNITS = ("words", "tokens")
@@ -60,6 +61,12 @@ def _text_problems(where: str, chosen: ConfigDict, has_rows: bool) -> list[str]:
         found.append(f"{where}.text_key={chosen.text_key!r}: stands beside text={chosen.text!r}; leave one out")
     if not chosen.text_key:
         found.append(f"{where}.text_key='': must be a key, or keys with dots between them")
+    for pair in chosen.field_keys:
+        if not _is_pair(pair, str) or pair[0] not in FIELDS or not all(pair[1].split(".")) or not has_rows:
+            must = f"(one of {', '.join(FIELDS)}, a path in the rows of jsonl:, parquet:)"
+            found.append(f"{where}.field_keys: {pair!r} must be {must}")
+    if chosen.url_blocklist and kind in ("text", "python"):
+        found.append(f"{where}.url_blocklist={chosen.url_blocklist!r}: {kind}: documents have no URL; leave it out")
     if problem := _encoding_problem(chosen.encoding):
         found.append(f"{where}.encoding={chosen.encoding!r}: {problem}")
     if chosen.encoding and kind not in ENCODED:
@@ -87,14 +94,15 @@ def _language_problems(where: str, chosen: ConfigDict) -> list[str]:
     if not 0 <= chosen.language_threshold <= 1:
         found.append(f"{where}.language_threshold={chosen.language_threshold}: must lie in [0, 1]")
     for pair in chosen.language_thresholds:
-        if not _is_pair(pair) or not 0 <= pair[1] <= 1 or pair[0] not in chosen.languages:
+        if not _is_pair(pair, float, int) or not 0 <= pair[1] <= 1 or pair[0] not in chosen.languages:
             must = f"(one of languages={tuple(chosen.languages)}, a threshold in [0, 1])"
             found.append(f"{where}.language_thresholds: {pair!r} must be {must}")
     return found
 
 
-def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, (tuple, list)) and list(map(type, pair)) in ([str, float], [str, int])
+def _is_pair(pair: Any, *kinds: type) -> bool:
+    """A text, and something of one of the kinds."""
+    return isinstance(pair, (tuple, list)) and list(map(type, pair)) in [[str, kind] for kind in kinds]
 
 
 def _score_problems(where: str, chosen: ConfigDict) -> list[str]:

@@ -8,6 +8,7 @@ nfc, pii, size.
 
 import functools
 import logging
+import re
 import unicodedata
 import urllib.parse
 from collections.abc import Callable
@@ -24,10 +25,11 @@ from k2jax.prepare.lines import drop_lines, without_repeated
 from k2jax.prepare.pii import pii_replacer
 from k2jax.prepare.read import size_problem
 from k2jax.prepare.scores import Apply, import_of
-from k2jax.prepare.tally import Tally
+from k2jax.prepare.tally import Tally, clean_name
 
 # A crawler keeps 1 MiB of a page (Common Crawl until 2025, then 5); what trafilatura takes grows faster than the page.
 HTML_BYTES = 5 << 20
+NO_DOMAIN = re.compile(r"[\s/:*|^@]")  # of files of hosts, of addresses, and of filters of advertisements
 
 
 class Rule(NamedTuple):
@@ -108,20 +110,36 @@ def _extract() -> Apply:
 def _url(path: str) -> Apply:
     """Leaves out documents whose host is a domain of the list or below one; those without a URL stay."""
     try:
-        lines = Path(path).read_text("utf-8").lower().splitlines()
+        lines = Path(path).read_text("utf-8-sig").lower().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"url_blocklist={path} cannot be read ({error}): expected domains, one a line") from error
-    domains = {line.strip().strip(".") for line in lines if line.strip() and not line.startswith("#")}
+    domains = set()
+    for number, line in enumerate(lines, 1):
+        if domain := line.partition("#")[0].strip().strip("."):
+            if NO_DOMAIN.search(domain):
+                what = clean_name(domain)
+                raise ConfigError(f"url_blocklist={path}:{number}: {what} is no domain; expected one a line")
+            domains.add(_ascii(domain))
+    if not domains:
+        raise ConfigError(f"url_blocklist={path} names no domain; expected domains, one a line")
 
     def blocked(one: Document) -> str | None:
         try:
             host = urllib.parse.urlsplit(one.metadata.get("url", "")).hostname or ""
         except ValueError:  # brackets around what is no address
             return None
-        parts = host.lower().strip(".").split(".")
+        parts = _ascii(host.lower().strip(".")).split(".")
         return "blocked domain" if any(".".join(parts[i:]) in domains for i in range(len(parts))) else None
 
     return blocked
+
+
+def _ascii(domain: str) -> str:
+    """A domain as the network has it, where it can be one."""
+    try:
+        return domain if domain.isascii() else domain.encode("idna").decode()
+    except UnicodeError:
+        return domain
 
 
 @functools.cache

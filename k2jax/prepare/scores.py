@@ -28,7 +28,10 @@ DIGITS = 6  # kept of a score, and compared: the last ones differ from machine t
 def language(chosen: ConfigDict) -> Apply:
     """Labels documents; where `languages` are named, others are left out, and those of which the model is unsure."""
     model = fasttext_model(chosen.language_model, "language_model")
-    thresholds = dict(chosen.language_thresholds)
+    thresholds, known = dict(chosen.language_thresholds), model.get_labels()
+    if unknown := [code for code in chosen.languages if f"__label__{code}" not in known]:
+        some = ", ".join(sorted(known)[:20])
+        raise ConfigError(f"languages: {chosen.language_model} has no label for {unknown[0]!r}; it has {some}, ...")
 
     def label(one: Document) -> str | None:
         scores = _predicted(model, one.text, f"language_model={chosen.language_model}", most=1)
@@ -103,7 +106,7 @@ def _imported(name: str) -> Score:
         function = getattr(importlib.import_module(module), attribute)
     except AttributeError as error:
         raise ConfigError(f"scorer={name}: {error}: name a function of it") from error
-    except Exception as error:  # of a module's own code
+    except (Exception, SystemExit) as error:  # of a module's own code
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ConfigError(
             f"scorer={name}: {module} cannot be imported ({reason}): install it, or put its folder on PYTHONPATH"
@@ -131,7 +134,7 @@ def _check_alone(function: Score, text: str, beside: float, name: str) -> None:
 def _numbers(function: Score, texts: list[str], name: str) -> list[float]:
     try:
         found = [float(one) for one in function(texts)]
-    except Exception as error:  # of a function of the user's
+    except (Exception, SystemExit) as error:  # of a function of the user's
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ConfigError(
             f"scorer={name} failed ({reason}): it must give a list of numbers for a list of texts"
