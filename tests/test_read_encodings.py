@@ -23,6 +23,10 @@ MARKED = [
 ]  # fmt: skip
 SENTENCES = {
     "cp1252": "Übung macht den Meister – und größere Brötchen schmecken süßer als „kleine“.",
+    "iso8859_1": "Blåbærsyltetøy er godt på brødskive.",
+    "latin_1": "Le garçon a été élevé à la campagne près de l'église où il naquit.",
+    "iso8859_15": "A educação é a chave do coração; não há solução fácil.",
+    "cp1254": "Çok güzel bir gün, öğretmen şöyle dedi.",
     "cp1251": "Москва является столицей России и крупнейшим городом страны.",
     "koi8_r": "Москва является столицей России и крупнейшим городом страны.",
     "gb18030": "北京是中华人民共和国的首都,也是全国的政治中心和文化中心。",

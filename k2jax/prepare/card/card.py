@@ -24,7 +24,7 @@ FORMAT = 1
 LIBRARIES = (
     "datatrove", "tokenizers", "trafilatura", "lxml", "fasttext-numpy2-wheel", "warcio", "xxhash", "phonenumberslite",
     "phonenumbers", "numpy", "pyarrow", "jinja2", "zstandard", "orjson", "tensorstore", "fsspec", "seqio", "ray",
-    "charset-normalizer",
+    "chardet",
 )  # fmt: skip
 HITS = 20  # contaminated documents shown
 
