@@ -16,6 +16,10 @@ from test_read import jsonl, read_all  # noqa: E402
 from k2jax.errors import ConfigError  # noqa: E402
 from k2jax.prepare import encodings, recipe  # noqa: E402
 from k2jax.prepare.encodings import as_utf8, guessed  # noqa: E402
+from k2jax.prepare.files import File  # noqa: E402
+from k2jax.prepare.listing import num_parts  # noqa: E402
+from k2jax.prepare.read import documents  # noqa: E402
+from k2jax.prepare.tally import Tally  # noqa: E402
 
 MARKED = [
     ("utf-8", codecs.BOM_UTF8), ("utf-16-le", codecs.BOM_UTF16_LE), ("utf-16-be", codecs.BOM_UTF16_BE),
@@ -181,3 +185,20 @@ def test_no_bytes_are_more_than_bad_input(tmp_path_factory, data, encoding):
     path.write_bytes(data)
     for kind in ("jsonl", "text"):
         read_all(f"{kind}:{path}", encoding=encoding)
+
+
+def test_a_later_part_of_a_file_has_no_mark_and_one_of_another_encoding_is_not_cut(tmp_path):
+    """A line that is no UTF-8 would else turn the part that it begins into UTF-16."""
+    path, first = tmp_path / "a.jsonl", lines_of("one", "two").encode()
+    rest = b"\xff\xfe\n" + lines_of("three").encode()
+    path.write_bytes(first + rest)
+    whole = File("a.jsonl", str(path), len(first + rest))
+    parts = [whole._replace(size=len(first), end=len(first)),
+             whole._replace(size=len(rest), begin=len(first), end=len(first + rest), first=2)]  # fmt: skip
+    tally = Tally()
+    found = list(documents(recipe.subset(f"jsonl:{path}"), parts, name="web", tally=tally))
+    assert [one.metadata["source"] for one in found] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
+    assert tally.bad == {"not UTF-8": 1} and tally.encodings == {"utf-8": 1}
+    assert num_parts(whole, recipe.subset(f"jsonl:{path}"), 10) > 1
+    for encoding in ("detect", "gb18030"):
+        assert num_parts(whole, recipe.subset(f"jsonl:{path}", encoding=encoding), 10) == 1

@@ -22,6 +22,7 @@ from k2jax.prepare import contamination, dealing, recipe, rules, unreadable
 from k2jax.prepare.documents import write_documents
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import list_files
+from k2jax.prepare.listing import Listing
 from k2jax.prepare.read import check_first_rows, documents
 from k2jax.prepare.rules import Rule
 from k2jax.prepare.tally import Tally
@@ -50,8 +51,8 @@ def stages(config: ConfigDict, out: str | Path) -> list[Stage]:
     return [Stage("contamination", 1, functools.partial(contamination.build, **at)), clean_all]
 
 
-def check(config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """The files of each subset: their number, bytes, and a digest of their names and sizes.
+def check(config: ConfigDict) -> dict[str, Listing]:
+    """The files of each subset, listed.
 
     Raises ConfigError for a source without files, a rule whose file or package is missing, or a text that no row of a
     subset's first file has; reads no more than the rows that it begins with.
@@ -60,14 +61,13 @@ def check(config: ConfigDict) -> dict[str, dict[str, Any]]:
         list_files(source)
     if config.contamination.sources:
         contamination.units_of(config)
-    names = sorted({task.subset for task in recipe.tasks(config)})
-    for name in names:
+    for name in recipe.names(config):
         rules.build(config.subsets[name])
     listed = dealing.listed(config)
-    for name in names:
+    for name in recipe.names(config):
         with contextlib.suppress(UnreadableError):  # told, or left out, by the stage that reads
-            check_first_rows(config.subsets[name], name, listed[name][0])
-    return dealing.summary(listed)
+            check_first_rows(config.subsets[name], name, listed[name].first())
+    return listed
 
 
 def clean(

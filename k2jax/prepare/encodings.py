@@ -27,14 +27,14 @@ SAMPLE_BYTES = 1 << 12  # and of those that many, of the lines that are not ASCI
 JAPANESE_ESCAPE = re.compile(rb"\x1b\$[@B]")  # ISO-2022-JP, which is of seven bits
 
 
-def as_utf8(stream: io.BufferedReader, encoding: str) -> tuple[io.BufferedReader, str]:
-    """The stream's text in UTF-8, without a mark, and the encoding it is in.
+def as_utf8(stream: io.BufferedReader, encoding: str, *, begins: bool = True) -> tuple[io.BufferedReader, str]:
+    """The stream's text in UTF-8, without a mark, and the encoding it is in; `begins` False: it is a later part.
 
     What is not of that encoding is not of UTF-8 either, afterwards. UNKNOWN is what nothing could be guessed for: its
     bytes stay.
     """
     head, damage = _head(stream, HEAD_BYTES if encoding == DETECT else max(len(mark) for mark, _ in MARKS))
-    marked = [(mark, name) for mark, name in MARKS if head.startswith(mark)]
+    marked = [(mark, name) for mark, name in MARKS if begins and head.startswith(mark)]
     if marked:
         mark, found = marked[0]
         head = head[len(mark) :]

@@ -68,9 +68,9 @@ def json_records(
     number = 0
     try:
         with opened(file) as stored:
-            stream, found = as_utf8(stored, encoding)
+            stream, found = as_utf8(stored, encoding, begins=not file.begin)
             for number, line in bounded_lines(stream, most):
-                if number == 1 and encodings is not None:
+                if number == 1 and encodings is not None and not file.begin:
                     encodings[found] += 1
                 if line is None:
                     yield number, Bad(TOO_LONG, f"more than {most} bytes")
@@ -133,7 +133,7 @@ def _parquet_batches(raw: Stored, file: File, columns: list[str] | None, text: T
         names = [name for name, path in zip(names, paths, strict=True) if _is_wanted(path, columns)]
     texts = [name for name in names if kinds[name] == "BYTE_ARRAY"]
     encoded = pq.ParquetFile(raw, metadata=table.metadata, read_dictionary=texts, page_checksum_verification=True)
-    for number in range(table.num_row_groups):
+    for number in range(file.begin, file.end or table.num_row_groups):
         rows = _rows_at_once(table.metadata.row_group(number), names, encoded, number)
         yield from table.iter_batches(rows, row_groups=[number], columns=names)
 
