@@ -115,6 +115,16 @@ def test_an_encoding_is_guessed_file_by_file(tmp_path, name):
     assert read_all(f"jsonl:{tmp_path}/a.jsonl", encoding="detect")[0][-1].text == text
 
 
+def test_a_guess_is_of_the_encoding_that_has_more(tmp_path):
+    """Quotation marks of Windows, behind what is guessed by: in ISO 8859 they would be control characters."""
+    early, late = "Le garçon a été élevé à la campagne.", "“Où?” – dit-il."
+    lines = [early] * 40_000 + [late]
+    (tmp_path / "a.txt").write_bytes("\n".join(lines).encode("cp1252"))
+    [one], _ = read_all(f"text:{tmp_path}/a.txt", encoding="detect")
+    assert one.text.endswith(late) and "\n".join(lines).encode("cp1252").index(b"\x93") > encodings.HEAD_BYTES
+    assert guessed("Le cœur coûte 5 € à Noël.".encode("iso8859-15")) == "iso8859-15"
+
+
 def test_a_guess_does_not_turn_damaged_utf8_into_another_encodings_letters(tmp_path):
     """As a guesser does that is asked about the whole: each letter that is fine would become two."""
     data = lines_of("größer", "süßer") + lines_of("da@mage") + lines_of("naïve")

@@ -24,6 +24,11 @@ MARKS = (  # UTF-32's little one begins with that of UTF-16
 )
 HEAD_BYTES = 1 << 20  # by which an encoding is guessed,
 SAMPLE_BYTES = 1 << 12  # and of those that many, of the lines that are not ASCII: it takes a tenth of a second
+# Encodings whose letters another has, too, beside quotation marks and more: what says nothing against it is that.
+MORE = {
+    "iso8859-1": "cp1252", "iso8859-15": "cp1252", "iso8859-7": "cp1253", "iso8859-8": "cp1255", "iso8859-9": "cp1254",
+    "iso8859-13": "cp1257", "euc_kr": "cp949", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
+}  # fmt: skip
 JAPANESE_ESCAPE = re.compile(rb"\x1b\$[@B]")  # ISO-2022-JP, which is of seven bits
 
 
@@ -63,12 +68,14 @@ def guessed(head: bytes) -> str:
     from chardet.enums import EncodingEra
 
     eras = EncodingEra.MODERN_WEB | EncodingEra.LEGACY_ISO | EncodingEra.LEGACY_REGIONAL  # no old Macs, DOS, mainframes
-    lines = b"\n".join(line for line in head.splitlines() if not line.isascii())
-    name = chardet.detect(lines[:SAMPLE_BYTES], encoding_era=eras)["encoding"]
+    lines = b"\n".join(line for line in head.splitlines() if not line.isascii())[:SAMPLE_BYTES]
+    name = chardet.detect(lines, encoding_era=eras)["encoding"]
     try:
-        return codecs.lookup(name).name if name else UNKNOWN
+        found = codecs.lookup(name).name if name else UNKNOWN
     except LookupError:  # Python has not all that it knows
         return UNKNOWN
+    more = MORE[found] if found in MORE else found
+    return more if found in MORE and lines.decode(more, "replace") == lines.decode(found, "replace") else found
 
 
 def _head(stream: io.BufferedReader, size: int) -> tuple[bytes, Exception | None]:
