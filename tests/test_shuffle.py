@@ -40,7 +40,8 @@ def test_every_partition_gets_its_own_in_order(tmp_path_factory, data):
     for partition, piece in (pair for task in written for pair in task):
         expected[partition] += piece
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (sizes | {"RUN_BYTES": data.draw(st.sampled_from([1, 500, 1 << 20])), "BUFFER": 7}).items():
+        sizes |= {"RUN_BYTES": data.draw(st.sampled_from([1, 500, 1 << 20])), "BUFFER": 7}
+        for name, value in (sizes | {"OPENS": data.draw(st.sampled_from([0, 20, 1000]))}).items():
             patch.setattr(shuffle, name, value)
         found = run(one, written)
     assert found == [expected[partition] for partition in range(one.partitions)]
@@ -78,6 +79,12 @@ def test_few_files_are_open_and_few_are_opened(tmp_path, monkeypatch):
     assert most < 20 + 5
     # each writer's file twice, each of 15 groups once and by each of 20 ranges, each range's once and by its partitions
     assert opened <= 300 * 2 + 15 * 21 + 20 + 330
+
+
+@pytest.mark.parametrize(("writers", "partitions", "stages"), [(2, 3, []), (3, 3, ["x-group"]), (1, 9, [])])
+def test_files_are_grouped_where_readers_would_open_many(writers, partitions, stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffle, "OPENS", 8)
+    assert [stage.name for stage in Shuffle(tmp_path, writers, partitions).stages("x")] == stages
 
 
 @pytest.mark.parametrize("stage", ["written", "group", "split"])

@@ -4,7 +4,7 @@ Each of `writers` tasks deals bytes out to `partitions`; each partition is then 
 writers and, of each, in the order in which it was written. Between the two are stages where numbers ask for them:
 
   (writer)     one file a task: whatever it held whenever that was RUN_BYTES, by partition
-  NAME-group   FAN files to one: where there are more writers
+  NAME-group   FAN files to one: where there are more writers, or all readers together would open OPENS files
   NAME-split   a range of partitions out of all files to one file: where there are more than SLOTS partitions
 
 So no task has more than FAN files open, none opens more than FAN or one for each FAN writers, and all together open a
@@ -29,6 +29,7 @@ from k2jax.files import whole_file
 from k2jax.prepare.engine import Stage
 
 FAN = 512  # files that one task has open: the usual limit is 1,024
+OPENS = 1 << 17  # by which it is cheaper to copy the files into few
 SLOTS = 4096  # partitions that a file has slots for; more are split in two steps
 RUN_BYTES = 1 << 28  # that a task holds before it writes them
 PARTITION_BYTES = 1 << 28  # of what is held as a whole when it is read; sorting takes several times as much
@@ -86,7 +87,9 @@ class Shuffle(NamedTuple):
 
     @property
     def _groups(self) -> int:
-        return -(-self.writers // FAN) if self.writers > FAN else self.writers
+        if self.writers <= FAN and self.writers * self._slots <= OPENS:
+            return self.writers
+        return -(-self.writers // FAN)
 
     @property
     def _range(self) -> int:
