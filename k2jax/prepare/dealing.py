@@ -20,6 +20,7 @@ Below stages/files; a task reads what is its own, for the lists of all have mill
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,14 +34,13 @@ from k2jax.prepare import parts, recipe, unreadable
 from k2jax.prepare.chat import texts
 from k2jax.prepare.engine import Engine, Stage
 from k2jax.prepare.files import File, iter_files
-from k2jax.prepare.listing import Listing
+from k2jax.prepare.listing import OPENING, Listing
 from k2jax.prepare.read import RenderRow, documents, dump_of
 from k2jax.prepare.recipe import Task
 from k2jax.prepare.tally import Tally, shown_name
 
 PACKED = 4  # bytes of text in a byte as it is stored, until a wave has told
 MORE = 1.1  # than is expected to be enough
-OPENING = 1 << 16  # bytes that could be read while a file is opened
 MOST_CUTTING = 1 << 12  # tasks
 
 
@@ -103,6 +103,7 @@ def deal(config: ConfigDict, out: Path, engine: Engine, listing: dict[str, Listi
     """
     at, inputs, began = {"config": config.to_dict(), "out": out}, summary(listing), _folder(out) / "summary.json"
     if not began.exists():
+        shutil.rmtree(_folder(out), ignore_errors=True)  # of an attempt that found other files
         write_listing(config, out, listing)
         write_json(began, inputs)
     before = json.loads(began.read_bytes())

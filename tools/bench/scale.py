@@ -36,6 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np  # noqa: E402
+import scale_partitions  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax.prepare import build, engine, recipe, shuffle  # noqa: E402
@@ -193,6 +194,18 @@ def counts(args: argparse.Namespace) -> None:
     print(json.dumps({"bars": bars | {"driver_under_an_hour": last["driver_cpu_seconds"] < 3600}}))
 
 
+# ---- partitions ------------------------------------------------------------------------------------------------------
+
+
+def partitions() -> None:
+    """Each made in one process and run in another."""
+    script = str(Path(__file__).with_name("scale_partitions.py"))
+    for kind in scale_partitions.KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, script, "make", kind, folder], check=True)
+            subprocess.run([sys.executable, script, "run", kind, folder], check=True)
+
+
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +278,8 @@ def main() -> None:
     elif args.command == "counts-once":
         for line in count(args.tasks, args.documents, args.text_bytes):
             print(json.dumps(line), flush=True)
+    elif args.command == "partitions":
+        partitions()
     elif args.command == "run":
         run(args)
 
