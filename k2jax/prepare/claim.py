@@ -104,6 +104,10 @@ def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str)
     made = {"eos": "", "chat": usual.chat.to_dict(), "part_bytes": usual.part_bytes, **made}  # before there were these
     later = {"conversations": {}, "dumps": [], "follow_links": False, "max_unreadable": 0, "priority": 0}
     later["pii_regions"] = ["US"]
+    later |= {"text": "", "field_keys": [], "encoding": "", "language_thresholds": [], "drop_repeated": []}
+    later |= {"quality_model": "", "quality_label": "", "quality_threshold": None}
+    later |= {"scorer": "", "scorer_threshold": None}
+    made["contamination"] = {"unit": "words", **made.get("contamination", {})}
     made["subsets"] = {name: {**later, **chosen} for name, chosen in made.get("subsets", {}).items()}
     for name, chosen in made["subsets"].items():
         is_open = name in config.subsets and not config.subsets[name].tasks

@@ -86,5 +86,5 @@ class Listing:
 def num_parts(file: File, chosen: ConfigDict, part_bytes: int) -> int:
     """How many parts a file may be read in, by its name."""
     kind = kind_of(chosen.source)[0]
-    plain = kind == "parquet" or file.name.lower().endswith((".jsonl", ".ndjson", ".json"))
+    plain = kind == "parquet" or not chosen.encoding and file.name.lower().endswith((".jsonl", ".ndjson", ".json"))
     return max(1, math.ceil(file.size / part_bytes)) if kind in SPLIT and plain else 1
