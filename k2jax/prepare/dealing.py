@@ -10,6 +10,7 @@ Below stages/files; a task reads what is its own, for the lists of all have mill
     <subset>.json                  [[name, path, size], ...] of all, in their order
     summary.json                   {subset: {"files", "bytes", "digest"}} of those
     shares/<subset>/<shard>.json   {"files": [[name, path, size], ...], "last_bytes"} of a task of reading
+    waves/subsets.json             those whose limits are found together
     waves/<n>/files/<rank>.json    [[subset, number, name, path, size], ...] of a task of measuring
     waves/<n>/sizes/<rank>.json    {subset: {number of the file: bytes of text}}
 """
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 from k2jax.data.manifest import sha256_json
 from k2jax.errors import ConfigError, UnreadableError
 from k2jax.files import write_json
-from k2jax.prepare import recipe, unreadable
+from k2jax.prepare import reads, recipe, unreadable
 from k2jax.prepare.chat import texts
 from k2jax.prepare.engine import Engine, Stage
 from k2jax.prepare.files import File, list_files
@@ -83,18 +84,19 @@ def summary(files: dict[str, list[File]]) -> dict[str, dict[str, Any]]:
 def deal(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any]) -> None:
     """Lists the sources, as `inputs` has them, and finds where each that has a limit ends.
 
-    Raises ConfigError if a preparation in `out` began with other files.
+    Raises ConfigError if they change meanwhile.
     """
-    at = {"config": config.to_dict(), "out": out}
-    engine.run(Stage("files", 1, functools.partial(list_all, **at)))
+    listing, measuring = (reads.view(config, keys).to_dict() for keys in (reads.LISTING, reads.MEASURING))
+    engine.run(Stage("files", 1, functools.partial(list_all, config=listing, out=out)))
     began = json.loads((_folder(out) / "summary.json").read_bytes())
     if changed := [name for name in inputs if inputs[name] != began.get(name)]:
         raise ConfigError(
-            f"--out={out}: the files of subset {changed[0]} have changed since this preparation began "
-            f"({began.get(changed[0])} then, {inputs[changed[0]]} now): remove the folder and begin again"
+            f"--out={out}: the files of subset {changed[0]} change while they are listed ({inputs[changed[0]]}, then "
+            f"{began.get(changed[0])}): run the same command again when they are complete"
         )
     for number, num_tasks in enumerate(_waves(config, out)):
-        engine.run(Stage(f"limits-{number}", num_tasks, functools.partial(measure, number=number, **at)))
+        task = functools.partial(measure, number=number, config=measuring, out=out)
+        engine.run(Stage(f"limits-{number}", num_tasks, task))
 
 
 def share(out: Path, task: Task) -> Share:
@@ -150,7 +152,7 @@ def _files_of(out: Path, name: str) -> list[File]:
 def _waves(config: ConfigDict, out: Path) -> Iterator[int]:
     """The tasks of each wave, whose files are dealt to them, until it is known where each limit is: those subsets are
     dealt out then."""
-    limits = {name: chosen.max_bytes for name, chosen in sorted(config.subsets.items()) if chosen.max_bytes}
+    limits = {name: config.subsets[name].max_bytes for name in _measured(config, out)}
     files = {name: _files_of(out, name) for name in limits}
     sizes: dict[str, list[int]] = {name: [] for name in limits}
     number = 0
@@ -174,6 +176,15 @@ def _waves(config: ConfigDict, out: Path) -> Iterator[int]:
                 num_files, last_bytes = _cut(sizes[name], limit)
                 _deal_out(out, name, files[name][:num_files], config.subsets[name].tasks, last_bytes)
                 del limits[name]
+
+
+def _measured(config: ConfigDict, out: Path) -> list[str]:
+    """The subsets whose limits these waves find: those that were not dealt out when the waves began."""
+    begun = _folder(out) / "waves" / "subsets.json"
+    if not begun.exists():
+        limited = [(name, chosen.tasks) for name, chosen in sorted(config.subsets.items()) if chosen.max_bytes]
+        write_json(begun, [name for name, tasks in limited if not _share_of(out, name, tasks - 1).exists()])
+    return json.loads(begun.read_bytes())
 
 
 def _next(files: list[File], sizes: list[int], limit: int) -> tuple[int, int]:

@@ -189,12 +189,15 @@ def tasks(config: ConfigDict, *, tokens: bool = False) -> list[Task]:
 
 
 def stores_of(config: ConfigDict, name: str) -> dict[str, float]:
-    """The stores that a subset can give, with their repeats: NAME, NAME-fim, NAME-spm, NAME-xFACTOR."""
-    chosen = config.subsets[name]
-    stores = {name: chosen.repeats}
-    if chosen.fim_stores:
-        stores |= {f"{name}-fim": chosen.repeats, f"{name}-spm": chosen.repeats}
-    return stores | {f"{name}-x{factor}": chosen.repeats * factor for _, factor in chosen.upsample}
+    """The stores that a subset can give, with their repeats."""
+    return {store: config.subsets[name].repeats * factor for store, factor in factors_of(config, name).items()}
+
+
+def factors_of(config: ConfigDict, name: str) -> dict[str, int]:
+    """The same with their share of the subset's repeats: NAME, NAME-fim, NAME-spm, NAME-xFACTOR."""
+    chosen, turned = config.subsets[name], ("-fim", "-spm")
+    stores = {name: 1} | {f"{name}{end}": 1 for end in turned if chosen.fim_stores}
+    return stores | {f"{name}-x{factor}": factor for _, factor in chosen.upsample}
 
 
 def kind_of(source: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from k2jax.files import whole_file, write_json
 from k2jax.prepare import fim, kept, spm
 from k2jax.prepare.chat import mask
 from k2jax.prepare.pieces import PieceWriter
-from k2jax.prepare.recipe import stores_of
+from k2jax.prepare.recipe import factors_of
 from k2jax.prepare.tally import Tally, combine
 
 BATCH_BYTES = 1 << 20  # of text handed to the tokenizer at a time: enough for every core
@@ -55,10 +55,10 @@ def tokenize(rank: int, *, config: dict[str, Any], out: Path, buckets: list[Buck
     if chosen.conversations:
         _tokenize_conversations(rank, recipe, out, bucket, encoder, eos)
         return
-    library = spm.Encoder(out / spm.FILE, encoder) if spm.is_model(recipe.tokenizer) else None
+    library = spm.Encoder(out / spm.FILE, encoder) if (out / spm.FILE).exists() else None
     sentinels = sentinel_ids(encoder, tokenizer) if chosen.fim_rate else {}
     documents = kept.bucket_of(out, bucket.ranks, bucket.index, recipe.seed)
-    paths = {store: out / "tokens" / store / f"{bucket.index:05d}" for store in stores_of(recipe, bucket.subset)}
+    paths = {store: out / "tokens" / store / f"{bucket.index:05d}" for store in factors_of(recipe, bucket.subset)}
     num_bytes = dict.fromkeys(paths, 0)
     with contextlib.ExitStack() as stack:
         size = encoder.vocab_size
@@ -87,7 +87,7 @@ def _tokenize_conversations(
     chosen, tally, counts = recipe.subsets[bucket.subset], Tally(), Counter()
     control = tuple(sorted(filter(None, map(encoder.id_to_token, encoder.control_ids))))
     documents = kept.bucket_of(out, bucket.ranks, bucket.index, recipe.seed)
-    paths = {store: out / "tokens" / store / f"{bucket.index:05d}" for store in stores_of(recipe, bucket.subset)}
+    paths = {store: out / "tokens" / store / f"{bucket.index:05d}" for store in factors_of(recipe, bucket.subset)}
     num_bytes = dict.fromkeys(paths, 0)
     with contextlib.ExitStack() as stack:
         options = {"vocab_size": encoder.vocab_size, "eos_id": eos, "masked": True}

@@ -1,0 +1,178 @@
+"""What a preparation consists of, as made.py compares it: its units, what each reads, which it follows, what it writes.
+
+    template -> limits -> clean -> deduplicate -> kept -> (tokenizer) -> tokens -> stores
+                 files, contamination -> clean               token-sources -> stores
+
+`files`, `limits`, `clean`, `tokens` have a part for each subset of which it is true.
+"""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from k2jax.data.manifest import sha256_json
+from k2jax.data.tokenizer import Tokenizer
+from k2jax.prepare import clean, dealing, reads, recipe, spm
+from k2jax.prepare.claim import TEMPLATE
+from k2jax.prepare.files import list_files
+from k2jax.prepare.made import Unit
+from k2jax.prepare.reads import Keys
+
+KEYS = {  # of a recipe, by the stage that reads them; what is of no stage is data.json's and the card's alone
+    "files": reads.LISTING,
+    "limits": reads.MEASURING,
+    "contamination": reads.CONTAMINATION,
+    "clean": reads.CLEANING,
+    "deduplicate": reads.DEDUPLICATION,
+    "kept": reads.KEEPING,
+    "tokenizer": reads.LEARNING,
+    "token-sources": reads.CONVERTING,
+    "tokens": reads.TOKENIZING,
+    "stores": reads.JOINING,
+}
+CLEANED = (
+    "documents/{rank}.jsonl.zst", "index/{rank}.parquet", "removed/{rank}.jsonl.zst", "contamination/{rank}.json",
+    "tally/{rank}.json",
+)  # fmt: skip
+
+
+class Facts(NamedTuple):
+    """What a preparation reads beside its recipe, before it begins."""
+
+    inputs: dict[str, dict[str, Any]]  # files of subsets, as clean.check has them
+    evaluation: dict[str, dict[str, Any]]  # files of evaluation sets, likewise
+    rules: dict[str, str]  # SHA-256 of files that rules are made of, by path
+    tokenizer: dict[str, str]  # that is given: digests of it; empty of one that is trained
+    template: str  # digest; "" without conversations
+
+
+def facts(config: ConfigDict, tokenizer: Tokenizer | None, template: list | None) -> Facts:
+    """Of what is there now. Raises ConfigError for sources without files, and rules whose file or package is missing.
+
+    `tokenizer` is the recipe's, where it names one, `template` what tasks know of that of conversations.
+    """
+    given = {}
+    if tokenizer:
+        given = {"tokenizer.json": _sha256(tokenizer.to_str().encode()), "eos": str(tokenizer.eos_id)}
+        given |= {"SentencePiece": _sha256(spm.read(config.tokenizer))} if spm.is_model(config.tokenizer) else {}
+    files = {chosen[key] for chosen in config.subsets.values() for key in ("language_model", "url_blocklist")}
+    return Facts(
+        inputs=clean.check(config),
+        evaluation=dealing.summary({source: list_files(source) for source in config.contamination.sources}),
+        rules={path: _sha256_of(path, Path(path).stat().st_mtime_ns) for path in sorted(files - {""})},
+        tokenizer=given,
+        template=sha256_json(template) if template else "",
+    )
+
+
+def units(config: ConfigDict, known: Facts) -> dict[str, Unit]:
+    """All of a recipe, each behind those that it follows."""
+    found: dict[str, Unit] = {}
+    if known.template:
+        outputs = (TEMPLATE, "stages/chat_template.json")
+        found["template"] = Unit({"the chat template": known.template}, outputs=outputs)
+    listed = _files_of(known.inputs, list(known.inputs))
+    found["files"] = Unit(reads.values(config, reads.LISTING) | listed)
+    found |= {f"limits/{name}": _limit(config, name, known) for name in sorted(known.inputs) if _is_cut(config, name)}
+    if known.evaluation:
+        read = reads.values(config, reads.CONTAMINATION, ()) | _files_of(known.evaluation, list(known.evaluation))
+        found["contamination"] = Unit(read, outputs=("stages/contamination",))
+    ranks: dict[str, list[int]] = {}
+    for rank, task in enumerate(recipe.tasks(config)):
+        ranks.setdefault(task.subset, []).append(rank)
+    cleaned = {f"clean/{name}": _cleaned(config, name, ranks[name], known) for name in ranks}
+    dedup = reads.values(config, reads.DEDUPLICATION)
+    found |= cleaned | {"deduplicate": Unit(dedup, tuple(cleaned), outputs=("stages/duplicates",))}
+    found["kept"] = Unit(reads.values(config, reads.KEEPING), ("deduplicate",), outputs=("stages/kept",))
+    given = known.tokenizer
+    found["tokenizer"] = Unit(
+        {f"the tokenizer ({key})": value for key, value in given.items()} or reads.values(config, reads.LEARNING),
+        () if given else ("kept",),
+        outputs=("tokenizer.json", f"stages/{spm.FILE}"),
+    )
+    chunks = {task.subset for task in recipe.tasks(config, tokens=True)}
+    tokens = {f"tokens/{name}": _tokenized(config, name) for name in ranks}
+    tokens |= {"token-sources": _converted(config, sorted(chunks), known)} if chunks else {}
+    found |= tokens
+    found["stores"] = Unit(reads.values(config, reads.JOINING), ("tokenizer", *tokens))
+    return found
+
+
+def of_stage(found: dict[str, Unit], stage: str) -> dict[str, Unit]:
+    """A stage's units."""
+    return {name: unit for name, unit in found.items() if name.partition("/")[0] == stage}
+
+
+def readers(key: str) -> list[str]:
+    """The stages that read a key of a recipe, "seed" or "subsets.NAME.nfc"."""
+    section, _, rest = key.partition(".")
+    name = rest.partition(".")[2] if section == "subsets" else key
+
+    def reads_it(keys: Keys) -> bool:
+        own = set(keys.subset) - set(keys.free) if section == "subsets" else keys.recipe
+        return not name or any(name == one or name.startswith(f"{one}.") or one.startswith(f"{name}.") for one in own)
+
+    return [stage for stage, keys in KEYS.items() if reads_it(keys)]
+
+
+def _limit(config: ConfigDict, name: str, known: Facts) -> Unit:
+    read = reads.values(config, reads.MEASURING, [name]) | _files_of(known.inputs, [name])
+    outputs = (f"stages/files/shares/{name}", "stages/files/waves", f"stages/unreadable/{name}")
+    return Unit(read, _template_of(config, name), outputs=outputs)
+
+
+def _cleaned(config: ConfigDict, name: str, ranks: list[int], known: Facts) -> Unit:
+    read = reads.values(config, reads.CLEANING, [name])
+    chosen, follows = config.subsets[name], _template_of(config, name)
+    for key in ("language_model", "url_blocklist"):
+        if chosen[key]:
+            read[f"subsets.{name}.{key}'s content"] = known.rules[chosen[key]]
+    outputs = tuple(f"stages/clean/{path}" for path in CLEANED)
+    if _is_cut(config, name):
+        follows += (f"limits/{name}",)
+    else:  # what it is dealt follows from these
+        read |= reads.values(config, reads.LISTING, [name]) | _files_of(known.inputs, [name])
+        outputs += (f"stages/unreadable/{name}",)
+    follows += ("contamination",) if known.evaluation else ()
+    return Unit(read, follows, (ranks[0], ranks[-1] + 1), outputs)
+
+
+def _tokenized(config: ConfigDict, name: str) -> Unit:
+    outputs = tuple(f"stages/tokens/{store}" for store in recipe.factors_of(config, name))
+    read = reads.values(config, reads.TOKENIZING, [name])
+    return Unit(read, ("kept", "tokenizer"), outputs=(*outputs, "stages/conversations/{rank}.json"))
+
+
+def _converted(config: ConfigDict, names: list[str], known: Facts) -> Unit:
+    read = reads.values(config, reads.CONVERTING, names) | reads.values(config, reads.LISTING, names)
+    read |= _files_of(known.inputs, [name for name in names if name in known.inputs])
+    outputs = [f"stages/tokens/{name}" for name in names]
+    return Unit(read, ("tokenizer",), outputs=("stages/token-sources", *outputs))
+
+
+def _template_of(config: ConfigDict, name: str) -> tuple[str, ...]:
+    return ("template",) if config.subsets[name].conversations else ()
+
+
+def _is_cut(config: ConfigDict, name: str) -> bool:
+    return bool(config.subsets[name].max_bytes)
+
+
+def _files_of(summary: dict[str, dict[str, Any]], names: list[str]) -> dict[str, str]:
+    return {
+        f"the files of {name}": f"{one['files']:,} of {one['bytes']:,} bytes, {one['digest'][:16]}"
+        for name, one in summary.items() if name in names
+    }  # fmt: skip
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@cache
+def _sha256_of(path: str, _: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
