@@ -141,6 +141,14 @@ def tallies(config: ConfigDict, folder: Path) -> dict[str, dict]:
     return {name: combine(found) for name, found in parts.items()}
 
 
+def dealt(stages: Path) -> kept.Kept:
+    """One bucket for each subset."""
+    subsets = [task.subset for task in recipe.tasks(config_of())]
+    names = sorted(set(subsets))
+    found = (kept.Dealt(name, subsets.index(name), bucket, 1) for bucket, name in enumerate(names))
+    return kept.Kept(stages, len(subsets), tuple(found))
+
+
 def prepare(out: Path) -> dict:
     """A preparation up to its tallies, and what its data.json will hold."""
     config, stages = config_of(), out / "stages"
@@ -148,7 +156,7 @@ def prepare(out: Path) -> dict:
     subsets = [task.subset for task in tasks]
     find_duplicates([clean(rank, task, stages) for rank, task in enumerate(tasks)], subsets, stages)
     for rank in range(len(tasks)):
-        kept.keep(rank, out=stages, seed=1, buckets=[1] * len(tasks))
+        kept.keep(rank, kept=dealt(stages), seed=1)
     first, last = tallies(config, stages / "clean/tally"), tallies(config, stages / "kept")
     names = {"books": "books", "code": "code", "web": "web", "web-x3": "web", "web-x8": "web"}
     stores = {
@@ -326,11 +334,9 @@ def test_samples_have_reasons_and_are_cut(card):
 def test_kept_samples_are_of_documents_that_stay(out, data, monkeypatch):
     monkeypatch.setattr(card_documents, "SAMPLES", 1000)
     samples = make_card(out / "stages", data)["samples"]["kept"]
-    tasks = recipe.tasks(config_of())
+    found = dealt(out / "stages")
     stay = {
-        (t.subset, one.id)
-        for rank, t in enumerate(tasks)
-        for one in kept.bucket_of(out / "stages", [rank], 0, 1)
+        (one.subset, document.id) for one in found.subsets for document in kept.bucket_of(found, one.first_bucket, 1)
     }
     assert {(one["subset"], one["id"]) for one in samples} == stay
 

@@ -18,10 +18,9 @@ from k2jax.data import store as store_module
 from k2jax.data.store import DOCUMENTS, Store
 from k2jax.data.tokenizer import EOS, Tokenizer, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare import fim, kept, pieces, recipe, tokenise
+from k2jax.prepare import fim, kept, pieces, recipe, shuffle, tokenise
 from k2jax.prepare.dedup.duplicates import ROWS
 from k2jax.prepare.documents import document, read_documents, to_line, write_documents
-from k2jax.prepare.tokenise import Bucket
 
 TEXTS = [f"Text {i} says </s>, \u2581 and <fim_middle>.\n" + f"wörd{i % 7} line\n" * (i % 11) for i in range(120)]
 CUT = {"seed": 3, "rate": 0.5, "spm_rate": 0.5}
@@ -54,14 +53,16 @@ def make_recipe(**options):
 def stores(out, config, tokenizer, num_buckets=3):
     """{store: [(document's row, its ids)]} of the stages from `kept` to stores."""
     shutil.rmtree(out / "tokens", ignore_errors=True)
+    dealt = kept.Kept(out, 2, (kept.Dealt("code", 0, 0, num_buckets),))
     for rank in range(2):
-        kept.keep(rank, out=out, seed=config.seed, buckets=[num_buckets] * 2)
+        kept.keep(rank, kept=dealt, seed=config.seed)
+    for stage in dealt.shuffle.stages("kept"):
+        for rank in range(stage.tasks):
+            stage.function(rank)
     encoder = load_tokenizer(tokenizer)
     eos = encoder.token_to_id(EOS)
-    buckets = [Bucket("code", i, [0, 1]) for i in range(num_buckets)]
-    for rank in range(num_buckets):
-        options = {"out": out, "buckets": buckets, "tokenizer": tokenizer, "eos": eos}
-        tokenise.tokenize(rank, config=config.to_dict(), **options)
+    for bucket in range(num_buckets):
+        tokenise.tokenize(bucket, config=config.to_dict(), kept=dealt, tokenizer=tokenizer, eos=eos)
     found = {}
     for name in recipe.stores_of(config, "code"):
         options = {"tokenizer_sha256": "0" * 64, "vocab_size": encoder.vocab_size, "eos_id": eos}
@@ -115,7 +116,7 @@ def test_the_order_is_that_of_the_keys_whatever_the_buckets_and_batches(cleaned,
     keys = [kept.order_key(config.seed, row["id"]) for row, _ in rows]
     assert keys == sorted(keys) and len(keys) == len(TEXTS)
     monkeypatch.setattr(tokenise, "BATCH_BYTES", 100)
-    monkeypatch.setattr(kept, "RUN_BYTES", 2000)  # several runs in a file
+    monkeypatch.setattr(shuffle, "RUN_BYTES", 2000)  # several runs in a file
     assert list(stores(cleaned, config, tokenizer, num_buckets=1).values()) == [rows]
     config.seed = 5
     [other] = stores(cleaned, config, tokenizer).values()

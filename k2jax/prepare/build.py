@@ -42,7 +42,6 @@ from k2jax.prepare.cores import cores
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
-from k2jax.prepare.tokenise import Bucket
 from k2jax.text import redacted
 
 FORMAT = 2
@@ -98,21 +97,21 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
     for stage in [*clean.stages(config, out), *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
         engine.run(stage)
 
-    buckets = _buckets(config, stages)
-    number = {bucket.subset: bucket.index + 1 for bucket in buckets}
-    keep = partial(kept.keep, out=stages, seed=config.seed, buckets=[number[t.subset] for t in recipe.tasks(config)])
-    engine.run(Stage("kept", len(recipe.tasks(config)), keep))
+    dealt = _buckets(config, stages)
+    engine.run(Stage("kept", dealt.num_tasks, partial(kept.keep, kept=dealt, seed=config.seed)))
+    for stage in dealt.shuffle.stages("kept"):
+        engine.run(stage)
     _check_not_empty(config, stages)
 
     if not config.tokenizer:
-        learn = partial(tokenise.train_tokenizer, config=plain, out=stages, buckets=buckets, path=tokenizer)
+        learn = partial(tokenise.train_tokenizer, config=plain, kept=dealt, path=tokenizer)
         engine.run(Stage("tokenizer", 1, learn))
     encoder = load_tokenizer(tokenizer, config.eos)
     eos = encoder.eos_id
 
-    write = partial(tokenise.tokenize, config=plain, out=stages, buckets=buckets, tokenizer=tokenizer, eos=eos)
-    engine.run(Stage("tokens", len(buckets), write))
-    chats = tokenise.conversations_of(stages, buckets)
+    write = partial(tokenise.tokenize, config=plain, kept=dealt, tokenizer=tokenizer, eos=eos)
+    engine.run(Stage("tokens", dealt.num_buckets, write))
+    chats = tokenise.conversations_of(dealt, _conversations(config))
     for name in (name for name, found in chats.items() if not found["counts"]["conversations"]):
         why = ", ".join(f"{count:,} {reason}" for reason, count in left_out(chats[name]["tally"]).items())
         raise ConfigError(f"subset {name}: no conversation of it has an answer to learn ({why}): see max_tokens")
@@ -169,19 +168,20 @@ def _take_template(config: ConfigDict, out: Path, tokenizer: Path) -> list[str]:
     return notes
 
 
-def _buckets(config: ConfigDict, stages: Path) -> list[Bucket]:
-    """The tasks of tokenizing: as many for a subset as its text needs, whatever the workers."""
-    ranks: dict[str, list[int]] = {}
+def _buckets(config: ConfigDict, stages: Path) -> kept.Kept:
+    """What stays, and as many tasks of tokenizing for a subset as its text needs, whatever the workers."""
+    first_rank: dict[str, int] = {}
     num_bytes: dict[str, int] = {}
-    for rank, task in enumerate(recipe.tasks(config)):
+    tasks = recipe.tasks(config)
+    for rank, task in enumerate(tasks):
         counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_bytes())
-        ranks.setdefault(task.subset, []).append(rank)
+        first_rank.setdefault(task.subset, rank)
         num_bytes[task.subset] = num_bytes.get(task.subset, 0) + counts["kept"]["bytes"]
-    return [
-        Bucket(name, index, ranks[name])
-        for name in ranks
-        for index in range(max(1, math.ceil(num_bytes[name] / config.bucket_bytes)))
-    ]
+    dealt, bucket = [], 0
+    for name, rank in first_rank.items():
+        dealt.append(kept.Dealt(name, rank, bucket, max(1, math.ceil(num_bytes[name] / config.bucket_bytes))))
+        bucket += dealt[-1].num_buckets
+    return kept.Kept(stages, len(tasks), tuple(dealt))
 
 
 def _tallies(config: ConfigDict, folder: Path) -> dict[str, dict[str, Any]]:

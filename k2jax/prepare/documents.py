@@ -6,7 +6,6 @@ A stage's task writes one file, `documents/<rank>.jsonl.zst`. A document's `id` 
 """
 
 import hashlib
-import io
 import os
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
@@ -50,13 +49,6 @@ def read_documents(path: str | os.PathLike) -> Iterator[Document]:
         if not os.fstat(file.fileno()).st_size:  # a file of no document has a frame of nothing
             raise StorageError(f"{path} is empty: remove it and its stage, and prepare again")
         yield from _parsed(file, path)
-
-
-def read_frame(path: str | os.PathLike, begin: int, end: int) -> Iterator[Document]:
-    """Those in bytes [begin, end) of a file of several frames; StorageError if it is damaged."""
-    with open(path, "rb") as file:
-        file.seek(begin)
-        yield from _parsed(io.BytesIO(file.read(end - begin)), path)
 
 
 def _parsed(file: IO[bytes], path: str | os.PathLike) -> Iterator[Document]:

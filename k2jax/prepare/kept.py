@@ -1,26 +1,61 @@
 """The documents that stay, dealt into buckets by a keyed hash of their ids: the order that they have in the stores.
 
-A task takes what one task of cleaning wrote, leaves out duplicates, and writes `kept/<rank>.jsonl.zst`: for each bucket
-of the subset a compressed frame with its documents. `kept/<rank>.npy`, written last, says where the frames are: the
-offsets of each run's frames, int64 (runs, buckets + 1); there is more than one run if the documents exceed RUN_BYTES.
+A task takes what one task of cleaning wrote, leaves out duplicates, and deals the others out to the buckets of their
+subset (shuffle.py); `kept/<rank>.json`, written last, is what it counted.
 """
 
+import bisect
 import hashlib
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
 
 from k2jax.errors import StorageError
-from k2jax.files import whole_file, write_json
-from k2jax.prepare.documents import compressor, read_documents, read_frame, to_line
+from k2jax.files import write_json
+from k2jax.prepare.documents import read_documents, to_line
+from k2jax.prepare.shuffle import Shuffle
 from k2jax.prepare.tally import Tally
 
-RUN_BYTES = 1 << 30  # of documents, compressed in memory
+
+class Dealt(NamedTuple):
+    """One subset: its tasks of cleaning follow each other, and so do its buckets."""
+
+    subset: str
+    first_rank: int
+    first_bucket: int
+    num_buckets: int
+
+
+class Kept(NamedTuple):
+    """What tasks are told: `folder` is that of the stages, `subsets` are in the order of their ranks and buckets."""
+
+    folder: Path
+    num_tasks: int
+    subsets: tuple[Dealt, ...]
+
+    @property
+    def num_buckets(self) -> int:
+        """Of all subsets."""
+        return sum(one.num_buckets for one in self.subsets)
+
+    @property
+    def shuffle(self) -> Shuffle:
+        """From the tasks of cleaning to the buckets."""
+        return Shuffle(self.folder / "kept", self.num_tasks, self.num_buckets)
+
+    def of_bucket(self, bucket: int) -> Dealt:
+        """Whose bucket that is."""
+        return self.subsets[bisect.bisect_right(self.subsets, bucket, key=attrgetter("first_bucket")) - 1]
+
+    def of_rank(self, rank: int) -> Dealt:
+        """Whose task that is."""
+        return self.subsets[bisect.bisect_right(self.subsets, rank, key=attrgetter("first_rank")) - 1]
 
 
 def order_key(seed: int, id: str) -> int:
@@ -28,15 +63,14 @@ def order_key(seed: int, id: str) -> int:
     return int.from_bytes(hashlib.blake2b(id.encode(), key=str(seed).encode(), digest_size=8).digest(), "big")
 
 
-def keep(rank: int, *, out: Path, seed: int, buckets: list[int]) -> None:
-    """A task: `out` is the folder of the stages, `buckets` how many there are for the documents of each rank."""
-    name = f"{rank:05d}"
-    tally = Tally()
-    with whole_file(out / "kept" / f"{name}.jsonl.zst") as file:
-        offsets = _write_runs(file, _survivors(out, name, tally), buckets[rank], seed)
-    write_json(out / "kept" / f"{name}.json", tally.to_json())
-    with whole_file(out / "kept" / f"{name}.npy") as file:
-        np.save(file, offsets)
+def keep(rank: int, *, kept: Kept, seed: int) -> None:
+    """A task: deals out the documents of a rank that stay."""
+    tally, dealt = Tally(), kept.of_rank(rank)
+    with kept.shuffle.writer(rank) as out:
+        for document in _survivors(kept.folder, f"{rank:05d}", tally):
+            bucket = order_key(seed, document.id) * dealt.num_buckets >> 64
+            out.add(dealt.first_bucket + bucket, to_line(document))
+    write_json(kept.folder / "kept" / f"{rank:05d}.json", tally.to_json())
 
 
 def _survivors(out: Path, name: str, tally: Tally) -> Iterator[Document]:
@@ -61,43 +95,12 @@ def _survivors(out: Path, name: str, tally: Tally) -> Iterator[Document]:
         yield document
 
 
-def _write_runs(file: Any, documents: Iterator[Document], buckets: int, seed: int) -> np.ndarray:
-    """Writes the frames; returns their offsets (runs, buckets + 1)."""
-    offsets: list[list[int]] = []
-    frames: dict[int, Any] = {}
-    chunks: dict[int, list[bytes]] = {}
-    size = 0
-
-    def write_run() -> None:
-        places = [file.tell()]
-        for bucket in range(buckets):
-            if bucket in frames:
-                file.write(b"".join(chunks[bucket]) + frames[bucket].flush())
-            places.append(file.tell())
-        offsets.append(places)
-        frames.clear()
-        chunks.clear()
-
-    for document in documents:
-        bucket = order_key(seed, document.id) * buckets >> 64
-        if bucket not in frames:
-            frames[bucket], chunks[bucket] = compressor().compressobj(), []
-        line = to_line(document)
-        chunks[bucket].append(frames[bucket].compress(line))
-        size += len(line)
-        if size > RUN_BYTES:
-            write_run()
-            size = 0
-    write_run()
-    return np.array(offsets, np.int64)
-
-
-def bucket_of(out: Path, ranks: list[int], bucket: int, seed: int) -> list[Document]:
-    """The documents of a bucket of a subset, whose ranks these are, in the order of their keys."""
+def bucket_of(kept: Kept, bucket: int, seed: int) -> list[Document]:
+    """The documents of a bucket in the order of their keys."""
     found = []
-    for rank in ranks:
-        offsets = np.load(out / "kept" / f"{rank:05d}.npy")
-        for begin, end in offsets[:, bucket : bucket + 2].tolist():
-            found += read_frame(out / "kept" / f"{rank:05d}.jsonl.zst", begin, end)
+    for lines in kept.shuffle.read(bucket):
+        for line in lines.split(b"\n")[:-1]:
+            id, text, metadata = orjson.loads(line)
+            found.append(Document(text=text, id=id, metadata=metadata))
     # The same text can come twice where nothing removes duplicates; the sort keeps the order of ranks for those.
     return sorted(found, key=lambda document: order_key(seed, document.id))

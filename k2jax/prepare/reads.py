@@ -43,7 +43,7 @@ CLEANING = Keys(
 )
 DEDUPLICATION = Keys(("dedup",), (*TASKS, "priority", "conversations.pairs"))
 KEEPING = Keys(("seed", "bucket_bytes"), TASKS)
-LEARNING = Keys(("seed", "vocab_size", "tokenizer_bytes"), ("source",))
+LEARNING = Keys(("seed", "vocab_size", "tokenizer_bytes"), ())
 TOKENIZING = Keys(
     ("seed",),
     (

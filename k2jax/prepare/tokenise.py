@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datatrove.data import Document
 from ml_collections import ConfigDict
@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError
 from k2jax.files import whole_file, write_json
-from k2jax.prepare import fim, kept, spm
+from k2jax.prepare import fim, spm
 from k2jax.prepare.chat import mask
+from k2jax.prepare.kept import Kept, bucket_of
 from k2jax.prepare.pieces import PieceWriter
 from k2jax.prepare.recipe import factors_of
 from k2jax.prepare.tally import Tally, combine
@@ -28,14 +29,6 @@ KEPT_METADATA = (
 )  # fmt: skip
 
 
-class Bucket(NamedTuple):
-    """A task: bucket number `index` of a subset whose documents the tasks `ranks` of cleaning wrote."""
-
-    subset: str
-    index: int
-    ranks: list[int]
-
-
 def store_of(chosen: ConfigDict, name: str, mode: str, copies: int) -> str:
     """The store of one document; what is turned for FIM in a store of its own is not upsampled."""
     if chosen.fim_stores and mode != "plain":
@@ -44,21 +37,21 @@ def store_of(chosen: ConfigDict, name: str, mode: str, copies: int) -> str:
     return f"{name}-x{factors[-1]}" if factors else name
 
 
-def tokenize(rank: int, *, config: dict[str, Any], out: Path, buckets: list[Bucket], tokenizer: Path, eos: int) -> None:
+def tokenize(bucket: int, *, config: dict[str, Any], kept: Kept, tokenizer: Path, eos: int) -> None:
     """A task: writes a piece for each store of the bucket's subset, and beside it how much text it holds.
 
-    `out` is the folder of the stages, `tokenizer` the tokenizer.json, `eos` its id for the end of a document.
+    `tokenizer` is the tokenizer.json, `eos` its id for the end of a document.
     """
-    bucket, recipe = buckets[rank], ConfigDict(config)
-    chosen = recipe.subsets[bucket.subset]
+    recipe, name = ConfigDict(config), kept.of_bucket(bucket).subset
+    chosen = recipe.subsets[name]
     encoder = load_tokenizer(tokenizer)
     if chosen.conversations:
-        _tokenize_conversations(rank, recipe, out, bucket, encoder, eos)
+        _tokenize_conversations(bucket, recipe, kept, encoder, eos)
         return
-    library = spm.Encoder(out / spm.FILE, encoder) if (out / spm.FILE).exists() else None
+    library = spm.Encoder(kept.folder / spm.FILE, encoder) if (kept.folder / spm.FILE).exists() else None
     sentinels = sentinel_ids(encoder, tokenizer) if chosen.fim_rate else {}
-    documents = kept.bucket_of(out, bucket.ranks, bucket.index, recipe.seed)
-    paths = {store: out / "tokens" / store / f"{bucket.index:05d}" for store in factors_of(recipe, bucket.subset)}
+    documents = bucket_of(kept, bucket, recipe.seed)
+    paths = _pieces(kept, bucket, recipe)
     num_bytes = dict.fromkeys(paths, 0)
     with contextlib.ExitStack() as stack:
         size = encoder.vocab_size
@@ -70,24 +63,28 @@ def tokenize(rank: int, *, config: dict[str, Any], out: Path, buckets: list[Buck
             if chosen.fim_rate:
                 metadata["fim"] = cut._asdict()
             copies = document.metadata.get("duplicates", {}).get("copies", 1)
-            store = store_of(chosen, bucket.subset, cut.mode, copies)
+            store = store_of(chosen, name, cut.mode, copies)
             pieces[store].add(ids, id=document.id, source=document.metadata["source"], metadata=metadata)
             num_bytes[store] += len(document.text.encode())
     for store, path in paths.items():
         write_json(f"{path}.json", {"bytes": num_bytes[store]})
 
 
-def _tokenize_conversations(
-    rank: int, recipe: ConfigDict, out: Path, bucket: Bucket, encoder: Tokenizer, eos: int
-) -> None:
+def _pieces(kept: Kept, bucket: int, recipe: ConfigDict) -> dict[str, Path]:
+    """The pieces of a bucket, by store; their names sort as the buckets do."""
+    subset, _, first, _ = kept.of_bucket(bucket)
+    return {store: kept.folder / "tokens" / store / f"{bucket - first:07d}" for store in factors_of(recipe, subset)}
+
+
+def _tokenize_conversations(bucket: int, recipe: ConfigDict, kept: Kept, encoder: Tokenizer, eos: int) -> None:
     """The same of conversations, whose pieces have a loss mask and end as their template ends them.
 
-    What was counted lies in conversations/<rank>.json, written last.
+    What was counted lies in conversations/<bucket>.json, written last.
     """
-    chosen, tally, counts = recipe.subsets[bucket.subset], Tally(), Counter()
+    name = kept.of_bucket(bucket).subset
+    chosen, tally, counts = recipe.subsets[name], Tally(), Counter()
     control = tuple(sorted(filter(None, map(encoder.id_to_token, encoder.control_ids))))
-    documents = kept.bucket_of(out, bucket.ranks, bucket.index, recipe.seed)
-    paths = {store: out / "tokens" / store / f"{bucket.index:05d}" for store in factors_of(recipe, bucket.subset)}
+    documents, paths = bucket_of(kept, bucket, recipe.seed), _pieces(kept, bucket, recipe)
     num_bytes = dict.fromkeys(paths, 0)
     with contextlib.ExitStack() as stack:
         options = {"vocab_size": encoder.vocab_size, "eos_id": eos, "masked": True}
@@ -96,22 +93,25 @@ def _tokenize_conversations(
             found = mask.encoded(batch, encoder, chosen.conversations, control=control, tally=tally, counts=counts)
             for one, ids, learned in found:
                 copies = one.metadata.get("duplicates", {}).get("copies", 1)
-                store = store_of(chosen, bucket.subset, "plain", copies)
+                store = store_of(chosen, name, "plain", copies)
                 metadata = {key: one.metadata[key] for key in KEPT_METADATA if one.metadata.get(key)}
                 source = one.metadata["source"]
                 pieces[store].add(ids, id=one.id, source=source, metadata=metadata, eos=False, mask=learned)
                 num_bytes[store] += len(one.text.encode())
     for store, path in paths.items():
         write_json(f"{path}.json", {"bytes": num_bytes[store]})
-    write_json(out / "conversations" / f"{rank:05d}.json", {"tally": tally.to_json(), "counts": dict(counts)})
+    write_json(_counted(kept, bucket), {"tally": tally.to_json(), "counts": dict(counts)})
 
 
-def conversations_of(out: Path, buckets: list[Bucket]) -> dict[str, dict[str, dict]]:
-    """What was counted of each subset of conversations: {"tally": of step "tokens", "counts": of what is in stores}."""
+def _counted(kept: Kept, bucket: int) -> Path:
+    return kept.folder / "conversations" / f"{bucket:05d}.json"
+
+
+def conversations_of(kept: Kept, subsets: Iterable[str]) -> dict[str, dict[str, dict]]:
+    """What was counted of subsets of conversations: {"tally": of step "tokens", "counts": of what is in stores}."""
     found: dict[str, list[dict[str, dict]]] = {}
-    for rank, bucket in enumerate(buckets):
-        if (path := out / "conversations" / f"{rank:05d}.json").exists():
-            found.setdefault(bucket.subset, []).append(json.loads(path.read_bytes()))
+    for name, _, first, number in (one for one in kept.subsets if one.subset in subsets):
+        found[name] = [json.loads(_counted(kept, bucket).read_bytes()) for bucket in range(first, first + number)]
     return {
         name: {"tally": combine([one["tally"] for one in parts]), "counts": _sum(one["counts"] for one in parts)}
         for name, parts in found.items()
@@ -174,16 +174,16 @@ def sentinel_ids(encoder: Tokenizer, path: Path) -> dict[str, int]:
     return ids
 
 
-def train_tokenizer(_: int, *, config: dict[str, Any], out: Path, buckets: list[Bucket], path: Path) -> None:
+def train_tokenizer(_: int, *, config: dict[str, Any], kept: Kept, path: Path) -> None:
     """A task: learns a tokenizer from the first documents of each subset, in the order of their keys, to `path`."""
     recipe = ConfigDict(config)
     texts = []
-    for name in sorted(recipe.subsets):
+    for _, _, first, number in kept.subsets:
         num_bytes = 0
-        for bucket in (bucket for bucket in buckets if bucket.subset == name):
+        for bucket in range(first, first + number):
             if num_bytes >= recipe.tokenizer_bytes:
                 break
-            for document in kept.bucket_of(out, bucket.ranks, bucket.index, recipe.seed):
+            for document in bucket_of(kept, bucket, recipe.seed):
                 if num_bytes < recipe.tokenizer_bytes:
                     texts.append(document.text)
                     num_bytes += len(document.text.encode())
