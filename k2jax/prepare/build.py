@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,22 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import errors
-from k2jax.chat import fit, template, worker
+from k2jax.chat import template, worker
 from k2jax.data.store import Store
-from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
+from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
-from k2jax.files import write_bytes, write_json
+from k2jax.files import sync_folder, write_json
 from k2jax.prepare import (
+    before,
     claim,
     clean,
     dealing,
+    finished,
     kept,
     pieces,
+    plan,
+    reads,
     recipe,
-    spm,
     tally,
     token_sources,
     tokenise,
@@ -41,7 +45,8 @@ from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.cores import cores
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
-from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
+from k2jax.prepare.made import Made
+from k2jax.prepare.work import Work
 from k2jax.text import redacted
 
 FORMAT = 2
@@ -55,29 +60,36 @@ def build(
     chat_template.jinja, too.
 
     Returns what data.json holds, and whether it was there already. What an interrupted preparation finished is not
-    done again. `workers` tasks run at once, 0 for as many as there are cores (cores.py). `keep_stages` leaves what lies
-    between documents and stores, several times the documents' size; `other_code` lets this code go on with what another
-    version of it began. Raises ConfigError if `out` holds anything else, was begun
-    with another recipe or other documents, or is being worked in; StorageError if it cannot be written.
+    done again; where the recipe or its documents have changed since, what they change is (made.py), and said first.
+    `workers` tasks run at once, 0 for as many as there are cores (cores.py). `keep_stages` leaves what lies between
+    documents and stores, several times the documents' size; `other_code` lets this code go on with what another
+    version of it began. Raises ConfigError if `out` holds anything else or is being worked in, or if what another
+    recipe needs of it is gone; StorageError if it cannot be written.
     """
     errors.keep_files_ours()
-    config, out = claim.numbered(config), Path(out).absolute()
+    config, out, was_there = claim.numbered(config), Path(out).absolute(), False
     workers = workers or cores()
-    was_there = (out / "data.json").exists()
     try:
-        if was_there:
-            data = claim.finished(config, out)  # for which neither executor nor documents need be there any more
+        data = finished.read(out) if (out / "data.json").exists() else None
+        if data and finished.is_left(config, out, data):
+            finished.mend_card(out, data)  # for which neither executor nor documents need be there any more
+            was_there = True
+        elif data and not claim.has_stages(out):
+            data = finished.rewritten(config, out, data, other_code)
         else:
             check_executor(executor, config.slurm.to_dict())
-            token_sources.check(config)
-            inputs = clean.check(config)
-            if _conversations(config):
-                _check_template(config)
+            before.check_writable(out)
+            given = before.given(config)
+            known = plan.facts(config, given.tokenizer, given.told())
             set_environment(executor, workers)
             out.mkdir(parents=True, exist_ok=True)
             with claim.claimed(config, out, other_code):
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
-                data = _make(config, out, engine, inputs)
+                work = Work(engine, Made(out), plan.units(config, known))
+                was_there = data is not None and work.is_complete() and not finished.changes(data, config)
+                if not was_there:
+                    _clear(config, out, work, data)
+                    data = _make(config, out, work, given, known.inputs)
         if not keep_stages:
             shutil.rmtree(out / "stages", ignore_errors=True)
     except OSError as error:
@@ -88,43 +100,71 @@ def build(
     return data, was_there
 
 
-def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any]) -> dict[str, Any]:
-    stages, plain, tokenizer = out / "stages", config.to_dict(), out / "tokenizer.json"
-    if config.tokenizer:
-        _take_tokenizer(config, tokenizer, stages)  # first: one that cannot be used ends it before the long stages
-    notes = _take_template(config, out, tokenizer) if _conversations(config) else []
-    dealing.deal(config, out, engine, inputs)
-    for stage in [*clean.stages(config, out), *duplicates.stages(config, stages / "clean", stages / "duplicates")]:
-        engine.run(stage)
+def _clear(config: ConfigDict, out: Path, work: Work, data: dict[str, Any] | None) -> None:
+    """Removes what is not of this recipe, having said what and why; data.json first, which says that all is there."""
+    told = work.stale_lines()
+    if data and not told:
+        told = [f"data.json and card are written anew ({'; '.join(finished.changes(data, config))})"]
+    for line in told:
+        print(line, file=sys.stderr, flush=True)
+    (out / "data.json").unlink(missing_ok=True)
+    sync_folder(out)
+    shutil.rmtree(out / "card", ignore_errors=True)
+    work.remove_stale()
 
-    dealt = _buckets(config, stages)
-    engine.run(Stage("kept", dealt.num_tasks, partial(kept.keep, kept=dealt, seed=config.seed)))
+
+def _make(
+    config: ConfigDict, out: Path, work: Work, given: before.Given, inputs: dict[str, Any]
+) -> dict[str, Any]:
+    stages, tokenizer = out / "stages", out / "tokenizer.json"
+    work.begin("template")
+    if given.tokenizer:
+        work.begin("tokenizer")
+    before.take(config, out, given)
+    work.begin_limits()
+    dealing.deal(config, out, work, inputs)
+    for stage in clean.stages(config, out):
+        work.run(stage)
+    dedup = reads.view(config, reads.DEDUPLICATION)
+    for stage in duplicates.stages(dedup, stages / "clean", stages / "duplicates"):
+        work.run(stage, "deduplicate")
+
+    keeping = reads.view(config, reads.KEEPING)
+    dealt = _buckets(keeping, stages)
+    work.run(Stage("kept", dealt.num_tasks, partial(kept.keep, kept=dealt, seed=keeping.seed)))
     for stage in dealt.shuffle.stages("kept"):
-        engine.run(stage)
+        work.run(stage)
     _check_not_empty(config, stages)
 
     if not config.tokenizer:
-        learn = partial(tokenise.train_tokenizer, config=plain, kept=dealt, path=tokenizer)
-        engine.run(Stage("tokenizer", 1, learn))
+        learning = reads.view(config, reads.LEARNING).to_dict()
+        learn = partial(tokenise.train_tokenizer, config=learning, kept=dealt, path=tokenizer)
+        work.run(Stage("tokenizer", 1, learn))
     encoder = load_tokenizer(tokenizer, config.eos)
     eos = encoder.eos_id
 
-    write = partial(tokenise.tokenize, config=plain, kept=dealt, tokenizer=tokenizer, eos=eos)
-    engine.run(Stage("tokens", dealt.num_buckets, write))
+    tokenizing = reads.view(config, reads.TOKENIZING).to_dict()
+    write = partial(tokenise.tokenize, config=tokenizing, kept=dealt, tokenizer=tokenizer, eos=eos)
+    for name, _, first, number in dealt.subsets:
+        work.describe(f"tokens/{name}", ranks=(first, first + number))
+    work.run(Stage("tokens", dealt.num_buckets, write))
     chats = tokenise.conversations_of(dealt, _conversations(config))
     for name in (name for name, found in chats.items() if not found["counts"]["conversations"]):
         why = ", ".join(f"{count:,} {reason}" for reason, count in left_out(chats[name]["tally"]).items())
         raise ConfigError(f"subset {name}: no conversation of it has an answer to learn ({why}): see max_tokens")
-    engine.run(token_sources.stage(config, out, tokenizer))
+    work.run(token_sources.stage(config, out, tokenizer))
 
     names = sorted(path.name for path in (stages / "tokens").iterdir())
     options = {
         "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": encoder.vocab_size, "eos_id": eos
     }  # fmt: skip
-    join = partial(_join, config=plain, out=out, names=names, options=options)
-    engine.run(Stage("stores", len(names), join))
+    joining = reads.view(config, reads.JOINING).to_dict()
+    join = partial(_join, config=joining, out=out, names=names, options=options)
+    work.describe("stores", outputs=tuple(names))
+    work.run(Stage("stores", len(names), join))
 
-    data = {"format": FORMAT, "config": redacted(plain), **options, "inputs": inputs, "code": claim.codes(out)}
+    data = {"format": FORMAT, "config": redacted(config.to_dict()), **options}
+    data |= {"inputs": inputs, "code": claim.codes(out)}
     if left := unreadable.of_all(out, list(config.subsets)):
         data |= {"unreadable": left}
     data |= _summary(config, out, names)
@@ -132,7 +172,7 @@ def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any])
         sha256 = hashlib.sha256((out / TEMPLATE).read_bytes()).hexdigest()
         counts = {name: found["counts"] for name, found in chats.items()}
         written = worker.written(template.load(dealing.template_of(out)))
-        data |= {"chat": {"template_sha256": sha256, "notes": notes, "conversations": counts, **written}}
+        data |= {"chat": {"template_sha256": sha256, "notes": given.notes, "conversations": counts, **written}}
         for name, found in chats.items():
             data["subsets"][name]["tokens"] = found["tally"]
     card.write_card(out, data)
@@ -146,26 +186,6 @@ def _conversations(config: ConfigDict) -> list[str]:
 
 def _pairs(config: ConfigDict) -> list[str]:
     return [name for name in _conversations(config) if config.subsets[name].conversations.pairs]
-
-
-def _check_template(config: ConfigDict) -> None:
-    """Raises ConfigError before anything is begun, so that the recipe can be corrected."""
-    encoder = _recipe_tokenizer(config)
-    fit.check(template.find(config, encoder), encoder)
-
-
-def _take_template(config: ConfigDict, out: Path, tokenizer: Path) -> list[str]:
-    """The recipe's chat template, as chat_template.jinja and for the tasks; returns what a person should know of it."""
-    encoder, place = load_tokenizer(tokenizer, config.eos), dealing.template_of(out)
-    chosen = template.find(config, encoder)
-    notes = fit.check(chosen, encoder)
-    if place.exists() and template.load(place).template != chosen:
-        raise ConfigError(
-            f"--out={out}: {chosen.source} has changed since this preparation began: remove the folder and begin again"
-        )
-    template.save(place, chosen, encoder)
-    write_bytes(out / TEMPLATE, chosen.text.encode())
-    return notes
 
 
 def _buckets(config: ConfigDict, stages: Path) -> kept.Kept:
@@ -214,23 +234,10 @@ def left_out(*tallies: dict[str, Any]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _recipe_tokenizer(config: ConfigDict) -> Tokenizer:
-    tokenizer = open_tokenizer(config.tokenizer)
-    return k2_tokens(tokenizer) if config.add_k2_tokens else tokenizer
-
-
-def _take_tokenizer(config: ConfigDict, path: Path, stages: Path) -> None:
-    """The recipe's tokenizer as tokenizer.json: one that is one already keeps its bytes, and so its identity."""
-    write_bytes(path, _recipe_tokenizer(config).to_str().encode())
-    if spm.is_model(config.tokenizer):
-        write_bytes(stages / spm.FILE, spm.read(config.tokenizer))
-    _ = load_tokenizer(path, config.eos).eos_id
-
-
 def _join(rank: int, *, config: dict[str, Any], out: Path, names: list[str], options: dict[str, Any]) -> None:
     """A task: one store from its pieces. What a seqio task has for validation is held out, else a share of the end."""
     recipe_of_all, stages, name = ConfigDict(config), out / "stages", names[rank]
-    options = {**options, "pairs": any(name in recipe.stores_of(recipe_of_all, one) for one in _pairs(recipe_of_all))}
+    options = {**options, "pairs": any(name in recipe.factors_of(recipe_of_all, one) for one in _pairs(recipe_of_all))}
     held_out = {"validation_fraction": recipe_of_all.validation_fraction}
     counts = token_sources.summary(recipe_of_all, stages)[1].get(name, {})
     if "held_out_tokens" in counts:
@@ -243,16 +250,10 @@ def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
     stages = out / "stages"
     token_subsets, token_stores = token_sources.summary(config, stages)
     subset_of = {name: counts["subset"] for name, counts in token_stores.items()}
-    repeats = {name: config.subsets[subset].repeats for name, subset in subset_of.items()}
     for name in sorted({task.subset for task in recipe.tasks(config)}):
-        for store, times in recipe.stores_of(config, name).items():
-            repeats[store], subset_of[store] = times, name
+        subset_of |= dict.fromkeys(recipe.factors_of(config, name), name)
     opened = {name: Store.open(out / name) for name in names if (out / name / "store.json").exists()}
-    mix = {name: float(repeats[name]) for name in opened}
-    kinds = {name: recipe.kind_of(config.subsets[subset_of[name]].source)[0] for name in opened}
-    if rates := {name: mix[name] for name, kind in kinds.items() if kind == "seqio"}:
-        examples = {name: opened[name].num_train_documents for name in rates}
-        mix |= token_sources.mix_of_rates(rates, examples, {name: opened[name].num_train_tokens for name in rates})
+    mix = finished.mix_of(config, {name: subset_of[name] for name in opened}, opened)
     stores = {}
     for name, store in opened.items():
         sizes = [json.loads(path.read_bytes())["bytes"] for path in (stages / "tokens" / name).glob("*.json")]

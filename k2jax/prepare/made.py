@@ -17,6 +17,7 @@ removed to the end by the next command, and never trusted. It is one file, writt
 import json
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Made:
         return found
 
     def _why(self, row: dict[str, Any], unit: Unit, found: dict[str, list[str]]) -> list[str]:
-        why = (["it was being removed"] if row["stale"] else []) + _changes(row["reads"], unit.reads)
+        why = (["it was being removed"] if row["stale"] else []) + changes(row["reads"], unit.reads)
         if unit.ranks and row["ranks"] != list(unit.ranks):
             why.append("its tasks have other numbers")
         stamps = {name: self.rows[name]["stamp"] for name in unit.follows if name in self.rows and name not in found}
@@ -71,10 +72,8 @@ class Made:
             row = self.rows[name]
             ranks = None if row["ranks"] is None else range(*row["ranks"])
             for stage in row["stages"]:
-                self._remove_marks(self._inside(f"stages/done/{stage}"), ranks)
-            for output in row["outputs"]:
-                for path in _paths(output, ranks):
-                    _remove(self._inside(path))
+                self.remove_marks(stage, ranks)
+            self.remove_outputs(path for output in row["outputs"] for path in _paths(output, ranks))
         for name in names:
             del self.rows[name]
         self._write()
@@ -85,7 +84,7 @@ class Made:
         for name, unit in units.items():
             follows = {other: self.rows[other]["stamp"] for other in unit.follows}
             new = {"follows": follows, "stamp": secrets.token_hex(8), "stages": {}, "stale": False}
-            row = self.rows.setdefault(name, unit._asdict() | new)
+            row = self.rows.setdefault(name, unit._asdict() | new | {"ranks": unit.ranks and list(unit.ranks)})
             row["stages"] |= {stage: tasks} if stage else {}
         if json.dumps(self.rows) != before:
             self._write()
@@ -104,7 +103,9 @@ class Made:
     def _write(self) -> None:
         write_json(self._path, self.rows)
 
-    def _remove_marks(self, folder: Path, ranks: range | None) -> None:
+    def remove_marks(self, stage: str, ranks: range | None = None) -> None:
+        """The marks of completion of these ranks, None: of all, and what else the engine has noted of them."""
+        folder = self._inside(f"stages/done/{stage}")
         slurm.cancel(folder)  # what still runs would write beside the new ones
         if ranks is None:
             _remove(folder)
@@ -113,10 +114,17 @@ class Made:
             for path in _paths(mark, ranks):
                 _remove(folder / path)
 
+    def remove_outputs(self, paths: Iterable[str]) -> None:
+        """Files and folders, below the preparation's, that need not be there; a name may end with `*`."""
+        for path in paths:
+            self._inside(path)
+            for found in sorted(self.out.glob(path)) if "*" in path else [self.out / path]:
+                _remove(found)
+
     def _inside(self, path: str) -> Path:
         """A folder may be from elsewhere: what its notes name is removed nowhere else."""
         if Path(path).is_absolute() or ".." in Path(path).parts or not Path(path).parts:
-            raise ConfigError(f"{self._path}: names {shown(path)}, which is not inside of {self.out}: remove the folder")
+            raise ConfigError(f"{self._path}: names {shown(path)}, which is not in {self.out}: remove the folder")
         return self.out / path
 
 
@@ -135,12 +143,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """"dedup.near was true, is false" for each that differs."""
     return [
-        f"{key} was {_value(was, key)}, is {_value(now, key)}" for key in sorted(was | now)
+        f"{key} was {_value(was, key)}, is {_value(now, key)}"
+        for key in sorted(was | now)
         if (key in was) != (key in now) or was[key] != now[key]
-    ]  # fmt: skip
+    ]
 
 
 def _value(values: dict[str, Any], key: str) -> str:

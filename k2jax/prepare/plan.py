@@ -7,6 +7,7 @@
 """
 
 import hashlib
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,24 +16,11 @@ from ml_collections import ConfigDict
 
 from k2jax.data.manifest import sha256_json
 from k2jax.data.tokenizer import Tokenizer
-from k2jax.prepare import clean, dealing, reads, recipe, spm
+from k2jax.prepare import clean, dealing, pii, reads, recipe, spm
 from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.files import list_files
 from k2jax.prepare.made import Unit
-from k2jax.prepare.reads import Keys
 
-KEYS = {  # of a recipe, by the stage that reads them; what is of no stage is data.json's and the card's alone
-    "files": reads.LISTING,
-    "limits": reads.MEASURING,
-    "contamination": reads.CONTAMINATION,
-    "clean": reads.CLEANING,
-    "deduplicate": reads.DEDUPLICATION,
-    "kept": reads.KEEPING,
-    "tokenizer": reads.LEARNING,
-    "token-sources": reads.CONVERTING,
-    "tokens": reads.TOKENIZING,
-    "stores": reads.JOINING,
-}
 CLEANED = (
     "documents/{rank}.jsonl.zst", "index/{rank}.parquet", "removed/{rank}.jsonl.zst", "contamination/{rank}.json",
     "tally/{rank}.json",
@@ -45,8 +33,8 @@ class Facts(NamedTuple):
     inputs: dict[str, dict[str, Any]]  # files of subsets, as clean.check has them
     evaluation: dict[str, dict[str, Any]]  # files of evaluation sets, likewise
     rules: dict[str, str]  # SHA-256 of files that rules are made of, by path
-    tokenizer: dict[str, str]  # that is given: digests of it; empty of one that is trained
-    template: str  # digest; "" without conversations
+    tokenizer: dict[str, Any]  # that is given: what it is; empty of one that is trained
+    template: str  # what it is; "" without conversations
 
 
 def facts(config: ConfigDict, tokenizer: Tokenizer | None, template: list | None) -> Facts:
@@ -56,8 +44,8 @@ def facts(config: ConfigDict, tokenizer: Tokenizer | None, template: list | None
     """
     given = {}
     if tokenizer:
-        given = {"tokenizer.json": _sha256(tokenizer.to_str().encode()), "eos": str(tokenizer.eos_id)}
-        given |= {"SentencePiece": _sha256(spm.read(config.tokenizer))} if spm.is_model(config.tokenizer) else {}
+        given = {"the tokenizer's content": _sha256(tokenizer.to_str().encode()), "the id of eos": tokenizer.eos_id}
+        given |= {"its .model": _sha256(spm.read(config.tokenizer))} if spm.is_model(config.tokenizer) else {}
     files = {chosen[key] for chosen in config.subsets.values() for key in ("language_model", "url_blocklist")}
     return Facts(
         inputs=clean.check(config),
@@ -65,6 +53,18 @@ def facts(config: ConfigDict, tokenizer: Tokenizer | None, template: list | None
         rules={path: _sha256_of(path, Path(path).stat().st_mtime_ns) for path in sorted(files - {""})},
         tokenizer=given,
         template=sha256_json(template) if template else "",
+    )
+
+
+def named(config: ConfigDict, inputs: dict[str, dict[str, Any]]) -> Facts:
+    """The same of a recipe alone, with files by their names: what it reads may be gone. `inputs` are data.json's."""
+    given = {key: config[key] for key in ("tokenizer", "add_k2_tokens", "eos")} if config.tokenizer else {}
+    return Facts(
+        inputs={name: one for name, one in inputs.items() if name in config.subsets},
+        evaluation={source: {"files": 0, "bytes": 0, "digest": ""} for source in config.contamination.sources},
+        rules=defaultdict(str),
+        tokenizer=given,
+        template=str(config.chat.to_dict()) if any(one.conversations for one in config.subsets.values()) else "",
     )
 
 
@@ -87,10 +87,9 @@ def units(config: ConfigDict, known: Facts) -> dict[str, Unit]:
     dedup = reads.values(config, reads.DEDUPLICATION)
     found |= cleaned | {"deduplicate": Unit(dedup, tuple(cleaned), outputs=("stages/duplicates",))}
     found["kept"] = Unit(reads.values(config, reads.KEEPING), ("deduplicate",), outputs=("stages/kept",))
-    given = known.tokenizer
     found["tokenizer"] = Unit(
-        {f"the tokenizer ({key})": value for key, value in given.items()} or reads.values(config, reads.LEARNING),
-        () if given else ("kept",),
+        known.tokenizer or reads.values(config, reads.LEARNING),
+        () if known.tokenizer else ("kept",),
         outputs=("tokenizer.json", f"stages/{spm.FILE}"),
     )
     chunks = {task.subset for task in recipe.tasks(config, tokens=True)}
@@ -106,18 +105,6 @@ def of_stage(found: dict[str, Unit], stage: str) -> dict[str, Unit]:
     return {name: unit for name, unit in found.items() if name.partition("/")[0] == stage}
 
 
-def readers(key: str) -> list[str]:
-    """The stages that read a key of a recipe, "seed" or "subsets.NAME.nfc"."""
-    section, _, rest = key.partition(".")
-    name = rest.partition(".")[2] if section == "subsets" else key
-
-    def reads_it(keys: Keys) -> bool:
-        own = set(keys.subset) - set(keys.free) if section == "subsets" else keys.recipe
-        return not name or any(name == one or name.startswith(f"{one}.") or one.startswith(f"{name}.") for one in own)
-
-    return [stage for stage, keys in KEYS.items() if reads_it(keys)]
-
-
 def _limit(config: ConfigDict, name: str, known: Facts) -> Unit:
     read = reads.values(config, reads.MEASURING, [name]) | _files_of(known.inputs, [name])
     outputs = (f"stages/files/shares/{name}", "stages/files/waves", f"stages/unreadable/{name}")
@@ -130,6 +117,8 @@ def _cleaned(config: ConfigDict, name: str, ranks: list[int], known: Facts) -> U
     for key in ("language_model", "url_blocklist"):
         if chosen[key]:
             read[f"subsets.{name}.{key}'s content"] = known.rules[chosen[key]]
+    if "phone" in chosen.pii:  # the plans of the world's numbers change every other week
+        read["libphonenumber"] = pii.phones_version()
     outputs = tuple(f"stages/clean/{path}" for path in CLEANED)
     if _is_cut(config, name):
         follows += (f"limits/{name}",)
@@ -149,7 +138,8 @@ def _tokenized(config: ConfigDict, name: str) -> Unit:
 def _converted(config: ConfigDict, names: list[str], known: Facts) -> Unit:
     read = reads.values(config, reads.CONVERTING, names) | reads.values(config, reads.LISTING, names)
     read |= _files_of(known.inputs, [name for name in names if name in known.inputs])
-    outputs = [f"stages/tokens/{name}" for name in names]
+    parts = [name for name in names if recipe.kind_of(config.subsets[name].source)[0] == "llm360"]  # NAME-PART
+    outputs = [*(f"stages/tokens/{name}" for name in names), *(f"stages/tokens/{name}-*" for name in parts)]
     return Unit(read, ("tokenizer",), outputs=("stages/token-sources", *outputs))
 
 
