@@ -4,9 +4,7 @@ The folder can be written, the executor is here, the tokenizer is one that ends 
 the chat template fits it. Sources and rules are plan.facts's.
 """
 
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +14,10 @@ from k2jax.chat import fit, template
 from k2jax.chat.template import ChatTemplate
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import StorageError
-from k2jax.files import write_bytes
+from k2jax.files import check_room, write_bytes
 from k2jax.prepare import dealing, spm, token_sources, tokenise
 from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
-
-BLOCK = 1 << 12  # bytes written to see whether a disk takes them
 
 
 class Given(NamedTuple):
@@ -81,10 +77,7 @@ def check_writable(out: Path) -> None:
     """Raises StorageError where nothing can be written; leaves nothing."""
     folder = next(path for path in (out, *out.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(BLOCK))
-            file.flush()
-            os.fsync(file.fileno())
+        check_room(folder)
     except OSError as error:
         raise StorageError(
             f"--out={out}: {folder} cannot be written ({error.strerror}): give a folder that can be, with room on its "

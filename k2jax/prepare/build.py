@@ -165,6 +165,13 @@ def _make(
 
     data = {"format": FORMAT, "config": redacted(config.to_dict()), **options}
     data |= {"inputs": inputs, "code": claim.codes(out)}
+    return _sum_up(config, out, data, names, chats, given.notes)
+
+
+def _sum_up(
+    config: ConfigDict, out: Path, data: dict[str, Any], names: list[str], chats: dict[str, dict], notes: list[str]
+) -> dict[str, Any]:
+    """The data card, and data.json, which holds what is returned: `data`, and what was counted."""
     if left := unreadable.of_all(out, list(config.subsets)):
         data |= {"unreadable": left}
     data |= _summary(config, out, names)
@@ -172,7 +179,7 @@ def _make(
         sha256 = hashlib.sha256((out / TEMPLATE).read_bytes()).hexdigest()
         counts = {name: found["counts"] for name, found in chats.items()}
         written = worker.written(template.load(dealing.template_of(out)))
-        data |= {"chat": {"template_sha256": sha256, "notes": given.notes, "conversations": counts, **written}}
+        data |= {"chat": {"template_sha256": sha256, "notes": notes, "conversations": counts, **written}}
         for name, found in chats.items():
             data["subsets"][name]["tokens"] = found["tally"]
     card.write_card(out, data)

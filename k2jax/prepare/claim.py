@@ -39,23 +39,34 @@ def claimed(config: ConfigDict, out: Path, other_code: bool = False) -> Iterator
 
     Raises ConfigError else, and where another version of the code began it, unless `other_code`: it is noted then.
     """
+    check_folder(out, other_code)
     begun = out / "stages" / "recipe.json"
-    if not begun.exists() and any(path.name != "stages" for path in out.iterdir()):
-        raise ConfigError(f"--out={out}: holds files that are no preparation of ours; choose an empty folder")
     begun.parent.mkdir(exist_ok=True, mode=0o700)  # tasks are told what to read with the credentials of its URLs
     with locked(out):
-        found = json.loads(begun.read_bytes()) if begun.exists() else {"code": [code_digest()]}
-        code = with_ours(found["code"] if "code" in found else ["unknown"], out, other_code)
-        if (begun.parent / "done").exists() and not (begun.parent / "made.json").exists():
-            raise ConfigError(
-                f"--out={out} was begun by a k2jax that did not note what its stages are made of: go on with that "
-                "version, or remove the folder"
-            )
+        code = check_folder(out, other_code)  # again: now no other process changes it
+        found = json.loads(begun.read_bytes()) if begun.exists() else {}
         wanted = {"config": redacted(config.to_dict()), "version": k2jax.__version__, "code": code}
         if found != json.loads(json.dumps(wanted)):
             write_json(begun, wanted)
         remove_leftovers(out, alone=True)
         yield
+
+
+def check_folder(out: Path, other_code: bool) -> list[str]:
+    """The versions of the code that worked in `out`, and ours; reads only. Raises ConfigError as `claimed`."""
+    begun = out / "stages" / "recipe.json"
+    if not begun.exists():
+        if out.exists() and any(path.name != "stages" for path in out.iterdir()):
+            raise ConfigError(f"--out={out}: holds files that are no preparation of ours; choose an empty folder")
+        return [code_digest()]
+    found = json.loads(begun.read_bytes())
+    code = with_ours(found["code"] if "code" in found else ["unknown"], out, other_code)
+    if (begun.parent / "done").exists() and not has_stages(out):
+        raise ConfigError(
+            f"--out={out} was begun by a k2jax that did not note what its stages are made of: go on with that version, "
+            "or remove the folder"
+        )
+    return code
 
 
 def locked(out: Path) -> locks.Lock:

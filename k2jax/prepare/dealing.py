@@ -181,8 +181,10 @@ def _waves(config: ConfigDict, out: Path) -> Iterator[int]:
 def _measured(config: ConfigDict, out: Path) -> list[str]:
     """The subsets whose limits these waves find: those that were not dealt out when the waves began."""
     begun = _folder(out) / "waves" / "subsets.json"
+    limited = [(name, chosen.tasks) for name, chosen in sorted(config.subsets.items()) if chosen.max_bytes]
+    if not limited:
+        return []
     if not begun.exists():
-        limited = [(name, chosen.tasks) for name, chosen in sorted(config.subsets.items()) if chosen.max_bytes]
         write_json(begun, [name for name, tasks in limited if not _share_of(out, name, tasks - 1).exists()])
     return json.loads(begun.read_bytes())
 

@@ -15,6 +15,7 @@ removed to the end by the next command, and never trusted. It is one file, writt
 """
 
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterable
@@ -89,15 +90,18 @@ class Made:
         if json.dumps(self.rows) != before:
             self._write()
 
-    def done(self, name: str) -> tuple[int, int]:
-        """(complete tasks of what is begun of a unit, all of those)."""
-        row, complete, num_tasks = self.rows[name], 0, 0
-        for stage, tasks in row["stages"].items():
-            folder = self.out / "stages" / "done" / stage / "completions"
-            ranks = range(*row["ranks"]) if row["ranks"] is not None else range(tasks)
-            marks = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-            complete += sum(_name(rank) in marks for rank in ranks)
-            num_tasks += len(ranks)
+    def done(self, names: list[str]) -> tuple[int, int]:
+        """(complete tasks of what is begun of these units, all of those)."""
+        marks: dict[str, set[str]] = {}
+        complete, num_tasks = 0, 0
+        for row in (self.rows[name] for name in names):
+            for stage, tasks in row["stages"].items():
+                if stage not in marks:
+                    folder = self._inside(f"stages/done/{stage}/completions")
+                    marks[stage] = set(os.listdir(folder)) if folder.is_dir() else set()
+                ranks = range(*(row["ranks"] or [tasks]))
+                complete += sum(_name(rank) in marks[stage] for rank in ranks)
+                num_tasks += len(ranks)
         return complete, num_tasks
 
     def _write(self) -> None:
