@@ -27,7 +27,7 @@ from k2jax.files import read_json, write_json
 from k2jax.prepare import slurm
 from k2jax.text import shown
 
-MARKS = ("completions/{rank}", "usage/{rank}.json", "errors/{rank}.json", "said/{rank}.json")
+MARKS = ("completions/{rank}", "errors/{rank}.json", "said/{rank}.json")
 SHOWN = 60  # characters of a value in a message
 MOST_SHOWN = 3  # reasons in a line
 
