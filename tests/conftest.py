@@ -45,7 +45,7 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax import config as configuration  # noqa: E402
 from k2jax.data.epochs import new_epoch, write_epoch  # noqa: E402
-from k2jax.data.store import StoreWriter  # noqa: E402
+from k2jax.data.store_writer import StoreWriter  # noqa: E402
 from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256, train_bpe  # noqa: E402
 
 settings.register_profile("k2jax", deadline=None)  # the machine may be busy

@@ -8,7 +8,8 @@ from conftest import EXPERIMENT as TINY
 from conftest import VOCAB_SIZE
 
 from k2jax import config as configuration
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256
 
 T = 64  # of the experiment's rows

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from k2jax import config as configuration
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.errors import ConfigError
 from k2jax.run import drift
 from k2jax.training.setup import open_data

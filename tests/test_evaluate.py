@@ -25,7 +25,7 @@ from k2jax.data.launches import read_launches, write_launches
 from k2jax.data.loader import BatchSource, row_length, validation_starts
 from k2jax.data.manifest import sha256_json
 from k2jax.data.provenance import open_run
-from k2jax.data.store import StoreWriter
+from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError, run_main
 from k2jax.evals import held_out, memorization, suites

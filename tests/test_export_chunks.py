@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import begin_run
 
-from k2jax.data import document_table, export_rows
+from k2jax.data import export_rows
 from k2jax.data.document_table import DocumentTable
 from k2jax.data.epochs import decide, new_epoch, read_epochs
 from k2jax.data.export_chunks import export_chunks
@@ -23,7 +23,8 @@ from k2jax.data.journal import append_entry
 from k2jax.data.loader import BatchSource, batch_digest, row_digests
 from k2jax.data.manifest import build_manifest
 from k2jax.data.provenance import open_run, which_docs
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.errors import ConfigError, StorageError
 from k2jax.run.ledger import Ledger
 from k2jax.train import train
@@ -332,8 +333,8 @@ def test_rows_are_written_in_groups_of_bounded_size(run, exported, tmp_path, mon
 @pytest.mark.parametrize("row_group", [1, 7, 1 << 16])
 def test_document_table_finds_what_the_store_finds(tiny_data, tmp_path, monkeypatch, row_group):
     """For any window; in a store of one group of records, or of many."""
-    monkeypatch.setattr(document_table, "ROW_GROUP", row_group)
-    monkeypatch.setattr(sys.modules["k2jax.data.store"], "ROW_GROUP", row_group)
+    for module in ("document_table", "store", "store_writer"):
+        monkeypatch.setattr(sys.modules[f"k2jax.data.{module}"], "ROW_GROUP", row_group)
     with StoreWriter(tmp_path / "store", tokenizer_sha256="0", vocab_size=9, eos_id=2) as writer:
         for i, size in enumerate([0, 5, 0, 0, 31, 2] * 4):
             writer.add([3] * size, id=f"{i:064x}", source=f"ünï/{i}")

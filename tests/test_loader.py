@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from k2jax.data.loader import BatchSource, batch_digest, make_loader, row_digests, validation_rows
 from k2jax.data.manifest import build_manifest
 from k2jax.data.order import Order
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.errors import ConfigError, RunError, StorageError
 
 ROWS, LENGTH, STEPS = 8, 16, 24  # of the first stage

@@ -210,7 +210,8 @@ def test_held_out_conversations_are_packed_cut_or_none(tmp_path):
 
 
 def masked_store(path, documents):
-    from k2jax.data.store import Store, StoreWriter
+    from k2jax.data.store import Store
+    from k2jax.data.store_writer import StoreWriter
 
     with StoreWriter(path, tokenizer_sha256="0" * 64, vocab_size=512, eos_id=0, masked=True) as writer:
         for i, mask in enumerate(documents):

@@ -16,7 +16,8 @@ from k2jax.data.journal import append_entry
 from k2jax.data.manifest import build_manifest
 from k2jax.data.order import Order
 from k2jax.data.provenance import open_run, which_docs, which_steps
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256, train_bpe
 from k2jax.errors import ConfigError
 

@@ -21,7 +21,7 @@ from k2jax.prepare import build, recipe  # noqa: E402
 PAGES = [f"Page {i}: {words(200 + i, 60)}" for i in range(16)]
 BOOKS = [f"Book {i}.\n{words(i, 40 + 5 * i)}" for i in range(12)] + [page.replace("Page", "Leaf") for page in PAGES[:2]]
 CODE = [f"def f{i}():\n    return {words(100 + i, 30)!r}\n" for i in range(10)]
-TOKENS = {"tokens", "stores"}
+TOKENS = {"tokens", "layout", "shards", "stores"}
 KEPT = {"kept", "tokenizer", *TOKENS}
 DEDUP = {"ids", "exact", "signatures", "near", "clusters", "duplicates", *KEPT}
 CLEAN = {"clean", *DEDUP}
@@ -222,7 +222,7 @@ def _(c, corpus):
     (corpus / "blocked").write_text("b.example\n")
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("one", CHANGES, ids=lambda one: one.name)
 def test_a_changed_recipe_in_an_old_folder_gives_what_a_fresh_one_gets(one, corpus, begun, tmp_path):
     """And does again the stages that it is said to, no other."""

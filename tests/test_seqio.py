@@ -16,7 +16,8 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from k2jax.data.manifest import StoreSummary, build_manifest
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import ConfigError
 from k2jax.prepare import recipe, token_sources

@@ -18,7 +18,8 @@ from conftest import REPOSITORY, Later
 from k2jax import config as configuration
 from k2jax.bucket import at
 from k2jax.chat.template import MORE, ChatTemplate
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.evals.subject import Subject

@@ -12,9 +12,10 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2jax.data import storage, store
+from k2jax.data import storage, store, store_writer
 from k2jax.data.manifest import build_manifest, sha256_json
-from k2jax.data.store import Store, StoreWriter, open_stores
+from k2jax.data.store import Store, open_stores
+from k2jax.data.store_writer import StoreWriter
 from k2jax.errors import ConfigError, StorageError
 
 EOS = 2
@@ -175,7 +176,8 @@ def test_documents_in(tmp_path, documents, monkeypatch):
 
 def test_find_documents_over_row_groups(tmp_path, documents, monkeypatch):
     """Documents are found by id and by number in any row group; a text that comes twice is found twice."""
-    monkeypatch.setattr(store, "ROW_GROUP", 8)
+    for module in (store, store_writer):
+        monkeypatch.setattr(module, "ROW_GROUP", 8)
     with StoreWriter(tmp_path / "s", vocab_size=1000, **OPTIONS) as writer:
         for i, tokens in enumerate(documents):
             writer.add(tokens, id=str(i % 30), source=f"file {i}")

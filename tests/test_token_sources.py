@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from k2jax.data.loader import row_length
 from k2jax.data.manifest import build_manifest, num_windows
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import train_bpe
 from k2jax.errors import ConfigError
 from k2jax.prepare import dealing, recipe, token_sources

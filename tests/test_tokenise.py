@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("datatrove")
 
-from k2jax.data import store as store_module
+from k2jax.data import store_parts, store_writer
 from k2jax.data.store import DOCUMENTS, Store
 from k2jax.data.tokenizer import EOS, Tokenizer, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError, StorageError
@@ -50,6 +50,16 @@ def make_recipe(**options):
     return c
 
 
+def join(folder, options, held_out, name="store", **kind):
+    """The stages from the pieces below folder/tokens to the store folder/<name>."""
+    found = pieces.Pieces(folder, folder, (name,), options)
+    pieces.lay_out(0, pieces=found)
+    parts = found.parts()
+    for rank in reversed(range(len(parts))):
+        pieces.write_part(rank, parts=parts, pieces=found)
+    return pieces.finish(name, pieces=found, held_out=held_out, **kind)
+
+
 def stores(out, config, tokenizer, num_buckets=3):
     """{store: [(document's row, its ids)]} of the stages from `kept` to stores."""
     shutil.rmtree(out / "tokens", ignore_errors=True)
@@ -66,7 +76,7 @@ def stores(out, config, tokenizer, num_buckets=3):
     found = {}
     for name in recipe.stores_of(config, "code"):
         options = {"tokenizer_sha256": "0" * 64, "vocab_size": encoder.vocab_size, "eos_id": eos}
-        if pieces.join(out / "tokens" / name, out / name, options, {}):
+        if join(out, options, {}, name):
             store = Store.open(out / name)
             rows = [store.document(i) for i in range(store.num_documents)]
             found[name] = [(row, store.read([row["start"]], row["num_tokens"])[0].tolist()) for row in rows]
@@ -222,16 +232,15 @@ def test_a_damaged_file_between_stages_is_found(cleaned, tokenizer):
             stores(cleaned, make_recipe(), tokenizer)
 
 
-def test_pieces_join_to_what_was_added_in_the_order_of_their_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "ROW_GROUP", 8)  # several to a piece
+def test_pieces_join_to_what_was_added_in_the_order_of_their_names(tmp_path):
     draw = np.random.default_rng(0)
     documents = [draw.integers(0, 70_000, draw.integers(0, 9)) for _ in range(40)]
     for piece in (1, 0, 2):
-        with pieces.PieceWriter(tmp_path / f"pieces/{piece:05d}", vocab_size=70_000, eos_id=7) as writer:
+        with pieces.PieceWriter(tmp_path / f"tokens/store/{piece:05d}", vocab_size=70_000, eos_id=7) as writer:
             for i in range(piece * 20, min(40, piece * 20 + 20)):
                 writer.add(documents[i], id=f"{i}", source="s", metadata={"n": i}, eos=i % 3 > 0)
     options = {"tokenizer_sha256": "0" * 64, "vocab_size": 70_000, "eos_id": 7}
-    info = pieces.join(tmp_path / "pieces", tmp_path / "store", options, {"validation_fraction": 0.25})
+    info = join(tmp_path, options, {"validation_fraction": 0.25})
     store = Store.open(tmp_path / "store", verify="sha256")
     assert store.num_documents == 40 and store.root_digest == info["root_digest"]
     assert 0 < info["num_train_tokens"] <= 0.75 * info["num_tokens"] + 9
@@ -243,20 +252,51 @@ def test_pieces_join_to_what_was_added_in_the_order_of_their_names(tmp_path, mon
             assert store.read([row["start"]], len(expected))[0].tolist() == expected
 
 
+@pytest.mark.parametrize("kind", ["plain", "masked", "pairs"])
+def test_a_store_of_parts_has_the_bytes_of_one_writers(tmp_path, monkeypatch, kind):
+    """Shards of 64 tokens, parts of two; pieces of none, of one document, of several shards."""
+    monkeypatch.setattr(store_parts, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(store_parts, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(pieces, "PART_TOKENS", 128)
+    monkeypatch.setattr(pieces, "BLOCK_TOKENS", 10)
+    monkeypatch.setattr(store_writer, "ROW_GROUP", 8)
+    draw, masked = np.random.default_rng(0), kind != "plain"
+    options = {"tokenizer_sha256": "0" * 64, "vocab_size": 70_000 if masked else 500, "eos_id": 7}
+    layout = {"shard_tokens": 64, "chunk_tokens": 16, "masked": masked, "pairs": kind == "pairs"}
+    init = store_writer.StoreWriter.__init__
+    monkeypatch.setattr(store_parts.StoreWriter, "__init__", lambda self, *a, **b: init(self, *a, **{**layout, **b}))
+    with store_writer.StoreWriter(tmp_path / "one", **options) as writer:
+        for piece, number in enumerate((3, 0, 60, 1, 20, 0)):
+            some = {"vocab_size": options["vocab_size"], "eos_id": 7, "masked": masked}
+            with pieces.PieceWriter(tmp_path / f"tokens/store/{piece:07d}", **some) as out:
+                for i in range(number):
+                    ids = draw.integers(0, 500, 2 + i % 30)
+                    mask = np.arange(len(ids)) % 2 if masked else None
+                    if kind == "pairs":
+                        mask[len(ids) // 2 :] |= 2
+                    one = {"id": f"{piece}-{i}", "source": "https://x:pw@y/z", "metadata": {"n": i}}
+                    for to in (writer, out):
+                        to.add(ids, **one, eos=not masked, mask=mask)
+        info = writer.finish(0.1)
+    assert join(tmp_path, options, {"validation_fraction": 0.1}, pairs=kind == "pairs") == info
+    assert Store.open(tmp_path / "store", verify="sha256").root_digest == info["root_digest"]
+    assert info["num_tokens"] > 64 * 8
+
+
 def test_pieces_that_do_not_fit_are_refused(tmp_path):
     options = {"tokenizer_sha256": "0" * 64, "vocab_size": 100, "eos_id": 7}
     with pytest.raises(ConfigError, match="token id 100, outside the vocabulary of 100"):
-        with pieces.PieceWriter(tmp_path / "pieces/00000", vocab_size=100, eos_id=7) as writer:
+        with pieces.PieceWriter(tmp_path / "tokens/store/00000", vocab_size=100, eos_id=7) as writer:
             writer.add([3, 100], id="a", source="s")
-    assert not list((tmp_path / "pieces").glob("*.parquet"))
-    with pieces.PieceWriter(tmp_path / "pieces/00000", vocab_size=100, eos_id=7) as writer:
+    assert not list((tmp_path / "tokens/store").glob("*.parquet"))
+    with pieces.PieceWriter(tmp_path / "tokens/store/00000", vocab_size=100, eos_id=7) as writer:
         writer.add([3, 4], id="a", source="s")
-    (tmp_path / "pieces/00000.tokens").write_bytes(b"\1\0\2\0")
+    (tmp_path / "tokens/store/00000.tokens").write_bytes(b"\1\0\2\0")
     with pytest.raises(StorageError, match="has 2 tokens, its documents 3"):
-        pieces.join(tmp_path / "pieces", tmp_path / "store", options, {})
+        join(tmp_path, options, {})
     assert not (tmp_path / "store/store.json").exists()
-    pq.write_table(DOCUMENTS.empty_table(), tmp_path / "pieces/00000.parquet")
-    assert pieces.join(tmp_path / "pieces", tmp_path / "store", options, {}) is None
+    pq.write_table(DOCUMENTS.empty_table(), tmp_path / "tokens/store/00000.parquet")
+    assert join(tmp_path, options, {}) is None
 
 
 def test_documents_are_read_back_as_they_were(tmp_path):

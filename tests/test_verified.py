@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from k2jax.data import document_table, store, verified
+from k2jax.data import document_table, store, store_writer, verified
 from k2jax.data.document_table import DocumentTable
 from k2jax.data.manifest import sha256_json
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.errors import ConfigError, DamagedError, StorageError
 
 PLACES = 60
@@ -26,7 +27,7 @@ def small():
     """Blocks and row groups as they are in a store of millions of documents: many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verified, "BLOCK", 2048)
-        for module in (store, document_table):
+        for module in (store, store_writer, document_table):
             patch.setattr(module, "ROW_GROUP", 100)
         yield
 

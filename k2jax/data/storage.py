@@ -162,14 +162,15 @@ def open_array(spec: dict[str, Any], cache_bytes: int = 0) -> ts.TensorStore:
 
 
 class ArrayWriter:
-    """Appends to a new array, a shard at a time; `size` counts what was appended."""
+    """Appends to a new array, a shard at a time; `size` counts what was appended.
 
-    def __init__(self, path: str, dtype: str, shard: int, chunk: int):
-        self.shard, self.chunk, self.size = shard, chunk, 0
+    Or writes a part of one that `create_array` made of `whole` elements: those from `size`, a multiple of `shard`, on.
+    """
+
+    def __init__(self, path: str, dtype: str, shard: int, chunk: int, *, size: int = 0, whole: int | None = None):
+        self.shard, self.chunk, self.size, self._whole = shard, chunk, size, whole
         self._buffer = np.empty(shard, dtype)
-        # By default a chunk of nothing but zeros is not stored, and looks like one that was lost.
-        spec = {**array_spec(path, dtype, 0, shard, chunk), "store_data_equal_to_fill_value": True}
-        self._array = ts.open(spec, create=True, context=bucket.context(0)).result()
+        self._array = _open_to_write(path, dtype, whole or 0, shard, chunk, create=whole is None)
 
     def append(self, values: np.ndarray) -> None:
         """Appends integers (n,), which must fit the array's dtype."""
@@ -189,8 +190,20 @@ class ArrayWriter:
         return self._array
 
     def _write(self, count: int) -> None:
-        self._array = self._array.resize(exclusive_max=[self.size]).result()
+        if self._whole is None:
+            self._array = self._array.resize(exclusive_max=[self.size]).result()
         self._array[self.size - count : self.size].write(self._buffer[:count]).result()
+
+
+def create_array(path: str, dtype: str, shard: int, chunk: int, whole: int) -> None:
+    """A new array of `whole` elements, to be written in parts."""
+    _open_to_write(path, dtype, whole, shard, chunk, create=True)
+
+
+def _open_to_write(path: str, dtype: str, size: int, shard: int, chunk: int, *, create: bool) -> ts.TensorStore:
+    # By default a chunk of nothing but zeros is not stored, and looks like one that was lost.
+    spec = {**array_spec(path, dtype, size, shard, chunk), "store_data_equal_to_fill_value": True}
+    return ts.open(spec, create=create, open=not create, context=bucket.context(0)).result()
 
 
 def searchsorted(array: ts.TensorStore, value: int) -> int:

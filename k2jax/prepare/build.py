@@ -158,10 +158,13 @@ def _make(
     options = {
         "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": encoder.vocab_size, "eos_id": eos
     }  # fmt: skip
-    joining = reads.view(config, reads.JOINING).to_dict()
-    join = partial(_join, config=joining, out=out, names=names, options=options)
-    work.describe("stores", outputs=tuple(names))
-    work.run(Stage("stores", len(names), join))
+    found = pieces.Pieces(stages, out, tuple(names), options)
+    work.describe("shards", outputs=(*names, "stages/layout", "stages/shards"))
+    work.run(Stage("layout", len(names), partial(pieces.lay_out, pieces=found)), "shards")
+    parts = found.parts()
+    work.run(Stage("shards", len(parts), partial(pieces.write_part, parts=parts, pieces=found)))
+    finish = partial(_finish, config=reads.view(config, reads.JOINING).to_dict(), found=found)
+    work.run(Stage("stores", len(names), finish))
 
     data = {"format": FORMAT, "config": redacted(config.to_dict()), **options}
     data |= {"inputs": inputs, "code": claim.codes(out)}
@@ -241,15 +244,15 @@ def left_out(*tallies: dict[str, Any]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _join(rank: int, *, config: dict[str, Any], out: Path, names: list[str], options: dict[str, Any]) -> None:
-    """A task: one store from its pieces. What a seqio task has for validation is held out, else a share of the end."""
-    recipe_of_all, stages, name = ConfigDict(config), out / "stages", names[rank]
-    options = {**options, "pairs": any(name in recipe.factors_of(recipe_of_all, one) for one in _pairs(recipe_of_all))}
-    held_out = {"validation_fraction": recipe_of_all.validation_fraction}
-    counts = token_sources.summary(recipe_of_all, stages)[1].get(name, {})
+def _finish(rank: int, *, config: dict[str, Any], found: pieces.Pieces) -> None:
+    """A task: completes a store. What a seqio task has for validation is held out, else a share of the end."""
+    whole, name = ConfigDict(config), found.stores[rank]
+    held_out = {"validation_fraction": whole.validation_fraction}
+    counts = token_sources.summary(whole, found.stages)[1].get(name, {})
     if "held_out_tokens" in counts:
         held_out = {"num_train_tokens": counts.get("tokens", 0)}
-    pieces.join(stages / "tokens" / name, out / name, options, held_out)
+    pairs = any(name in recipe.factors_of(whole, one) for one in _pairs(whole))
+    pieces.finish(name, pieces=found, held_out=held_out, pairs=pairs)
 
 
 def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from k2jax.prepare import before, claim, finished, made, plan
 from k2jax.prepare.made import Made, Unit
 
-OF_STEPS = ("limits", "deduplicate")  # stages whose later steps are known only when the earlier ones are over
+OF_STEPS = ("limits", "deduplicate", "kept", "shards")  # of which later steps are known when the earlier are over
 
 
 def look(config: ConfigDict, out: str | Path, *, other_code: bool = False) -> list[str]:

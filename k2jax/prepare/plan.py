@@ -1,9 +1,9 @@
 """What a preparation consists of, as made.py compares it: its units, what each reads, which it follows, what it writes.
 
-    template -> limits -> clean -> deduplicate -> kept -> (tokenizer) -> tokens -> stores
-                 files, contamination -> clean               token-sources -> stores
+    files; template -> limits, contamination -> clean -> deduplicate -> kept -> tokenizer
+    tokenizer -> tokens, token-sources -> shards -> stores
 
-`files`, `limits`, `clean`, `tokens` have a part for each subset of which it is true.
+`limits`, `clean` and `tokens` have a part for each subset. A tokenizer that is given follows nothing.
 """
 
 import hashlib
@@ -96,7 +96,8 @@ def units(config: ConfigDict, known: Facts) -> dict[str, Unit]:
     tokens = {f"tokens/{name}": _tokenized(config, name) for name in ranks}
     tokens |= {"token-sources": _converted(config, sorted(chunks), known)} if chunks else {}
     found |= tokens
-    found["stores"] = Unit(reads.values(config, reads.JOINING), ("tokenizer", *tokens))
+    found["shards"] = Unit({}, ("tokenizer", *tokens))
+    found["stores"] = Unit(reads.values(config, reads.JOINING), ("shards",))
     return found
 
 

@@ -12,7 +12,8 @@ from faults import runs
 from k2jax import config as configuration
 from k2jax import doctor
 from k2jax.data.provenance import open_run, which_steps
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.errors import ConfigError, NumericsError, run_main
 from k2jax.parallel import cluster
 from k2jax.replay import replay

@@ -14,7 +14,8 @@ from k2jax.data.epochs import decide, read_epochs
 from k2jax.data.journal import append_entry, read_journal
 from k2jax.data.loader import batch_digest, make_loader
 from k2jax.data.manifest import sha256_json
-from k2jax.data.store import Store, StoreWriter
+from k2jax.data.store import Store
+from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import StorageError
 from k2jax.parallel import sharding

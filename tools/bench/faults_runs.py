@@ -23,7 +23,7 @@ from k2jax import files
 from k2jax.data.chunks import chunk_of_step
 from k2jax.data.epochs import order_of, read_epochs
 from k2jax.data.journal import read_journal
-from k2jax.data.store import StoreWriter
+from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256, train_bpe
 from k2jax.parallel import sharding
 from k2jax.run.checkpoint import Checkpoints

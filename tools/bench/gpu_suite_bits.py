@@ -17,7 +17,7 @@ import numpy as np
 from gpu_suite_cases import Row, tried
 
 from k2jax import files
-from k2jax.data.store import StoreWriter
+from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.run.ledger import Ledger
 

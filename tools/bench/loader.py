@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from k2jax.data.loader import make_loader  # noqa: E402
 from k2jax.data.manifest import build_manifest  # noqa: E402
 from k2jax.data.order import Order  # noqa: E402
-from k2jax.data.store import Store, StoreWriter  # noqa: E402
+from k2jax.data.store import Store  # noqa: E402
+from k2jax.data.store_writer import StoreWriter  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402
 
 LENGTH, ROWS, VOCAB_SIZE = 2048, 32, 32_032

@@ -199,7 +199,7 @@ def write_store(folder: Path) -> None:
     import numpy as np
     from tokenizers import Tokenizer, models
 
-    from k2jax.data.store import StoreWriter
+    from k2jax.data.store_writer import StoreWriter
     from k2jax.data.tokenizer import tokenizer_sha256
 
     Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
