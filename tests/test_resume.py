@@ -16,7 +16,8 @@ from ml_collections import ConfigDict  # noqa: E402
 from test_build import different_files, words  # noqa: E402
 
 from k2jax.data.tokenizer import train_bpe  # noqa: E402
-from k2jax.prepare import build, recipe  # noqa: E402
+from k2jax.errors import ConfigError  # noqa: E402
+from k2jax.prepare import build, dry_run, reads, recipe, work  # noqa: E402
 
 PAGES = [f"Page {i}: {words(200 + i, 60)}" for i in range(16)]
 BOOKS = [f"Book {i}.\n{words(i, 40 + 5 * i)}" for i in range(12)] + [page.replace("Page", "Leaf") for page in PAGES[:2]]
@@ -60,12 +61,46 @@ def recipe_of(corpus: Path) -> ConfigDict:
     return c
 
 
+def keys_given(stage: work.Stage) -> set[str]:
+    """The keys of the recipe that a stage's tasks are given."""
+    values = [*stage.function.args, *stage.function.keywords.values()]
+    given = [one for one in values if isinstance(one, (dict, ConfigDict)) and "subsets" in one]
+    return {key for one in given for key in reads.flat(ConfigDict(one).to_dict())}
+
+
 @pytest.fixture(scope="module")
-def begun(corpus, tmp_path_factory) -> Path:
+def run() -> list[tuple[str, work.Stage]]:
+    """The stages that made `begun`, with the names of their units."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def begun(corpus, run, tmp_path_factory) -> Path:
     """A finished folder with its stages."""
     out = tmp_path_factory.mktemp("begun") / "out"
-    build.build(recipe_of(corpus).lock(), out, workers=1, keep_stages=True)
+    really = work.Work.run
+
+    def noting(self, stage, name=""):
+        run.append((self.name_of(stage, name), stage))
+        really(self, stage, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work.Work, "run", noting)
+        build.build(recipe_of(corpus).lock(), out, workers=1, keep_stages=True)
     return out
+
+
+def test_a_task_is_given_no_key_that_its_stage_is_not_compared_by(begun, run):
+    """But those that change nothing of what comes out. Seen red with the whole recipe given to `tokens`."""
+    rows, seen = json.loads((begun / "stages/made.json").read_bytes()), set()
+    for name, stage in run:
+        compared = {key for unit, row in rows.items() if unit.partition("/")[0] == name for key in row["reads"]}
+        if name == "limits":  # of the subsets that have none, too
+            compared |= {key.replace("web", other) for key in compared for other in ("books", "code")}
+        given = {key for key in keys_given(stage) if stage.tasks and key.rpartition(".")[2] != "max_unreadable"}
+        assert given <= compared, f"{stage.name}: {sorted(given - compared)}"
+        seen |= {name} if given else set()
+    assert seen == {"files", "limits", "clean", "tokenizer", "tokens", "stores"}
 
 
 def marks(out: Path) -> dict[str, dict[str, int]]:
@@ -222,21 +257,135 @@ def _(c, corpus):
     (corpus / "blocked").write_text("b.example\n")
 
 
+OF_FILES = ("a file less", "a file more of one that is cut", "other blocked domains")
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("one", CHANGES, ids=lambda one: one.name)
 def test_a_changed_recipe_in_an_old_folder_gives_what_a_fresh_one_gets(one, corpus, begun, tmp_path):
     """And does again the stages that it is said to, no other."""
-    ours = tmp_path / "corpus"  # both recipes name the same paths
     old, new = tmp_path / "old", tmp_path / "new"
-    shutil.copytree(corpus, ours)
-    config = recipe_of(ours)
-    build.build(config.lock(), old, workers=1, keep_stages=True)
-    before = marks(old)
-    config.unlock()
-    one.make(config, ours)
+    if one.name in OF_FILES:
+        shutil.copytree(corpus, tmp_path / "corpus")
+        corpus = tmp_path / "corpus"
+        build.build(recipe_of(corpus).lock(), old, workers=1, keep_stages=True)
+    else:
+        shutil.copytree(begun, old)
+    before, config = marks(old), recipe_of(corpus)
+    one.make(config, corpus)
     recipe.validate(config)
     build.build(config.lock(), old, workers=1, keep_stages=True)
     assert set(done_again(before, marks(old))) == one.again
     build.build(config, new, workers=1)
     shutil.rmtree(old / "stages")
     assert different_files(old, new) == []
+
+
+@pytest.fixture
+def old(begun, tmp_path) -> Path:
+    """A finished folder with its stages, to be changed."""
+    shutil.copytree(begun, tmp_path / "old")
+    return tmp_path / "old"
+
+
+def without_stages(out: Path) -> Path:
+    copy = out.with_name("without")
+    shutil.copytree(out, copy, ignore=shutil.ignore_patterns("stages"))
+    return copy
+
+
+def test_of_a_changed_subset_alone_the_ranks_are_done_again_and_all_is_said_first(old, corpus, tmp_path, capsys):
+    c = recipe_of(corpus)
+    c.subsets.books.max_document_bytes = 450
+    before = marks(old)
+    build.build(c.lock(), old, workers=1, keep_stages=True)
+    again = done_again(before, marks(old))
+    assert again["clean"] == [0, 1] and len(before["clean"]) == 5 and set(again) == CLEAN
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == [
+        "stage clean: again for books (subsets.books.max_document_bytes was 0, is 450)",
+        "stage deduplicate: again (follows clean)",
+        "stage kept: again (follows deduplicate)",
+    ]
+    build.build(c, tmp_path / "new", workers=1, keep_stages=True)
+    assert different_files(old / "books", tmp_path / "new/books") == []
+    for folder in ("clean", "duplicates", "tokens"):
+        assert different_files(old / "stages" / folder, tmp_path / "new/stages" / folder) == []
+
+
+def test_what_no_stage_reads_is_changed_in_a_finished_folder_without_its_stages(old, corpus, capsys):
+    """As where the stages are there, to the byte."""
+    c, bare = recipe_of(corpus), without_stages(old)
+    c.subsets.code.repeats, c.slurm.partition = 3.0, "cpu"
+    data, was_there = build.build(c.lock(), bare, workers=1)
+    assert data["mix"] == {"books": 1, "code": 3, "web": 1} and not was_there
+    assert "card are written anew (slurm.partition was \"\", is cpu; subsets.code.repeats was 1.0, is 3.0)" in (
+        capsys.readouterr().err
+    )
+    assert build.build(c, bare, workers=1) == (data, True) and not (bare / "stages").exists()
+    before = marks(old)
+    build.build(c, old, workers=1, keep_stages=True)
+    assert marks(old) == before
+    shutil.rmtree(old / "stages")
+    assert different_files(old, bare) == []
+    card = json.loads((bare / "card/data.json").read_bytes())
+    card["config"]["subsets"]["code"]["repeats"], card["stores"] = 2.0, {}
+    (bare / "card/data.json").write_text(json.dumps(card))
+    build.build(c, bare)  # as after a kill between data.json and the card
+    assert different_files(old, bare) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("vocab_size", 400, "vocab_size was 330, is 400.: that begins again at stage tokenizer"),
+        ("tokenizer", "x.json", "recipe .tokenizer was \"\", is x.json.: that begins again at stage tokenizer"),
+        ("bucket_bytes", 1, "at stage kept"),
+    ],
+)
+def test_what_stages_that_are_gone_would_be_needed_for_is_refused_and_nothing_is_touched(
+    begun, corpus, tmp_path, key, value, expected
+):
+    bare, c = tmp_path / "bare", recipe_of(corpus)
+    shutil.copytree(begun, bare, ignore=shutil.ignore_patterns("stages"))
+    c[key] = value
+    with pytest.raises(ConfigError, match=expected):
+        build.build(c.lock(), bare, workers=1)
+    with pytest.raises(ConfigError, match=expected):
+        dry_run.look(c, bare)
+    assert different_files(begun, bare) == [f"stages/{path}" for path in everything(begun / "stages")]
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_finished_folder_with_its_stages_is_left_as_it_is(old, corpus):
+    before = {path: path.stat().st_mtime_ns for path in old.rglob("*") if path.name != "lock" and path.is_file()}
+    assert build.build(recipe_of(corpus).lock(), old, workers=1, keep_stages=True)[1]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(old, corpus, tmp_path):
+    c = recipe_of(corpus)
+    assert dry_run.look(c, tmp_path / "none/out") == [
+        *(f"stage {stage}: to do" for stage in (
+            "files", "limits", "clean", "deduplicate", "kept", "tokenizer", "tokens", "shards", "stores"
+        )),
+        "data.json and card: to be written",
+    ]  # fmt: skip
+    assert not (tmp_path / "none").exists()
+    whole = {str(path): path.stat().st_mtime_ns for path in old.rglob("*")}
+    assert {line.partition(": ")[2] for line in dry_run.look(c, old)} == {"done"}
+    c.subsets.web.nfc, c.validation_fraction = True, 0.5
+    found = dry_run.look(c, old)
+    assert found[2] == "stage clean: again for web (subsets.web.nfc was false, is true); 3 tasks stay done"
+    assert found[-2:] == [
+        "stage stores: again (validation_fraction was 0.2, is 0.5; follows shards)",
+        "data.json and card: to be written (subsets.web.nfc was false, is true; validation_fraction was 0.2, is 0.5)",
+    ]
+    assert whole == {str(path): path.stat().st_mtime_ns for path in old.rglob("*")}
+    (old / "stages/done/tokens/completions/00001").unlink()
+    (old / "data.json").unlink()
+    found = dry_run.look(recipe_of(corpus), old)
+    assert found[6].startswith("stage tokens: partly done (") and found[5] == "stage tokenizer: done"

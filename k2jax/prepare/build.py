@@ -104,7 +104,7 @@ def _clear(config: ConfigDict, out: Path, work: Work, data: dict[str, Any] | Non
     """Removes what is not of this recipe, having said what and why; data.json first, which says that all is there."""
     told = work.stale_lines()
     if data and not told:
-        told = [f"data.json and card are written anew ({'; '.join(finished.changes(data, config))})"]
+        told = [f"data.json and card are written anew ({'; '.join(finished.changes(data, config).values())})"]
     for line in told:
         print(line, file=sys.stderr, flush=True)
     (out / "data.json").unlink(missing_ok=True)

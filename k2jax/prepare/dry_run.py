@@ -17,7 +17,7 @@ def look(config: ConfigDict, out: str | Path, *, other_code: bool = False) -> li
     """A line a stage. Raises ConfigError and StorageError where the command itself would, before it writes."""
     config, out = claim.numbered(config), Path(out).absolute()
     data = finished.read(out) if (out / "data.json").exists() else None
-    changed = finished.changes(data, config) if data else []
+    changed = list(finished.changes(data, config).values()) if data else []
     if data and finished.is_left(config, out, data):
         return [f"{out}: finished, it is left as it is"]
     if data and not claim.has_stages(out):

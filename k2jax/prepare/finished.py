@@ -47,8 +47,8 @@ def is_left(config: ConfigDict, out: Path, data: dict[str, Any]) -> bool:
     return not has_stages and not changes(data, config)
 
 
-def changes(data: dict[str, Any], config: ConfigDict) -> list[str]:
-    """"KEY was X, is Y" of each that is asked for otherwise than data.json has it."""
+def changes(data: dict[str, Any], config: ConfigDict) -> dict[str, str]:
+    """{key: "KEY was X, is Y"} of each that is asked for otherwise than data.json has it."""
     was, now = reads.flat(_as_now(data["config"])), reads.flat(json.loads(json.dumps(redacted(config.to_dict()))))
     return made.changes(was, now)
 
@@ -72,7 +72,9 @@ def check_possible(config: ConfigDict, out: Path, data: dict[str, Any]) -> None:
     was, now = (plan.units(one, plan.named(one, data["inputs"])) for one in (before, config))
     for name in [*now, *was]:
         if was.get(name) != now.get(name):
-            what = made.changes(*(one[name].reads if name in one else {} for one in (was, now)))
+            read = [one[name].reads if name in one else {} for one in (was, now)]
+            keys = [what for key, what in changes(data, config).items() if key in read[0] | read[1]]
+            what = keys or list(made.changes(*read).values())
             raise ConfigError(
                 f"--out={out} was made by another recipe ({'; '.join(what[:3])}): that begins again at stage {name}, "
                 "and what it reads is gone (--keep_stages keeps it): remove the folder or choose another"
@@ -86,7 +88,7 @@ def rewritten(config: ConfigDict, out: Path, data: dict[str, Any], other_code: b
     """
     check_possible(config, out, data)
     code = claim.with_ours(data["code"] if "code" in data else ["unknown"], out, other_code)
-    print(f"{out}: data.json and card are written anew ({'; '.join(changes(data, config))})", file=sys.stderr)
+    print(f"{out}: data.json and card are written anew ({'; '.join(changes(data, config).values())})", file=sys.stderr)
     (out / "stages").mkdir(exist_ok=True, mode=0o700)
     with claim.locked(out):
         opened = {name: Store.open(out / name) for name in data["stores"]}

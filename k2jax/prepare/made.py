@@ -57,7 +57,7 @@ class Made:
         return found
 
     def _why(self, row: dict[str, Any], unit: Unit, found: dict[str, list[str]]) -> list[str]:
-        why = (["it was being removed"] if row["stale"] else []) + changes(row["reads"], unit.reads)
+        why = [*["it was being removed"] * row["stale"], *changes(row["reads"], unit.reads).values()]
         if unit.ranks and row["ranks"] != list(unit.ranks):
             why.append("its tasks have other numbers")
         stamps = {name: self.rows[name]["stamp"] for name in unit.follows if name in self.rows and name not in found}
@@ -147,13 +147,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """"dedup.near was true, is false" for each that differs."""
-    return [
-        f"{key} was {_value(was, key)}, is {_value(now, key)}"
+def changes(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """{key: "KEY was true, is false"} of each that differs."""
+    return {
+        key: f"{key} was {_value(was, key)}, is {_value(now, key)}"
         for key in sorted(was | now)
         if (key in was) != (key in now) or was[key] != now[key]
-    ]
+    }
 
 
 def _value(values: dict[str, Any], key: str) -> str:

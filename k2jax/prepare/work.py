@@ -35,14 +35,16 @@ class Work:
         self._made.begin(plan.of_stage(self.units, name))
 
     def run(self, stage: Stage, name: str = "") -> None:
-        """Runs what is not complete of a stage, which is of the units `name`, else of those that its own begins with:
-        "limits-0" is of "limits"."""
-        names = dict.fromkeys(one.partition("/")[0] for one in self.units)
-        name = name or next((one for one in names if f"{stage.name}-".startswith(f"{one}-")), "")
-        units = plan.of_stage(self.units, name)
+        """Runs what is not complete of a stage, which is of the units `name_of` it."""
+        units = plan.of_stage(self.units, self.name_of(stage, name))
         assert units or not stage.tasks, stage.name
         self._made.begin(units, stage.name, stage.tasks)
         self._engine.run(stage)
+
+    def name_of(self, stage: Stage, name: str = "") -> str:
+        """`name`, else what the stage's own begins with: "limits-0" is of "limits"."""
+        names = dict.fromkeys(one.partition("/")[0] for one in self.units)
+        return name or next((one for one in names if f"{stage.name}-".startswith(f"{one}-")), "")
 
     def begin_limits(self) -> None:
         """Limits are found together: where one is new, what was found on the way to others is not gone on with."""
