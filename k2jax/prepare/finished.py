@@ -68,8 +68,8 @@ def _as_now(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_possible(config: ConfigDict, out: Path, data: dict[str, Any]) -> None:
     """Raises ConfigError where a stage reads what has changed: what lay between documents and stores is gone."""
-    before = ConfigDict(_as_now(data["config"]))
-    was, now = (plan.units(one, plan.named(one, data["inputs"])) for one in (before, config))
+    both = (ConfigDict(one) for one in (_as_now(data["config"]), _as_now(redacted(config.to_dict()))))
+    was, now = (plan.units(one, plan.named(one, data["inputs"])) for one in both)
     for name in [*now, *was]:
         if was.get(name) != now.get(name):
             read = [one[name].reads if name in one else {} for one in (was, now)]

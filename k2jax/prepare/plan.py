@@ -20,6 +20,7 @@ from k2jax.prepare import clean, dealing, pii, reads, recipe, spm
 from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.files import list_files
 from k2jax.prepare.made import Unit
+from k2jax.text import without_secrets
 
 CLEANED = (
     "documents/{rank}.jsonl.zst", "index/{rank}.parquet", "removed/{rank}.jsonl.zst", "contamination/{rank}.json",
@@ -49,7 +50,9 @@ def facts(config: ConfigDict, tokenizer: Tokenizer | None, template: list | None
     files = {chosen[key] for chosen in config.subsets.values() for key in ("language_model", "url_blocklist")}
     return Facts(
         inputs=clean.check(config),
-        evaluation=dealing.summary({source: list_files(source) for source in config.contamination.sources}),
+        evaluation=dealing.summary(
+            {without_secrets(source): list_files(source) for source in config.contamination.sources}
+        ),
         rules={path: _sha256_of(path, Path(path).stat().st_mtime_ns) for path in sorted(files - {""})},
         tokenizer=given,
         template=sha256_json(template) if template else "",

@@ -20,7 +20,8 @@ def shown(name: str, num_tasks: int, marks: Path) -> Iterator[None]:
     """Tells of the files that appear in `marks` during this block; nothing of what is over before the first line."""
     over = threading.Event()
     show = _bar if sys.stderr.isatty() else _lines
-    thread = threading.Thread(target=show, args=(name, num_tasks, marks, over), daemon=True)
+    before = count(marks)  # of an earlier attempt: they say nothing of the rate
+    thread = threading.Thread(target=show, args=(name, num_tasks, marks, before, over), daemon=True)
     thread.start()
     try:
         yield
@@ -29,8 +30,8 @@ def shown(name: str, num_tasks: int, marks: Path) -> Iterator[None]:
         thread.join()
 
 
-def _bar(name: str, num_tasks: int, marks: Path, over: threading.Event) -> None:
-    with tqdm(desc=name, total=num_tasks, unit="task", leave=False) as bar:
+def _bar(name: str, num_tasks: int, marks: Path, before: int, over: threading.Event) -> None:
+    with tqdm(desc=name, total=num_tasks, initial=before, unit="task", leave=False) as bar:
         pause = PAUSE_S
         while not over.wait(pause):
             began = time.monotonic()
@@ -38,19 +39,13 @@ def _bar(name: str, num_tasks: int, marks: Path, over: threading.Event) -> None:
             pause = pause_after(time.monotonic() - began)
 
 
-def _lines(name: str, num_tasks: int, marks: Path, over: threading.Event) -> None:
-    began, pause, before = time.monotonic(), FIRST_LINE_S, None
-    while True:
+def _lines(name: str, num_tasks: int, marks: Path, before: int, over: threading.Event) -> None:
+    began, pause = time.monotonic(), FIRST_LINE_S
+    while not over.wait(pause):
         looked = time.monotonic()
         done = count(marks)
-        if before is None:
-            before = done  # of an earlier attempt: they say nothing of the rate
-        else:
-            line = line_of(name, done, num_tasks, done - before, looked - began)
-            print(line, file=sys.stderr, flush=True)
-            pause = min(LONGEST_S, pause * GROWTH)
-        if over.wait(max(pause, pause_after(time.monotonic() - looked))):
-            return
+        print(line_of(name, done, num_tasks, done - before, looked - began), file=sys.stderr, flush=True)
+        pause = max(min(LONGEST_S, pause * GROWTH), pause_after(time.monotonic() - looked))
 
 
 def count(marks: Path) -> int:
@@ -73,8 +68,9 @@ def line_of(name: str, done: int, num_tasks: int, since: int, elapsed_s: float) 
     if not since:
         return f"{text}, none of them in the last {duration(elapsed_s)}"
     rate = since / elapsed_s
-    unit, times = next(((unit, s) for unit, s in (("second", 1), ("minute", 60)) if rate * s >= 1), ("hour", 3600))
-    return f"{text}, {rate * times:.3g} a {unit}, about {duration((num_tasks - done) / rate)} left"
+    units = (("a second", 1), ("a minute", 60))
+    unit, times = next(((unit, s) for unit, s in units if rate * s >= 1), ("an hour", 3600))
+    return f"{text}, {rate * times:.3g} {unit}, about {duration((num_tasks - done) / rate)} left"
 
 
 def duration(seconds: float) -> str:
