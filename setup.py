@@ -91,8 +91,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["k2jax", "k2jax.*"]), "k2jax.kernels"],
-    package_dir={"k2jax.kernels": "kernels"},
+    packages=[*find_packages(include=["k2jax", "k2jax.*"]), "k2jax.kernels", "k2jax.tools"],
+    package_dir={"k2jax.kernels": "kernels", "k2jax.tools": "tools"},
+    entry_points={"console_scripts": ["k2jax = k2jax.command:main"]},
     package_data={
         "k2jax.plan": ["*.txtpb"],
         "k2jax.launch": ["templates/*.sh"],

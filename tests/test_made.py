@@ -158,7 +158,7 @@ OF_FILES = {"tokenizer", "add_k2_tokens", "eos", "chat.template", "chat.name", "
 def test_every_key_is_some_stages_or_known_to_be_none():
     c = recipe.base()
     c.tokenizer, c.contamination.sources = "", ("jsonl:y",)
-    c.subsets.SUBSET = recipe.conversations("jsonl:x", pairs=True, max_bytes=5)
+    c.subsets.SUBSET = recipe.conversations("jsonl:x", pairs=True, max_bytes=5, tasks=1)
     read = {key for unit in plan.units(c, plan.named(c, {"SUBSET": {"files": 1, "bytes": 1, "digest": ""}})).values()
             for key in unit.reads}  # fmt: skip
     assert every_key() - read == OF_NO_STAGE | OF_FILES - {"eos"} | {"eos"}
@@ -166,7 +166,7 @@ def test_every_key_is_some_stages_or_known_to_be_none():
 
 def test_a_stage_that_reads_a_key_of_another_ends():
     c = recipe.base()
-    c.subsets.web = recipe.subset("jsonl:x", nfc=True)
+    c.subsets.web = recipe.subset("jsonl:x", nfc=True, tasks=1)
     tokenizing = reads.view(c, reads.TOKENIZING)
     assert tokenizing.subsets.web.fim_rate == 0.0 and not tokenizing.subsets.web.conversations
     for section, key in ((tokenizing.subsets.web, "nfc"), (tokenizing.subsets.web, "repeats"), (tokenizing, "dedup")):

@@ -22,10 +22,10 @@ from k2jax.prepare import build, dry_run, reads, recipe, work  # noqa: E402
 PAGES = [f"Page {i}: {words(200 + i, 60)}" for i in range(16)]
 BOOKS = [f"Book {i}.\n{words(i, 40 + 5 * i)}" for i in range(12)] + [page.replace("Page", "Leaf") for page in PAGES[:2]]
 CODE = [f"def f{i}():\n    return {words(100 + i, 30)!r}\n" for i in range(10)]
-TOKENS = {"tokens", "layout", "shards", "stores"}
+TOKENS = {"tokens", "shards", "stores"}
 KEPT = {"kept", "tokenizer", *TOKENS}
-DEDUP = {"ids", "exact", "signatures", "near", "clusters", "duplicates", *KEPT}
-CLEAN = {"clean", *DEDUP}
+CLEAN = {"clean", "deduplicate", *KEPT}
+LIMITS = {"files", *CLEAN}  # there are tasks of dealing out only where limits are to be found
 
 
 @pytest.fixture(scope="module")
@@ -95,27 +95,30 @@ def test_a_task_is_given_no_key_that_its_stage_is_not_compared_by(begun, run):
     rows, seen = json.loads((begun / "stages/made.json").read_bytes()), set()
     for name, stage in run:
         compared = {key for unit, row in rows.items() if unit.partition("/")[0] == name for key in row["reads"]}
-        if name == "limits":  # of the subsets that have none, too
+        if name == "files":  # of the subsets that have no limit, too
             compared |= {key.replace("web", other) for key in compared for other in ("books", "code")}
         given = {key for key in keys_given(stage) if stage.tasks and key.rpartition(".")[2] != "max_unreadable"}
         assert given <= compared, f"{stage.name}: {sorted(given - compared)}"
         seen |= {name} if given else set()
-    assert seen == {"files", "limits", "clean", "tokenizer", "tokens", "stores"}
+    assert seen == {"files", "clean", "tokenizer", "tokens", "stores"}
 
 
 def marks(out: Path) -> dict[str, dict[str, int]]:
-    """When each rank of each stage was done."""
+    """When each rank of each stage was done; those of steps by their stage's name."""
+    rows = json.loads((out / "stages/made.json").read_bytes())
+    stage_of = {step: unit.partition("/")[0] for unit, row in rows.items() for step in row["stages"]}
     found: dict[str, dict[str, int]] = {}
     for path in out.glob("stages/done/*/completions/*"):
-        stage = "limits" if path.parts[-3].startswith("limits-") else path.parts[-3]
-        found.setdefault(stage, {})[path.name] = path.stat().st_mtime_ns
+        step, rank = path.parts[-3], path.name
+        stage = stage_of[step]
+        found.setdefault(stage, {})[rank if step == stage else f"{step} {rank}"] = path.stat().st_mtime_ns
     return found
 
 
-def done_again(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> dict[str, list[int]]:
+def done_again(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> dict[str, list[str]]:
     """{stage: ranks} that ran between the two."""
     found = {
-        stage: sorted(int(rank) for rank, when in ranks.items() if before.get(stage, {}).get(rank) != when)
+        stage: sorted(rank for rank, when in ranks.items() if before.get(stage, {}).get(rank) != when)
         for stage, ranks in after.items()
     }
     return {stage: ranks for stage, ranks in found.items() if ranks}
@@ -176,12 +179,12 @@ def _(c, corpus):
     c.bucket_bytes = 6000
 
 
-@change("near", DEDUP - {"signatures", "near"})
+@change("near", CLEAN - {"clean"})
 def _(c, corpus):
     c.dedup.near = False
 
 
-@change("priority", DEDUP)
+@change("priority", CLEAN - {"clean"})
 def _(c, corpus):
     c.subsets.books.priority = 2
 
@@ -196,17 +199,17 @@ def _(c, corpus):
     c.subsets.web.nfc = True
 
 
-@change("a limit", {"files", "limits", *CLEAN})
+@change("a limit", LIMITS)
 def _(c, corpus):
     c.subsets.web.max_bytes = 3500
 
 
-@change("another limit", {"files", "limits", *CLEAN})
+@change("another limit", LIMITS)
 def _(c, corpus):
     c.subsets.code.max_bytes = 800
 
 
-@change("no limit", {"files", *CLEAN})
+@change("no limit", CLEAN)
 def _(c, corpus):
     c.subsets.web.max_bytes = 0
 
@@ -216,37 +219,37 @@ def _(c, corpus):
     c.contamination.sources, c.contamination.remove = (f"jsonl:{corpus}/evaluation.jsonl",), True
 
 
-@change("seed", {"files", "limits", *CLEAN})
+@change("seed", LIMITS)
 def _(c, corpus):
     c.seed = 5
 
 
-@change("one subset less", {"files", *CLEAN})
+@change("one subset less", CLEAN)
 def _(c, corpus):
     del c.subsets.books
 
 
-@change("one subset more", {"files", *CLEAN})
+@change("one subset more", CLEAN)
 def _(c, corpus):
     c.subsets.xtra = recipe.subset(f"text:{corpus}/extra.txt")
 
 
-@change("one subset more before others", {"files", *CLEAN})
+@change("one subset more before others", CLEAN)
 def _(c, corpus):
     c.subsets.a = recipe.subset(f"text:{corpus}/extra.txt")
 
 
-@change("fewer tasks", {"files", *CLEAN})
+@change("fewer tasks", CLEAN)
 def _(c, corpus):
     c.subsets.books.tasks = 1
 
 
-@change("a file less", {"files", *CLEAN})
+@change("a file less", CLEAN)
 def _(c, corpus):
     (corpus / "books/03.txt").unlink()
 
 
-@change("a file more of one that is cut", {"files", "limits", *CLEAN})
+@change("a file more of one that is cut", LIMITS)
 def _(c, corpus):
     row = {"text": f"New: {words(7, 50)}", "url": "https://b.example/n"}
     (corpus / "web/9.jsonl").write_text(json.dumps(row) + "\n")
@@ -300,7 +303,7 @@ def test_of_a_changed_subset_alone_the_ranks_are_done_again_and_all_is_said_firs
     before = marks(old)
     build.build(c.lock(), old, workers=1, keep_stages=True)
     again = done_again(before, marks(old))
-    assert again["clean"] == [0, 1] and len(before["clean"]) == 5 and set(again) == CLEAN
+    assert again["clean"] == ["00000", "00001"] and len(before["clean"]) == 5 and set(again) == CLEAN
     said = capsys.readouterr().err.splitlines()
     assert said[:3] == [
         "stage clean: again for books (subsets.books.max_document_bytes was 0, is 450)",
@@ -370,7 +373,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(old, corpus, tmp_p
     c = recipe_of(corpus)
     assert dry_run.look(c, tmp_path / "none/out") == [
         *(f"stage {stage}: to do" for stage in (
-            "files", "limits", "clean", "deduplicate", "kept", "tokenizer", "tokens", "shards", "stores"
+            "files", "clean", "deduplicate", "kept", "tokenizer", "tokens", "shards", "stores"
         )),
         "data.json and card: to be written",
     ]  # fmt: skip
@@ -379,7 +382,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(old, corpus, tmp_p
     assert {line.partition(": ")[2] for line in dry_run.look(c, old)} == {"done"}
     c.subsets.web.nfc, c.validation_fraction = True, 0.5
     found = dry_run.look(c, old)
-    assert found[2] == "stage clean: again for web (subsets.web.nfc was false, is true); 3 tasks stay done"
+    assert found[1] == "stage clean: again for web (subsets.web.nfc was false, is true); 3 tasks stay done"
     assert found[-2:] == [
         "stage stores: again (validation_fraction was 0.2, is 0.5; follows shards)",
         "data.json and card: to be written (subsets.web.nfc was false, is true; validation_fraction was 0.2, is 0.5)",
@@ -388,4 +391,4 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(old, corpus, tmp_p
     (old / "stages/done/tokens/completions/00001").unlink()
     (old / "data.json").unlink()
     found = dry_run.look(recipe_of(corpus), old)
-    assert found[6].startswith("stage tokens: partly done (") and found[5] == "stage tokenizer: done"
+    assert found[5].startswith("stage tokens: partly done (") and found[4] == "stage tokenizer: done"

@@ -45,6 +45,7 @@ from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.cores import cores
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
+from k2jax.prepare.listing import Listing
 from k2jax.prepare.made import Made
 from k2jax.prepare.work import Work
 from k2jax.text import redacted
@@ -80,16 +81,18 @@ def build(
             check_executor(executor, config.slurm.to_dict())
             before.check_writable(out)
             given = before.given(config)
-            known = plan.facts(config, given.tokenizer, given.told())
+            listing = clean.check(config)
+            whole = dealing.settled(config, listing)
+            known = plan.facts(whole, listing, given.tokenizer, given.told())
             set_environment(executor, workers)
             out.mkdir(parents=True, exist_ok=True)
             with claim.claimed(config, out, other_code):
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
-                work = Work(engine, Made(out), plan.units(config, known))
+                work = Work(engine, Made(out), plan.units(whole, known))
                 was_there = data is not None and work.is_complete() and not finished.changes(data, config)
                 if not was_there:
                     _clear(config, out, work, data)
-                    data = _make(config, out, work, given, known.inputs)
+                    data = _make(whole, out, work, given, listing)
         if not keep_stages:
             shutil.rmtree(out / "stages", ignore_errors=True)
     except OSError as error:
@@ -114,15 +117,15 @@ def _clear(config: ConfigDict, out: Path, work: Work, data: dict[str, Any] | Non
 
 
 def _make(
-    config: ConfigDict, out: Path, work: Work, given: before.Given, inputs: dict[str, Any]
+    config: ConfigDict, out: Path, work: Work, given: before.Given, listing: dict[str, Listing]
 ) -> dict[str, Any]:
     stages, tokenizer = out / "stages", out / "tokenizer.json"
     work.begin("template")
     if given.tokenizer:
         work.begin("tokenizer")
     before.take(config, out, given)
-    work.begin_limits()
-    dealing.deal(config, out, work, inputs)
+    work.begin_files()
+    inputs = dealing.deal(config, out, work.of("files"), listing)
     for stage in clean.stages(config, out):
         work.run(stage)
     dedup = reads.view(config, reads.DEDUPLICATION)
@@ -260,7 +263,7 @@ def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
     stages = out / "stages"
     token_subsets, token_stores = token_sources.summary(config, stages)
     subset_of = {name: counts["subset"] for name, counts in token_stores.items()}
-    for name in sorted({task.subset for task in recipe.tasks(config)}):
+    for name in recipe.names(config):
         subset_of |= dict.fromkeys(recipe.factors_of(config, name), name)
     opened = {name: Store.open(out / name) for name in names if (out / name / "store.json").exists()}
     mix = finished.mix_of(config, {name: subset_of[name] for name in opened}, opened)
@@ -290,11 +293,24 @@ def describe(data: dict[str, Any]) -> str:
             f"{name:<24}{row['documents']:>10,}{row['bytes'] / 1e6:>9,.2f} MB{row['tokens']:>13,}"
             f"{row['tokens'] - row['train_tokens']:>11,}{row['repeats']:>9g}"
         )
+    lines += _describe_held_out(data)
     for name, counts in data["subsets"].items():
         reasons = left_out(*counts.values())
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         lines += [f"left out of {name}: {why}"] if why else []
     return "\n".join(lines + _describe_chat(data["chat"]) if "chat" in data else lines)
+
+
+def _describe_held_out(data: dict[str, Any]) -> list[str]:
+    """Held out are whole documents, so that a share of a small store may be none."""
+    share = data["config"]["validation_fraction"]
+    none = [name for name, row in data["stores"].items() if row["tokens"] == row["train_tokens"]]
+    if not none or not share:
+        return []
+    return [
+        f"nothing is held out of {', '.join(none)}: the last document is larger than validation_fraction={share:g} of "
+        "the tokens: training will say no validation loss of it; a larger fraction does"
+    ]
 
 
 def _describe_chat(chat: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from k2jax.prepare import contamination, dealing, reads, recipe, rules, unreadab
 from k2jax.prepare.documents import write_documents
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import list_files
+from k2jax.prepare.listing import Listing
 from k2jax.prepare.read import documents
 from k2jax.prepare.rules import Rule
 from k2jax.prepare.tally import Tally
@@ -53,16 +54,16 @@ def stages(config: ConfigDict, out: str | Path) -> list[Stage]:
     return [Stage("contamination", 1, index), clean_all]
 
 
-def check(config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """The files of each subset: their number, bytes, and a digest of their names and sizes.
+def check(config: ConfigDict) -> dict[str, Listing]:
+    """The files of each subset, listed.
 
     Raises ConfigError for a source without files, or a rule whose file or package is missing; reads no document.
     """
     for source in config.contamination.sources:
         list_files(source)
-    for name in sorted({task.subset for task in recipe.tasks(config)}):
+    for name in recipe.names(config):
         rules.build(config.subsets[name])
-    return dealing.summary(dealing.listed(config))
+    return dealing.listed(config)
 
 
 def clean(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from k2jax.prepare import before, claim, finished, made, plan
+from k2jax.prepare import before, claim, clean, dealing, finished, made, plan
 from k2jax.prepare.made import Made, Unit
 
-OF_STEPS = ("limits", "deduplicate", "kept", "shards")  # of which later steps are known when the earlier are over
+OF_STEPS = ("files", "deduplicate", "kept", "shards")  # of which later steps are known when the earlier are over
 
 
 def look(config: ConfigDict, out: str | Path, *, other_code: bool = False) -> list[str]:
@@ -24,7 +24,9 @@ def look(config: ConfigDict, out: str | Path, *, other_code: bool = False) -> li
         finished.check_possible(config, out, data)
         return [f"data.json and card: written anew ({'; '.join(changed)})"]
     given = before.given(config)
-    wanted = plan.units(config, plan.facts(config, given.tokenizer, given.told()))
+    listing = clean.check(config)
+    whole = dealing.settled(config, listing)
+    wanted = plan.units(whole, plan.facts(whole, listing, given.tokenizer, given.told()))
     claim.check_folder(out, other_code)
     begun = Made(out)
     found = _lines(begun, wanted)

@@ -49,13 +49,24 @@ def is_left(config: ConfigDict, out: Path, data: dict[str, Any]) -> bool:
 
 def changes(data: dict[str, Any], config: ConfigDict) -> dict[str, str]:
     """{key: "KEY was X, is Y"} of each that is asked for otherwise than data.json has it."""
-    was, now = reads.flat(_as_now(data["config"])), reads.flat(json.loads(json.dumps(redacted(config.to_dict()))))
+    was, now = _as_now(data["config"]), json.loads(json.dumps(redacted(_settled(config, data).to_dict())))
+    was, now = reads.flat(was), reads.flat(now)
     return made.changes(was, now)
+
+
+def _settled(config: ConfigDict, data: dict[str, Any]) -> ConfigDict:
+    """With the number of each `tasks` that the recipe leaves open as the folder's has it (dealing.settled)."""
+    config, made = config.copy_and_resolve_references().unlock(), data["config"]["subsets"]
+    for name, chosen in config.subsets.items():
+        if not chosen.tasks:
+            chosen.tasks = made[name]["tasks"] if name in made else 1
+    return config.lock()
 
 
 def _as_now(config: dict[str, Any]) -> dict[str, Any]:
     """A recipe as today's code would have written it down, with the keys that there were not."""
-    whole = {"eos": "", "chat": recipe.base().chat.to_dict(), **config}
+    usual = recipe.base()
+    whole = {"eos": "", "chat": usual.chat.to_dict(), "part_bytes": usual.part_bytes, **config}
     later = {"conversations": {}, "dumps": [], "follow_links": False, "max_unreadable": 0, "priority": 0}
     later["pii_regions"] = ["US"]
     whole["subsets"] = {name: {**later, **chosen} for name, chosen in whole["subsets"].items()}
@@ -68,7 +79,8 @@ def _as_now(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_possible(config: ConfigDict, out: Path, data: dict[str, Any]) -> None:
     """Raises ConfigError where a stage reads what has changed: what lay between documents and stores is gone."""
-    both = (ConfigDict(one) for one in (_as_now(data["config"]), _as_now(redacted(config.to_dict()))))
+    now = redacted(_settled(config, data).to_dict())
+    both = (ConfigDict(_as_now(one)) for one in (data["config"], now))
     was, now = (plan.units(one, plan.named(one, data["inputs"])) for one in both)
     for name in [*now, *was]:
         if was.get(name) != now.get(name):
@@ -95,7 +107,7 @@ def rewritten(config: ConfigDict, out: Path, data: dict[str, Any], other_code: b
         mix = mix_of(config, {name: row["subset"] for name, row in data["stores"].items()}, opened)
         for name, row in data["stores"].items():
             row["repeats"] = mix[name]
-        data |= {"config": redacted(config.to_dict()), "code": code, "mix": mix}
+        data |= {"config": redacted(_settled(config, data).to_dict()), "code": code, "mix": mix}
         write_json(out / "data.json", data)
         card.rewrite_card(out, data)
     shutil.rmtree(out / "stages")

@@ -1,9 +1,9 @@
 """What a preparation consists of, as made.py compares it: its units, what each reads, which it follows, what it writes.
 
-    files; template -> limits, contamination -> clean -> deduplicate -> kept -> tokenizer
+    template -> files, contamination -> clean -> deduplicate -> kept -> tokenizer
     tokenizer -> tokens, token-sources -> shards -> stores
 
-`limits`, `clean` and `tokens` have a part for each subset. A tokenizer that is given follows nothing.
+`files`, `clean` and `tokens` have a part for each subset. A tokenizer that is given follows nothing.
 """
 
 import hashlib
@@ -16,12 +16,14 @@ from ml_collections import ConfigDict
 
 from k2jax.data.manifest import sha256_json
 from k2jax.data.tokenizer import Tokenizer
-from k2jax.prepare import clean, dealing, pii, reads, recipe, spm
+from k2jax.prepare import dealing, pii, reads, recipe, spm
 from k2jax.prepare.claim import TEMPLATE
-from k2jax.prepare.files import list_files
+from k2jax.prepare.files import File, list_files
+from k2jax.prepare.listing import Listing
 from k2jax.prepare.made import Unit
 from k2jax.text import without_secrets
 
+SHARED = ("summary.json", "pieces", "cuts", "waves")
 CLEANED = (
     "documents/{rank}.jsonl.zst", "index/{rank}.parquet", "removed/{rank}.jsonl.zst", "contamination/{rank}.json",
     "tally/{rank}.json",
@@ -31,17 +33,20 @@ CLEANED = (
 class Facts(NamedTuple):
     """What a preparation reads beside its recipe, before it begins."""
 
-    inputs: dict[str, dict[str, Any]]  # files of subsets, as clean.check has them
+    inputs: dict[str, dict[str, Any]]  # files of subsets, as dealing.summary has them
     evaluation: dict[str, dict[str, Any]]  # files of evaluation sets, likewise
     rules: dict[str, str]  # SHA-256 of files that rules are made of, by path
     tokenizer: dict[str, Any]  # that is given: what it is; empty of one that is trained
     template: str  # what it is; "" without conversations
 
 
-def facts(config: ConfigDict, tokenizer: Tokenizer | None, template: list | None) -> Facts:
-    """Of what is there now. Raises ConfigError for sources without files, and rules whose file or package is missing.
+def facts(
+    config: ConfigDict, listing: dict[str, Listing], tokenizer: Tokenizer | None, template: list | None
+) -> Facts:
+    """Of what is there now.
 
-    `tokenizer` is the recipe's, where it names one, `template` what tasks know of that of conversations.
+    `listing` is clean.check's; `tokenizer` the recipe's, where it names one, `template` what tasks know of that of
+    conversations.
     """
     given = {}
     if tokenizer:
@@ -49,10 +54,8 @@ def facts(config: ConfigDict, tokenizer: Tokenizer | None, template: list | None
         given |= {"its .model": _sha256(spm.read(config.tokenizer))} if spm.is_model(config.tokenizer) else {}
     files = {chosen[key] for chosen in config.subsets.values() for key in ("language_model", "url_blocklist")}
     return Facts(
-        inputs=clean.check(config),
-        evaluation=dealing.summary(
-            {without_secrets(source): list_files(source) for source in config.contamination.sources}
-        ),
+        inputs=dealing.summary(listing),
+        evaluation={source: _summary(list_files(source)) for source in config.contamination.sources},
         rules={path: _sha256_of(path, Path(path).stat().st_mtime_ns) for path in sorted(files - {""})},
         tokenizer=given,
         template=sha256_json(template) if template else "",
@@ -77,9 +80,7 @@ def units(config: ConfigDict, known: Facts) -> dict[str, Unit]:
     if known.template:
         outputs = (TEMPLATE, "stages/chat_template.json")
         found["template"] = Unit({"the chat template": known.template}, outputs=outputs)
-    listed = _files_of(known.inputs, list(known.inputs))
-    found["files"] = Unit(reads.values(config, reads.LISTING) | listed)
-    found |= {f"limits/{name}": _limit(config, name, known) for name in sorted(known.inputs) if _is_cut(config, name)}
+    found |= {f"files/{name}": _dealt(config, name, known) for name in sorted(known.inputs)}
     if known.evaluation:
         read = reads.values(config, reads.CONTAMINATION, ()) | _files_of(known.evaluation, list(known.evaluation))
         found["contamination"] = Unit(read, outputs=("stages/contamination",))
@@ -109,27 +110,27 @@ def of_stage(found: dict[str, Unit], stage: str) -> dict[str, Unit]:
     return {name: unit for name, unit in found.items() if name.partition("/")[0] == stage}
 
 
-def _limit(config: ConfigDict, name: str, known: Facts) -> Unit:
-    read = reads.values(config, reads.MEASURING, [name]) | _files_of(known.inputs, [name])
-    outputs = (f"stages/files/shares/{name}", "stages/files/waves", f"stages/unreadable/{name}")
-    return Unit(read, _template_of(config, name), outputs=outputs)
+def _dealt(config: ConfigDict, name: str, known: Facts) -> Unit:
+    """Which task reads what, and where a subset's limit is. Those that are dealt out together share some files."""
+    read, follows = reads.values(config, reads.LISTING, [name]), ()
+    if config.subsets[name].max_bytes:
+        read, follows = read | reads.values(config, reads.MEASURING, [name]), _template_of(config, name)
+    shared = tuple(f"stages/files/{one}" for one in SHARED)
+    outputs = (*shared, f"stages/files/{name}.jsonl", f"stages/files/shares/{name}", f"stages/unreadable/{name}")
+    return Unit(read | _files_of(known.inputs, [name]), follows, outputs=outputs)
 
 
 def _cleaned(config: ConfigDict, name: str, ranks: list[int], known: Facts) -> Unit:
     read = reads.values(config, reads.CLEANING, [name])
-    chosen, follows = config.subsets[name], _template_of(config, name)
+    chosen = config.subsets[name]
     for key in ("language_model", "url_blocklist"):
         if chosen[key]:
             read[f"subsets.{name}.{key}'s content"] = known.rules[chosen[key]]
     if "phone" in chosen.pii:  # the plans of the world's numbers change every other week
         read["libphonenumber"] = pii.phones_version()
     outputs = tuple(f"stages/clean/{path}" for path in CLEANED)
-    if _is_cut(config, name):
-        follows += (f"limits/{name}",)
-    else:  # what it is dealt follows from these
-        read |= reads.values(config, reads.LISTING, [name]) | _files_of(known.inputs, [name])
-        outputs += (f"stages/unreadable/{name}",)
-    follows += ("contamination",) if known.evaluation else ()
+    outputs += () if chosen.max_bytes else (f"stages/unreadable/{name}",)  # else the limit was found without those
+    follows = (f"files/{name}", *_template_of(config, name), *(("contamination",) if known.evaluation else ()))
     return Unit(read, follows, (ranks[0], ranks[-1] + 1), outputs)
 
 
@@ -140,24 +141,25 @@ def _tokenized(config: ConfigDict, name: str) -> Unit:
 
 
 def _converted(config: ConfigDict, names: list[str], known: Facts) -> Unit:
-    read = reads.values(config, reads.CONVERTING, names) | reads.values(config, reads.LISTING, names)
-    read |= _files_of(known.inputs, [name for name in names if name in known.inputs])
+    read = reads.values(config, reads.CONVERTING, names)
+    follows = tuple(f"files/{name}" for name in names if name in known.inputs)
     parts = [name for name in names if recipe.kind_of(config.subsets[name].source)[0] == "llm360"]  # NAME-PART
     outputs = [*(f"stages/tokens/{name}" for name in names), *(f"stages/tokens/{name}-*" for name in parts)]
-    return Unit(read, ("tokenizer",), outputs=("stages/token-sources", *outputs))
+    return Unit(read, (*follows, "tokenizer"), outputs=("stages/token-sources", *outputs))
 
 
 def _template_of(config: ConfigDict, name: str) -> tuple[str, ...]:
     return ("template",) if config.subsets[name].conversations else ()
 
 
-def _is_cut(config: ConfigDict, name: str) -> bool:
-    return bool(config.subsets[name].max_bytes)
+def _summary(files: list[File]) -> dict[str, Any]:
+    names = sorted([file.name, file.size] for file in files)
+    return {"files": len(files), "bytes": sum(file.size for file in files), "digest": sha256_json(names)}
 
 
 def _files_of(summary: dict[str, dict[str, Any]], names: list[str]) -> dict[str, str]:
     return {
-        f"the files of {name}": f"{one['files']:,} of {one['bytes']:,} bytes, {one['digest'][:16]}"
+        f"the files of {without_secrets(name)}": f"{one['files']:,} of {one['bytes']:,} bytes, {one['digest'][:16]}"
         for name, one in summary.items() if name in names
     }  # fmt: skip
 

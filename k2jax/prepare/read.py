@@ -6,7 +6,6 @@ silently.
 """
 
 import datetime
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -64,6 +63,7 @@ def documents(
         room = last_bytes if number == len(files) else None
         seen: set[int] = set()
         for line, record in records(chosen.source, file, chosen=chosen):
+            line = line and line + file.first
             make = partial(_conversation, render=render) if render else _document
             one = record if isinstance(record, Bad) else make(record, chosen, name, file, line)
             if isinstance(one, Bad):
@@ -94,16 +94,6 @@ def size_problem(size: int, shortest: int, longest: int) -> str | None:
     if size < max(shortest, 1):
         return "too short"
     return "too long" if longest and size > longest else None
-
-
-def in_order(files: list[File], seed: int) -> list[File]:
-    """Files in the order of a hash of their names, keyed by the seed: they are dealt out to tasks in turns."""
-    key = hashlib.sha256(str(seed).encode()).digest()
-
-    def rank(file: File) -> bytes:
-        return hashlib.blake2b(file.name.encode("utf-8", "surrogateescape"), key=key).digest()
-
-    return sorted(files, key=rank)
 
 
 def records(source: str, file: File, *, chosen: ConfigDict, every_field: bool = False) -> Iterator[Record]:

@@ -35,8 +35,8 @@ RULES = (
 )  # fmt: skip
 STORES_OF = ("fim_stores", "upsample")  # by which a subset's stores have their names
 
-LISTING = Keys(("seed",), (*TASKS, "follow_links", "dumps", "max_bytes"))
-MEASURING = Keys(("seed",), (*READ, "follow_links", "dumps", "max_bytes"), free=("max_unreadable",))
+LISTING = Keys(("seed", "part_bytes"), (*TASKS, "follow_links", "dumps", "max_bytes"))
+MEASURING = Keys((), (*READ, "max_bytes"), free=("max_unreadable",))
 CONTAMINATION = Keys(("contamination.sources", "contamination.n_grams"), ())
 CLEANING = Keys(
     ("removed_samples", "contamination.sources", "contamination.remove"), (*READ, *RULES), free=("max_unreadable",)

@@ -47,6 +47,7 @@ def base() -> ConfigDict:
     c.vocab_size = 32018  # ids of a trained tokenizer, K2's 18 special tokens among them
     c.tokenizer_bytes = 100_000_000  # of each subset's text that a trained tokenizer learns from; held in memory
     c.validation_fraction = 0.001  # of each store's tokens, held out at its end
+    c.part_bytes = 600_000_000  # larger files of Parquet, and of JSON lines that are not packed, are read in parts
     c.bucket_bytes = 256_000_000  # of text that one task of tokenizing holds in memory
     c.removed_samples = 20  # removed documents kept for reading, by task and reason
     c.dedup = ConfigDict()
@@ -88,7 +89,7 @@ def subset(
     min_document_bytes: int = 1,
     max_document_bytes: int = 0,
     max_line_bytes: int = 1 << 28,
-    tasks: int = 1,
+    tasks: int = 0,
     follow_links: bool = False,
     max_unreadable: int = 0,
     priority: int = 0,
@@ -119,7 +120,7 @@ def subset(
     c.min_document_bytes = min_document_bytes  # shorter documents are left out
     c.max_document_bytes = max_document_bytes  # longer documents are left out, 0 for no limit
     c.max_line_bytes = max_line_bytes  # longer lines of JSON, and larger files of text, are not read
-    c.tasks = tasks  # parts that the source's files are dealt into: the most workers that can read it at once
+    c.tasks = tasks  # that read it, the most workers at once; 0: one for about part_bytes. No store depends on it
     c.follow_links = follow_links  # files of a local source may be links to others outside of its folder
     c.max_unreadable = max_unreadable  # files that are left out, by name, if they cannot be read; 0: it ends there
     c.priority = priority  # of duplicates, the one in the subset of the lowest number stays, of equal ones the first
@@ -179,22 +180,23 @@ class Task(NamedTuple):
 
 
 def tasks(config: ConfigDict, *, tokens: bool = False) -> list[Task]:
-    """The tasks of reading, by rank: all parts of all subsets of text, or of tokens, in the order of their names."""
-    return [
-        Task(name, shard, chosen.tasks)
-        for name, chosen in sorted(config.subsets.items())
-        if (kind_of(chosen.source)[0] in TOKEN_KINDS) == tokens
-        for shard in range(chosen.tasks)
-    ]
+    """The tasks of reading, by rank: all parts of all subsets of text, or of tokens, in the order of their names.
+
+    Of a recipe whose `tasks` are known (dealing.settled).
+    """
+    found = [(name, config.subsets[name].tasks) for name in names(config, tokens=tokens)]
+    assert all(number for _, number in found), "tasks=0 is settled when the sources have been listed"
+    return [Task(name, shard, number) for name, number in found for shard in range(number)]
 
 
-def stores_of(config: ConfigDict, name: str) -> dict[str, float]:
-    """The stores that a subset can give, with their repeats."""
-    return {store: config.subsets[name].repeats * factor for store, factor in factors_of(config, name).items()}
+def names(config: ConfigDict, *, tokens: bool = False) -> list[str]:
+    """The subsets of text, or of tokens, sorted."""
+    kinds = {name: kind_of(config.subsets[name].source)[0] for name in sorted(config.subsets)}
+    return [name for name, kind in kinds.items() if (kind in TOKEN_KINDS) == tokens]
 
 
 def factors_of(config: ConfigDict, name: str) -> dict[str, int]:
-    """The same with their share of the subset's repeats: NAME, NAME-fim, NAME-spm, NAME-xFACTOR."""
+    """The stores that a subset can give: NAME, NAME-fim, NAME-spm, NAME-xFACTOR; `repeats` of each is times that."""
     chosen, turned = config.subsets[name], ("-fim", "-spm")
     stores = {name: 1} | {f"{name}{end}": 1 for end in turned if chosen.fim_stores}
     return stores | {f"{name}-x{factor}": factor for _, factor in chosen.upsample}
@@ -263,7 +265,7 @@ def _base_problems(config: ConfigDict) -> list[str]:
         problems.append(f"validation_fraction={config.validation_fraction}: must lie in [0, 1)")
     if config.eos and not config.tokenizer:
         problems.append(f"eos={config.eos!r}: goes with tokenizer; one that is trained here ends documents with {EOS}")
-    for key in ("tokenizer_bytes", "bucket_bytes"):
+    for key in ("tokenizer_bytes", "bucket_bytes", "part_bytes"):
         if config[key] < 1:
             problems.append(f"{key}={config[key]}: must be positive")
     if config.dedup.unit not in UNITS:
@@ -301,15 +303,14 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
         problems.append(f"{where}: a source of tokens needs tokenizer, the one that its ids were made with")
     if kind in TOKEN_KINDS and chosen.max_unreadable:
         problems.append(f"{where}.max_unreadable={chosen.max_unreadable}: is of documents, {kind}: is of tokens")
-    for key in ("max_bytes", "min_document_bytes", "max_document_bytes", "max_unreadable"):
+    for key in ("tasks", "max_bytes", "min_document_bytes", "max_document_bytes", "max_unreadable"):
         if chosen[key] < 0:
             problems.append(f"{where}.{key}={chosen[key]}: must not be negative")
     if 0 < chosen.max_document_bytes < chosen.min_document_bytes:
         least = f"min_document_bytes={chosen.min_document_bytes}"
         problems.append(f"{where}.max_document_bytes={chosen.max_document_bytes}: must be at least {least}")
-    for key in ("tasks", "max_line_bytes"):
-        if chosen[key] < 1:
-            problems.append(f"{where}.{key}={chosen[key]}: must be positive")
+    if chosen.max_line_bytes < 1:
+        problems.append(f"{where}.max_line_bytes={chosen.max_line_bytes}: must be positive")
     for key in ("fim_rate", "fim_spm_rate", "language_threshold"):
         if not 0 <= chosen[key] <= 1:
             problems.append(f"{where}.{key}={chosen[key]}: must lie in [0, 1]")
@@ -332,7 +333,7 @@ def _store_problems(config: ConfigDict) -> list[str]:
     """Two subsets whose documents would go to one store."""
     problems, taken = [], {}
     for name in config.subsets:
-        for store in stores_of(config, name):
+        for store in factors_of(config, name):
             if taken.setdefault(store, name) != name:
                 problems.append(f"subsets.{name}: its store {store} is one of subsets.{taken[store]}, too: rename one")
     return problems

@@ -85,16 +85,16 @@ def parquet_records(file: File, columns: tuple[str, ...] | None, required: str |
         yield 0, Bad("empty file")
         return
     with Stored(file.path) as raw:
-        yield from _rows(file, columns, required, lambda wanted: _parquet_batches(raw, wanted))
+        yield from _rows(file, columns, required, lambda wanted: _parquet_batches(raw, file, wanted))
 
 
-def _parquet_batches(raw: Stored, wanted: Callable[[pa.Schema], list[str]]) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(raw: Stored, part: File, wanted: Callable[[pa.Schema], list[str]]) -> Iterator[pa.RecordBatch]:
     file = pq.ParquetFile(raw, page_checksum_verification=True)
     names = wanted(file.schema_arrow)
     kinds = (file.schema_arrow.field(name).type for name in names)
     texts = [name for name, kind in zip(names, kinds, strict=True) if kind in (pa.string(), pa.binary())]
     encoded = pq.ParquetFile(raw, metadata=file.metadata, read_dictionary=texts, page_checksum_verification=True)
-    for number in range(file.num_row_groups):
+    for number in range(part.begin, part.end or file.num_row_groups):
         rows = _rows_at_once(file.metadata.row_group(number), names, encoded, number)
         yield from file.iter_batches(rows, row_groups=[number], columns=names)
 

@@ -1,5 +1,7 @@
 """Runs a preparation's stages, each noted in made.json before it writes anything."""
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from k2jax.prepare import plan
@@ -41,15 +43,21 @@ class Work:
         self._made.begin(units, stage.name, stage.tasks)
         self._engine.run(stage)
 
+    def of(self, name: str) -> Any:
+        """What runs stages as of these units, whatever they are called."""
+        return SimpleNamespace(run=partial(self.run, name=name))
+
     def name_of(self, stage: Stage, name: str = "") -> str:
         """`name`, else what the stage's own begins with: "limits-0" is of "limits"."""
         names = dict.fromkeys(one.partition("/")[0] for one in self.units)
         return name or next((one for one in names if f"{stage.name}-".startswith(f"{one}-")), "")
 
-    def begin_limits(self) -> None:
-        """Limits are found together: where one is new, what was found on the way to others is not gone on with."""
-        new = {name: unit for name, unit in plan.of_stage(self.units, "limits").items() if name not in self._made.rows}
+    def begin_files(self) -> None:
+        """Subsets are dealt out together: where one is new, what was found on the way to others is not gone on with."""
+        files = plan.of_stage(self.units, "files")
+        new = [unit for name, unit in files.items() if name not in self._made.rows]
         if new:
-            for folder in sorted(self._engine.folder.glob("limits-*")):
+            for folder in [path for pattern in ("cuts", "limits-*") for path in self._engine.folder.glob(pattern)]:
                 self._made.remove_marks(folder.name)
-        self._made.remove_outputs(output for unit in new.values() for output in unit.outputs)
+        self._made.remove_outputs(output for unit in new for output in unit.outputs)
+        self.begin("files")

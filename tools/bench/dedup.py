@@ -8,8 +8,9 @@
 (mean and standard deviation), and how many removed documents were copies of their survivor.
 "corpus": each engine in one process of its own, all stages from reading to writing what is kept; CPU seconds with
 imports and children; near-duplicates only, but for "k2jax exact+near". `same_clusters`: the partition is that of
-datatrove with the same parameters; `same_kept`: so is what datatrove's own keep rule leaves of our pairs, to the byte.
-"clusters": peak memory for each document that has a duplicate, of the one stage that holds them all.
+datatrove with the same parameters; which document of a cluster it keeps depends on the order of its pairs.
+"clusters": peak memory and CPU seconds of finding what edges connect; datatrove's holds all documents that have a
+duplicate, ours a part of them.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +37,16 @@ from dedup_texts import default_directories, pairs, similarity, text_files  # no
 from k2jax import paths  # noqa: E402
 from k2jax.errors import ConfigError, run_main  # noqa: E402
 from k2jax.prepare import recipe  # noqa: E402
-from k2jax.prepare.dedup import clusters, duplicates  # noqa: E402
-from k2jax.prepare.dedup.index import PAIR, Clean  # noqa: E402
+from k2jax.prepare.dedup import components, duplicates  # noqa: E402
 from k2jax.prepare.dedup.minhash import MinHash  # noqa: E402
 from k2jax.prepare.documents import document, read_documents, write_documents  # noqa: E402
+from k2jax.prepare.engine import Stage  # noqa: E402
+from k2jax.prepare.shuffle import Shuffle, partitions_for  # noqa: E402
 
+PAIR = np.dtype([("task", "<u4"), ("index", "<u4"), ("other_task", "<u4"), ("other_index", "<u4")])  # datatrove's
 SETS = {"fineweb": MinHash("words", 5, 14, 8, 1), "txt360": MinHash("characters", 13, 9, 13, 1)}
 TASKS = 8
+SURVIVOR = ("survivor_rank", "survivor_index")
 
 
 def recipe_of(name: str, exact: bool) -> recipe.ConfigDict:
@@ -74,12 +79,17 @@ def write_clean(folder: Path, tasks: list[list[tuple[str, str]]]) -> None:
 # --- Engines, each run as `--engine=NAME --parameters=SET --folder=FOLDER` in a process of its own --------------------
 
 
+def run_stages(stages: Iterable[Stage]) -> None:
+    """All tasks of all stages, one after the other."""
+    for stage in stages:
+        for rank in range(stage.tasks):
+            stage.function(rank)
+
+
 def run_k2jax(name: str, folder: Path, exact: bool) -> None:
     """Our stages, and what they keep."""
     out = folder / "k2jax"
-    for stage in duplicates.stages(recipe_of(name, exact), folder / "clean", out):
-        for rank in range(stage.tasks):
-            stage.function(rank)
+    run_stages(duplicates.stages(recipe_of(name, exact), folder / "clean", out))
     for rank in range(TASKS):
         rows = pq.read_table(out / f"{rank:05d}.parquet", columns=["index", "reason"], partitioning=None).to_pydict()
         gone = {index for index, reason in zip(rows["index"], rows["reason"], strict=True) if reason}
@@ -146,14 +156,21 @@ def signature_stage(name: str, folder: str, config: object, shipped: bool) -> ob
 
 
 def run_clusters(engine: str, folder: Path) -> None:
-    """The stage that holds all duplicates, alone."""
+    """What is connected by pairs in datatrove's files, of which ours makes edges first."""
     if engine == "datatrove":
         from datatrove.pipeline.dedup.minhash import MinhashDedupCluster
 
         MinhashDedupCluster(str(folder), str(folder / "out"), datatrove_config("fineweb", "xxhash")).run()
         return
-    clean = Clean(folder, ("files",) * TASKS, (0,) * TASKS)
-    clusters.find_clusters(0, clean=clean, exact=[], near=sorted(folder.glob("*.dups")), folder=folder / "out")
+    files = sorted(folder.glob("*.dups"))
+    pairs = files[0].stat().st_size // PAIR.itemsize  # about as many as documents
+    edges = Shuffle(folder / "edges", len(files), partitions_for(pairs * 2 * components.EDGE.itemsize))
+    for rank, path in enumerate(files):
+        pairs = np.fromfile(path, PAIR)
+        ends = (pairs[f"{end}task"].astype(np.uint64) << 32 | pairs[f"{end}index"] for end in ("", "other_"))
+        with edges.writer(rank) as out:
+            components.add_edges(out, edges, *ends)
+    run_stages(components.rounds(edges, folder / "rounds"))
 
 
 ENGINES = {
@@ -182,13 +199,20 @@ def measure(engine: str, name: str, folder: Path) -> dict[str, float]:
 # --- A real corpus ----------------------------------------------------------------------------------------------------
 
 
+def ends(folder: Path) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Each document that is in a cluster of ours, with the one that stays."""
+    for rank in range(TASKS):
+        rows = pq.read_table(folder / "k2jax" / f"{rank:05d}.parquet", partitioning=None).to_pydict()
+        for index, *survivor in zip(*(rows[name] for name in ("index", *SURVIVOR)), strict=True):
+            yield (rank, index), tuple(survivor)
+
+
 def partition(engine: str, folder: Path) -> set[frozenset[tuple[int, int]]]:
     """The clusters that an engine left."""
     found: dict[object, set[tuple[int, int]]] = {}
     if engine == "k2jax":
-        members = pq.read_table(folder / "k2jax" / "members.parquet").to_pydict()
-        for task, index, *survivor in zip(*list(members.values())[:4], strict=True):
-            found.setdefault(tuple(survivor), set()).add((task, index))
+        for node, survivor in ends(folder):
+            found.setdefault(survivor, set()).add(node)
     for path in (folder / "datatrove" / "removed").glob("*.clusters") if engine == "datatrove" else ():
         for index, cluster in np.fromfile(path, "<u4").reshape(-1, 2).tolist():
             found.setdefault(cluster, set()).add((int(path.stem), index))
@@ -198,19 +222,6 @@ def partition(engine: str, folder: Path) -> set[frozenset[tuple[int, int]]]:
 def removed_files(folder: Path) -> dict[str, bytes]:
     """What datatrove's third stage removes."""
     return {path.name: path.read_bytes() for path in folder.glob("*.remove")}
-
-
-def compare(name: str, folder: Path) -> dict[str, bool]:
-    """Ours with datatrove's, both there in `folder`."""
-    from datatrove.pipeline.dedup.minhash import MinhashDedupCluster
-
-    again, config = folder / "again", datatrove_config(name, "xxhash")
-    shutil.rmtree(again, ignore_errors=True)
-    MinhashDedupCluster(str(folder / "k2jax" / "near"), str(again), config).run()
-    return {
-        "same_clusters": partition("k2jax", folder) == partition("datatrove", folder),
-        "same_kept": removed_files(again) == removed_files(folder / "datatrove" / "removed") != {},
-    }
 
 
 def corpus(directories: list[Path], megabytes: float, shipped: bool) -> None:
@@ -246,31 +257,23 @@ def corpus_line(engine: str, name: str, folder: Path, size: int, documents: int)
     else:
         line["removed"] = sum(map(len, removed_files(folder / "datatrove" / "removed").values())) // 4
     if engine == "k2jax":
-        line |= compare(name, folder)
+        line["same_clusters"] = partition("k2jax", folder) == partition("datatrove", folder)
     print(json.dumps(line), flush=True)
 
 
 def cluster_memory(nodes: int) -> None:
     """Prints both engines' peak memory for random clusters of two to six, every pair in 14 bands."""
+    order = np.random.default_rng(0).permutation(nodes).astype(np.uint32)
+    pairs = np.empty(nodes - 1, PAIR)
+    pairs["task"], pairs["index"] = order[:-1] % TASKS, order[:-1] // TASKS
+    pairs["other_task"], pairs["other_index"] = order[1:] % TASKS, order[1:] // TASKS
+    pairs = pairs[np.arange(nodes - 1) % 4 != 3]
     for engine in ("datatrove", "k2jax"):
-        peaks = []
-        for count in (TASKS * 4, nodes):
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "index").mkdir()
-                dumps = pa.table({"dump": pa.array([None] * (count // TASKS + 1), pa.string())})
-                for rank in range(TASKS):
-                    pq.write_table(dumps, Path(folder) / "index" / f"{rank:05d}.parquet")
-                order = np.random.default_rng(0).permutation(count).astype(np.uint32)
-                pairs = np.empty(count - 1, PAIR)
-                pairs["task"], pairs["index"] = order[:-1] % TASKS, order[:-1] // TASKS
-                pairs["other_task"], pairs["other_index"] = order[1:] % TASKS, order[1:] // TASKS
-                pairs = pairs[np.arange(count - 1) % 4 != 3]
-                for band in range(14):
-                    pairs.tofile(Path(folder) / f"{band:05d}_00.dups")
-                peaks.append(measure(f"clusters of {engine}", "fineweb", Path(folder)))
-        each = (peaks[1]["peak_mb"] - peaks[0]["peak_mb"]) * 1e6 / nodes
-        line = {"benchmark": "clusters", "engine": engine, "nodes": nodes, "bytes_per_node": round(each)}
-        print(json.dumps({**line, "cpu_s": peaks[1]["cpu_s"]}), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            for band in range(14):
+                pairs.tofile(Path(folder) / f"{band:05d}_00.dups")
+            line = {"benchmark": "clusters", "engine": engine, "nodes": nodes}
+            print(json.dumps(line | measure(f"clusters of {engine}", "fineweb", Path(folder))), flush=True)
 
 
 # --- Planted duplicates -----------------------------------------------------------------------------------------------
@@ -286,14 +289,11 @@ def planted_lines(name: str, each: int) -> None:
         tasks[task][index] = (str(number), texts[number])
     with tempfile.TemporaryDirectory() as folder:
         write_clean(Path(folder), tasks)
-        for stage in duplicates.stages(recipe_of(name, exact=True), Path(folder) / "clean", Path(folder) / "k2jax"):
-            for rank in range(stage.tasks):
-                stage.function(rank)
+        run_stages(duplicates.stages(recipe_of(name, exact=True), Path(folder) / "clean", Path(folder) / "k2jax"))
         cluster = {member: number for number, group in enumerate(partition("k2jax", Path(folder))) for member in group}
         numbers = {node: number for number, node in enumerate(place)}
-        table = pq.read_table(Path(folder) / "k2jax" / "members.parquet").to_pydict()
-        ends = zip(*list(table.values())[:4], strict=True)
-        removed = [(numbers.get(end[:2], -1), numbers.get(end[2:], -2)) for end in ends if end[:2] != end[2:]]
+        found = [(node, survivor) for node, survivor in ends(Path(folder)) if node != survivor]
+        removed = [(numbers.get(node, -1), numbers.get(survivor, -2)) for node, survivor in found]
     removed = [pair for pair in removed if min(pair) >= 0]  # but for the empty texts that fill up the tasks
     right = sum(one // 2 == two // 2 and made[one // 2].kind != "unrelated" for one, two in removed)
     for kind in dict.fromkeys(pair.kind for pair in made):

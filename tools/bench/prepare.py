@@ -6,8 +6,7 @@ The corpus is what `python:` sources give, with every file three times over in p
 are its documents in HTML with the menus, scripts and styles of a site, in a web archive. One JSON line for each stage,
 each rule, reading pages and extracting their text, the tokenizer library alone, and the whole: CPU-hours a TB of text
 in stages of many tasks, and the core-years of what TxT360 deduplicated: 61.8 TB of compressed text (k2-facts 4.6),
-taken to be packed as this corpus is by gzip. In neither is extraction, which goes by pages, or `clusters`, which is
-one task: it is counted by documents that have a copy.
+taken to be packed as this corpus is by gzip. In neither is extraction, which goes by pages.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from k2jax.prepare.files import File  # noqa: E402
 from k2jax.prepare.warc import warc_records  # noqa: E402
 
 TXT360_BYTES = 61.8e12
-ALONE = ("files", "clusters", "tokenizer")  # stages of one task, whatever the corpus
+ALONE = ("files", "tokenizer")  # stages of one task, whatever the corpus
 RULES = ("line_rules", "gopher-repetition", "gopher-quality", "c4", "nfc", "pii")
 SHARDS = 8
 
@@ -192,10 +191,6 @@ def main() -> None:
         print(json.dumps({"tokenizer_alone_cpu_seconds": alone, "stage_tokens": ours, "share": alone / ours}))
         whole = sum(cost["cpu_seconds"] for stage, cost in costs.items() if stage not in ALONE)
         report("stage", f"all but {', '.join(ALONE)}", whole, read)
-        gone = data["subsets"]["corpus"]["duplicates"]["steps"]["duplicates"]["removed"]
-        copies = sum(n["documents"] for n in gone.values())
-        each = costs["clusters"]["cpu_seconds"] / copies * 1e6
-        print(json.dumps({"clusters_cpu_microseconds_per_copy": each, "copies": copies}))
         for line in page_costs(Path(folder), num_bytes // 4):
             print(json.dumps(line), flush=True)
         each = list(rule_costs(num_bytes // 10))

@@ -1,35 +1,42 @@
 """Deduplication: the stages, from the clean documents to what becomes of each that has a duplicate.
 
-  ids         hashes of the texts, sorted                             one task for each of the clean documents
-  exact       pairs of the same text                                  one for 16 of them
-  signatures  MinHash of the documents that exact left                one for each of the clean documents
-  near        pairs that share a band                                 `bands` x parts
-  clusters    what pairs connect, and which document of it stays      one task
-  duplicates  <rank>.parquet of the documents of each task (ROWS)     one for 64 of them
+  dumps       names of all dumps, which order the documents            one task for FAN of the clean documents
+  ids         hashes of the texts                                      one for TOGETHER of the clean documents
+  exact       copies of the same text: removed, and edges              one for each part
+  signatures  MinHash bands of the documents that exact left           one for each of the clean documents
+  near        edges between those that share a band                    one for each part
+  clusters    what edges connect: some rounds of two stages each       one for each part
+  labels      of each document with a duplicate its cluster            one for each part
+  members     what the cluster has to know of it                       one for TOGETHER of the clean documents
+  survivors   which document of a cluster stays                        one for each part
+  summary     how many                                                 one task
+  duplicates  <rank>.parquet of the documents of each task (ROWS)      one for TOGETHER of the clean documents
 
-A document that is removed as an exact copy is `exact` also where its survivor is then removed as a near duplicate: both
-then name the last survivor.
+How many parts there are follows from the number of documents. Between stages that write for all parts or tasks and
+those that read are those of shuffle.py, where there are many. A document that is removed as an exact copy is `exact`
+also where its survivor is then removed as a near duplicate: both then name the last survivor.
 """
 
 import functools
-import heapq
-from collections import Counter, defaultdict
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from k2jax.errors import StorageError
 from k2jax.files import whole_file
-from k2jax.prepare.dedup import exact, near
-from k2jax.prepare.dedup.clusters import MEMBERS, find_clusters
-from k2jax.prepare.dedup.index import Clean, clean_documents, read_index, task_bounds
-from k2jax.prepare.dedup.minhash import MinHash, write_signatures
-from k2jax.prepare.documents import read_documents
+from k2jax.prepare.dedup import components, exact, index, members, near
+from k2jax.prepare.dedup.index import TOGETHER, Clean, Order
+from k2jax.prepare.dedup.members import REASONS, REMEDY, ROW
+from k2jax.prepare.dedup.minhash import MinHash
+from k2jax.prepare.dedup.streams import read_blocks
 from k2jax.prepare.engine import Stage
+from k2jax.prepare.shuffle import FAN, Shuffle, partitions_for
 
 ROWS = pa.schema(
     [
@@ -42,50 +49,123 @@ ROWS = pa.schema(
         ("sources", pa.list_(pa.string())),  # names of the removed ones
     ]
 )
-TASKS_A_PARTITION = 16  # of the clean documents: their number bounds what a task of finding exact copies holds
-TOGETHER = 64  # tasks of the clean documents whose duplicates one task looks after
+RANGE = 1 << 20  # documents of a task whose rows are held; there are seldom more
+CLUSTER_BYTES = 256  # of a member with its source, or of what is held of its cluster in Python's objects
 
 
-def stages(config: ConfigDict, clean: Path, out: Path) -> list[Stage]:
+class _Files(NamedTuple):
+    """What the stages say to each other."""
+
+    out: Path
+    clean: Clean
+    documents: int
+    is_exact: bool
+    is_near: bool
+    minhash: MinHash
+
+    @property
+    def tasks(self) -> int:
+        """Of the clean documents."""
+        return self.clean.num_tasks
+
+    @property
+    def groups(self) -> int:
+        """Of those, where they are looked after together."""
+        return self.clean.groups(TOGETHER)
+
+    def _shuffle(self, name: str, writers: int, partitions: int) -> Shuffle:
+        # Should the number change between two stages, no file is found, where some would be taken for all.
+        return Shuffle(self.out / f"{name}-{partitions}", writers, partitions)
+
+    @property
+    def ids(self) -> Shuffle:
+        return self._shuffle("ids", self.groups, partitions_for(self.documents * exact.ID.itemsize))
+
+    @property
+    def removed(self) -> Shuffle | None:
+        return self._shuffle("removed", self.ids.partitions, self.tasks) if self.is_exact else None
+
+    @property
+    def bands(self) -> Shuffle:
+        size = self.documents * self.minhash.bands * near.BAND.itemsize
+        # Likewise of other parameters.
+        return self._shuffle(f"bands-{'-'.join(map(str, self.minhash))}", self.tasks, partitions_for(size))
+
+    @property
+    def edges(self) -> Shuffle:
+        writers = self.ids.partitions * self.is_exact + self.bands.partitions * self.is_near
+        return self._shuffle("edges", writers, partitions_for(self.documents * 2 * components.EDGE.itemsize))
+
+    @property
+    def labels(self) -> Shuffle:
+        return self._shuffle("labels", self.edges.partitions, self.tasks)
+
+    @property
+    def members(self) -> Shuffle:
+        return self._shuffle("members", self.groups, partitions_for(self.documents * CLUSTER_BYTES))
+
+    @property
+    def rows(self) -> Shuffle:
+        return self._shuffle("rows", self.members.partitions, self.tasks)
+
+
+def stages(config: ConfigDict, clean: Path, out: Path) -> Iterator[Stage]:
     """The stages that read the clean documents of `clean` and write <rank>.parquet and summary.json to `out`.
 
-    Files between them are in folders of `out`. Each stage raises StorageError if a file that it needs is missing or
-    damaged.
+    Each may only be asked for when that before is complete: what follows depends on its files. Files between them are
+    in folders of `out`. A stage raises StorageError if a file that it needs is missing or damaged.
     """
-    dedup, documents = config.dedup, clean_documents(config, clean)
-    num_tasks = len(documents.subsets)
-    parts, partitions = -(-num_tasks // TOGETHER), -(-num_tasks // TASKS_A_PARTITION) * dedup.exact
-    minhash = minhash_of(config)
-    folders = {name: out / name for name in ("exact", "signatures", "near")}
-    result = []
+    documents, dedup, order = index.clean_documents(config, clean), config.dedup, out / "order.json"
+    yield _stage("dumps", documents.groups(FAN), index.find_dumps, clean=documents, folder=out / "dumps")
+    yield _stage("dumps-join", 1, index.join_dumps, clean=documents, folder=out / "dumps", path=order)
+    total = Order.read(order).documents
+    files = _Files(out, documents, total, dedup.exact, dedup.near, minhash_of(config))
     if dedup.exact:
-        function = functools.partial(exact.sort_ids, clean=documents, folder=folders["exact"])
-        result.append(Stage("ids", num_tasks, function))
-        function = functools.partial(
-            exact.find_exact, clean=documents, folder=folders["exact"], num_partitions=partitions
-        )
-        result.append(Stage("exact", partitions, function))
+        yield from _exact(files, order)
     if dedup.near:
-        function = functools.partial(
-            sign, clean=documents, exact_folder=folders["exact"], folder=folders["signatures"],
-            num_partitions=partitions, config=minhash,
-            exempt=frozenset(name for name, chosen in config.subsets.items() if chosen.conversations),
-        )  # fmt: skip
-        result.append(Stage("signatures", num_tasks, function))
-        function = functools.partial(
-            near.find_near, signatures=folders["signatures"], folder=folders["near"],
-            num_tasks=num_tasks, parts=parts, config=minhash,
-        )  # fmt: skip
-        result.append(Stage("near", minhash.bands * parts, function))
-    pairs = {
-        "exact": [exact.pairs_path(folders["exact"], partition) for partition in range(partitions)],
-        "near": [
-            near.pairs_path(folders["near"], *divmod(rank, parts)) for rank in range(minhash.bands * parts * dedup.near)
-        ],
-    }
-    result.append(Stage("clusters", 1, functools.partial(find_clusters, clean=documents, folder=out, **pairs)))
-    function = functools.partial(write_duplicates, clean=documents, folder=out, sources_kept=dedup.sources_kept)
-    return [*result, Stage("duplicates", parts, function)]
+        exempt = frozenset(name for name, chosen in config.subsets.items() if chosen.conversations)
+        yield from _near(files, exempt)
+    yield from _clusters(files)
+    ends = {"clean": documents, "order": order, "members": files.members}
+    yield _stage("members", files.groups, members.write_members, **ends, labels=files.labels, removed=files.removed)
+    yield from files.members.stages("members")
+    parts, partitions = out / "summaries", files.members.partitions
+    given = {"rows": files.rows, "parts": parts, "sources_kept": dedup.sources_kept}
+    yield _stage("survivors", partitions, members.find_survivors, **ends, **given)
+    yield from files.rows.stages("survivors")
+    given = {"parts": parts, "partitions": partitions, "path": out / "summary.json"}
+    yield _stage("summary", 1, members.summarize, clean=documents, **given)
+    yield _stage("duplicates", files.groups, write_duplicates, clean=documents, rows=files.rows, folder=out)
+
+
+def _exact(files: _Files, order: Path) -> Iterator[Stage]:
+    yield _stage("ids", files.groups, exact.write_ids, clean=files.clean, order=order, ids=files.ids)
+    yield from files.ids.stages("ids")
+    given = {"ids": files.ids, "removed": files.removed, "edges": files.edges}
+    yield _stage("exact", files.ids.partitions, exact.find_exact, **given)
+    yield from files.removed.stages("exact")
+
+
+def _near(files: _Files, exempt: frozenset[str]) -> Iterator[Stage]:
+    given = {"removed": files.removed, "config": files.minhash, "exempt": exempt}
+    yield _stage("signatures", files.tasks, near.sign, clean=files.clean, bands=files.bands, **given)
+    yield from files.bands.stages("signatures")
+    first = files.ids.partitions * files.is_exact
+    yield _stage(
+        "near", files.bands.partitions, near.find_near, bands=files.bands, edges=files.edges, first_writer=first
+    )
+
+
+def _clusters(files: _Files) -> Iterator[Stage]:
+    edges, folder = files.edges, files.out / "rounds"
+    yield from edges.stages("edges")
+    stars = yield from components.rounds(edges, folder)
+    yield _stage("labels", edges.partitions, components.write_labels, stars=stars, labels=files.labels)
+    yield from files.labels.stages("labels")
+
+
+def _stage(name: str, tasks: int, function: Callable, **given: Any) -> Stage:
+    return Stage(name, tasks, functools.partial(function, **given))
 
 
 def minhash_of(config: ConfigDict) -> MinHash:
@@ -93,96 +173,37 @@ def minhash_of(config: ConfigDict) -> MinHash:
     return MinHash(**{key: config.dedup[key] for key in MinHash._fields})
 
 
-def sign(
-    rank: int,
-    *,
-    clean: Clean,
-    exact_folder: Path,
-    folder: Path,
-    num_partitions: int,
-    config: MinHash,
-    exempt: frozenset[str] = frozenset(),
-) -> None:
-    """Writes the signatures of a task's documents that are no exact copies (num_partitions=0: of all).
-
-    Subsets that are `exempt` have none: their documents are nearly the same as no other.
-    """
-    if clean.subsets[rank] in exempt:
-        write_signatures((), folder, rank, config)
-        return
-    removed = (
-        exact.removed_of_task(rank, folder=exact_folder, num_partitions=num_partitions).tolist()
-        if num_partitions
-        else []
-    )
-    expected = len(read_index(clean, rank, ["num_bytes"]))
-    path = clean.folder / "documents" / f"{rank:05d}.jsonl.zst"
-    seen = 0
-
-    def remaining():
-        nonlocal seen
-        gone = iter(removed)
-        skip = next(gone, None)
-        for seen, document in enumerate(read_documents(path), 1):
-            if seen - 1 == skip:
-                skip = next(gone, None)
-            else:
-                yield seen - 1, document.text
-        if seen != expected:
-            raise StorageError(f"{path} has {seen} documents, its index {expected}: remove its stage and prepare again")
-
-    write_signatures(remaining(), folder, rank, config)
+def write_duplicates(group: int, *, clean: Clean, rows: Shuffle, folder: Path) -> None:
+    """A task: <rank>.parquet (ROWS) of the documents that have a duplicate, by their index, of TOGETHER tasks."""
+    for rank in clean.ranks(group, TOGETHER):
+        documents, path = index.num_documents(clean, rank), folder / f"{rank:05d}.parquet"
+        with whole_file(path) as file, pq.ParquetWriter(file, ROWS, compression="zstd") as out:
+            for start in range(0, documents, RANGE):
+                if len(table := _rows(rank, range(start, start + RANGE), rows)):
+                    out.write_table(table)
 
 
-def write_duplicates(group: int, *, clean: Clean, folder: Path, sources_kept: int) -> None:
-    """Writes <rank>.parquet (ROWS) for each of a group of tasks of the clean documents."""
-    first, last = group * TOGETHER, min(len(clean.subsets), (group + 1) * TOGETHER) - 1
-    fields = [pc.field("task"), pc.field("survivor_task")]
-    removed, kept = ((field >= first) & (field <= last) for field in fields)
-    try:
-        table = pq.read_table(folder / "members.parquet", filters=removed | kept)
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"{folder}/members.parquet cannot be read ({error}): prepare again") from error
-    members = {name: table[name].to_numpy() for name in table.column_names}
-    details = _details(members, (first, last), clean, sources_kept)
-    for rank in range(first, last + 1):
-        rows = []
-        ours = [members[name][members["task"] == rank].tolist() for name in MEMBERS.names[1:]]
-        for index, *survivor, is_exact in zip(*ours, strict=True):
-            stays = (survivor := tuple(survivor)) == (rank, index)
-            reason = None if stays else "exact" if is_exact else "near"
-            copies, by, sources = details[survivor] if stays else (1, [], [])
-            rows.append((index, reason, *survivor, copies, by, sources))
-        columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in ROWS]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, ROWS, strict=True)]
-        with whole_file(folder / f"{rank:05d}.parquet") as file:
-            pq.write_table(pa.table(arrays, schema=ROWS), file, compression="zstd")
-
-
-def _details(members: dict[str, np.ndarray], ranks: tuple[int, int], clean: Clean, sources_kept: int) -> dict:
-    """{survivor: (copies, by, sources)} of the survivors in tasks ranks[0] to ranks[1]."""
-    by: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
-    sources: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for task, where in task_bounds(members["task"], len(clean.subsets)):
-        survivors = members["survivor_task"][where]
-        [ours] = np.nonzero((survivors >= ranks[0]) & (survivors <= ranks[1]))
-        if not len(ours):
-            continue
-        mine = {name: column[where][ours].tolist() for name, column in members.items()}
-        rows = read_index(clean, task, ["source", "dump"]).take(mine["index"]).to_pydict()
-        subset = clean.subsets[task]
-        for index, *survivor, dump, source in zip(
-            mine["index"], mine["survivor_task"], mine["survivor_index"], rows["dump"], rows["source"], strict=True
-        ):
-            key = tuple(survivor)
-            by[key][f"{subset}/{dump}" if dump else subset] += 1
-            if key != (task, index):
-                sources[key].append(source)
-    return {
-        key: (
-            counts.total(),
-            [{"name": name, "count": count} for name, count in sorted(counts.items())],
-            heapq.nsmallest(sources_kept, sources[key]),
-        )
-        for key, counts in by.items()
+def _rows(rank: int, indices: range, rows: Shuffle) -> pa.Table:
+    """Those of a range of a task's documents."""
+    parts, details = [np.empty(0, ROW)], []
+    for records, texts in read_blocks(rows, rank, ROW):
+        ours = (records["index"] >= indices.start) & (records["index"] < indices.stop)
+        parts.append(records[ours])
+        details += [texts[i] for i in np.flatnonzero(ours).tolist()]
+    found = np.concatenate(parts)
+    order = np.argsort(found["index"])
+    found = found[order]
+    if np.any(found["index"][1:] == found["index"][:-1]):
+        raise StorageError(f"{rows.folder}: a document of task {rank} is there twice: {REMEDY}")
+    none: dict[str, Any] = {"copies": 1, "by": [], "sources": []}
+    known = [json.loads(details[i]) if details[i] else none for i in order.tolist()]
+    columns = {
+        "index": found["index"],
+        "reason": [REASONS[reason] for reason in found["reason"].tolist()],
+        "survivor_rank": (found["survivor"] >> 32).astype(np.uint32),
+        "survivor_index": found["survivor"].astype(np.uint32),
+        "copies": [one["copies"] for one in known],
+        "by": [[{"name": name, "count": count} for name, count in one["by"]] for one in known],
+        "sources": [one["sources"] for one in known],
     }
+    return pa.table(columns, schema=ROWS)

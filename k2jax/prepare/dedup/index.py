@@ -1,106 +1,160 @@
-"""What deduplication knows of the clean documents: their index, the rule of which of two stays, and files of pairs.
+"""What deduplication knows of the clean documents: their index, and the rule of which of two stays.
 
 Of a cluster the document stays whose subset has the lowest `priority`; among those the one of the newest dump (as a
 string; none is oldest), among those the first by task and index. TxT360 keeps curated sources, then newer dumps.
+
+So that nobody has to read the indexes of all tasks to compare two documents, all names of dumps are gathered first, and
+each document then goes about with two numbers: its `order`, the place of its priority and of its dump in one (u4), and
+its `node`, task and index in one (u8).
 """
 
-import bisect
-from collections.abc import Callable, Iterator
+import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from k2jax.errors import StorageError
+from k2jax.errors import ConfigError, StorageError
+from k2jax.files import write_json
 from k2jax.prepare import recipe
+from k2jax.prepare.shuffle import FAN
 
-# A duplicate and one that it is a duplicate of, each by its task of the clean documents and its index there: four
-# little-endian uint32. The same as datatrove's .dups files.
-PAIR = np.dtype([("task", "<u4"), ("index", "<u4"), ("other_task", "<u4"), ("other_index", "<u4")])
+BATCH = 1 << 16  # rows of an index that are held
+TOGETHER = 16  # tasks of the clean documents that one task looks after, where it reads no text
+
+
+class Subset(NamedTuple):
+    """Its tasks of the clean documents follow each other."""
+
+    name: str
+    first: int  # rank of the first
+    tasks: int
+    priority: int
 
 
 class Clean(NamedTuple):
     """The clean documents, as tasks on other machines are told of them."""
 
     folder: Path
-    subsets: tuple[str, ...]  # of each task, by rank
-    priorities: tuple[int, ...]  # likewise
+    subsets: tuple[Subset, ...]
+
+    @property
+    def num_tasks(self) -> int:
+        """Of all subsets."""
+        return sum(subset.tasks for subset in self.subsets)
+
+    def groups(self, size: int) -> int:
+        """How many of so many tasks each."""
+        return -(-self.num_tasks // size)
+
+    def ranks(self, group: int, size: int) -> range:
+        """The tasks of a group."""
+        return range(group * size, min((group + 1) * size, self.num_tasks))
+
+    def subsets_of(self, tasks: np.ndarray | int) -> np.ndarray:
+        """The place among `subsets` of each task's."""
+        return np.searchsorted([subset.first for subset in self.subsets], tasks, side="right") - 1
 
 
 def clean_documents(config: ConfigDict, folder: Path) -> Clean:
     """Those of a recipe."""
-    names = tuple(task.subset for task in recipe.tasks(config))
-    return Clean(folder, names, tuple(config.subsets[name].priority for name in names))
+    subsets, first = [], 0
+    for name, tasks in itertools.groupby(task.subset for task in recipe.tasks(config)):
+        subsets.append(Subset(name, first, len(list(tasks)), config.subsets[name].priority))
+        first += subsets[-1].tasks
+    return Clean(folder, tuple(subsets))
 
 
-def read_index(clean: Clean, task: int, columns: list[str]) -> pa.Table:
-    """Columns of the index of one task's documents; StorageError if it is missing or damaged."""
+def nodes_of(task: int, indices: np.ndarray) -> np.ndarray:
+    """Task and index in one number."""
+    return np.uint64(task << 32) | indices.astype(np.uint64)
+
+
+def index_of(clean: Clean, task: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Columns of the index of one task's documents, some rows at a time; StorageError if it is missing or damaged."""
     path = clean.folder / "index" / f"{task:05d}.parquet"
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(BATCH, columns=columns)
     except (OSError, pa.ArrowException) as error:
-        message = str(error).partition("\n")[0]
-        raise StorageError(f"{path} cannot be read ({message}): remove its stage and prepare again") from error
+        raise _unreadable(path, error) from error
 
 
-def task_bounds(tasks: np.ndarray, num_tasks: int) -> Iterator[tuple[int, slice]]:
-    """(task, where it stands) of each task that is in a sorted array."""
-    bounds = np.searchsorted(tasks, np.arange(num_tasks + 1)).tolist()
-    for task, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if start < end:
-            yield task, slice(start, end)
-
-
-class Dumps:
-    """Numbers the names of dumps, in the order they come in."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def number(self, names: pa.ChunkedArray) -> np.ndarray:
-        """Of each name; none is the empty one."""
-        encoded = names.combine_chunks().cast(pa.string()).fill_null("").dictionary_encode()
-        numbers = [self._numbers.setdefault(name, len(self._numbers)) for name in encoded.dictionary.to_pylist()]
-        return np.array(numbers, np.int32)[encoded.indices.to_numpy()]
-
-    def newest_first(self) -> np.ndarray:
-        """Of each number, how many dumps are newer."""
-        places = {name: place for place, name in enumerate(sorted(self._numbers, reverse=True))}
-        return np.array([places[name] for name in self._numbers], np.int32)
-
-
-def repeated(values: np.ndarray) -> np.ndarray:
-    """Where the values stand that are there more than once, equal ones beside each other and in their order."""
-    order = np.argsort(values, kind="stable")
-    same = values[order[1:]] == values[order[:-1]]
-    return order[np.r_[same, False] | np.r_[False, same]] if len(values) else order
-
-
-def open_records(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A file of records, on the disk until they are read; StorageError if it is missing or ends within one."""
+def num_documents(clean: Clean, task: int) -> int:
+    """Of one task; StorageError if its index is missing or damaged."""
+    path = clean.folder / "index" / f"{task:05d}.parquet"
     try:
-        if (size := path.stat().st_size) % dtype.itemsize:
-            raise ValueError(f"{size:,} bytes are no multiple of {dtype.itemsize}")
-        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)  # an empty file cannot be mapped
+        return pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> StorageError:
+    message = str(error).partition("\n")[0]
+    return StorageError(f"{path} cannot be read ({message}): remove its stage and prepare again")
+
+
+# --- The order of documents -------------------------------------------------------------------------------------------
+
+
+class Order(NamedTuple):
+    """What all clean documents have, together."""
+
+    documents: int
+    dumps: list[str]  # newest first; of a document without one, ""
+
+    @classmethod
+    def read(cls, path: Path) -> "Order":
+        """What `join_dumps` wrote."""
+        return cls(**read_part(path))
+
+    def of(self, clean: Clean, task: int, dumps: pa.Array) -> np.ndarray:
+        """Of documents of a task, given their dumps: u4, of two the lower one stays."""
+        places = sorted({subset.priority for subset in clean.subsets})
+        place = places.index(clean.subsets[clean.subsets_of(task)].priority)
+        numbers = pc.index_in(_names(dumps), value_set=pa.array(self.dumps, pa.string()))
+        if numbers.null_count:
+            raise StorageError(f"{clean.folder}/index/{task:05d}.parquet is not what it was: prepare again from there")
+        return (place * len(self.dumps) + numbers.to_numpy()).astype(np.uint32)
+
+
+def _names(dumps: pa.Array) -> pa.Array:
+    return dumps.cast(pa.string()).fill_null("")
+
+
+def find_dumps(group: int, *, clean: Clean, folder: Path) -> None:
+    """A task: names of dumps, and number of documents, of FAN tasks of the clean documents."""
+    names: set[str] = set()
+    documents = 0
+    for task in clean.ranks(group, FAN):
+        for batch in index_of(clean, task, ["dump"]):
+            names.update(pc.unique(_names(batch["dump"])).to_pylist())
+            documents += len(batch)
+    write_json(_part(folder, group), Order(documents, sorted(names, reverse=True))._asdict())
+
+
+def join_dumps(_: int, *, clean: Clean, folder: Path, path: Path) -> None:
+    """The only task: what all groups found, as an Order."""
+    parts = [Order.read(_part(folder, group)) for group in range(clean.groups(FAN))]
+    names = sorted({name for part in parts for name in part.dumps}, reverse=True)
+    if len(names) * len(clean.subsets) >= 1 << 32:
+        raise ConfigError(f"{len(names):,} different values of `dump` are more than can be told apart: it names crawls")
+    write_json(path, Order(sum(part.documents for part in parts), names)._asdict())
+
+
+def _part(folder: Path, group: int) -> Path:
+    return folder / f"{group:05d}.json"
+
+
+def read_part(path: Path) -> dict:
+    """JSON that a task wrote; StorageError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} cannot be read ({error}): remove its stage and prepare again") from error
-
-
-def within(path: Path, records: np.ndarray, key: Callable, low: int, high: int | None) -> np.ndarray:
-    """Of a file's records, sorted by their key, those with low <= key < high; None for no end.
-
-    Reads these and a few others. Raises StorageError where they are not sorted.
-    """
-    start, end = (
-        bisect.bisect_left(range(len(records)), bound, key=lambda at: int(key(records[at]))) if bound else default
-        for bound, default in ((low, 0), (high, len(records)))
-    )
-    found = np.array(records[start:end])
-    keys = key(found)
-    inside = not len(keys) or (low <= keys[0] and (high is None or keys[-1] < high))
-    if start > end or not inside or not np.all(keys[1:] >= keys[:-1]):
-        raise StorageError(f"{path} is damaged, it is not sorted: remove its stage and prepare again")
-    return found

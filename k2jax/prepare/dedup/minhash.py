@@ -1,4 +1,4 @@
-"""MinHash signatures of documents: the bytes that datatrove's first stage writes, for a fraction of its CPU time.
+"""MinHash signatures of documents: the hashes of datatrove's first stage, for a fraction of its CPU time.
 
 A text is normalised and cut into overlapping n-grams ("shingles"), each hashed by XXH64; of every one of `bands` x
 `hashes_per_band` permutations of the hashes the smallest is kept. Two texts whose sets of shingles have the Jaccard
@@ -7,32 +7,21 @@ similarity J agree in each with probability J, and in a whole band with J^hashes
   words       lower case, numbers to 0, punctuation to spaces, no diacritics; split at spaces: datatrove's defaults with
               `str.split` for its tokenizer, as FineWeb without spaCy, which takes 80% of the time and needs English
   characters  lower case, no ASCII punctuation, white space squeezed: SlimPajama's and TxT360's
-
-Files, as datatrove's: `bucket_<band>/<rank>.minhash.sig`, for each document with a shingle its hashes of the band (u8)
-and its index (u4), little endian, sorted. `<rank>.json`, written last, says how many and with which parameters.
 """
 
-import json
 import re
 import string
-import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 from datatrove.utils.text import NUMBERS_PATTERN, PUNCTUATION, WHITESPACE_PATTERN
 
-from k2jax.errors import StorageError
-from k2jax.files import whole_file, write_json
-from k2jax.prepare.dedup.index import open_records
-
 PRIME = (1 << 61) - 1  # of datatrove's and datasketch's permutations, (a x + b mod 2^64) mod PRIME
 SHINGLES = 1 << 15  # hashed at a time: bounds a long document's memory
 CACHED = 512  # shingles permuted at a time: 512 x 117 hashes x 8 bytes fit a core's cache
-ROWS = 1024  # signatures held before they go to the disk
 
 _UPPER, _LOWER = string.ascii_uppercase.encode(), string.ascii_lowercase.encode()
 _ASCII_PUNCTUATION = "".join(c for c in PUNCTUATION if c.isascii()).encode()
@@ -54,62 +43,11 @@ class MinHash(NamedTuple):
     hashes_per_band: int
     seed: int
 
-    @property
-    def record(self) -> np.dtype:
-        """Of a signature file."""
-        return np.dtype([("hashes", "<u8", (self.hashes_per_band,)), ("document", "<u4")])
-
     def parameters(self) -> tuple[np.ndarray, np.ndarray]:
         """a and b of the permutations, drawn as datatrove draws them."""
         draw, size = np.random.RandomState(self.seed), (self.bands * self.hashes_per_band, 1)
         a = draw.randint(1, PRIME, dtype=np.uint64, size=size)
         return a, draw.randint(0, PRIME, dtype=np.uint64, size=size)
-
-
-def signature_path(folder: Path, band: int, rank: int) -> Path:
-    """Of one band of one task's documents."""
-    return folder / f"bucket_{band:03d}" / f"{rank:05d}.minhash.sig"
-
-
-def write_signatures(documents: Iterable[tuple[int, str]], folder: Path, rank: int, config: MinHash) -> None:
-    """Writes the signature files of (index, text), in the order of the indices."""
-    folder.mkdir(parents=True, exist_ok=True)
-    signer, indices, rows = Signer(config), [], []
-    with tempfile.TemporaryFile(dir=folder) as spool:
-        for index, text in documents:
-            if (signature := signer.sign(text)) is not None:
-                indices.append(index)
-                rows.append(signature)
-            if len(rows) == ROWS:
-                spool.write(np.stack(rows).tobytes())
-                rows.clear()
-        spool.write(b"".join(row.tobytes() for row in rows))
-        spool.flush()
-        shape = (len(indices), config.bands, config.hashes_per_band)
-        signatures = np.memmap(spool, np.uint64, "r", shape=shape) if indices else np.empty(shape, np.uint64)
-        for band in range(config.bands):
-            records = np.empty(len(indices), config.record)
-            records["hashes"], records["document"] = signatures[:, band], indices
-            order = np.lexsort((records["document"], *reversed(records["hashes"].T)))
-            with whole_file(signature_path(folder, band, rank)) as file:
-                file.write(records[order].tobytes())
-    write_json(folder / f"{rank:05d}.json", {"signatures": len(indices), "parameters": config._asdict()})
-
-
-def open_signatures(folder: Path, band: int, rank: int, config: MinHash) -> np.ndarray:
-    """One signature file, on the disk until it is read; StorageError if it is missing, short or made otherwise."""
-    path = signature_path(folder, band, rank)
-    remedy = "remove the signatures and prepare again"
-    try:
-        made = json.loads((folder / f"{rank:05d}.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{folder}/{rank:05d}.json cannot be read ({error}): {remedy}") from error
-    if made["parameters"] != config._asdict():
-        raise StorageError(f"{path} was made with {made['parameters']}, not {config._asdict()}: {remedy}")
-    records = open_records(path, config.record)
-    if len(records) != made["signatures"]:
-        raise StorageError(f"{path} has {len(records):,} signatures, not {made['signatures']:,}: {remedy}")
-    return records
 
 
 class Signer:

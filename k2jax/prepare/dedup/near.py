@@ -1,63 +1,72 @@
-"""Which documents share a band of MinHash hashes: datatrove's second stage, and its bytes, by sorting with numpy.
-
-Ranges of the first hash are taken one after the other, each small enough to hold, so that memory does not depend on the
-number of documents.
-"""
-
-import itertools
-from pathlib import Path
+"""Which documents share a band of MinHash hashes: digests of bands are dealt out by their range, as ids are."""
 
 import numpy as np
+import xxhash
 
-from k2jax.files import whole_file
-from k2jax.prepare.dedup.index import PAIR, repeated, within
-from k2jax.prepare.dedup.minhash import MinHash, open_signatures, signature_path
+from k2jax.errors import StorageError
+from k2jax.prepare.dedup.components import add_edges
+from k2jax.prepare.dedup.exact import REMOVED
+from k2jax.prepare.dedup.index import Clean, nodes_of, num_documents
+from k2jax.prepare.dedup.minhash import MinHash, Signer
+from k2jax.prepare.dedup.streams import partition_of, repeats
+from k2jax.prepare.documents import read_documents
+from k2jax.prepare.shuffle import Shuffle, Writer
 
-STEP = 1 << 10  # every so-manieth signature of a file is looked at to choose the ranges
-HELD = 1 << 20  # signatures held at a time, and at most STEP more for each file: 113 MB with 13 hashes
+# 128 bits of XXH3 stand for the hashes of a band, which take 104 bytes where there are 13. TxT360's 3.8e11 bands are
+# 7e22 pairs: a chance of 2e-16 that two different ones anywhere have the same digest.
+BAND = np.dtype([("high", "<u8"), ("low", "<u8"), ("node", "<u8")])
+HELD = 1 << 14  # signatures that are held
 
 
-def pairs_path(folder: Path, band: int, part: int) -> Path:
-    """Of one part of a band."""
-    return folder / f"{band:05d}_{part:02d}.dups"
+def sign(
+    rank: int, *, clean: Clean, removed: Shuffle | None, bands: Shuffle, config: MinHash, exempt: frozenset[str]
+) -> None:
+    """A task of the clean documents: the bands (BAND) of those that are not `removed` as exact copies.
 
-
-def find_near(rank: int, *, signatures: Path, folder: Path, num_tasks: int, parts: int, config: MinHash) -> None:
-    """Writes the pairs of documents with equal hashes in a band, of task `rank` of `bands` x `parts`.
-
-    Raises StorageError if a signature file of the `num_tasks` is missing, short or not sorted.
+    Subsets that are `exempt` have none: their documents are nearly the same as no other.
     """
-    band, part = divmod(rank, parts)
-    bounds = _ranges([open_signatures(signatures, band, task, config) for task in range(num_tasks)])
-    ours = slice(len(bounds) * part // parts, len(bounds) * (part + 1) // parts)
-    with whole_file(pairs_path(folder, band, part)) as out:
-        for low, high in bounds[ours]:
-            records, tasks = [], []
-            for task in range(num_tasks):
-                file = open_signatures(signatures, band, task, config)
-                records.append(within(signature_path(signatures, band, task), file, _first_hash, low, high))
-                tasks.append(np.full(len(records[-1]), task, np.uint32))
-            out.write(_pairs(np.concatenate(records), np.concatenate(tasks)).tobytes())
+    with bands.writer(rank) as out:
+        if clean.subsets[clean.subsets_of(rank)].name not in exempt:
+            gone = np.sort(removed.read_records(rank, REMOVED)) if removed else np.empty(0, REMOVED)
+            _sign(rank, gone, out, clean=clean, bands=bands, config=config)
 
 
-def _first_hash(records: np.ndarray) -> np.ndarray:
-    return records["hashes"][..., 0]
+def _sign(rank: int, removed: np.ndarray, out: Writer, *, clean: Clean, bands: Shuffle, config: MinHash) -> None:
+    path = clean.folder / "documents" / f"{rank:05d}.jsonl.zst"
+    signer, gone = Signer(config), iter(removed)
+    skip, seen = next(gone, None), 0
+    indices: list[int] = []
+    digests: list[bytes] = []
+
+    def flush() -> None:
+        records = np.empty(len(digests), BAND)
+        records["high"], records["low"] = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).T
+        records["node"] = np.repeat(nodes_of(rank, np.array(indices, np.uint32)), config.bands)
+        out.add_records(partition_of(records["high"], bands.partitions), records)
+        indices.clear()
+        digests.clear()
+
+    for seen, document in enumerate(read_documents(path), 1):
+        if seen - 1 == skip:
+            skip = next(gone, None)
+        elif (signature := signer.sign(document.text)) is not None:
+            indices.append(seen - 1)
+            digests += band_digests(signature, config)
+        if len(indices) == HELD:
+            flush()
+    flush()
+    if seen != (expected := num_documents(clean, rank)):
+        raise StorageError(f"{path} has {seen} documents, its index {expected}: remove its stage and prepare again")
 
 
-def _ranges(files: list[np.ndarray]) -> list[tuple[int, int | None]]:
-    """Ranges of the first hash with about HELD signatures each: all of those there are, low <= hash < high."""
-    sample = np.sort(np.concatenate([file["hashes"][::STEP, 0] for file in files]))
-    return list(itertools.pairwise([0, *np.unique(sample[HELD // STEP :: HELD // STEP]).tolist(), None]))
+def band_digests(signature: np.ndarray, config: MinHash) -> list[bytes]:
+    """Of each band of a signature; equal hashes in different bands are different."""
+    data, size = signature.astype("<u8").tobytes(), 8 * config.hashes_per_band
+    return [xxhash.xxh3_128_digest(data[band * size : (band + 1) * size], seed=band) for band in range(config.bands)]
 
 
-def _pairs(records: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-    """Each signature that is the same as the one before it, with that one, by hashes, task and index."""
-    some = repeated(records["hashes"][:, 0])
-    hashes, documents, tasks = records["hashes"][some], records["document"][some], tasks[some]
-    order = np.lexsort((documents, tasks, *reversed(hashes.T)))
-    hashes, documents, tasks = hashes[order], documents[order], tasks[order]
-    [same] = np.nonzero(np.all(hashes[1:] == hashes[:-1], axis=1))
-    pairs = np.empty(len(same), PAIR)
-    pairs["task"], pairs["index"] = tasks[same], documents[same]
-    pairs["other_task"], pairs["other_index"] = tasks[same + 1], documents[same + 1]
-    return pairs
+def find_near(partition: int, *, bands: Shuffle, edges: Shuffle, first_writer: int) -> None:
+    """A task: edges between the documents that have a band of the partition in common."""
+    with edges.writer(first_writer + partition) as out:
+        for later, first in repeats(bands, partition, BAND, by=["node"]):
+            add_edges(out, edges, later["node"], first["node"])
