@@ -100,13 +100,20 @@ def summary(listing: dict[str, Listing]) -> dict[str, dict[str, Any]]:
 def deal(config: ConfigDict, out: Path, engine: Engine, listing: dict[str, Listing]) -> dict[str, dict[str, Any]]:
     """Deals out what has been listed, and finds where each subset that has a limit ends; returns the summary.
 
-    Those that have been dealt out in an earlier attempt stay as they are; made.py knows which these are.
+    Those that have been dealt out in an earlier attempt stay as they are: what is of other files by now has been removed
+    before (made.py), or it is a ConfigError.
     """
     inputs, began = summary(listing), _folder(out) / "summary.json"
     if not began.exists():
         left = [name for name in inputs if not _share_of(out, name, config.subsets[name].tasks - 1).exists()]
         write_listing(config, out, {name: listing[name] for name in left})
         write_json(began, {name: inputs[name] for name in left})
+    before = json.loads(began.read_bytes())
+    if changed := [name for name, one in before.items() if inputs[name] != one]:
+        raise ConfigError(
+            f"--out={out}: the files of subset {changed[0]} have changed since they were dealt out "
+            f"({before[changed[0]]} then, {inputs[changed[0]]} now): remove the folder and begin again"
+        )
     listed_keys, measured_keys = (reads.view(config, keys).to_dict() for keys in (reads.LISTING, reads.MEASURING))
     task = functools.partial(cut, config=listed_keys, out=out)
     engine.run(Stage("cuts", len(list((_folder(out) / "pieces").glob("*.json"))), task))
