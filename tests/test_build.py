@@ -196,7 +196,7 @@ def test_another_recipe_or_a_changed_file_is_refused_by_name(made, config):
     out, _ = made
     other = config.copy_and_resolve_references()
     other.seed = 5
-    with pytest.raises(ConfigError, match="seed was 22238, is 5.: that begins again at stage files/books, .*--keep_stages"):
+    with pytest.raises(ConfigError, match="seed was 22238, is 5.: that begins again at stage files/books, "):
         build.build(other, out)
     tokenizer = (out / "tokenizer.json").read_text()
     (out / "tokenizer.json").write_text(tokenizer + " ")

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from k2jax.prepare.work import Work
 from k2jax.text import redacted
 
 FORMAT = 2
+LONG = 4  # times as long as the others are documents that stay, at most, for a bucket to be what it should be
 
 
 def build(
@@ -202,17 +204,23 @@ def _pairs(config: ConfigDict) -> list[str]:
 
 
 def _buckets(config: ConfigDict, stages: Path) -> kept.Kept:
-    """What stays, and as many tasks of tokenizing for a subset as its text needs, whatever the workers."""
+    """What stays, and as many tasks of tokenizing for a subset as its text needs, whatever the workers.
+
+    Text that stays is told from the documents that do; not by more than LONG, lest those that stay are the long ones.
+    """
     first_rank: dict[str, int] = {}
-    num_bytes: dict[str, int] = {}
+    cleaned: dict[str, Counter[str]] = {}
     tasks = recipe.tasks(config)
     for rank, task in enumerate(tasks):
         counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_bytes())
         first_rank.setdefault(task.subset, rank)
-        num_bytes[task.subset] = num_bytes.get(task.subset, 0) + counts["kept"]["bytes"]
+        cleaned.setdefault(task.subset, Counter()).update(counts["kept"])
+    removed = json.loads((stages / "duplicates" / "summary.json").read_bytes())["removed"]
     dealt, bucket = [], 0
     for name, rank in first_rank.items():
-        dealt.append(kept.Dealt(name, rank, bucket, max(1, math.ceil(num_bytes[name] / config.bucket_bytes))))
+        gone = sum(removed.get(name, {}).values()) / max(1, cleaned[name]["documents"])
+        num_bytes = cleaned[name]["bytes"] * max(1 - gone, 1 / LONG)
+        dealt.append(kept.Dealt(name, rank, bucket, max(1, math.ceil(num_bytes / config.bucket_bytes))))
         bucket += dealt[-1].num_buckets
     return kept.Kept(stages, len(tasks), tuple(dealt))
 

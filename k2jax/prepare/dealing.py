@@ -100,8 +100,8 @@ def summary(listing: dict[str, Listing]) -> dict[str, dict[str, Any]]:
 def deal(config: ConfigDict, out: Path, engine: Engine, listing: dict[str, Listing]) -> dict[str, dict[str, Any]]:
     """Deals out what has been listed, and finds where each subset that has a limit ends; returns the summary.
 
-    Those that have been dealt out in an earlier attempt stay as they are: what is of other files by now has been removed
-    before (made.py), or it is a ConfigError.
+    Those that have been dealt out in an earlier attempt stay as they are: what is of other files by now has been
+    removed before (made.py), or it is a ConfigError.
     """
     inputs, began = summary(listing), _folder(out) / "summary.json"
     if not began.exists():
