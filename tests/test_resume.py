@@ -3,7 +3,11 @@ the change is done again."""
 
 import gzip
 import json
+import os
+import random
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +17,7 @@ import pytest
 pytest.importorskip("datatrove")
 
 from ml_collections import ConfigDict  # noqa: E402
-from test_build import different_files, words  # noqa: E402
+from test_build import command, different_files, ranks_done, words  # noqa: E402
 
 from k2jax.data.tokenizer import train_bpe  # noqa: E402
 from k2jax.errors import ConfigError  # noqa: E402
@@ -48,6 +52,21 @@ def corpus(tmp_path_factory) -> Path:
     for name, texts in (("books", BOOKS), ("code", CODE)):
         train_bpe(texts, 330).save(root / f"{name}.json")
     return root
+
+
+RECIPE = """from pathlib import Path
+
+import sys
+sys.path.insert(0, {tests!r})
+from test_resume import recipe_of
+
+
+def get_config():
+    c = recipe_of(Path({corpus!r})).unlock()
+    c.subsets.books.nfc, c.subsets.web.max_bytes, c.validation_fraction = True, 4000, 0.3
+    c.subsets.code.upsample = ((2, 3),)
+    return c.lock()
+"""
 
 
 def recipe_of(corpus: Path) -> ConfigDict:
@@ -392,3 +411,37 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(old, corpus, tmp_p
     (old / "data.json").unlink()
     found = dry_run.look(recipe_of(corpus), old)
     assert found[5].startswith("stage tokens: partly done (") and found[4] == "stage tokenizer: done"
+
+
+@pytest.mark.processes
+def test_kills_at_any_moment_of_a_changed_recipe_change_no_byte(old, corpus, tmp_path):
+    """Removed half, begun half: the same command goes on."""
+    text = RECIPE.format(corpus=str(corpus), tests=str(Path(__file__).parent))
+    (tmp_path / "recipe.py").write_text(text)
+    config, draw, kills = recipe.load_config(tmp_path / "recipe.py"), random.Random(3), 0
+    while True:
+        program = command(tmp_path, old, "--workers=1", "--keep_stages")
+        seen, wanted = ranks_done(old), draw.randint(0, 4)
+        while program.poll() is None and kills < 12 and not (ranks_changed(old, seen) >= wanted and began(old)):
+            time.sleep(0.005)
+        time.sleep(draw.random() * 0.05)
+        if program.poll() is not None or kills == 12:
+            break
+        os.killpg(program.pid, signal.SIGKILL)
+        program.communicate()
+        kills += 1
+    output, errors = program.communicate()
+    assert program.returncode == 0 and "finished" in output, errors
+    assert kills >= 5
+    build.build(config, tmp_path / "new", workers=1)
+    shutil.rmtree(old / "stages")
+    assert different_files(old, tmp_path / "new") == []
+
+
+def ranks_changed(out: Path, seen: set[Path]) -> int:
+    return len(ranks_done(out) ^ seen)
+
+
+def began(out: Path) -> bool:
+    """Whether the command has begun to change the folder."""
+    return not (out / "data.json").exists()
