@@ -445,3 +445,61 @@ def ranks_changed(out: Path, seen: set[Path]) -> int:
 def began(out: Path) -> bool:
     """Whether the command has begun to change the folder."""
     return not (out / "data.json").exists()
+
+
+def rebuilt(config: ConfigDict, out: Path, tmp_path: Path) -> set[str]:
+    """The stages that a changed recipe does again in `out`, whose outcome is a fresh folder's."""
+    before = marks(out)
+    build.build(config, out, workers=1, keep_stages=True)
+    build.build(config, tmp_path / "new", workers=1)
+    again = set(done_again(before, marks(out)))
+    assert [path for path in different_files(out, tmp_path / "new") if not path.startswith("stages/")] == []
+    shutil.rmtree(tmp_path / "new")
+    return again
+
+
+@pytest.mark.processes
+def test_chunks_of_tokens_leave_no_store_that_another_recipe_has_not(corpus, tmp_path):
+    rows = [{"token_ids": [3 + i % 300] * 8, "subset_name": "ab"[i % 2]} for i in range(20)]
+    for name, own in (("chunk_0", rows), ("chunk_1", rows[::2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    c, out = recipe.base(), tmp_path / "old"
+    c.tokenizer, c.validation_fraction = f"{corpus}/books.json", 0.0
+    c.subsets.k2 = recipe.subset(f"llm360:{tmp_path}/chunk_0.jsonl")
+    c.subsets.plain = recipe.subset(f"text:{corpus}/books/*.txt", fim_rate=0.5)
+    build.build(c, out, workers=1, keep_stages=True)
+    assert (out / "k2-b").exists()
+    c.subsets.k2.unlock().source = f"llm360:{tmp_path}/chunk_1.jsonl"
+    assert rebuilt(c, out, tmp_path) == {"token-sources", "shards", "stores"} and not (out / "k2-b").exists()
+    c.subsets.plain.fim_stores = True
+    assert rebuilt(c, out, tmp_path) == TOKENS
+    c.tokenizer = f"{corpus}/code.json"
+    assert rebuilt(c, out, tmp_path) == {"token-sources", *TOKENS}
+    del c.subsets.k2
+    assert rebuilt(c, out, tmp_path) == {"shards", "stores"} and not list(out.glob("k2*"))
+
+
+@pytest.mark.processes
+def test_conversations_are_rendered_again_where_their_template_changes_and_not_for_what_comes_later(tmp_path):
+    pytest.importorskip("transformers")
+    from chat_templates import DIALOGUE, FAMILIES
+    from test_chat import folder_of
+
+    folder, _ = folder_of(tmp_path / "tokenizer", FAMILIES["llama-3"])
+    more = [[{"role": "user", "content": f"Q {i}?"}, {"role": "assistant", "content": f"A {i}."}] for i in range(9)]
+    rows = "".join(json.dumps({"messages": turns}) + "\n" for turns in [DIALOGUE, *more])
+    (tmp_path / "chat.jsonl").write_text(rows, encoding="utf-8")
+    (tmp_path / "text.txt").write_text("A document of text.\n" * 5)
+    c, out = recipe.base(), tmp_path / "old"
+    c.tokenizer, c.eos, c.validation_fraction = str(folder / "tokenizer.json"), "<|end_of_text|>", 0.1
+    c.subsets.chat = recipe.conversations(f"jsonl:{tmp_path}/chat.jsonl")
+    c.subsets.text = recipe.subset(f"text:{tmp_path}/text.txt")
+    build.build(c, out, workers=1, keep_stages=True)
+    c.subsets.chat.conversations.max_tokens, c.subsets.chat.conversations.too_long = 30, "drop"
+    assert rebuilt(c, out, tmp_path) == TOKENS
+    template = folder / "other.jinja"
+    template.write_text(FAMILIES["llama-3"].template.replace("<|eot_id|>", " <|eot_id|>"), encoding="utf-8")
+    c.chat.template = str(template)
+    before = marks(out)["clean"]
+    assert rebuilt(c, out, tmp_path) == CLEAN - {"tokenizer"}
+    assert done_again({"clean": before}, marks(out))["clean"] == ["00000"], "text has no template"

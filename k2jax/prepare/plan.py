@@ -88,11 +88,14 @@ def units(config: ConfigDict, known: Facts) -> dict[str, Unit]:
     for rank, task in enumerate(recipe.tasks(config)):
         ranks.setdefault(task.subset, []).append(rank)
     cleaned = {f"clean/{name}": _cleaned(config, name, ranks[name], known) for name in ranks}
-    dedup = reads.values(config, reads.DEDUPLICATION)
+    text = recipe.names(config)  # the others are neither deduplicated nor dealt into buckets
+    dedup = reads.values(config, reads.DEDUPLICATION, text)
+    order = sorted(text, key=lambda name: config.subsets[name].priority)
+    dedup |= {f"subsets.{name}.priority": number for number, name in enumerate(order)}  # their order alone counts
     found |= cleaned | {"deduplicate": Unit(dedup, tuple(cleaned), outputs=("stages/duplicates",))}
-    found["kept"] = Unit(reads.values(config, reads.KEEPING), ("deduplicate",), outputs=("stages/kept",))
+    found["kept"] = Unit(reads.values(config, reads.KEEPING, text), ("deduplicate",), outputs=("stages/kept",))
     found["tokenizer"] = Unit(
-        known.tokenizer or reads.values(config, reads.LEARNING),
+        known.tokenizer or reads.values(config, reads.LEARNING, text),
         () if known.tokenizer else ("kept",),
         outputs=("tokenizer.json", f"stages/{spm.FILE}"),
     )
