@@ -41,6 +41,7 @@ EXTRAS = {
     # datatrove's own extras bring more than is used here, and lack lxml_html_clean, which trafilatura imports.
     "data": [
         "brotli>=1.2,<2",  # older ones cannot be told how much to unpack
+        "chardet>=6,<7",  # guesses encodings, where a recipe asks for it (LGPL)
         "datatrove>=0.10.1,<0.11",
         "jinja2>=3.1.6,<4",  # chat templates; older ones let a template out of the sandbox
         "lxml_html_clean>=0.4,<0.5",

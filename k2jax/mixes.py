@@ -23,7 +23,7 @@ def mix_of(folder: str, kind: str = "") -> dict[str, float]:
     """
     if kind not in ("", *KINDS):
         raise ConfigError(f"config.mix_of({folder!r}, {kind!r}): kind must be one of {', '.join(KINDS)}, or left out")
-    place = paths.in_bucket(folder, "config.mix_of")
+    place = paths.in_bucket(str(folder), "config.mix_of")
     data = _data_json(place)
     try:
         mix = {name: (data["mix"][name], _kind_of(data, name)) for name in data["mix"]}
@@ -58,7 +58,7 @@ def _data_json(place: Any) -> Any:
     """What a prepared folder says of itself."""
     try:
         return parse_json(read_bytes(place / "data.json", MOST_BYTES), f"{place}/data.json")
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         prepare = f"python tools/prepare_data.py --config=RECIPE --out={place}"
         if not isinstance(place, Path):
             what = f"there is no {place}/data.json: copy the whole prepared folder there, data.json with it"

@@ -488,7 +488,8 @@ BANDS = "out/bands-words-2-8-2-1-1/00002.runs"
         ("out/labels-4/00000.runs", os.remove, "members", r"labels-4/00000.runs cannot be read"),
         ("clean/index/00002.parquet", os.remove, "members", r"index/00002.parquet cannot be read"),
         ("out/members-1/00000.runs", damage_flip, "survivors", r"members-1/00000.runs cannot be read"),
-        ("out/summaries/00000.json", os.remove, "summary", r"summaries/00000.json cannot be read"),
+        ("out/summaries/00000.json", os.remove, "summaries", r"summaries/00000.json cannot be read"),
+        ("out/summaries-joined/00000.json", damage_empty, "summary", r"summaries-joined/00000.json cannot be read"),
         ("out/rows-4/00000.runs", damage_cut, "duplicates", r"rows-4/00000.runs cannot be read"),
     ],
 )  # fmt: skip

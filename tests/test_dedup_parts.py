@@ -28,7 +28,7 @@ from k2jax.prepare.engine import Engine, Stage  # noqa: E402
 from k2jax.prepare.shuffle import Shuffle  # noqa: E402
 
 TINY = [
-    *((module, "FAN", 3) for module in (shuffle, index, duplicates)),
+    *((module, "FAN", 3) for module in (shuffle, index, members, duplicates)),
     *((module, "TOGETHER", 1) for module in (exact, members, duplicates)),
     *((shuffle, name, value) for name, value in {"SLOTS": 4, "RUN_BYTES": 700, "PARTITION_BYTES": 900}.items()),
     *((streams, name, value) for name, value in {"CHUNK_BYTES": 100, "BLOCK": 2}.items()),
@@ -243,7 +243,7 @@ def test_executors_give_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(("tasks", "fan"), [(200, 12), pytest.param(2000, 40, marks=pytest.mark.slow)])
 def test_many_tasks_need_few_files(tasks, fan, tmp_path, monkeypatch, no_sync):
     """All but two of them without a document. The limit on open files is the system's own."""
-    for module in (shuffle, index, duplicates):
+    for module in (shuffle, index, members, duplicates):
         monkeypatch.setattr(module, "FAN", fan)
     monkeypatch.setattr(shuffle, "SLOTS", 100)
     config = recipe_of({"books": {"tasks": tasks // 3}, "web": {"tasks": tasks - tasks // 3}})

@@ -30,13 +30,13 @@ FILE_LINES, FUNCTION_LINES, NESTING = 350, 60, 4
 LONG_FILES = {
     "k2jax/parallel/cluster.py": 370,  # all that processes say to one another, in one place
     "k2jax/prepare/files.py": 370,  # found, opened, unpacked: what a file is, in one place
-    "k2jax/prepare/recipe.py": 360,  # every key of a data experiment, and what is wrong with its value
+    "k2jax/prepare/recipe.py": 370,  # every key of a data experiment, and what is wrong with its value
     "tools/verify_release.py": 1860,  # for strangers: one file, and all of it a second time (formats, order, arrays)
 }
 LONG_FUNCTIONS = {
     "k2jax/train.py:train_on": 120,  # the loop reads top to bottom in one place
     "k2jax/keys.py:base": 140,  # one line a key, of which there may be 150 with the stages'
-    "k2jax/prepare/recipe.py:subset": 70,  # two lines a key: its default, and what it means
+    "k2jax/prepare/recipe.py:subset": 90,  # two lines a key: its default, and what it means
 }
 FORBIDDEN = r"\bpickle\b|\beval\(|\bexec\(|yaml\.load\(|shell=True|trust_remote_code|torch\.load|except:"
 FORBIDDEN += r"|\ballow_pickle=True|\b(tarfile|zipfile)\b|unpack_archive|extractall"  # S8: nothing is unpacked
@@ -49,6 +49,7 @@ OTHERS_THAT_DO = {
     "k2jax/run/lineage.py": {"rename"},  # moves a step or a part away; undone by a power cut, it is decided again
     "k2jax/run/ledger.py": {"fsync"},  # of rows, before the checkpoint that closes over them
     "tools/bench/convert.py": {"fsync"},  # measures it
+    "tools/bench/scale.py": {"fsync"},  # counts without it
 }
 
 

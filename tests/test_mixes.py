@@ -107,6 +107,7 @@ def test_a_later_change_of_the_folders_mix_is_drift_by_name(prepared, tmp_path, 
     [
         (lambda d: shutil.rmtree(d), "is no folder: prepare it .*--out="),
         (lambda d: (d / "data.json").unlink(), "holds no data.json"),
+        (lambda d: ((d / "data.json").unlink(), (d / "data.json").mkdir()), "holds no data.json"),
         (lambda d: ((d / "data.json").unlink(), (d / "stages").mkdir()), "has not finished: run the same command"),
         (lambda d: (d / "data.json").write_text("{"), "data.json is damaged"),
         (lambda d: (d / "data.json").write_text("[]"), "says no mix of stores"),
@@ -116,7 +117,7 @@ def test_a_later_change_of_the_folders_mix_is_drift_by_name(prepared, tmp_path, 
         (lambda d: edit(d, lambda data: data["mix"].update(web="2")), "repeats of 'web' is '2'"),
         (lambda d: edit(d, lambda data: data["mix"].clear()), "no store .* none at all"),
     ],
-    ids=["gone", "none", "unfinished", "half", "list", "stores", "zero", "nan", "text", "empty"],
+    ids=["gone", "none", "folder", "unfinished", "half", "list", "stores", "zero", "nan", "text", "empty"],
 )
 def test_a_folder_that_has_no_mix_is_one_line(prepared, tmp_path, damage, said):
     copy = tmp_path / "copy"

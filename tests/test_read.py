@@ -267,7 +267,7 @@ def test_sizes_out_of_bounds_are_removed_with_their_reason(tmp_path):
 
 
 def test_source_trees_are_read_whole_and_what_is_no_text_is_counted(tmp_path):
-    tree = {"a/x.py": b"x = 1\n", "b/y.c": b"\xff\xfe", "b/z.bin": b"a\0b", "c.txt": b"", ".git/config": b"hidden"}
+    tree = {"a/x.py": b"x = 1\n", "b/y.c": b"\xff\xfa", "b/z.bin": b"a\0b", "c.txt": b"", ".git/config": b"hidden"}
     for name, data in tree.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)

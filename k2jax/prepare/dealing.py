@@ -21,6 +21,7 @@ Below stages/files; a task reads what is its own, for the lists of all have mill
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -34,14 +35,13 @@ from k2jax.prepare import parts, reads, recipe, unreadable
 from k2jax.prepare.chat import texts
 from k2jax.prepare.engine import Engine, Stage
 from k2jax.prepare.files import File, iter_files
-from k2jax.prepare.listing import Listing
+from k2jax.prepare.listing import OPENING, Listing
 from k2jax.prepare.read import RenderRow, documents, dump_of
 from k2jax.prepare.recipe import Task
 from k2jax.prepare.tally import Tally, shown_name
 
 PACKED = 4  # bytes of text in a byte as it is stored, until a wave has told
 MORE = 1.1  # than is expected to be enough
-OPENING = 1 << 16  # bytes that could be read while a file is opened
 MOST_CUTTING = 1 << 12  # tasks
 
 
@@ -105,6 +105,7 @@ def deal(config: ConfigDict, out: Path, engine: Engine, listing: dict[str, Listi
     """
     inputs, began = summary(listing), _folder(out) / "summary.json"
     if not began.exists():
+        shutil.rmtree(_folder(out) / "pieces", ignore_errors=True)  # of a listing that was not finished
         left = [name for name in inputs if not _share_of(out, name, config.subsets[name].tasks - 1).exists()]
         write_listing(config, out, {name: listing[name] for name in left})
         write_json(began, {name: inputs[name] for name in left})

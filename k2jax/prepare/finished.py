@@ -68,7 +68,10 @@ def _as_now(config: dict[str, Any]) -> dict[str, Any]:
     usual = recipe.base()
     whole = {"eos": "", "chat": usual.chat.to_dict(), "part_bytes": usual.part_bytes, **config}
     later = {"conversations": {}, "dumps": [], "follow_links": False, "max_unreadable": 0, "priority": 0}
-    later["pii_regions"] = ["US"]
+    later |= {"pii_regions": ["US"], "text": "", "field_keys": [], "encoding": "", "language_thresholds": []}
+    later |= {"drop_repeated": [], "quality_model": "", "quality_label": "", "quality_threshold": None}
+    later |= {"scorer": "", "scorer_threshold": None}
+    whole["contamination"] = {"unit": "words", **whole.get("contamination", {})}
     whole["subsets"] = {name: {**later, **chosen} for name, chosen in whole["subsets"].items()}
     for chosen in whole["subsets"].values():
         if isinstance(pii := chosen.get("pii"), bool):

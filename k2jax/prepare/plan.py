@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from k2jax.data.manifest import sha256_json
 from k2jax.data.tokenizer import Tokenizer
-from k2jax.prepare import dealing, pii, reads, recipe, spm
+from k2jax.prepare import dealing, pii, reads, recipe, rules, spm
 from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.files import File, list_files
 from k2jax.prepare.listing import Listing
@@ -52,11 +52,11 @@ def facts(
     if tokenizer:
         given = {"the tokenizer's content": _sha256(tokenizer.to_str().encode()), "the id of eos": tokenizer.eos_id}
         given |= {"its .model": _sha256(spm.read(config.tokenizer))} if spm.is_model(config.tokenizer) else {}
-    files = {chosen[key] for chosen in config.subsets.values() for key in ("language_model", "url_blocklist")}
+    files = {path for chosen in config.subsets.values() for path in rules.files_of(chosen)}
     return Facts(
         inputs=dealing.summary(listing),
         evaluation={source: _summary(list_files(source)) for source in config.contamination.sources},
-        rules={path: _sha256_of(path, Path(path).stat().st_mtime_ns) for path in sorted(files - {""})},
+        rules={path: _sha256_of(path, Path(path).stat().st_mtime_ns) for path in sorted(files)},
         tokenizer=given,
         template=sha256_json(template) if template else "",
     )
@@ -82,7 +82,8 @@ def units(config: ConfigDict, known: Facts) -> dict[str, Unit]:
         found["template"] = Unit({"the chat template": known.template}, outputs=outputs)
     found |= {f"files/{name}": _dealt(config, name, known) for name in sorted(known.inputs)}
     if known.evaluation:
-        read = reads.values(config, reads.CONTAMINATION, ()) | _files_of(known.evaluation, list(known.evaluation))
+        read = reads.values(config, reads.with_units(reads.EVALUATION, config), ())
+        read |= _files_of(known.evaluation, list(known.evaluation)) | _units(config, known)
         found["contamination"] = Unit(read, outputs=("stages/contamination",))
     ranks: dict[str, list[int]] = {}
     for rank, task in enumerate(recipe.tasks(config)):
@@ -124,17 +125,20 @@ def _dealt(config: ConfigDict, name: str, known: Facts) -> Unit:
 
 
 def _cleaned(config: ConfigDict, name: str, ranks: list[int], known: Facts) -> Unit:
-    read = reads.values(config, reads.CLEANING, [name])
+    read = reads.values(config, reads.with_units(reads.CLEANING, config), [name]) | _units(config, known)
     chosen = config.subsets[name]
-    for key in ("language_model", "url_blocklist"):
-        if chosen[key]:
-            read[f"subsets.{name}.{key}'s content"] = known.rules[chosen[key]]
+    read |= {f"the content of {path}": known.rules[path] for path in rules.files_of(chosen)}
     if "phone" in chosen.pii:  # the plans of the world's numbers change every other week
         read["libphonenumber"] = pii.phones_version()
     outputs = tuple(f"stages/clean/{path}" for path in CLEANED)
     outputs += () if chosen.max_bytes else (f"stages/unreadable/{name}",)  # else the limit was found without those
     follows = (f"files/{name}", *_template_of(config, name), *(("contamination",) if known.evaluation else ()))
     return Unit(read, follows, (ranks[0], ranks[-1] + 1), outputs)
+
+
+def _units(config: ConfigDict, known: Facts) -> dict[str, Any]:
+    """Of what the n-grams that are looked for are made."""
+    return known.tokenizer if known.evaluation and config.contamination.unit == "tokens" else {}
 
 
 def _tokenized(config: ConfigDict, name: str) -> Unit:

@@ -26,20 +26,23 @@ class Keys(NamedTuple):
 TASKS = ("source", "tasks")  # by which tasks of reading have their ranks (recipe.tasks)
 RENDERED = tuple(f"conversations.{key}" for key in ("pairs", "roles", "answers", "bad_rows", "control_in_turns"))
 READ = (
-    *TASKS, "text_key", "licence", "dump", "extract", "min_document_bytes", "max_document_bytes", "max_line_bytes",
+    *TASKS, "text_key", "text", "field_keys", "encoding", "licence", "dump", "extract", "min_document_bytes", "max_document_bytes", "max_line_bytes",
     *RENDERED, "max_unreadable",
 )  # fmt: skip
 RULES = (
-    "language_model", "languages", "language_threshold", "url_blocklist", "line_rules", "filters", "nfc", "pii",
-    "pii_regions",
+    "language_model", "languages", "language_threshold", "language_thresholds", "url_blocklist", "line_rules",
+    "drop_repeated", "quality_model", "quality_label", "quality_threshold", "scorer", "scorer_threshold", "filters",
+    "nfc", "pii", "pii_regions",
 )  # fmt: skip
 STORES_OF = ("fim_stores", "upsample")  # by which a subset's stores have their names
 
-LISTING = Keys(("seed", "part_bytes"), (*TASKS, "follow_links", "dumps", "max_bytes"))
+LISTING = Keys(("seed", "part_bytes"), (*TASKS, "encoding", "follow_links", "dumps", "max_bytes"))
 MEASURING = Keys((), (*READ, "max_bytes"), free=("max_unreadable",))
-CONTAMINATION = Keys(("contamination.sources", "contamination.n_grams"), ())
+EVALUATION = Keys(("contamination.sources", "contamination.n_grams", "contamination.unit"), ())
 CLEANING = Keys(
-    ("removed_samples", "contamination.sources", "contamination.remove"), (*READ, *RULES), free=("max_unreadable",)
+    ("removed_samples", "contamination.sources", "contamination.remove", "contamination.unit"),
+    (*READ, *RULES),
+    free=("max_unreadable",),
 )
 DEDUPLICATION = Keys(("dedup",), (*TASKS, "priority", "conversations.pairs"))
 KEEPING = Keys(("seed", "bucket_bytes"), TASKS)
@@ -53,6 +56,12 @@ TOKENIZING = Keys(
 )  # fmt: skip
 CONVERTING = Keys(("seed", "eos"), (*TASKS, "licence", "max_line_bytes"))
 JOINING = Keys(("validation_fraction",), (*TASKS, *STORES_OF, "conversations.pairs"))
+
+
+def with_units(keys: Keys, config: ConfigDict) -> Keys:
+    """EVALUATION or CLEANING, with the tokenizer where n-grams are made of its tokens."""
+    in_tokens = config.contamination.sources and config.contamination.unit == "tokens"
+    return keys._replace(recipe=(*keys.recipe, "tokenizer")) if in_tokens else keys
 
 
 def view(config: ConfigDict, keys: Keys, names: Iterable[str] | None = None) -> ConfigDict:

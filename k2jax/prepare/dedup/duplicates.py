@@ -9,7 +9,7 @@
   labels      of each document with a duplicate its cluster            one for each part
   members     what the cluster has to know of it                       one for TOGETHER of the clean documents
   survivors   which document of a cluster stays                        one for each part
-  summary     how many                                                 one task
+  summary     how many: of FAN parts, then of all                      one task
   duplicates  <rank>.parquet of the documents of each task (ROWS)      one for TOGETHER of the clean documents
 
 How many parts there are follows from the number of documents. Between stages that write for all parts or tasks and
@@ -133,7 +133,9 @@ def stages(config: ConfigDict, clean: Path, out: Path) -> Iterator[Stage]:
     given = {"rows": files.rows, "parts": parts, "sources_kept": dedup.sources_kept}
     yield _stage("survivors", partitions, members.find_survivors, **ends, **given)
     yield from files.rows.stages("survivors")
-    given = {"parts": parts, "partitions": partitions, "path": out / "summary.json"}
+    groups, joined = -(-partitions // FAN), out / "summaries-joined"
+    yield _stage("summaries", groups, members.join_parts, parts=parts, partitions=partitions, joined=joined)
+    given = {"joined": joined, "groups": groups, "path": out / "summary.json"}
     yield _stage("summary", 1, members.summarize, clean=documents, **given)
     yield _stage("duplicates", files.groups, write_duplicates, clean=documents, rows=files.rows, folder=out)
 

@@ -20,7 +20,7 @@ from k2jax.prepare.dedup.components import LABEL
 from k2jax.prepare.dedup.exact import REMOVED
 from k2jax.prepare.dedup.index import TOGETHER, Clean, Order, index_of, nodes_of, num_documents, read_part
 from k2jax.prepare.dedup.streams import add_blocks, chunks, mixed, partition_of, read_blocks
-from k2jax.prepare.shuffle import Shuffle
+from k2jax.prepare.shuffle import FAN, Shuffle
 
 MEMBER = np.dtype(
     [("component", "<u8"), ("node", "<u8"), ("order", "<u4"), ("exact", "u1"), ("length", "<u4")]
@@ -120,7 +120,7 @@ def find_survivors(
         subset, dump = clean.subsets[number // len(dumps)].name, dumps[number % len(dumps)]
         return f"{subset}/{dump}" if dump else subset
 
-    counts: Counter[tuple[int, int, int]] = Counter()  # of removed ones: their subset, their survivor's, the reason
+    counts: Removed = Counter()
     with rows.writer(partition) as out:
         for records, _ in read_blocks(members, partition, MEMBER):
             found = [clusters[component] for component in records["component"].tolist()]
@@ -134,21 +134,43 @@ def find_survivors(
             add_blocks(out, nodes >> 32, made, details)
             own, other = (clean.subsets_of(ends[~stays] >> 32).tolist() for ends in (nodes, survivors))
             counts.update(zip(own, other, made["reason"][~stays].tolist(), strict=True))
-    sizes = Counter(one.copies for one in clusters.values())
-    part = {"removed": [[*key, count] for key, count in sorted(counts.items())], "sizes": sorted(sizes.items())}
-    write_json(parts / f"{partition:05d}.json", part)
+    write_part(parts, partition, counts, Counter(one.copies for one in clusters.values()))
 
 
-def summarize(_: int, *, clean: Clean, parts: Path, partitions: int, path: Path) -> None:
-    """The only task: the counts of all partitions, as {"removed": {subset: {"exact": n, "near": n}}, "pairs":
+# --- What is counted of them ------------------------------------------------------------------------------------------
+
+Removed = Counter[tuple[int, int, int]]  # documents by their subset, their survivor's, and the reason
+Sizes = Counter[int]  # clusters by the number of their members
+
+
+def write_part(folder: Path, number: int, removed: Removed, sizes: Sizes) -> None:
+    """Of one partition, or of FAN of them."""
+    part = {"removed": [[*key, count] for key, count in sorted(removed.items())], "sizes": sorted(sizes.items())}
+    write_json(folder / f"{number:05d}.json", part)
+
+
+def read_parts(folder: Path, numbers: range) -> tuple[Removed, Sizes]:
+    """The sum of some of those."""
+    removed: Removed = Counter()
+    sizes: Sizes = Counter()
+    for number in numbers:
+        part = read_part(folder / f"{number:05d}.json")
+        removed.update({tuple(key): count for *key, count in part["removed"]})
+        sizes.update(dict(part["sizes"]))
+    return removed, sizes
+
+
+def join_parts(group: int, *, parts: Path, partitions: int, joined: Path) -> None:
+    """A task: FAN parts as one."""
+    numbers = range(group * FAN, min((group + 1) * FAN, partitions))
+    write_part(joined, group, *read_parts(parts, numbers))
+
+
+def summarize(_: int, *, clean: Clean, joined: Path, groups: int, path: Path) -> None:
+    """The only task: all counts, as {"removed": {subset: {"exact": n, "near": n}}, "pairs":
     {"removed's -> survivor's": n}, "cluster_sizes": {size: clusters}}.
     """
-    counts: Counter[tuple[int, int, int]] = Counter()
-    sizes: Counter[int] = Counter()
-    for partition in range(partitions):
-        part = read_part(parts / f"{partition:05d}.json")
-        counts.update({tuple(key): count for *key, count in part["removed"]})
-        sizes.update(dict(part["sizes"]))
+    counts, sizes = read_parts(joined, range(groups))
     removed = {subset.name: {"exact": 0, "near": 0} for subset in clean.subsets}
     pairs: Counter[str] = Counter()
     for (own, other, reason), count in sorted(counts.items()):
