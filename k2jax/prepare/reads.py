@@ -26,8 +26,8 @@ class Keys(NamedTuple):
 TASKS = ("source", "tasks")  # by which tasks of reading have their ranks (recipe.tasks)
 RENDERED = tuple(f"conversations.{key}" for key in ("pairs", "roles", "answers", "bad_rows", "control_in_turns"))
 READ = (
-    *TASKS, "text_key", "text", "field_keys", "encoding", "licence", "dump", "extract", "min_document_bytes", "max_document_bytes", "max_line_bytes",
-    *RENDERED, "max_unreadable",
+    *TASKS, "text_key", "text", "field_keys", "encoding", "licence", "dump", "extract", "min_document_bytes",
+    "max_document_bytes", "max_line_bytes", *RENDERED, "max_unreadable",
 )  # fmt: skip
 RULES = (
     "language_model", "languages", "language_threshold", "language_thresholds", "url_blocklist", "line_rules",
