@@ -151,6 +151,14 @@ def make_folder(path: Path | BucketPath) -> None:
         sync_folder(path.parent)
 
 
+def check_room(folder: Path) -> None:
+    """Raises OSError where a folder takes no file, or its disk nothing more; leaves none."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 12))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """What the folder lists is on the disk then."""
     try:

@@ -215,7 +215,7 @@ def test_changed_files_are_noticed_and_nothing_is_listed_anew_that_has_not(tmp_p
     dealing.deal(config, tmp_path, Never(), dealing.listed(config))
     assert share.stat().st_mtime_ns == before
     (tmp_path / "in" / "b.txt").write_text("b")
-    with pytest.raises(ConfigError, match="files of subset a have changed since"):
+    with pytest.raises(ConfigError, match="files of subset a have changed since they were dealt"):
         dealing.deal(config, tmp_path, Never(), dealing.listed(config))
 
 

@@ -97,7 +97,7 @@ def test_k2s_recipes_make_the_stores_that_k2s_experiments_name_with_their_repeat
     config = recipe.load_config(str(REPO / f"experiments/data/k2_stage{stage}.py"))
     stores = {}
     for name in config.subsets:
-        stores |= recipe.stores_of(config, name)
+        stores |= {store: config.subsets[name].repeats * n for store, n in recipe.factors_of(config, name).items()}
     assert stores == mix
 
 

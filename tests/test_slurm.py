@@ -114,6 +114,21 @@ def test_a_squeue_that_fails_for_ever_ends_the_command_and_the_next_one_waits_fo
     assert runs(tmp_path) == {0: 1}
 
 
+def test_jobs_of_a_stage_that_is_done_again_are_cancelled_and_waited_for(tmp_path, slurm, monkeypatch):
+    """They would write beside the new ones."""
+    queued(tmp_path, "15\n16\n")
+    (tmp_path / "running").write_text("15\n16\n")
+    program(slurm, "squeue", f"grep -w $3 {tmp_path}/running; true\n")
+    program(slurm, "scancel", f"echo $1 >>{tmp_path}/cancelled; sed -i /$1/d {tmp_path}/running\n")
+    slurm_module.cancel(tmp_path / "done/note")
+    assert (tmp_path / "cancelled").read_text() == "15\n16\n" and not (tmp_path / "done/note/job").exists()
+    slurm_module.cancel(tmp_path / "done/none")
+    queued(tmp_path / "b", "17")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="job: jobs of Slurm .17. may still write there, .* on a login node"):
+        slurm_module.cancel(tmp_path / "b/done/note")
+
+
 def test_a_refused_sbatch_is_one_line(tmp_path, slurm, capfd):
     program(slurm, "sbatch", "echo sbatch: error: a hint >&2; echo sbatch: error: Invalid partition >&2; exit 1\n")
     with pytest.raises(ConfigError, match="^sbatch refused a job .sbatch: error: Invalid partition.: corr") as error:

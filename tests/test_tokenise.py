@@ -74,7 +74,7 @@ def stores(out, config, tokenizer, num_buckets=3):
     for bucket in range(num_buckets):
         tokenise.tokenize(bucket, config=config.to_dict(), kept=dealt, tokenizer=tokenizer, eos=eos)
     found = {}
-    for name in recipe.stores_of(config, "code"):
+    for name in recipe.factors_of(config, "code"):
         options = {"tokenizer_sha256": "0" * 64, "vocab_size": encoder.vocab_size, "eos_id": eos}
         if join(out, options, {}, name):
             store = Store.open(out / name)
@@ -117,7 +117,7 @@ def test_fim_documents_have_stores_of_their_own_where_asked_as_k2_had(cleaned, t
     found = stores(cleaned, config, tokenizer)
     modes = {name: {row["metadata"]["fim"]["mode"] for row, _ in rows} for name, rows in found.items()}
     assert modes == {"code": {"plain"}, "code-fim": {"psm"}, "code-spm": {"spm"}}
-    assert recipe.stores_of(config, "code") == {"code": 0.5, "code-fim": 0.5, "code-spm": 0.5}
+    assert recipe.factors_of(config, "code") == {"code": 1, "code-fim": 1, "code-spm": 1}
 
 
 def test_the_order_is_that_of_the_keys_whatever_the_buckets_and_batches(cleaned, tokenizer, monkeypatch):
@@ -153,7 +153,7 @@ def test_duplicates_go_and_survivors_know_of_them_and_are_upsampled(cleaned, tok
     tally = json.loads((cleaned / "kept/00000.json").read_text())
     assert tally["steps"]["duplicates"]["removed"]["near"]["documents"] == 1
     assert tally["kept"]["documents"] == len(first) - 1
-    assert recipe.stores_of(config, "code") == {"code": 1, "code-x3": 3, "code-x5": 5}
+    assert recipe.factors_of(config, "code") == {"code": 1, "code-x3": 3, "code-x5": 5}
 
 
 @given(st.text(max_size=40), st.text("0123456789abcdef", min_size=64, max_size=64))

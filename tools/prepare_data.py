@@ -4,9 +4,10 @@
     python tools/prepare_data.py --seqio_mixture=NAME --module=MODULE --out=DIR
 
 DIR gets tokenizer.json, a store for each subset, card/ (what came in, what was left out and why, as data.md, data.json
-and index.html) and data.json. Stopped at any time, the same command goes on where it was; a finished DIR is left as it
-is. Of conversations DIR also gets chat_template.jinja, and one is shown with what is learned of it. What comes out does
-not depend on the executor or the workers.
+and index.html) and data.json. Stopped at any time, the same command goes on where it was; after a change of the recipe
+it does again what that changes, having said so, where DIR is not finished or has kept its stages; a finished DIR of
+the same recipe is left as it is. Of conversations DIR also gets chat_template.jinja, and one is shown with what is
+learned of it. What comes out does not depend on the executor or the workers.
 """
 
 import argparse
@@ -34,11 +35,12 @@ def main() -> None:
     add("--workers", type=int, default=0, metavar="N", help="tasks at once (default: the cores it may use)")
     add("--keep_stages", action="store_true", help="keep what lies between documents and stores, in DIR/stages")
     add("--other_code", action="store_true", help="go on with what another version of k2jax began; it is recorded")
+    add("--dry_run", "--dry-run", action="store_true", help="say what is done, what would be, and why; write nothing")
     args = parser.parse_args()
     if args.seqio_mixture and not args.module:
         parser.error("--seqio_mixture needs --module, the module that registers it")
     try:
-        from k2jax.prepare import build, recipe  # after the arguments: --help needs none of it
+        from k2jax.prepare import build, dry_run, recipe  # after the arguments: --help needs none of it
         from k2jax.prepare.chat import show
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'k2jax[data]'") from error
@@ -53,6 +55,9 @@ def main() -> None:
             raise ConfigError(f"{error.name} is not installed: pip install 'k2jax[data,seqio]'") from error
 
         config = seqio_bridge.recipe_of_mixture(args.seqio_mixture, args.module)
+    if args.dry_run:
+        print("\n".join(dry_run.look(config, args.out, other_code=args.other_code)))
+        return
     data, was_there = build.build(
         config, args.out, executor=args.executor, workers=args.workers, keep_stages=args.keep_stages,
         other_code=args.other_code,

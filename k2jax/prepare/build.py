@@ -9,9 +9,9 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from collections import Counter
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,22 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import errors
-from k2jax.chat import fit, template, worker
+from k2jax.chat import template, worker
 from k2jax.data.store import Store
-from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
+from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
-from k2jax.files import write_bytes, write_json
+from k2jax.files import sync_folder, write_json
 from k2jax.prepare import (
+    before,
     claim,
     clean,
     dealing,
+    finished,
     kept,
     pieces,
+    plan,
+    reads,
     recipe,
-    spm,
     tally,
     token_sources,
     tokenise,
@@ -44,7 +47,8 @@ from k2jax.prepare.cores import cores
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.listing import Listing
-from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
+from k2jax.prepare.made import Made
+from k2jax.prepare.work import Work
 from k2jax.text import redacted
 
 FORMAT = 2
@@ -59,29 +63,38 @@ def build(
     chat_template.jinja, too.
 
     Returns what data.json holds, and whether it was there already. What an interrupted preparation finished is not
-    done again. `workers` tasks run at once, 0 for as many as there are cores (cores.py). `keep_stages` leaves what lies
-    between documents and stores, several times the documents' size; `other_code` lets this code go on with what another
-    version of it began. Raises ConfigError if `out` holds anything else, was begun
-    with another recipe or other documents, or is being worked in; StorageError if it cannot be written.
+    done again; where the recipe or its documents have changed since, what they change is (made.py), and said first.
+    `workers` tasks run at once, 0 for as many as there are cores (cores.py). `keep_stages` leaves what lies between
+    documents and stores, several times the documents' size; `other_code` lets this code go on with what another
+    version of it began. Raises ConfigError if `out` holds anything else or is being worked in, or if what another
+    recipe needs of it is gone; StorageError if it cannot be written.
     """
     errors.keep_files_ours()
-    config, out = claim.numbered(config), Path(out).absolute()
+    config, out, was_there = claim.numbered(config), Path(out).absolute(), False
     workers = workers or cores()
-    was_there = (out / "data.json").exists()
     try:
-        if was_there:
-            data = claim.finished(config, out)  # for which neither executor nor documents need be there any more
+        data = finished.read(out) if (out / "data.json").exists() else None
+        if data and finished.is_left(config, out, data):
+            finished.mend_card(out, data)  # for which neither executor nor documents need be there any more
+            was_there = True
+        elif data and not claim.has_stages(out):
+            data = finished.rewritten(config, out, data, other_code)
         else:
             check_executor(executor, config.slurm.to_dict())
-            token_sources.check(config)
+            before.check_writable(out)
+            given = before.given(config)
             listing = clean.check(config)
-            if _conversations(config):
-                _check_template(config)
+            whole = dealing.settled(config, listing)
+            known = plan.facts(whole, listing, given.tokenizer, given.told())
             set_environment(executor, workers)
             out.mkdir(parents=True, exist_ok=True)
             with claim.claimed(config, out, other_code):
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
-                data = _make(dealing.settled(config, listing), out, engine, listing)
+                work = Work(engine, Made(out), plan.units(whole, known))
+                was_there = data is not None and work.is_complete() and not finished.changes(data, config)
+                if not was_there:
+                    _clear(config, out, work, data)
+                    data = _make(whole, out, work, given, listing)
         if not keep_stages:
             shutil.rmtree(out / "stages", ignore_errors=True)
     except OSError as error:
@@ -92,46 +105,81 @@ def build(
     return data, was_there
 
 
-def _make(config: ConfigDict, out: Path, engine: Engine, listing: dict[str, Listing]) -> dict[str, Any]:
-    stages, plain, tokenizer = out / "stages", config.to_dict(), out / "tokenizer.json"
-    if config.tokenizer:
-        _take_tokenizer(config, tokenizer, stages)  # first: one that cannot be used ends it before the long stages
-    notes = _take_template(config, out, tokenizer) if _conversations(config) else []
-    inputs = dealing.deal(config, out, engine, listing)
-    for stage in chain(clean.stages(config, out), duplicates.stages(config, stages / "clean", stages / "duplicates")):
-        engine.run(stage)
+def _clear(config: ConfigDict, out: Path, work: Work, data: dict[str, Any] | None) -> None:
+    """Removes what is not of this recipe, having said what and why; data.json first, which says that all is there."""
+    told = work.stale_lines()
+    if data and not told:
+        told = [f"data.json and card are written anew ({'; '.join(finished.changes(data, config).values())})"]
+    for line in told:
+        print(line, file=sys.stderr, flush=True)
+    (out / "data.json").unlink(missing_ok=True)
+    sync_folder(out)
+    shutil.rmtree(out / "card", ignore_errors=True)
+    work.remove_stale()
 
-    dealt = _buckets(config, stages)
-    engine.run(Stage("kept", dealt.num_tasks, partial(kept.keep, kept=dealt, seed=config.seed)))
+
+def _make(
+    config: ConfigDict, out: Path, work: Work, given: before.Given, listing: dict[str, Listing]
+) -> dict[str, Any]:
+    stages, tokenizer = out / "stages", out / "tokenizer.json"
+    work.begin("template")
+    if given.tokenizer:
+        work.begin("tokenizer")
+    before.take(config, out, given)
+    work.begin_files()
+    inputs = dealing.deal(config, out, work.of("files"), listing)
+    for stage in clean.stages(config, out):
+        work.run(stage)
+    dedup = reads.view(config, reads.DEDUPLICATION)
+    for stage in duplicates.stages(dedup, stages / "clean", stages / "duplicates"):
+        work.run(stage, "deduplicate")
+
+    keeping = reads.view(config, reads.KEEPING)
+    dealt = _buckets(keeping, stages)
+    work.run(Stage("kept", dealt.num_tasks, partial(kept.keep, kept=dealt, seed=keeping.seed)))
     for stage in dealt.shuffle.stages("kept"):
-        engine.run(stage)
+        work.run(stage)
     _check_not_empty(config, stages)
 
     if not config.tokenizer:
-        learn = partial(tokenise.train_tokenizer, config=plain, kept=dealt, path=tokenizer)
-        engine.run(Stage("tokenizer", 1, learn))
+        learning = reads.view(config, reads.LEARNING).to_dict()
+        learn = partial(tokenise.train_tokenizer, config=learning, kept=dealt, path=tokenizer)
+        work.run(Stage("tokenizer", 1, learn))
     encoder = load_tokenizer(tokenizer, config.eos)
     eos = encoder.eos_id
 
-    write = partial(tokenise.tokenize, config=plain, kept=dealt, tokenizer=tokenizer, eos=eos)
-    engine.run(Stage("tokens", dealt.num_buckets, write))
+    tokenizing = reads.view(config, reads.TOKENIZING).to_dict()
+    write = partial(tokenise.tokenize, config=tokenizing, kept=dealt, tokenizer=tokenizer, eos=eos)
+    for name, _, first, number in dealt.subsets:
+        work.describe(f"tokens/{name}", ranks=(first, first + number))
+    work.run(Stage("tokens", dealt.num_buckets, write))
     chats = tokenise.conversations_of(dealt, _conversations(config))
     for name in (name for name, found in chats.items() if not found["counts"]["conversations"]):
         why = ", ".join(f"{count:,} {reason}" for reason, count in left_out(chats[name]["tally"]).items())
         raise ConfigError(f"subset {name}: no conversation of it has an answer to learn ({why}): see max_tokens")
-    engine.run(token_sources.stage(config, out, tokenizer))
+    work.run(token_sources.stage(config, out, tokenizer))
 
     names = sorted(path.name for path in (stages / "tokens").iterdir())
     options = {
         "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": encoder.vocab_size, "eos_id": eos
     }  # fmt: skip
     found = pieces.Pieces(stages, out, tuple(names), options)
-    engine.run(Stage("layout", len(names), partial(pieces.lay_out, pieces=found)))
+    work.describe("shards", outputs=(*names, "stages/layout", "stages/shards"))
+    work.run(Stage("layout", len(names), partial(pieces.lay_out, pieces=found)), "shards")
     parts = found.parts()
-    engine.run(Stage("shards", len(parts), partial(pieces.write_part, parts=parts, pieces=found)))
-    engine.run(Stage("stores", len(names), partial(_finish, config=plain, found=found)))
+    work.run(Stage("shards", len(parts), partial(pieces.write_part, parts=parts, pieces=found)))
+    finish = partial(_finish, config=reads.view(config, reads.JOINING).to_dict(), found=found)
+    work.run(Stage("stores", len(names), finish))
 
-    data = {"format": FORMAT, "config": redacted(plain), **options, "inputs": inputs, "code": claim.codes(out)}
+    data = {"format": FORMAT, "config": redacted(config.to_dict()), **options}
+    data |= {"inputs": inputs, "code": claim.codes(out)}
+    return _sum_up(config, out, data, names, chats, given.notes)
+
+
+def _sum_up(
+    config: ConfigDict, out: Path, data: dict[str, Any], names: list[str], chats: dict[str, dict], notes: list[str]
+) -> dict[str, Any]:
+    """The data card, and data.json, which holds what is returned: `data`, and what was counted."""
     if left := unreadable.of_all(out, list(config.subsets)):
         data |= {"unreadable": left}
     data |= _summary(config, out, names)
@@ -153,26 +201,6 @@ def _conversations(config: ConfigDict) -> list[str]:
 
 def _pairs(config: ConfigDict) -> list[str]:
     return [name for name in _conversations(config) if config.subsets[name].conversations.pairs]
-
-
-def _check_template(config: ConfigDict) -> None:
-    """Raises ConfigError before anything is begun, so that the recipe can be corrected."""
-    encoder = _recipe_tokenizer(config)
-    fit.check(template.find(config, encoder), encoder)
-
-
-def _take_template(config: ConfigDict, out: Path, tokenizer: Path) -> list[str]:
-    """The recipe's chat template, as chat_template.jinja and for the tasks; returns what a person should know of it."""
-    encoder, place = load_tokenizer(tokenizer, config.eos), dealing.template_of(out)
-    chosen = template.find(config, encoder)
-    notes = fit.check(chosen, encoder)
-    if place.exists() and template.load(place).template != chosen:
-        raise ConfigError(
-            f"--out={out}: {chosen.source} has changed since this preparation began: remove the folder and begin again"
-        )
-    template.save(place, chosen, encoder)
-    write_bytes(out / TEMPLATE, chosen.text.encode())
-    return notes
 
 
 def _buckets(config: ConfigDict, stages: Path) -> kept.Kept:
@@ -227,19 +255,6 @@ def left_out(*tallies: dict[str, Any]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _recipe_tokenizer(config: ConfigDict) -> Tokenizer:
-    tokenizer = open_tokenizer(config.tokenizer)
-    return k2_tokens(tokenizer) if config.add_k2_tokens else tokenizer
-
-
-def _take_tokenizer(config: ConfigDict, path: Path, stages: Path) -> None:
-    """The recipe's tokenizer as tokenizer.json: one that is one already keeps its bytes, and so its identity."""
-    write_bytes(path, _recipe_tokenizer(config).to_str().encode())
-    if spm.is_model(config.tokenizer):
-        write_bytes(stages / spm.FILE, spm.read(config.tokenizer))
-    _ = load_tokenizer(path, config.eos).eos_id
-
-
 def _finish(rank: int, *, config: dict[str, Any], found: pieces.Pieces) -> None:
     """A task: completes a store. What a seqio task has for validation is held out, else a share of the end."""
     whole, name = ConfigDict(config), found.stores[rank]
@@ -247,7 +262,7 @@ def _finish(rank: int, *, config: dict[str, Any], found: pieces.Pieces) -> None:
     counts = token_sources.summary(whole, found.stages)[1].get(name, {})
     if "held_out_tokens" in counts:
         held_out = {"num_train_tokens": counts.get("tokens", 0)}
-    pairs = any(name in recipe.stores_of(whole, one) for one in _pairs(whole))
+    pairs = any(name in recipe.factors_of(whole, one) for one in _pairs(whole))
     pieces.finish(name, pieces=found, held_out=held_out, pairs=pairs)
 
 
@@ -256,16 +271,10 @@ def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
     stages = out / "stages"
     token_subsets, token_stores = token_sources.summary(config, stages)
     subset_of = {name: counts["subset"] for name, counts in token_stores.items()}
-    repeats = {name: config.subsets[subset].repeats for name, subset in subset_of.items()}
-    for name in sorted({task.subset for task in recipe.tasks(config)}):
-        for store, times in recipe.stores_of(config, name).items():
-            repeats[store], subset_of[store] = times, name
+    for name in recipe.names(config):
+        subset_of |= dict.fromkeys(recipe.factors_of(config, name), name)
     opened = {name: Store.open(out / name) for name in names if (out / name / "store.json").exists()}
-    mix = {name: float(repeats[name]) for name in opened}
-    kinds = {name: recipe.kind_of(config.subsets[subset_of[name]].source)[0] for name in opened}
-    if rates := {name: mix[name] for name, kind in kinds.items() if kind == "seqio"}:
-        examples = {name: opened[name].num_train_documents for name in rates}
-        mix |= token_sources.mix_of_rates(rates, examples, {name: opened[name].num_train_tokens for name in rates})
+    mix = finished.mix_of(config, {name: subset_of[name] for name in opened}, opened)
     stores = {}
     for name, store in opened.items():
         sizes = [json.loads(path.read_bytes())["bytes"] for path in (stages / "tokens" / name).glob("*.json")]

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from k2jax.errors import UnreadableError
 from k2jax.files import whole_file, write_json
-from k2jax.prepare import contamination, dealing, recipe, rules, unreadable
+from k2jax.prepare import contamination, dealing, reads, recipe, rules, unreadable
 from k2jax.prepare.documents import write_documents
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import list_files
@@ -44,11 +44,15 @@ INDEX_ROWS = 1 << 14  # written at a time
 
 def stages(config: ConfigDict, out: str | Path) -> list[Stage]:
     """The index of evaluation sets, if any are named, and the cleaning of what was dealt (dealing.py)."""
-    at = {"config": config.to_dict(), "out": Path(out)}
-    clean_all = Stage("clean", len(recipe.tasks(config)), functools.partial(clean_task, **at))
+    cleaning = reads.view(config, reads.with_units(reads.CLEANING, config)).to_dict()
+    clean_all = Stage(
+        "clean", len(recipe.tasks(config)), functools.partial(clean_task, config=cleaning, out=Path(out))
+    )
     if not config.contamination.sources:
         return [clean_all]
-    return [Stage("contamination", 1, functools.partial(contamination.build, **at)), clean_all]
+    searching = reads.view(config, reads.with_units(reads.EVALUATION, config), ()).to_dict()
+    index = functools.partial(contamination.build, config=searching, out=Path(out))
+    return [Stage("contamination", 1, index), clean_all]
 
 
 def check(config: ConfigDict) -> dict[str, Listing]:

@@ -8,7 +8,8 @@ much, in waves of which each is as large as the one before it lets one expect.
 
 Below stages/files; a task reads what is its own, for the lists of all have millions of rows:
 
-    summary.json                   {subset: {"files", "bytes", "digest"}}, written last of the listing
+    summary.json                   {subset: {"files", "bytes", "digest"}}, written last of the listing, of those that
+                                   are dealt out together: pieces, cuts and waves are of them
     <subset>.jsonl                 [name, path, size] of all, a line each, in their order
     pieces/<rank>.json             [[subset, number of the file, name, path, size, begin, end], ...] to be cut
     cuts/<rank>.json               [[subset, number of the file, begin, [Cut, ...]], ...] of those
@@ -30,7 +31,7 @@ from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError, UnreadableError
 from k2jax.files import whole_file, write_json
-from k2jax.prepare import parts, recipe, unreadable
+from k2jax.prepare import parts, reads, recipe, unreadable
 from k2jax.prepare.chat import texts
 from k2jax.prepare.engine import Engine, Stage
 from k2jax.prepare.files import File, iter_files
@@ -99,23 +100,28 @@ def summary(listing: dict[str, Listing]) -> dict[str, dict[str, Any]]:
 def deal(config: ConfigDict, out: Path, engine: Engine, listing: dict[str, Listing]) -> dict[str, dict[str, Any]]:
     """Deals out what has been listed, and finds where each subset that has a limit ends; returns the summary.
 
-    Raises ConfigError if a preparation in `out` began with other files.
+    Those that have been dealt out in an earlier attempt stay as they are: what is of other files by now has been
+    removed before (made.py), or it is a ConfigError.
     """
-    at, inputs, began = {"config": config.to_dict(), "out": out}, summary(listing), _folder(out) / "summary.json"
+    inputs, began = summary(listing), _folder(out) / "summary.json"
     if not began.exists():
-        shutil.rmtree(_folder(out), ignore_errors=True)  # of an attempt that found other files
-        write_listing(config, out, listing)
-        write_json(began, inputs)
+        shutil.rmtree(_folder(out) / "pieces", ignore_errors=True)  # of a listing that was not finished
+        left = [name for name in inputs if not _share_of(out, name, config.subsets[name].tasks - 1).exists()]
+        write_listing(config, out, {name: listing[name] for name in left})
+        write_json(began, {name: inputs[name] for name in left})
     before = json.loads(began.read_bytes())
-    if changed := [name for name in inputs if inputs[name] != before.get(name)]:
+    if changed := [name for name, one in before.items() if inputs[name] != one]:
         raise ConfigError(
-            f"--out={out}: the files of subset {changed[0]} have changed since this preparation began "
-            f"({before.get(changed[0])} then, {inputs[changed[0]]} now): remove the folder and begin again"
+            f"--out={out}: the files of subset {changed[0]} have changed since they were dealt out "
+            f"({before[changed[0]]} then, {inputs[changed[0]]} now): remove the folder and begin again"
         )
-    engine.run(Stage("cuts", len(list((_folder(out) / "pieces").glob("*.json"))), functools.partial(cut, **at)))
+    listed_keys, measured_keys = (reads.view(config, keys).to_dict() for keys in (reads.LISTING, reads.MEASURING))
+    task = functools.partial(cut, config=listed_keys, out=out)
+    engine.run(Stage("cuts", len(list((_folder(out) / "pieces").glob("*.json"))), task))
     deal_out(config, out)
     for number, num_tasks in enumerate(_waves(config, out)):
-        engine.run(Stage(f"limits-{number}", num_tasks, functools.partial(measure, number=number, **at)))
+        task = functools.partial(measure, number=number, config=measured_keys, out=out)
+        engine.run(Stage(f"limits-{number}", num_tasks, task))
     return inputs
 
 
@@ -229,7 +235,8 @@ def _cuts_of(out: Path, name: str) -> dict[int, list[tuple[int, list[parts.Cut]]
 def _waves(config: ConfigDict, out: Path) -> Iterator[int]:
     """The tasks of each wave, whose files are dealt to them, until it is known where each limit is: those subsets are
     dealt out then."""
-    limits = {name: chosen.max_bytes for name, chosen in sorted(config.subsets.items()) if chosen.max_bytes}
+    names = sorted(json.loads((_folder(out) / "summary.json").read_bytes()))
+    limits = {name: config.subsets[name].max_bytes for name in names if config.subsets[name].max_bytes}
     files = {name: _Known(_files_of(out, name)) for name in limits}
     sizes: dict[str, list[int]] = {name: [] for name in limits}
     number = 0

@@ -4,23 +4,20 @@ datatrove deals out the ranks, marks those that are complete and leaves them out
 here: an error of a task reaches the user as it was raised, and a stage is over only when every rank is complete.
 """
 
-import contextlib
 import json
 import os
 import shutil
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datatrove.utils.logging import logger
-from tqdm import tqdm
 
 import k2jax
 from k2jax import errors
 from k2jax.errors import ConfigError, RunError
-from k2jax.prepare import said
+from k2jax.prepare import progress, said
 from k2jax.prepare.cores import cores
 from k2jax.prepare.executors import Local, Ray
 from k2jax.prepare.slurm import Slurm
@@ -65,7 +62,7 @@ class Engine(NamedTuple):
         executor = self._executor(stage, folder)
         if executor.get_incomplete_ranks(skip_completed=True):
             try:
-                with _progress(stage, folder):
+                with progress.shown(stage.name, stage.tasks, folder / "completions"):
                     executor.run()
             finally:
                 if line := said.summary(folder / "said"):
@@ -113,25 +110,6 @@ def _raise_failures(stage: Stage, folder: Path) -> None:
         raise RunError(f"stage {stage.name}, task {int(path.stem)}: {failure['type']}: {failure['message']}")
 
 
-@contextlib.contextmanager
-def _progress(stage: Stage, folder: Path) -> Iterator[None]:
-    """A bar over complete tasks, on a terminal only."""
-    with tqdm(desc=stage.name, total=stage.tasks, unit="task", disable=None, leave=False) as bar:
-        over = threading.Event()
-
-        def look() -> None:
-            while not over.wait(0.5):
-                bar.update(len(list((folder / "completions").glob("*"))) - bar.n)
-
-        thread = threading.Thread(target=look, daemon=True)
-        if not bar.disable:
-            thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-
-
 def check_executor(executor: str, slurm: dict[str, Any]) -> None:
     """Raises ConfigError if the executor cannot run here, before anything is done."""
     if executor == "ray":
@@ -164,7 +142,8 @@ def usage(folder: Path) -> dict[str, dict[str, float]]:
     """What each stage whose marks are in `folder` took: CPU-seconds of all its tasks, peak memory of the largest."""
     found = {}
     for stage in sorted(folder.iterdir()):
-        tasks = [json.loads(path.read_bytes()) for path in (stage / "usage").glob("*.json")]
+        marks = [path.read_bytes() for path in (stage / "completions").glob("*")]
+        tasks = [json.loads(mark) for mark in marks if mark]  # empty: its task was killed as it had ended
         if tasks:
             cpu_seconds = sum(task["cpu_seconds"] for task in tasks)
             found[stage.name] = {"cpu_seconds": cpu_seconds, "peak_bytes": max(task["peak_bytes"] for task in tasks)}

@@ -216,13 +216,11 @@ def names(config: ConfigDict, *, tokens: bool = False) -> list[str]:
     return [name for name, kind in kinds.items() if (kind in TOKEN_KINDS) == tokens]
 
 
-def stores_of(config: ConfigDict, name: str) -> dict[str, float]:
-    """The stores that a subset can give, with their repeats: NAME, NAME-fim, NAME-spm, NAME-xFACTOR."""
-    chosen = config.subsets[name]
-    stores = {name: chosen.repeats}
-    if chosen.fim_stores:
-        stores |= {f"{name}-fim": chosen.repeats, f"{name}-spm": chosen.repeats}
-    return stores | {f"{name}-x{factor}": chosen.repeats * factor for _, factor in chosen.upsample}
+def factors_of(config: ConfigDict, name: str) -> dict[str, int]:
+    """The stores that a subset can give: NAME, NAME-fim, NAME-spm, NAME-xFACTOR; `repeats` of each is times that."""
+    chosen, turned = config.subsets[name], ("-fim", "-spm")
+    stores = {name: 1} | {f"{name}{end}": 1 for end in turned if chosen.fim_stores}
+    return stores | {f"{name}-x{factor}": factor for _, factor in chosen.upsample}
 
 
 def kind_of(source: str) -> tuple[str, str]:
@@ -351,7 +349,7 @@ def _store_problems(config: ConfigDict) -> list[str]:
     """Two subsets whose documents would go to one store."""
     problems, taken = [], {}
     for name in config.subsets:
-        for store in stores_of(config, name):
+        for store in factors_of(config, name):
             if taken.setdefault(store, name) != name:
                 problems.append(f"subsets.{name}: its store {store} is one of subsets.{taken[store]}, too: rename one")
     return problems

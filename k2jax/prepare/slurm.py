@@ -7,6 +7,7 @@ have the workers between them. The ids of jobs are noted as they are made: a lat
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -163,3 +164,20 @@ def _run(command: list[str], timeout: float | None = 120) -> subprocess.Complete
 
 def _last_line(text: str) -> str:
     return shown((text.strip().splitlines() or ["it says nothing"])[-1])[:300]
+
+
+def cancel(folder: Path) -> None:
+    """Ends the jobs that are noted in a stage's folder, and waits until they have: the stage is to be done again."""
+    note = folder / "job"
+    if not note.exists():
+        return
+    jobs = note.read_text().split()
+    if shutil.which("squeue") is None:
+        raise ConfigError(
+            f"{note}: jobs of Slurm ({', '.join(jobs)}) may still write there, and there is no squeue on this machine: "
+            "run the same command on a login node, or remove that file if they are over"
+        )
+    for job in jobs:
+        _run(["scancel", job])
+        _wait_for(job)
+    note.unlink()

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import ConfigError
 from k2jax.files import write_json
+from k2jax.prepare import reads
 from k2jax.prepare.dealing import share
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import DAMAGE, File, bounded_lines, opened, place
@@ -73,7 +74,8 @@ def stage(config: ConfigDict, out: Path, tokenizer: Path) -> Stage:
     outside the vocabulary, too.
     """
     check(config)
-    return Stage("token-sources", len(token_tasks(config)), partial(_convert, config, Path(out), Path(tokenizer)))
+    converting = reads.view(config, reads.CONVERTING)
+    return Stage("token-sources", len(token_tasks(config)), partial(_convert, converting, Path(out), Path(tokenizer)))
 
 
 def read(

@@ -20,7 +20,7 @@ from k2jax.prepare import fim, spm
 from k2jax.prepare.chat import mask
 from k2jax.prepare.kept import Kept, bucket_of
 from k2jax.prepare.pieces import PieceWriter
-from k2jax.prepare.recipe import stores_of
+from k2jax.prepare.recipe import factors_of
 from k2jax.prepare.tally import Tally, combine
 
 BATCH_BYTES = 1 << 20  # of text handed to the tokenizer at a time: enough for every core
@@ -49,7 +49,7 @@ def tokenize(bucket: int, *, config: dict[str, Any], kept: Kept, tokenizer: Path
     if chosen.conversations:
         _tokenize_conversations(bucket, recipe, kept, encoder, eos)
         return
-    library = spm.Encoder(kept.folder / spm.FILE, encoder) if spm.is_model(recipe.tokenizer) else None
+    library = spm.Encoder(kept.folder / spm.FILE, encoder) if (kept.folder / spm.FILE).exists() else None
     sentinels = sentinel_ids(encoder, tokenizer) if chosen.fim_rate else {}
     documents = bucket_of(kept, bucket, recipe.seed)
     paths = _pieces(kept, bucket, recipe)
@@ -74,7 +74,7 @@ def tokenize(bucket: int, *, config: dict[str, Any], kept: Kept, tokenizer: Path
 def _pieces(kept: Kept, bucket: int, recipe: ConfigDict) -> dict[str, Path]:
     """The pieces of a bucket, by store; their names sort as the buckets do."""
     subset, _, first, _ = kept.of_bucket(bucket)
-    return {store: kept.folder / "tokens" / store / f"{bucket - first:07d}" for store in stores_of(recipe, subset)}
+    return {store: kept.folder / "tokens" / store / f"{bucket - first:07d}" for store in factors_of(recipe, subset)}
 
 
 def _tokenize_conversations(bucket: int, recipe: ConfigDict, kept: Kept, encoder: Tokenizer, eos: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from k2jax.files import write_json, write_text
+from k2jax.files import read_json, write_json, write_text
 from k2jax.prepare import recipe
 from k2jax.prepare.card.documents import copies_of, samples_of
 from k2jax.prepare.card.html import page
@@ -39,7 +39,17 @@ def write_card(out: Path, data: dict[str, Any]) -> None:
 
     Raises StorageError if documents between the stages are damaged.
     """
-    card = make_card(out / "stages", data)
+    _write(out, make_card(out / "stages", data))
+
+
+def rewrite_card(out: Path, data: dict[str, Any]) -> None:
+    """The same where the stages are gone, and config and repeats alone have changed."""
+    card = read_json(out / "card" / "data.json")
+    card |= {"config": json.loads(json.dumps(data["config"])), "stores": mix_of(data["stores"])}
+    _write(out, card)
+
+
+def _write(out: Path, card: dict[str, Any]) -> None:
     write_json(out / "card" / "data.json", card)
     write_text(out / "card" / "data.md", markdown(card))
     write_text(out / "card" / "index.html", page(card))
