@@ -41,6 +41,7 @@ EXTRAS = {
     # datatrove's own extras bring more than is used here, and lack lxml_html_clean, which trafilatura imports.
     "data": [
         "brotli>=1.2,<2",  # older ones cannot be told how much to unpack
+        "chardet>=6,<7",  # guesses encodings, where a recipe asks for it (LGPL)
         "datatrove>=0.10.1,<0.11",
         "jinja2>=3.1.6,<4",  # chat templates; older ones let a template out of the sandbox
         "lxml_html_clean>=0.4,<0.5",
@@ -91,8 +92,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["k2jax", "k2jax.*"]), "k2jax.kernels"],
-    package_dir={"k2jax.kernels": "kernels"},
+    packages=[*find_packages(include=["k2jax", "k2jax.*"]), "k2jax.kernels", "k2jax.tools"],
+    package_dir={"k2jax.kernels": "kernels", "k2jax.tools": "tools"},
+    entry_points={"console_scripts": ["k2jax = k2jax.command:main"]},
     package_data={
         "k2jax.plan": ["*.txtpb"],
         "k2jax.launch": ["templates/*.sh"],

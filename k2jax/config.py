@@ -34,6 +34,7 @@ from k2jax.keys import (
     range_of,
     stage,
 )
+from k2jax.mixes import mix_of
 
 __all__ = [
     "FREE_KEYS",
@@ -43,6 +44,7 @@ __all__ = [
     "from_dict",
     "group_factors",
     "load",
+    "mix_of",
     "range_of",
     "settled",
     "stage",

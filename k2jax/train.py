@@ -116,7 +116,7 @@ def train_on(
         if step:
             number = checkpoints.last_meta["epoch"]["number"]
             check_resume(epochs, journal, checkpoints.last_data, number, order, step)
-        say(describe_run(config, order, mesh))
+        say(describe_run(config, order, mesh, manifest["vocab_size"]))
         recorder = open_records(config, run.path, order, sorted(stores), checkpoints, step)
         guard = recorder.guard
         recovery.keep_watch(guard, run.path, journal, checkpoints)

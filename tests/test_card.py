@@ -49,7 +49,7 @@ NAME = 'ba|d\n"name"<i>`*_\u202e.txt'
 
 def config_of() -> ConfigDict:
     config = recipe.base()
-    config.subsets.books = recipe.subset("text:books/*", licence="CC0-1.0")
+    config.subsets.books = recipe.subset("text:books/*", tasks=1, licence="CC0-1.0")
     config.subsets.code = recipe.subset("jsonl:code/*", tasks=2, priority=1, repeats=0.5)
     config.subsets.web = recipe.subset("warc:web/*", tasks=2, priority=2, upsample=((2, 3), (5, 8)), nfc=True)
     return config
@@ -408,7 +408,7 @@ def test_the_same_bytes_every_time(out, data, card, tmp_path):
 
 def test_an_empty_preparation_has_a_card(tmp_path):
     config = recipe.base()
-    config.subsets.tokens = recipe.subset("megatron:x*.bin")
+    config.subsets.tokens = recipe.subset("megatron:x*.bin", tasks=1)
     data = {
         "config": config.to_dict(),
         "version": "1",

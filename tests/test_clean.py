@@ -4,7 +4,6 @@ import gzip
 import json
 import multiprocessing
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +15,12 @@ import pytest
 pytest.importorskip("datatrove", reason="the extra `data`")
 
 import pyarrow.parquet as pq  # noqa: E402
+from dealt import deal  # noqa: E402
 
 from k2jax.errors import ConfigError, StorageError  # noqa: E402
 from k2jax.prepare import dealing, recipe  # noqa: E402
 from k2jax.prepare.clean import check, stages  # noqa: E402
 from k2jax.prepare.documents import document, read_documents  # noqa: E402
-from k2jax.prepare.engine import Engine  # noqa: E402
 
 SENTENCE = "The keeper of the lighthouse number {} wrote to keeper{}@example.net about the oil and the weather. "
 QUESTION = "which of these islands had a lighthouse before the year 1800 and still has one that turns today"
@@ -49,17 +48,11 @@ def make_config(folder: Path, tasks: int = 1, **options):
 
 def run(config, out: Path) -> dict[str, bytes]:
     """All stages; every file by its name."""
-    deal(config, out)
-    for stage in stages(config, out):
+    check(config)
+    for stage in stages(deal(config, out), out):
         for rank in range(stage.tasks):
             stage.function(rank)
     return files_of(out)
-
-
-def deal(config, out: Path) -> None:
-    """Lists the sources and finds where their limits are."""
-    dealing.deal(config, out, Engine(out / "marks", "local", 1, {}), check(config))
-    shutil.rmtree(out / "marks")
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -83,8 +76,8 @@ def test_a_tasks_files_agree(tmp_path):
     config.subsets.tokens = recipe.subset(f"megatron:{tmp_path}/x.bin")
     names = run(config, tmp_path / "out")
     kinds = [("documents", "jsonl.zst"), ("index", "parquet"), ("removed", "jsonl.zst"), ("tally", "json")]
-    dealt = ("tokens", "web", "summary", "shares/tokens/00000", "shares/web/00000")  # tokens are no task of this stage
-    dealt = [f"stages/files/{name}.json" for name in dealt]
+    dealt = ("tokens.jsonl", "web.jsonl", "summary.json", "shares/tokens/00000.json", "shares/web/00000.json")
+    dealt = [f"stages/files/{name}" for name in dealt]  # tokens are no task of this stage
     assert sorted(names) == sorted([*dealt, *(f"stages/clean/{a}/00000.{b}" for a, b in kinds)])
     clean = tmp_path / "out/stages/clean"
     found = list(read_documents(clean / "documents/00000.jsonl.zst"))

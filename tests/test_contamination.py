@@ -1,5 +1,6 @@
 """Documents that hold text of an evaluation set are found by their words, and no others."""
 
+import io
 import json
 
 import numpy as np
@@ -12,10 +13,12 @@ import pyarrow.parquet as pq  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from k2jax.data.tokenizer import train_bpe  # noqa: E402
 from k2jax.errors import ConfigError, StorageError  # noqa: E402
-from k2jax.prepare import contamination, recipe  # noqa: E402
-from k2jax.prepare.contamination import Contamination, hash_n_grams, hash_words, words_of  # noqa: E402
+from k2jax.prepare import clean, contamination, recipe  # noqa: E402
+from k2jax.prepare.contamination import Contamination, Tokens, hash_n_grams, hash_words, words_of  # noqa: E402
 from k2jax.prepare.documents import document  # noqa: E402
+from k2jax.prepare.recipe_tokenizer import open_tokenizer  # noqa: E402
 
 QUESTION = "A train leaves the station at noon and travels north at sixty miles an hour; when does it arrive?"
 CHOICES = ["At three o'clock in the afternoon of the same day, of course", "Never"]
@@ -44,7 +47,8 @@ def sets(tmp_path):
 
 def check_of(config, tmp_path) -> Contamination:
     contamination.build(0, config=config.to_dict(), out=tmp_path / "out")
-    return Contamination(contamination.folder_of(tmp_path / "out"), remove=config.contamination.remove)
+    units = contamination.units_of(config)
+    return Contamination(contamination.folder_of(tmp_path / "out"), remove=config.contamination.remove, units=units)
 
 
 def test_documents_with_a_questions_words_are_found_whatever_their_punctuation(sets, tmp_path):
@@ -142,3 +146,85 @@ def test_hashes_agree_exactly_where_n_grams_do(left, right, n):
 def test_words():
     expected = ["don", "t", "stop", "\u00e9t\u00e9", "2", "\u65e5", "\u672c"]
     assert words_of("Don't-stop, E\u0301t\u00e9_2!\n\u65e5\u672c") == expected
+
+
+def tokenizers_of(folder) -> dict:
+    """A byte-level one, whose words begin with their space, and SentencePiece's, whose texts do, too."""
+    sentences = [QUESTION, *CHOICES, "His mill, a donkey and a cat had three sons.", "Some other words stand here."]
+    train_bpe(sentences * 9, 400).save(folder / "bytes.json")
+    model = io.BytesIO()
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences * 9), model_writer=model, model_type="bpe", vocab_size=400, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=3, num_threads=1,
+    )  # fmt: skip
+    (folder / "pieces.model").write_bytes(model.getvalue())
+    return {path.name: str(path) for path in (folder / "bytes.json", folder / "pieces.model")}
+
+
+@pytest.mark.parametrize("name", ["bytes.json", "pieces.model"])
+def test_n_grams_of_tokens_are_those_that_a_model_sees(sets, tmp_path, name):
+    config = config_of(*sets)
+    config.contamination.unit, config.tokenizer = "tokens", tokenizers_of(tmp_path)[name]
+    recipe.validate(with_subset(config))
+    check, tokenizer = check_of(config, tmp_path), open_tokenizer(config.tokenizer)
+    ids = tokenizer.encode(QUESTION)
+    twelve, thirteen = (tokenizer.decode(ids[:n]) for n in (12, 13))
+    assert len(ids) > 20 and QUESTION.startswith(thirteen)
+    reason = "contaminated by mmlu/test.jsonl"
+    for text, expected in (
+        (QUESTION, reason),
+        ("Some other words stand here.\n" + QUESTION, reason),
+        ("Some other words stand here. " + QUESTION + " Some other words.", reason),
+        (thirteen, reason),
+        (twelve, None),
+        (QUESTION.upper(), None),
+        ("Some other words stand here.", None),
+        ("", None),
+    ):
+        assert check.apply(document(text, source="a")) == expected, text
+    assert check.report()["hits"][0]["n_gram"] == thirteen
+    index = json.loads((tmp_path / "out/stages/contamination/items.json").read_text())
+    assert min(index["lengths"]) >= contamination.SHORTEST_TOKENS and max(index["lengths"]) == 13
+
+
+def test_a_short_item_is_found_whole_whatever_stands_before_it(tmp_path):
+    """Its first token is another behind a space than behind a line feed."""
+    for name, path in tokenizers_of(tmp_path).items():
+        tokenizer = open_tokenizer(path)
+        words = "Some other words stand here, his mill, a donkey and a cat had three sons".split()
+        item = next(" ".join(words[:n]) for n in range(len(words)) if len(tokenizer.encode(" ".join(words[:n]))) >= 12)
+        n = len(tokenizer.encode(item)) + 5
+        (tmp_path / "q.jsonl").write_text(json.dumps({"q": item}))
+        config = config_of(f"jsonl:{tmp_path}/q.jsonl", n_grams=n)
+        config.contamination.unit, config.tokenizer = "tokens", path
+        check = check_of(config, tmp_path / f"of {name}")
+        for before in ("", "x ", "x\n", "x.\n\n", "- "):
+            assert check.apply(document(f"{before}{item}\nand more", source="a")), (name, before)
+            assert not check.apply(document(f"{before}{item[2:]}\nand more", source="a"))
+
+
+def with_subset(config):
+    config.subsets.web = recipe.subset("jsonl:x")
+    return config
+
+
+def test_tokens_need_a_tokenizer_that_is_there(sets, tmp_path):
+    config = with_subset(config_of(*sets))
+    config.contamination.unit = "tokens"
+    with pytest.raises(ConfigError, match="contamination.unit='tokens': needs tokenizer"):
+        recipe.validate(config)
+    config.tokenizer = str(tmp_path / "none.json")
+    with pytest.raises(ConfigError, match="none.json"):
+        clean.check(config)
+    config.contamination.unit = "letters"
+    with pytest.raises(ConfigError, match="contamination.unit='letters': must be one of words, tokens"):
+        recipe.validate(config)
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12), st.integers(1, 4))
+def test_hashes_of_ids_agree_exactly_where_n_grams_do(left, right, n):
+    hashes = Tokens(None).hashes  # of ids, for which it needs no tokenizer
+    found = [hash_n_grams(hashes(ids), n) for ids in (left, right)]
+    grams = [{tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)} for ids in (left, right)]
+    assert len(np.intersect1d(*found)) == len(grams[0] & grams[1])

@@ -204,7 +204,7 @@ def recipe_of(subsets: dict[str, dict], **dedup):
     config = recipe.base()
     config.dedup.update({"unit": "words", "n_grams": 2, "bands": 8, "hashes_per_band": 2, **dedup})
     for name, options in subsets.items():
-        config.subsets[name] = recipe.subset("text:*", **options)
+        config.subsets[name] = recipe.subset("text:*", **{"tasks": 1, **options})
     return config.lock()
 
 

@@ -38,6 +38,16 @@ def check_golden(path: Path, text: str) -> None:
     assert path.read_text() == text, f"{path.name} has changed: if that is meant, UPDATE_GOLDEN=1 make test"
 
 
+@pytest.fixture(autouse=True)
+def a_prepared_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where experiments/mine.py and mine_1b.py look for theirs: what its data.json says of the recipe's one store."""
+    folder = tmp_path_factory.mktemp("prepared")
+    says = {"stores": {"documents": {"subset": "documents"}}, "config": {"subsets": {"documents": {}}}}
+    (folder / "data" / "mine").mkdir(parents=True)
+    (folder / "data" / "mine" / "data.json").write_text(json.dumps({"mix": {"documents": 1.0}, **says}))
+    monkeypatch.chdir(folder)
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_resolves_to_the_golden_text(path: Path):
     values = configuration.flatten(configuration.to_dict(configuration.load(str(path))))

@@ -143,10 +143,12 @@ def test_an_old_python_is_refused_in_one_line(tmp_path):
     assert answer.stderr.startswith("error: false is not Python 3.11 or newer")
 
 
-@pytest.mark.skipif(
-    int(version("setuptools").split(".")[0]) < 71, reason="`make test` installs a newer setuptools"
-)
-def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Made of a copy of the checkout, as pip makes it."""
+    if int(version("setuptools").split(".")[0]) < 71:
+        pytest.skip("`make test` installs a newer setuptools")
+    tmp_path = tmp_path_factory.mktemp("wheel")
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(REPO / name, tmp_path)
     for name in ("k2jax", "kernels", "tests", "tools", "experiments"):
@@ -169,10 +171,45 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         check=True,
         capture_output=True,
     )
-    (wheel,) = (tmp_path / "out").glob("*.whl")
+    (found,) = (tmp_path / "out").glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     kinds = ("py", "txtpb", "sh", "js", "css", "html", "md")
     modules = {p.relative_to(REPO).as_posix() for kind in kinds for p in (REPO / "k2jax").rglob(f"*.{kind}")}
-    modules |= {f"k2jax/kernels/{path.name}" for path in (REPO / "kernels").glob("*.py")}
+    for room in ("kernels", "tools"):
+        modules |= {f"k2jax/{room}/{path.name}" for path in (REPO / room).glob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.processes
+def test_an_installation_brings_one_command_with_all_that_there_are(wheel, tmp_path):
+    """In a folder that has another k2jax, as a checkout has, it is the installed one. Seen red without -P."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    subprocess.run([*pip, "--target", tmp_path / "site", wheel], check=True, capture_output=True)
+    (tmp_path / "here" / "k2jax").mkdir(parents=True)
+    (tmp_path / "here" / "k2jax" / "__init__.py").write_text("raise SystemExit('not this one')")
+
+    def k2jax(*arguments, code=0):
+        answer = subprocess.run(
+            [tmp_path / "site" / "bin" / "k2jax", *arguments],
+            cwd=tmp_path / "here", text=True, capture_output=True, env={**os.environ, "PYTHONPATH": tmp_path / "site"},
+        )  # fmt: skip
+        assert answer.returncode == code, answer.stderr
+        return answer.stdout + answer.stderr
+
+    listed = re.findall(r"^  (\w+) ", k2jax(), re.MULTILINE)
+    commands = [path.stem for path in (REPO / "k2jax").glob("*.py") if "\ndef main()" in path.read_text()]
+    assert sorted(listed) == sorted({*commands, *(path.stem for path in (REPO / "tools").glob("*.py"))} - {"command"})
+    assert "usage: prepare_data.py" in k2jax("prepare-data", "--help")
+    assert "usage: python -m k2jax.train" in k2jax("train", "--help")
+    said = k2jax("prepare_data", "--config=nothing.py", "--out=x", code=78)
+    assert said.startswith("error: --config=nothing.py: no such data experiment") and said.count("\n") == 1
+    assert "k2jax trian: no such command, did you mean train?" in k2jax("trian", code=78)
+    code = "import runpy, sys; runpy.run_module('k2jax.tools.report'); print(sys.path)"
+    site = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    path = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=site, capture_output=True, text=True).stdout
+    assert f"{tmp_path}/site'" in path and f"{tmp_path}/site/k2jax'" not in path, "its rooms are no packages of all"

@@ -20,7 +20,7 @@ def test_all_problems_of_a_recipe_are_named_at_once():
     c.subsets["Bad/Name"] = subset("python:code", max_bytes=-1)
     c.subsets.a = subset("pytho:code", filters=("gopher",), upsample=((2, 3), (2, 1)))
     c.subsets.b = subset("text:", fim_rate=1.5, languages=("en",))
-    c.subsets.c = subset("megatron:x.bin", tasks=0, repeats=0)
+    c.subsets.c = subset("megatron:x.bin", tasks=-1, repeats=0)
     c.vocab_size, c.validation_fraction, c.dedup.unit, c.dedup.bands = 5, 1.5, "letters", 0
     c.contamination.sources, c.eos = ("s3:x",), "<eos>"
     with pytest.raises(ConfigError) as error:
@@ -29,7 +29,7 @@ def test_all_problems_of_a_recipe_are_named_at_once():
         "17 problem", "eos='<eos>': goes with tokenizer",
         "vocab_size=5", "validation_fraction=1.5", "Bad/Name", "pytho:code", "max_bytes=-1",
         "dedup.unit='letters'", "dedup.bands=0", "'s3:x' is no", "['gopher'] unknown", "a.upsample", "b.source='text:'",
-        "b.fim_rate=1.5", "needs language_model", "c.tasks=0", "c.repeats=0", "c: a source of tokens needs tokenizer",
+        "b.fim_rate=1.5", "needs language_model", "c.tasks=-1", "c.repeats=0", "c: a source of tokens needs tokenizer",
     ):  # fmt: skip
         assert part in str(error.value), part
     by_hand = ConfigDict({"vocab_sise": 320, "seed": "one", "validation_fraction": 0, "subsets": {}, "dedup": {}})
@@ -80,7 +80,7 @@ def test_tasks_are_those_of_text_or_of_tokens_in_the_order_of_names():
     c = base()
     c.tokenizer = "t.json"
     c.subsets.web = subset("warc:x/*.gz", tasks=2)
-    c.subsets.books = subset("jsonl:x/*.gz")
+    c.subsets.books = subset("jsonl:x/*.gz", tasks=1)
     c.subsets.k2 = subset("llm360:x/*.jsonl", tasks=2)
     assert recipe.tasks(c) == [Task("books", 0, 1), Task("web", 0, 2), Task("web", 1, 2)]
     assert recipe.tasks(c, tokens=True) == [Task("k2", 0, 2), Task("k2", 1, 2)]

@@ -16,7 +16,8 @@ from k2jax.errors import ConfigError  # noqa: E402
 from k2jax.prepare import lines, rules  # noqa: E402
 from k2jax.prepare.clean import clean  # noqa: E402
 from k2jax.prepare.documents import document  # noqa: E402
-from k2jax.prepare.recipe import FILTERS, subset  # noqa: E402
+from k2jax.prepare.recipe import subset  # noqa: E402
+from k2jax.prepare.rule_checks import FILTERS  # noqa: E402
 from k2jax.prepare.tally import Tally  # noqa: E402
 
 PROSE = """The lighthouse at the end of the island was built in the summer of 1871, and it has stood there ever since.
@@ -102,6 +103,12 @@ def test_languages_are_labelled_and_others_left_out(language_model):
     )
 
 
+def test_a_language_that_the_model_does_not_know_is_named(language_model):
+    """Else all of its documents are left out as of another."""
+    with pytest.raises(ConfigError, match="languages: .*model.bin has no label for 'eng'; it has __label__de, "):
+        rules.build(subset("text:x", language_model=language_model, languages=("de", "eng")))
+
+
 def test_a_wrong_language_model_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         rules.build(subset("text:x", language_model=str(tmp_path / "lid.176.bin")))
@@ -126,6 +133,16 @@ def test_blocked_domains_and_those_below_them_are_left_out(tmp_path):
         ("", False),
     ):
         assert (apply("x", metadata={"url": url}, url_blocklist=str(path))[0] == "url: blocked domain") == blocked, url
+    path.write_text("\ufeffbad.example # spam\nb\u00fccher.example\n", encoding="utf-8")  # as Windows has it
+    for url in ("https://bad.example/", "https://xn--bcher-kva.example/", "https://b\u00fccher.example/"):
+        assert apply("x", metadata={"url": url}, url_blocklist=str(path))[0] == "url: blocked domain"
+    for line in ("0.0.0.0 bad.example", "https://bad.example/", "||bad.example^", "*.bad.example"):  # blocks none
+        path.write_text(f"# a list\n{line}\n")
+        with pytest.raises(ConfigError, match=r"url_blocklist=.*domains:2: .* is no domain"):
+            rules.build(subset("text:x", url_blocklist=str(path)))
+    path.write_text("# a list\n")
+    with pytest.raises(ConfigError, match="names no domain"):
+        rules.build(subset("text:x", url_blocklist=str(path)))
     with pytest.raises(ConfigError, match="url_blocklist=.*cannot be read"):
         rules.build(subset("text:x", url_blocklist=str(tmp_path / "none")))
 

@@ -308,13 +308,14 @@ import k2jax
 for path in sorted(pathlib.Path(k2jax.__file__).parent.glob("prepare/*.py")) + [pathlib.Path("data/store.py")]:
     if path.stem not in ("__init__", "seqio_bridge"):
         importlib.import_module(f"k2jax.{{path.parent.name}}.{{path.stem}}")
-from k2jax.prepare import dealing, recipe, token_sources
+from dealt import deal
+from k2jax.prepare import recipe, token_sources
 config = recipe.base()
 config.subsets.a = recipe.subset("llm360:{tmp_path}/a.jsonl")
-dealing.list_all(0, config=config.to_dict(), out=pathlib.Path("{tmp_path}/out"))
+config = deal(config, pathlib.Path("{tmp_path}/out"))
 token_sources.stage(config, "{tmp_path}/out", "{folder}/tokenizer.json").function(0)
 print(sorted({{"tensorflow", "seqio", "sentencepiece", "jax"}} & set(sys.modules)))
 """
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO}/tests"}
     answer = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True, env=environment)
     assert answer.stdout == "[]\n"

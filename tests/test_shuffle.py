@@ -5,6 +5,7 @@ few files open; what is damaged is one error that names the file.
 import os
 import random
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def run(one: Shuffle, written: list[list[tuple[int, bytes]]]) -> list[bytes]:
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_every_partition_gets_its_own_in_order(tmp_path_factory, data):
-    sizes = {name: data.draw(st.integers(1, 7)) for name in ("FAN", "SLOTS")}
+    sizes = {name: data.draw(st.integers(1, 7)) for name in ("FAN", "SLOTS", "OPENS")}
     one = Shuffle(tmp_path_factory.mktemp("x"), data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)))
     parts = st.lists(st.tuples(st.integers(0, one.partitions - 1), st.binary(max_size=9)), max_size=12)
     written = [data.draw(parts) for _ in range(one.writers)]
@@ -40,8 +41,7 @@ def test_every_partition_gets_its_own_in_order(tmp_path_factory, data):
     for partition, piece in (pair for task in written for pair in task):
         expected[partition] += piece
     with pytest.MonkeyPatch.context() as patch:
-        sizes |= {"RUN_BYTES": data.draw(st.sampled_from([1, 500, 1 << 20])), "BUFFER": 7}
-        for name, value in (sizes | {"OPENS": data.draw(st.sampled_from([0, 20, 1000]))}).items():
+        for name, value in (sizes | {"RUN_BYTES": data.draw(st.sampled_from([1, 500, 1 << 20])), "BUFFER": 7}).items():
             patch.setattr(shuffle, name, value)
         found = run(one, written)
     assert found == [expected[partition] for partition in range(one.partitions)]
@@ -81,17 +81,22 @@ def test_few_files_are_open_and_few_are_opened(tmp_path, monkeypatch):
     assert opened <= 300 * 2 + 15 * 21 + 20 + 330
 
 
-@pytest.mark.parametrize(("writers", "partitions", "stages"), [(2, 3, []), (3, 3, ["x-group"]), (1, 9, [])])
-def test_files_are_grouped_where_readers_would_open_many(writers, partitions, stages, tmp_path, monkeypatch):
-    monkeypatch.setattr(shuffle, "OPENS", 8)
-    assert [stage.name for stage in Shuffle(tmp_path, writers, partitions).stages("x")] == stages
+def test_what_is_opened_grows_as_the_tasks():
+    """Of TxT360's numbers, and of a hundred smaller ones: never as tasks times partitions."""
+    for writers in (1, 16, 300, 512, 513, 8_000, 100_448):
+        for partitions in (1, 40, 300, 800, 4_096, 5_000, 40_000, 100_448):
+            one = Shuffle(Path("x"), writers, partitions)
+            files, ranges = one._groups, one._slots if one._range > 1 else 0
+            read = ranges * files + partitions if ranges else partitions * files
+            assert read + writers * (files < writers) <= 65 * (writers + partitions)
+            assert files <= 512 and ranges <= 512 and one._range <= 8_192
 
 
 @pytest.mark.parametrize("stage", ["written", "group", "split"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped", "index"])
 def test_a_damaged_file_is_named(stage, damage, tmp_path, monkeypatch):
     monkeypatch.setattr(shuffle, "FAN", 1000 if stage == "written" else 3)
-    monkeypatch.setattr(shuffle, "SLOTS", 2 if stage == "split" else 1000)
+    monkeypatch.setattr(shuffle, "SLOTS", 2 if stage == "split" else 1000)  # and many OPENS
     one = Shuffle(tmp_path, 5, 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shuffle, "RUN_BYTES", 400)

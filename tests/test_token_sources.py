@@ -11,6 +11,7 @@ import orjson
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from dealt import deal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,9 +21,9 @@ from k2jax.data.store import Store
 from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import train_bpe
 from k2jax.errors import ConfigError
-from k2jax.prepare import dealing, recipe, token_sources
+from k2jax.prepare import recipe, token_sources
 from k2jax.prepare.files import list_files
-from k2jax.prepare.read import in_order
+from k2jax.prepare.listing import in_order
 from k2jax.prepare.tally import Tally
 
 EOS = 2
@@ -75,7 +76,7 @@ def convert(tmp_path, tokenizer, **subsets):
     for name, chosen in subsets.items():
         config.subsets[name] = chosen
     recipe.validate(config)
-    dealing.list_all(0, config=config.to_dict(), out=tmp_path)
+    config = deal(config, tmp_path)
     stage = token_sources.stage(config, tmp_path, tokenizer)
     for rank in range(stage.tasks):
         stage.function(rank)
@@ -247,7 +248,7 @@ def test_the_stage_goes_to_another_process(tmp_path, tokenizer):
     write_megatron(tmp_path / "a", [[[5]]])
     config = recipe.base()
     config.subsets.a = recipe.subset(f"megatron:{tmp_path}/a.bin", licence="ODC-By")
-    dealing.list_all(0, config=config.to_dict(), out=tmp_path)
+    config = deal(config, tmp_path)
     stage = token_sources.stage(config, tmp_path, tokenizer)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.map(stage.function, range(stage.tasks))
@@ -261,7 +262,7 @@ def test_a_file_that_comes_between_two_tasks_is_nobodys(tmp_path, tokenizer):
         write_megatron(tmp_path / name, [[[5]]])
     config = recipe.base()
     config.subsets.a = recipe.subset(f"megatron:{tmp_path}/*.bin", tasks=2)
-    dealing.list_all(0, config=config.to_dict(), out=tmp_path)
+    config = deal(config, tmp_path)
     stage = token_sources.stage(config, tmp_path, tokenizer)
     stage.function(0)
     for name in ("0", "1", "c"):

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a file of a checkout; installed, it is k2jax.tools.NAME
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2jax import paths  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # a file of a checkout; installed, it is k2jax.tools.NAME
+    sys.path.insert(0, str(ROOT))
 
 from k2jax import files, paths  # noqa: E402
 from k2jax.errors import ConfigError, run_main  # noqa: E402

@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # a file of a checkout; installed, it is k2jax.tools.NAME
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from k2jax import files, paths  # noqa: E402
 from k2jax.errors import run_main  # noqa: E402

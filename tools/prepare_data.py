@@ -14,7 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a file of a checkout; installed, it is k2jax.tools.NAME
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2jax import paths  # noqa: E402
 from k2jax.errors import ConfigError, run_main  # noqa: E402

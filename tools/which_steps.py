@@ -11,7 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a file of a checkout; installed, it is k2jax.tools.NAME
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2jax import paths  # noqa: E402
 from k2jax.data.provenance import DocumentReads, open_run, which_steps  # noqa: E402

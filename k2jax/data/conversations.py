@@ -54,7 +54,8 @@ def check_kind(stage: Mapping[str, Any], name: str, store: Store) -> None:
         }
         raise ConfigError(
             f"stage {stage['name']!r}, of kind {stage['kind']!r}: store {name!r} holds {holds[kind]}: expected "
-            f"{holds[stage['kind']]}: prepare it so, or set the stage's kind to {kind!r}"
+            f"{holds[stage['kind']]}: take it out of the mix (config.mix_of(FOLDER, {stage['kind']!r}) has none "
+            f"such), or set the stage's kind to {kind!r}"
         )
 
 

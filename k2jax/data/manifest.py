@@ -123,11 +123,13 @@ def _build_stage(stage: dict[str, Any], stores: dict[str, StoreSummary], label_s
         windows[name] = num_windows(stores[name].num_train_tokens, length, label_shift)
         if is_whole:
             windows[name] = stage["packed"][name]["windows"]
-        if windows[name] == 0:
-            raise ConfigError(
-                f"{where}: store {name!r} has {stores[name].num_train_tokens} training tokens, too few for "
-                f"one window of {length}: take it out of the mix or shorten sequence_length"
-            )
+    if short := [name for name in windows if not windows[name]]:
+        sizes = ", ".join(f"{name!r} has {stores[name].num_train_tokens:,} training tokens" for name in short)
+        behind = " and the one behind it" if label_shift == "next" else ""
+        raise ConfigError(
+            f"{where}: store {sizes}, too few for one row of {length:,}{behind}: "
+            "take what is too small out of the mix, or shorten sequence_length"
+        )
     if not windows:
         raise ConfigError(f"{where}: its mix is empty: expected at least one store")
     total = stage["chunks"] * stage["steps_per_chunk"] * stage["rows_per_step"]
@@ -229,7 +231,27 @@ def describe(manifest: dict[str, Any]) -> str:
                 f"{subset['repeats']:>8.3g}{rows / subset['windows']:>8.3g}"
             )
         lines += [_packed(subset, length) for subset in stage["subsets"] if "conversations" in subset]
+        lines += _not_seen(manifest, stage)
     return "\n".join(lines)
+
+
+def _not_seen(manifest: dict[str, Any], stage: dict[str, Any]) -> list[str]:
+    """What a reader of the table might take for granted: that each subset is read, and has a held-out loss."""
+    length, lines = stage["sequence_length"], []
+    if unread := [subset["name"] for subset in stage["subsets"] if not subset["rows"]]:
+        lines.append(f"  no row is of {', '.join(unread)}: the share of the stage's rows rounds to zero")
+    without = []
+    for name in (subset["name"] for subset in stage["subsets"]):
+        store = manifest["stores"][name]
+        tokens = store["num_tokens"] - store["num_train_tokens"]
+        if not (tokens if is_packed(stage) else num_windows(tokens, length, manifest["label_shift"])):
+            without.append(f"{name} ({tokens:,} tokens)")
+    if without:
+        lines.append(
+            f"  no validation loss of {', '.join(without)}: what is held out is shorter than a row of {length:,}: "
+            "prepare the data with a larger validation_fraction"
+        )
+    return lines
 
 
 def _packed(subset: dict[str, Any], length: int) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections import Counter
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -42,10 +43,12 @@ from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.cores import cores
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
+from k2jax.prepare.listing import Listing
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
 from k2jax.text import redacted
 
 FORMAT = 2
+LONG = 4  # times as long as the others are documents that stay, at most, for a bucket to be what it should be
 
 
 def build(
@@ -71,14 +74,14 @@ def build(
         else:
             check_executor(executor, config.slurm.to_dict())
             token_sources.check(config)
-            inputs = clean.check(config)
+            listing = clean.check(config)
             if _conversations(config):
                 _check_template(config)
             set_environment(executor, workers)
             out.mkdir(parents=True, exist_ok=True)
             with claim.claimed(config, out, other_code):
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
-                data = _make(config, out, engine, inputs)
+                data = _make(dealing.settled(config, listing), out, engine, listing)
         if not keep_stages:
             shutil.rmtree(out / "stages", ignore_errors=True)
     except OSError as error:
@@ -89,12 +92,12 @@ def build(
     return data, was_there
 
 
-def _make(config: ConfigDict, out: Path, engine: Engine, inputs: dict[str, Any]) -> dict[str, Any]:
+def _make(config: ConfigDict, out: Path, engine: Engine, listing: dict[str, Listing]) -> dict[str, Any]:
     stages, plain, tokenizer = out / "stages", config.to_dict(), out / "tokenizer.json"
     if config.tokenizer:
         _take_tokenizer(config, tokenizer, stages)  # first: one that cannot be used ends it before the long stages
     notes = _take_template(config, out, tokenizer) if _conversations(config) else []
-    dealing.deal(config, out, engine, inputs)
+    inputs = dealing.deal(config, out, engine, listing)
     for stage in chain(clean.stages(config, out), duplicates.stages(config, stages / "clean", stages / "duplicates")):
         engine.run(stage)
 
@@ -173,17 +176,23 @@ def _take_template(config: ConfigDict, out: Path, tokenizer: Path) -> list[str]:
 
 
 def _buckets(config: ConfigDict, stages: Path) -> kept.Kept:
-    """What stays, and as many tasks of tokenizing for a subset as its text needs, whatever the workers."""
+    """What stays, and as many tasks of tokenizing for a subset as its text needs, whatever the workers.
+
+    Text that stays is told from the documents that do; not by more than LONG, lest those that stay are the long ones.
+    """
     first_rank: dict[str, int] = {}
-    num_bytes: dict[str, int] = {}
+    cleaned: dict[str, Counter[str]] = {}
     tasks = recipe.tasks(config)
     for rank, task in enumerate(tasks):
         counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_bytes())
         first_rank.setdefault(task.subset, rank)
-        num_bytes[task.subset] = num_bytes.get(task.subset, 0) + counts["kept"]["bytes"]
+        cleaned.setdefault(task.subset, Counter()).update(counts["kept"])
+    removed = json.loads((stages / "duplicates" / "summary.json").read_bytes())["removed"]
     dealt, bucket = [], 0
     for name, rank in first_rank.items():
-        dealt.append(kept.Dealt(name, rank, bucket, max(1, math.ceil(num_bytes[name] / config.bucket_bytes))))
+        gone = sum(removed.get(name, {}).values()) / max(1, cleaned[name]["documents"])
+        num_bytes = cleaned[name]["bytes"] * max(1 - gone, 1 / LONG)
+        dealt.append(kept.Dealt(name, rank, bucket, max(1, math.ceil(num_bytes / config.bucket_bytes))))
         bucket += dealt[-1].num_buckets
     return kept.Kept(stages, len(tasks), tuple(dealt))
 
@@ -283,11 +292,24 @@ def describe(data: dict[str, Any]) -> str:
             f"{name:<24}{row['documents']:>10,}{row['bytes'] / 1e6:>9,.2f} MB{row['tokens']:>13,}"
             f"{row['tokens'] - row['train_tokens']:>11,}{row['repeats']:>9g}"
         )
+    lines += _describe_held_out(data)
     for name, counts in data["subsets"].items():
         reasons = left_out(*counts.values())
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         lines += [f"left out of {name}: {why}"] if why else []
     return "\n".join(lines + _describe_chat(data["chat"]) if "chat" in data else lines)
+
+
+def _describe_held_out(data: dict[str, Any]) -> list[str]:
+    """Held out are whole documents, so that a share of a small store may be none."""
+    share = data["config"]["validation_fraction"]
+    none = [name for name, row in data["stores"].items() if row["tokens"] == row["train_tokens"]]
+    if not none or not share:
+        return []
+    return [
+        f"nothing is held out of {', '.join(none)}: the last document is larger than validation_fraction={share:g} of "
+        "the tokens: training will say no validation loss of it; a larger fraction does"
+    ]
 
 
 def _describe_chat(chat: dict[str, Any]) -> list[str]:

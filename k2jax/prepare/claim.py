@@ -100,11 +100,18 @@ def code_digest(config: ConfigDict) -> str:
 def _check_recipe(made: dict[str, Any], config: ConfigDict, out: Path, how: str) -> None:
     """Raises ConfigError if another recipe made what lies in `out`."""
     wanted = redacted(config.to_dict())
-    made = {"eos": "", "chat": recipe.base().chat.to_dict(), **made}  # before there were these keys
+    usual = recipe.base()
+    made = {"eos": "", "chat": usual.chat.to_dict(), "part_bytes": usual.part_bytes, **made}  # before there were these
     later = {"conversations": {}, "dumps": [], "follow_links": False, "max_unreadable": 0, "priority": 0}
     later["pii_regions"] = ["US"]
+    later |= {"text": "", "field_keys": [], "encoding": "", "language_thresholds": [], "drop_repeated": []}
+    later |= {"quality_model": "", "quality_label": "", "quality_threshold": None}
+    later |= {"scorer": "", "scorer_threshold": None}
+    made["contamination"] = {"unit": "words", **made.get("contamination", {})}
     made["subsets"] = {name: {**later, **chosen} for name, chosen in made.get("subsets", {}).items()}
-    for chosen in made["subsets"].values():
+    for name, chosen in made["subsets"].items():
+        is_open = name in config.subsets and not config.subsets[name].tasks
+        chosen["tasks"] = 0 if is_open else chosen.get("tasks")  # what it was settled to
         chosen["pii"] = [] if chosen.get("pii") is False else chosen.get("pii")  # True: by other rules
         chosen["conversations"] = chosen["conversations"] and {"pairs": False, **chosen["conversations"]}
     made = numbered(ConfigDict(made)).to_dict()  # the names' order was that of equal priorities

@@ -22,12 +22,14 @@ from k2jax.prepare import contamination, dealing, recipe, rules, unreadable
 from k2jax.prepare.documents import write_documents
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.files import list_files
-from k2jax.prepare.read import documents
+from k2jax.prepare.listing import Listing
+from k2jax.prepare.read import check_first_rows, documents
 from k2jax.prepare.rules import Rule
 from k2jax.prepare.tally import Tally
 
 SAMPLE_CHARACTERS = 2000  # kept of a removed document
 EDITED_CHARACTERS = SAMPLE_CHARACTERS + 1000  # an address that is cut in two looks like none
+GROUP, GROUP_BYTES = 64, 1 << 24  # documents that a scorer gets at once, and about their text
 INDEX = pa.schema(
     {
         "id": pa.binary(32),
@@ -49,16 +51,23 @@ def stages(config: ConfigDict, out: str | Path) -> list[Stage]:
     return [Stage("contamination", 1, functools.partial(contamination.build, **at)), clean_all]
 
 
-def check(config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """The files of each subset: their number, bytes, and a digest of their names and sizes.
+def check(config: ConfigDict) -> dict[str, Listing]:
+    """The files of each subset, listed.
 
-    Raises ConfigError for a source without files, or a rule whose file or package is missing; reads no document.
+    Raises ConfigError for a source without files, a rule whose file or package is missing, or a text that no row of a
+    subset's first file has; reads no more than the rows that it begins with.
     """
     for source in config.contamination.sources:
         list_files(source)
-    for name in sorted({task.subset for task in recipe.tasks(config)}):
+    if config.contamination.sources:
+        contamination.units_of(config)
+    for name in recipe.names(config):
         rules.build(config.subsets[name])
-    return dealing.summary(dealing.listed(config))
+    listed = dealing.listed(config)
+    for name in recipe.names(config):
+        with contextlib.suppress(UnreadableError):  # told, or left out, by the stage that reads
+            check_first_rows(config.subsets[name], name, listed[name].first())
+    return listed
 
 
 def clean(
@@ -72,21 +81,45 @@ def clean(
 
     `keep_removed(document, step, reason)` gets each that does not.
     """
-    for one in found:
-        size = len(one.text.encode())
-        for step, apply in steps:
-            before = one.text
-            tally.saw(step, size)
-            if reason := apply(one):
-                tally.removed(step, reason, size)
-                keep_removed(one, step, reason)
-                break
-            if one.text != before:
-                data = one.text.encode()
-                size, one.id = len(data), hashlib.sha256(data).hexdigest()
-        else:
-            tally.kept(size, one.metadata.get("language", ""), one.metadata.get("licence", ""))
-            yield one
+    passed = ((one, len(one.text.encode())) for one in found)
+    for rule in steps:
+        passed = _passed(passed, rule, tally, keep_removed)
+    for one, size in passed:
+        tally.kept(size, one.metadata.get("language", ""), one.metadata.get("licence", ""))
+        yield one
+
+
+def _passed(
+    found: Iterable[tuple[Document, int]], rule: Rule, tally: Tally, keep_removed: Callable[[Document, str, str], None]
+) -> Iterator[tuple[Document, int]]:
+    """The documents that pass one step, with the bytes of their texts."""
+    for one, size in _scored(found, rule.together) if rule.together else found:
+        before = one.text
+        tally.saw(rule.step, size)
+        if reason := rule.apply(one):
+            tally.removed(rule.step, reason, size)
+            keep_removed(one, rule.step, reason)
+            continue
+        if one.text != before:
+            data = one.text.encode()
+            size, one.id = len(data), hashlib.sha256(data).hexdigest()
+        yield one, size
+
+
+def _scored(
+    found: Iterable[tuple[Document, int]], together: Callable[[list[Document]], None]
+) -> Iterator[tuple[Document, int]]:
+    """The same documents, a few at a time: so many, or so much text."""
+    group: list[tuple[Document, int]] = []
+    for pair in found:
+        group.append(pair)
+        if len(group) == GROUP or sum(size for _, size in group) > GROUP_BYTES:
+            together([one for one, _ in group])
+            yield from group
+            group = []
+    if group:
+        together([one for one, _ in group])
+        yield from group
 
 
 def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Path) -> None:
@@ -113,7 +146,8 @@ def _clean_share(rank: int, name: str, dealt: dealing.Share, config: ConfigDict,
     steps = rules.build(chosen, tally)
     removed = _Removed(config.removed_samples, rules.edits(chosen))
     if config.contamination.sources:
-        check_of = contamination.Contamination(contamination.folder_of(out), remove=config.contamination.remove)
+        remove, units = config.contamination.remove, contamination.units_of(config)
+        check_of = contamination.Contamination(contamination.folder_of(out), remove=remove, units=units)
         steps.append(Rule("contamination", check_of.apply))
     with contextlib.ExitStack() as stack:
         raw = documents(
@@ -149,8 +183,8 @@ class _Removed:
         if count <= self._most:
             metadata = {**one.metadata, "step": step, "reason": reason}
             shown = Document(one.text[:EDITED_CHARACTERS], one.id, metadata=metadata)
-            for _, apply in self._edits:
-                apply(shown)
+            for rule in self._edits:
+                rule.apply(shown)
             shown.text = shown.text[:SAMPLE_CHARACTERS]
             self.documents.append(shown)
 

@@ -1,4 +1,4 @@
-"""Which documents hold text of evaluation sets: word n-grams that stand in both.
+"""Which documents hold text of evaluation sets: n-grams of words, or of tokens, that stand in both.
 
 Words are runs of letters and digits, lower-cased, in Unicode's composed form: punctuation, spacing and line breaks make
 no difference. In scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan)
@@ -7,6 +7,11 @@ file of text. A document is contaminated if it holds any n words in a row of any
 counts as a whole if it has at least SHORTEST, and is skipped else. Compared are 64-bit hashes (a polynomial of xxh3 of
 the words): two different n-grams agree by chance once in 2^64 pairs, for 10^7 evaluation n-grams and 10^12 words once
 in two corpora.
+
+Tokens are the ids of the recipe's tokenizer, of text in the composed form: case, punctuation and spacing make a
+difference, as they do for a model, and an n-gram holds fewer words. An item is looked for as it is tokenized at the
+beginning of a text, behind a line feed, and behind a space, since its first token may be another in each; shorter than
+n it counts from SHORTEST_TOKENS on. The check takes as long as tokenizing.
 
 The index is made once, before cleaning: `hashes.npy`, sorted, which tasks map into memory and share; `items.npy`, the
 item of each hash; `items.json`, the names of the items and what was counted. Making it takes 36 bytes an n-gram.
@@ -27,14 +32,17 @@ from datatrove.data import Document
 from ml_collections import ConfigDict
 
 from k2jax.data.records import Bad, text_of
+from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import whole_file, write_json
 from k2jax.prepare import recipe
 from k2jax.prepare.files import list_files, place
 from k2jax.prepare.read import records
+from k2jax.prepare.recipe_tokenizer import open_tokenizer
 from k2jax.prepare.tally import shown_name
 
 SHORTEST = 8  # words of an item; shorter ones ("What is the capital of France?") stand everywhere
+SHORTEST_TOKENS = 11  # of an item, about as many words
 HITS = 100  # kept of a task, with their text
 # One character of a script without spaces, or a run of letters and digits of the others.
 NO_SPACES = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -46,6 +54,63 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash loses a bi
 def words_of(text: str) -> list[str]:
     """The words that are compared."""
     return WORD.findall(unicodedata.normalize("NFC", text).lower())
+
+
+class Words:
+    """N-grams of words."""
+
+    shortest = SHORTEST
+
+    def variants(self, text: str) -> list[list[Any]]:
+        """An item's units, in each way that they may stand in a document."""
+        return [words_of(text)]
+
+    def of(self, text: str) -> list[Any]:
+        """A document's units."""
+        return words_of(text)
+
+    def hashes(self, units: list[Any]) -> npt.NDArray[np.uint64]:
+        """One hash a unit."""
+        return hash_words(units)
+
+    def shown(self, units: list[Any]) -> str:
+        """Units as text."""
+        return " ".join(units)
+
+
+class Tokens(Words):
+    """N-grams of a tokenizer's ids."""
+
+    shortest = SHORTEST_TOKENS
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+    def variants(self, text: str) -> list[list[Any]]:
+        """As the first of a text, behind a line feed, and behind a space."""
+        text, encode = unicodedata.normalize("NFC", text).strip(), self._tokenizer.encode
+        found = [encode(text), encode(text, continues=True), encode(f" {text}", continues=True)]
+        return [ids for i, ids in enumerate(found) if ids not in found[:i]]
+
+    def of(self, text: str) -> list[Any]:
+        """A document's ids."""
+        return self._tokenizer.encode(unicodedata.normalize("NFC", text))
+
+    def hashes(self, units: list[Any]) -> npt.NDArray[np.uint64]:
+        """One hash an id: splitmix64."""
+        mixed = np.array(units, np.uint64) * FACTOR
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        return mixed ^ (mixed >> np.uint64(31))
+
+    def shown(self, units: list[Any]) -> str:
+        """Ids as text."""
+        return self._tokenizer.decode(units)
+
+
+def units_of(config: ConfigDict) -> Words:
+    """What the recipe's n-grams are made of; ConfigError for a tokenizer that cannot be used."""
+    return Tokens(open_tokenizer(config.tokenizer)) if config.contamination.unit == "tokens" else Words()
 
 
 def hash_words(words: list[str]) -> npt.NDArray[np.uint64]:
@@ -68,25 +133,25 @@ def build(rank: int, *, config: dict[str, Any] | ConfigDict, out: Path) -> None:
     Raises ConfigError if a source has no files or holds what is no record: a check that skips them is none.
     """
     config = ConfigDict(config)
-    n, folder = config.contamination.n_grams, folder_of(out)
+    n, folder, units = config.contamination.n_grams, folder_of(out), units_of(config)
     names, hashes, items, lengths = [], [], [], set()
     counts: dict[str, Counter[str]] = {}  # of evaluation sets
     for name, text in _items(config):
-        words = words_of(text)
-        length = min(n, len(words))
+        variants = [found for found in units.variants(text) if len(found) >= min(n, units.shortest)]
         own = counts.setdefault(_set_of(name), Counter(items=0, too_short=0))
-        if length < min(n, SHORTEST):
-            own["too_short"] += 1
-            continue
-        own["items"] += 1
-        lengths.add(length)
-        if not names or names[-1] != name:
+        own["items" if variants else "too_short"] += 1
+        if variants and (not names or names[-1] != name):
             names.append(name)
-        found = hash_n_grams(hash_words(words), length)
-        hashes.append(found)
-        items.append(np.full(len(found), len(names) - 1, np.uint32))
+        for variant in variants:
+            lengths.add(min(n, len(variant)))
+            found = hash_n_grams(units.hashes(variant), min(n, len(variant)))
+            hashes.append(found)
+            items.append(np.full(len(found), len(names) - 1, np.uint32))
     if not hashes:
-        raise ConfigError(f"contamination.sources={list(config.contamination.sources)}: no text of {SHORTEST} words")
+        raise ConfigError(
+            f"contamination.sources={list(config.contamination.sources)}: no text of {min(n, units.shortest)} "
+            f"{config.contamination.unit}"
+        )
     unique, first = np.unique(np.concatenate(hashes), return_index=True)
     for name, array in (("hashes", unique), ("items", np.concatenate(items)[first])):
         with whole_file(folder / f"{name}.npy") as file:
@@ -128,8 +193,8 @@ def _strings(value: Any) -> Iterator[str | bytes]:
 class Contamination:
     """The check of one task's documents; `apply` is a rule, `report` what it found."""
 
-    def __init__(self, folder: str | Path, *, remove: bool):
-        folder = Path(folder)
+    def __init__(self, folder: str | Path, *, remove: bool, units: Words | None = None):
+        folder, self._units = Path(folder), units or Words()
         try:
             self._index = orjson.loads((folder / "items.json").read_bytes())
             self._hashes = np.load(folder / "hashes.npy", mmap_mode="r", allow_pickle=False)
@@ -142,15 +207,15 @@ class Contamination:
     def apply(self, one: Document) -> str | None:
         """Notes the document if it is contaminated; the reason to leave it out, if those are to be removed."""
         self._documents["checked"] += 1
-        words = words_of(one.text)
-        hashes = hash_words(words)
+        units = self._units.of(one.text)
+        hashes = self._units.hashes(units)
         for length in self._index["lengths"]:
             n_grams = hash_n_grams(hashes, length)
             at = np.searchsorted(self._hashes, n_grams)
             found = np.flatnonzero(self._hashes[np.minimum(at, len(self._hashes) - 1)] == n_grams)
             if len(found):
                 name = self._index["names"][int(self._items[at[found[0]]])]
-                return self._note(one, name, " ".join(words[found[0] : found[0] + length]))
+                return self._note(one, name, self._units.shown(units[found[0] : found[0] + length]))
         return None
 
     def _note(self, one: Document, name: str, n_gram: str) -> str | None:

@@ -13,13 +13,15 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
 import fsspec
 import zstandard
+from fsspec.core import has_magic
+from fsspec.utils import glob_translate
 
-from k2jax.errors import ConfigError, StorageError
+from k2jax.errors import ConfigError, RunError, StorageError
 from k2jax.prepare import python_corpus
 from k2jax.prepare.recipe import kind_of
 from k2jax.prepare.stored import Stored
@@ -63,11 +65,23 @@ XZ_MEMORY = 1 << 30  # a reader of xz holds its dictionary; that of xz -9 is 64 
 
 
 class File(NamedTuple):
-    """A file of a source: its name below the pattern's fixed part, where it lies, its bytes on the storage."""
+    """A file of a source: its name below the pattern's fixed part, where it lies, its bytes on the storage.
+
+    Or a part of one (parts.py): from `begin` to `end`, bytes of JSON lines between line ends or row groups of Parquet,
+    behind `first` lines or rows; its size is that of the part.
+    """
 
     name: str
     path: str
     size: int
+    begin: int = 0
+    end: int = 0  # 0: it is whole
+    first: int = 0
+
+    @property
+    def part(self) -> str:
+        """Its name, and which part it is."""
+        return f"{self.name}[{self.begin}:{self.end}]" if self.end else self.name
 
 
 def list_files(source: str, *, follow_links: bool = True) -> list[File]:
@@ -76,15 +90,23 @@ def list_files(source: str, *, follow_links: bool = True) -> list[File]:
     Raises ConfigError if none matches, one is no data of that kind by its name, one links out of the source's folder
     and `follow_links` is False, or a package is missing; StorageError if the storage cannot be listed.
     """
+    found = iter_files(source, follow_links=follow_links)
+    return list(found) if kind_of(source)[0] == "python" else sorted(found)
+
+
+def iter_files(source: str, *, follow_links: bool = True) -> Iterator[File]:
+    """The same files as they are found, one by one, in any order; what is wrong is raised in the end."""
     kind, where = kind_of(source)
     if kind == "python":
         if not python_corpus.known(source):
             raise ConfigError(f"source {source!r}: expected python:code, python:docstrings or python:documents")
-        return [File(*one, os.lstat(one.path).st_size) for one in python_corpus.candidates(source)]
-    found = _find(source, kind, where, follow_links)
-    if not found:
+        yield from (File(*one, os.lstat(one.path).st_size) for one in python_corpus.candidates(source))
+        return
+    number = 0
+    for number, file in enumerate(_find(source, kind, where, follow_links), 1):  # noqa: B007
+        yield file
+    if not number:
         raise ConfigError(f"source {source!r}: no file matches; check the path and its wildcards")
-    return sorted(found)
 
 
 def place(file: File, line: int) -> str:
@@ -94,21 +116,27 @@ def place(file: File, line: int) -> str:
     return f"{name}:{line}" if line else name
 
 
-def _find(source: str, kind: str, where: str, follow_links: bool) -> list[File]:
+def _find(source: str, kind: str, where: str, follow_links: bool) -> Iterator[File]:
     scheme = where.partition("://")[0] if "://" in where else ""
     try:
-        fs, root, entries, how = _entries(where, local=not scheme)
+        yield from _found(source, kind, where, scheme, follow_links)
     except ImportError as error:
         package = PACKAGES.get(scheme, f"what fsspec needs for {scheme}://")
         raise ConfigError(f"source {source!r}: needs a package that is not there: pip install {package}") from error
     except FileNotFoundError:
-        return []
+        return
     except ValueError as error:
         raise ConfigError(f"source {source!r}: {error}") from error
+    except RunError:
+        raise
     except Exception as error:  # each storage has exceptions of its own
         raise StorageError(f"source {source!r} cannot be listed ({type(error).__name__}: {error})") from error
-    files, no_data, out = [], [], []
-    for path, entry in entries.items():
+
+
+def _found(source: str, kind: str, where: str, scheme: str, follow_links: bool) -> Iterator[File]:
+    fs, root, entries, how = _entries(where, local=not scheme)
+    no_data, out = [], []
+    for path, entry in entries:
         name = path[len(root) :].lstrip("/")
         name = without_secret_parameters(name) if scheme else name  # a new signature must not deal files anew, either
         last = name.rpartition("/")[2]
@@ -122,7 +150,7 @@ def _find(source: str, kind: str, where: str, follow_links: bool) -> list[File]:
             continue
         if not scheme and not follow_links and how != ONE and _links_out(path, root):
             out.append(name)
-        files.append(File(name, fs.unstrip_protocol(path) if scheme else path, entry["size"] or 0))
+        yield File(name, fs.unstrip_protocol(path) if scheme else path, entry["size"] or 0)
     if no_data:
         raise ConfigError(
             f"source {source!r}: {_some(no_data)} by name no {kind} data: take that out, or give a pattern that "
@@ -132,7 +160,6 @@ def _find(source: str, kind: str, where: str, follow_links: bool) -> list[File]:
         raise ConfigError(
             f"source {source!r}: {_some(out)} a link out of its folder: copy the data there, or set follow_links=True"
         )
-    return files
 
 
 def _some(names: list[str]) -> str:
@@ -156,19 +183,59 @@ def _links_out(path: str, root: str) -> bool:
     return not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/")
 
 
-def _entries(where: str, *, local: bool) -> tuple[Any, str, dict[str, dict[str, Any]], int]:
-    """The file system, the fixed part of the pattern, what matches, by path, and what the source names."""
+def _entries(where: str, *, local: bool) -> tuple[Any, str, Iterable[tuple[str, dict[str, Any]]], int]:
+    """The file system, the fixed part of the pattern, paths that match with what is known of them, and what the source
+    names."""
     fs, pattern = fsspec.core.url_to_fs(where)
     if fs.isfile(pattern):  # whose name may hold a wildcard's character
         path = pattern.partition("?")[0] if "://" in where else pattern  # a signature may hold a slash
-        return fs, path.rpartition("/")[0], {pattern: fs.info(pattern)}, ONE
+        return fs, path.rpartition("/")[0], [(pattern, fs.info(pattern))], ONE
     is_folder = fs.isdir(pattern)
     if is_folder:
         pattern = f"{pattern.rstrip('/')}/**"
-    # A local folder that cannot be read would else be left out without a word.
-    entries = fs.glob(pattern, detail=True, **({"on_error": "raise"} if local else {}))
     root = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
-    return fs, root, entries, FOLDER if is_folder else HIDDEN_PATTERN if "/." in pattern[len(root) :] else PATTERN
+    how = FOLDER if is_folder else HIDDEN_PATTERN if "/." in pattern[len(root) :] else PATTERN
+    return fs, root, _matching(fs, pattern, root, local=local), how
+
+
+def _matching(fs: Any, pattern: str, root: str, *, local: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What fsspec's glob finds, but for folders: one by one, where its memory would be that of all."""
+    if "_glob" in vars(type(fs)) or "glob" in vars(type(fs)) or not has_magic(pattern):  # a storage's own: hf, http
+        yield from fs.glob(pattern, detail=True).items()
+        return
+    depth = None if "**" in pattern else pattern[len(root) :].strip("/").count("/") + 1
+    matches = re.compile(glob_translate(pattern)).match
+    for path, entry in _files_below(fs, root, depth, local=local):
+        if matches(path):
+            yield path, entry
+
+
+def _files_below(fs: Any, root: str, depth: int | None, *, local: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All that are no folders; a folder that cannot be read is an error, and no loss without a word."""
+    folders = [(root or "/" * local, 1)]
+    while folders:
+        folder, level = folders.pop()
+        try:
+            for path, entry in _listed(fs, folder, local=local):
+                if entry["type"] != "directory":
+                    yield path, entry
+                elif depth is None or level < depth:
+                    folders.append((path, level + 1))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if level > 1 or local and os.path.isdir(folder):
+                raise StorageError(f"{shown_name(str(error))}: it went away while it was listed: try again") from error
+        if not local:
+            fs.invalidate_cache(folder)  # which would hold them all
+
+
+def _listed(fs: Any, folder: str, *, local: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    if local:
+        with os.scandir(folder) as found:
+            yield from ((entry.path, fs.info(entry)) for entry in found)
+        return
+    for entry in fs.ls(folder, detail=True):
+        if (path := entry["name"].rstrip("/")) != folder.rstrip("/"):  # a marker of the folder
+            yield path, entry
 
 
 def _is_file(path: str, entry: dict[str, Any], *, local: bool) -> bool:
@@ -210,6 +277,22 @@ class _Unpacked(io.RawIOBase):
         return size
 
 
+class _Part(io.RawIOBase):
+    """So many bytes of a file, from where it stands."""
+
+    def __init__(self, file: IO[bytes], size: int):
+        self._file, self._left = file, size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(min(len(buffer), self._left))
+        buffer[: len(data)] = data
+        self._left -= len(data)
+        return len(data)
+
+
 def _zstd() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
 
@@ -232,10 +315,10 @@ def packing(head: bytes, name: str) -> str | None:
     if head[1:4] == SKIPPABLE and 0x50 <= head[0] <= 0x5F:
         return "zstd"
     named = next((how for how, (_, ends, *_) in PACKINGS.items() if name.lower().endswith(ends)), None)
-    return named if named and not _is_text(head) else None
+    return named if named and not is_text(head) else None
 
 
-def _is_text(head: bytes) -> bool:
+def is_text(head: bytes) -> bool:
     """As a server has it that unpacks what is named .gz."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)  # a character may be cut at its end
@@ -248,6 +331,10 @@ def _is_text(head: bytes) -> bool:
 def opened(file: File) -> Iterator[io.BufferedReader]:
     """The file's bytes, unpacked where they are packed (PACKINGS); reading may raise StorageError or DAMAGE."""
     with Stored(file.path) as raw:
+        if file.end:
+            raw.seek(file.begin)
+            yield io.BufferedReader(_Part(raw, file.size), BLOCK)
+            return
         stored = io.BufferedReader(raw, BLOCK)
         how = packing(stored.peek(HEAD)[:HEAD], file.path)
         if how is None:

@@ -1,4 +1,4 @@
-"""RefinedWeb's rules for lines (Penedo et al. 2023, appendix G.2), which TxT360 took over, and sentences.
+"""RefinedWeb's rules for lines (Penedo et al. 2023, appendix G.2), which TxT360 took over; repeated lines; sentences.
 
 A line goes if all its letters are capitals, if it is of numbers alone, if it counts something ("3 likes"), if it is one
 word, or if it is short and reads like a button. The paper edits such a short line, here it goes as a whole.
@@ -51,6 +51,30 @@ def is_no_prose(line: str, num_words: int) -> bool:
     if (NUMBERS.fullmatch(line) and re.search(r"\d", line)) or COUNTER.fullmatch(line):
         return True
     return num_words <= SHORT_LINE and NAVIGATION.search(line) is not None
+
+
+def without_repeated(text: str, *, lines: bool, paragraphs: bool) -> str:
+    """The text less the paragraphs, and then the lines, that stand earlier in it; paragraphs are what empty lines part.
+
+    Compared is what they say, whatever the white space; what has no letter and no digit ("---", "}") stays. That is of
+    one document: what is repeated over a corpus is not known to the task that cleans a part of it.
+    """
+    if paragraphs:
+        text = _first_alone(re.split(r"(\n[^\S\n]*\n\s*)", text))
+    return _first_alone(re.split(r"(\n)", text)) if lines else text
+
+
+def _first_alone(parts: list[str]) -> str:
+    """Of pieces with what parts them between, the text without those that came before, each with what is before it."""
+    seen, kept = set(), []
+    for part, before in zip(parts[::2], ["", *parts[1::2]], strict=True):
+        said = " ".join(part.split())
+        if said in seen:
+            continue
+        if any(one.isalnum() for one in said):
+            seen.add(said)
+        kept += [before, part]
+    return "".join(kept)
 
 
 def sentences(text: str) -> list[str]:

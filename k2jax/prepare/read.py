@@ -6,10 +6,11 @@ silently.
 """
 
 import datetime
-import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import xxhash
@@ -20,8 +21,9 @@ from k2jax.data.records import Bad, text_of
 from k2jax.errors import ConfigError
 from k2jax.prepare.chat.rows import COLUMNS
 from k2jax.prepare.documents import document
+from k2jax.prepare.fields import Text, at, is_at, paths_of, seen, shown, text_by
 from k2jax.prepare.files import File, place
-from k2jax.prepare.recipe import DUMP, kind_of
+from k2jax.prepare.recipe import DUMP, ROW_KINDS, kind_of
 from k2jax.prepare.records import (
     Record,
     arrow_records,
@@ -30,9 +32,11 @@ from k2jax.prepare.records import (
     python_records,
     text_records,
 )
+from k2jax.prepare.rule_checks import FIELDS
 from k2jax.prepare.tally import Tally, clean_name, shown_name
 
-FIELDS = ("url", "id", "license", "licence", "date", "dump")  # kept of a record beside its text
+ROWS_LOOKED_AT = 10_000  # of a subset's first file, for the keys of its text
+MANY = 200  # keys of those rows that are looked through for a message
 IDS_WATCHED = 1 << 20  # of a file, for those seen before: 100 MB; later ones are not compared
 QUIET = ("not status 200", "no page")  # counted without a line each: most of a web archive
 KeepRemoved = Callable[[Document, str, str], None]  # (document, step, reason)
@@ -60,11 +64,12 @@ def documents(
     or a text column, StorageError for a file that cannot be read.
     """
     longest = 0 if chosen.extract else chosen.max_document_bytes
+    make = partial(_conversation, render=render) if render else partial(_document, text=_text(chosen))
     for number, file in enumerate(files, 1):
         room = last_bytes if number == len(files) else None
         seen: set[int] = set()
-        for line, record in records(chosen.source, file, chosen=chosen):
-            make = partial(_conversation, render=render) if render else _document
+        for line, record in records(chosen.source, file, chosen=chosen, encodings=tally.encodings):
+            line = line and line + file.first
             one = record if isinstance(record, Bad) else make(record, chosen, name, file, line)
             if isinstance(one, Bad):
                 if render and chosen.conversations.bad_rows == "refuse":
@@ -96,21 +101,15 @@ def size_problem(size: int, shortest: int, longest: int) -> str | None:
     return "too long" if longest and size > longest else None
 
 
-def in_order(files: list[File], seed: int) -> list[File]:
-    """Files in the order of a hash of their names, keyed by the seed: they are dealt out to tasks in turns."""
-    key = hashlib.sha256(str(seed).encode()).digest()
+def records(
+    source: str, file: File, *, chosen: ConfigDict, every_field: bool = False, encodings: Counter[str] | None = None
+) -> Iterator[Record]:
+    """What a file of the source holds, in its order, one by one; all columns if `every_field`, else those we keep.
 
-    def rank(file: File) -> bytes:
-        return hashlib.blake2b(file.name.encode("utf-8", "surrogateescape"), key=key).digest()
-
-    return sorted(files, key=rank)
-
-
-def records(source: str, file: File, *, chosen: ConfigDict, every_field: bool = False) -> Iterator[Record]:
-    """What a file of the source holds, in its order, one by one; all columns if `every_field`, else those we keep."""
+    `encodings` counts files of text, and of JSON lines, by their encoding.
+    """
     kind, _ = kind_of(source)
     conversations = bool(chosen.conversations) and not every_field
-    columns = None if every_field else (*COLUMNS, *FIELDS) if conversations else (chosen.text_key, *FIELDS)
     if kind == "warc":
         from k2jax.prepare.warc import warc_records  # warcio is needed for these alone
 
@@ -118,18 +117,57 @@ def records(source: str, file: File, *, chosen: ConfigDict, every_field: bool = 
     if kind == "python":
         return python_records(source, file, chosen.text_key)
     if kind == "text":
-        return text_records(file, chosen.max_line_bytes, chosen.text_key)
+        return text_records(file, chosen.max_line_bytes, chosen.text_key, chosen.encoding, encodings)
     if kind == "jsonl":
-        return json_records(file, chosen.max_line_bytes)
-    required = None if every_field or conversations else chosen.text_key
-    return (parquet_records if kind == "parquet" else arrow_records)(file, columns, required)
+        return json_records(file, chosen.max_line_bytes, chosen.encoding, encodings)
+    text = None if every_field or conversations else _text(chosen)
+    columns = [*COLUMNS] if conversations else [field.path for field in text.fields] if text else None
+    if columns is not None:
+        columns += [*FIELDS, *dict(chosen.field_keys).values()]
+    return (parquet_records if kind == "parquet" else arrow_records)(file, columns, text)
 
 
-def _document(record: dict[str, Any], chosen: ConfigDict, name: str, file: File, line: int) -> Document | Bad:
-    if chosen.text_key not in record:
-        return Bad("no text", f"key {chosen.text_key!r} is missing")
-    text = text_of(record[chosen.text_key], chosen.max_line_bytes)
-    return text if isinstance(text, Bad) else document(text, **_metadata(record, chosen, name, file, line))
+def check_first_rows(chosen: ConfigDict, name: str, file: File) -> None:
+    """Raises ConfigError where no row that a subset's first file begins with has a key that the recipe reads: those of
+    the text, `field_keys`, and the URL of a block list. Of a table its columns say so."""
+    kind, _ = kind_of(chosen.source)
+    if kind not in ROW_KINDS or chosen.conversations:
+        return
+    text, moved, has, num_rows = _text(chosen), dict(chosen.field_keys), set(), 0
+    others = [*moved.values(), *(["url"] if chosen.url_blocklist and "url" not in moved else [])]
+    paths: dict[str, None] = {}
+    for _, row in islice(records(chosen.source, file, chosen=chosen), ROWS_LOOKED_AT if kind == "jsonl" else 1):
+        if isinstance(row, Bad):
+            continue
+        num_rows += 1
+        if kind == "jsonl":
+            has |= seen(row, [*(field.path for field in text.fields), *others])
+        else:  # of whose columns those that are read are here, and for the text there are some
+            has |= {field.path for field in text.fields} | {path for path in others if any(is_at(path, k) for k in row)}
+        lacking = text.missing(has.__contains__) or [path for path in others if path not in has]
+        if not lacking:
+            return
+        if len(paths) < MANY:
+            paths |= dict.fromkeys(islice(paths_of(row), MANY))
+    if num_rows:
+        if kind != "jsonl":
+            paths = dict.fromkeys(paths_of(next(records(chosen.source, file, chosen=chosen, every_field=True))[1]))
+        key = "field_keys" if lacking[0] in others else "text_key, or those that it is made of as text"
+        raise ConfigError(
+            f"subsets.{name}: of the {num_rows:,} rows that {place(file, 0)} begins with none has {lacking[0]!r}, they "
+            f"have {shown(paths)}: name the right one as {key}"
+        )
+
+
+def _text(chosen: ConfigDict) -> Text:
+    return text_by(chosen.text_key, chosen.text)
+
+
+def _document(
+    record: dict[str, Any], chosen: ConfigDict, name: str, file: File, line: int, *, text: Text
+) -> Document | Bad:
+    found = text.of(record, chosen.max_line_bytes)
+    return found if isinstance(found, Bad) else document(found, **_metadata(record, chosen, name, file, line))
 
 
 def _conversation(
@@ -147,6 +185,8 @@ def _refusal(bad: Bad, file: File, line: int) -> str:
 
 def _metadata(record: dict[str, Any], chosen: ConfigDict, name: str, file: File, line: int) -> dict[str, str]:
     source = shown_name(file.name)
+    if chosen.field_keys:
+        record = record | {name: at(record, path) for name, path in chosen.field_keys}
     metadata = {
         "subset": name,
         "source": f"{source}:{line}" if line else source,

@@ -4,7 +4,6 @@
 preparation depends on that and on the documents alone: not on workers, the executor, or earlier attempts.
 """
 
-import difflib
 import re
 import runpy
 from pathlib import Path
@@ -16,6 +15,7 @@ from k2jax import paths
 from k2jax.data.tokenizer import EOS, NUM_FIXED
 from k2jax.errors import ConfigError
 from k2jax.prepare import pii as pii_rules
+from k2jax.prepare import rule_checks
 from k2jax.prepare.chat import options
 
 DUMP = r"CC-MAIN-20\d\d-\d\d"  # of Common Crawl, by year and week: their order is that of the names
@@ -31,8 +31,8 @@ KINDS = {  # of sources: "KIND:WHERE"; WHERE is a path or URL with wildcards (lo
     "llm360": "tokens: LLM360's released chunks, JSON lines with token_ids",
     "seqio": "tokens: a registered seqio task and its split, as NAME/train",
 }
+ROW_KINDS = ("jsonl", "parquet", "arrow")  # whose records have keys
 TOKEN_KINDS = ("megatron", "llm360", "seqio")
-FILTERS = ("gopher-repetition", "gopher-quality", "c4")
 PII = tuple(pii_rules.PLACEHOLDERS)  # the kinds of personal data: email, ipv6, ipv4, phone
 UNITS = ("characters", "words")
 
@@ -47,6 +47,7 @@ def base() -> ConfigDict:
     c.vocab_size = 32018  # ids of a trained tokenizer, K2's 18 special tokens among them
     c.tokenizer_bytes = 100_000_000  # of each subset's text that a trained tokenizer learns from; held in memory
     c.validation_fraction = 0.001  # of each store's tokens, held out at its end
+    c.part_bytes = 600_000_000  # larger files of Parquet, and of JSON lines that are not packed, are read in parts
     c.bucket_bytes = 256_000_000  # of text that one task of tokenizing holds in memory
     c.removed_samples = 20  # removed documents kept for reading, by task and reason
     c.dedup = ConfigDict()
@@ -60,7 +61,8 @@ def base() -> ConfigDict:
     c.dedup.sources_kept = 100  # names of removed copies that the surviving document keeps
     c.contamination = ConfigDict()
     c.contamination.sources = ()  # evaluation sets: jsonl:, parquet: or text: sources
-    c.contamination.n_grams = 13  # words
+    c.contamination.unit = "words"  # or "tokens" of `tokenizer`: what n-grams are made of
+    c.contamination.n_grams = 13
     c.contamination.remove = False  # documents that hold one; else they are only reported
     c.slurm = ConfigDict()  # of --executor=slurm
     c.slurm.partition = ""
@@ -81,6 +83,9 @@ def subset(
     source: str,
     *,
     text_key: str = "text",
+    text: str = "",
+    field_keys: tuple[tuple[str, str], ...] = (),
+    encoding: str = "",
     licence: str = "",
     dump: str = "",
     dumps: tuple[str, ...] = (),
@@ -88,7 +93,7 @@ def subset(
     min_document_bytes: int = 1,
     max_document_bytes: int = 0,
     max_line_bytes: int = 1 << 28,
-    tasks: int = 1,
+    tasks: int = 0,
     follow_links: bool = False,
     max_unreadable: int = 0,
     priority: int = 0,
@@ -96,9 +101,16 @@ def subset(
     language_model: str = "",
     languages: tuple[str, ...] = (),
     language_threshold: float = 0.65,
+    language_thresholds: tuple[tuple[str, float], ...] = (),
     url_blocklist: str = "",
     line_rules: bool = False,
+    drop_repeated: tuple[str, ...] = (),
     filters: tuple[str, ...] = (),
+    quality_model: str = "",
+    quality_label: str = "",
+    quality_threshold: float | None = None,
+    scorer: str = "",
+    scorer_threshold: float | None = None,
     nfc: bool = False,
     pii: bool | tuple[str, ...] = (),
     pii_regions: tuple[str, ...] = pii_rules.REGIONS,
@@ -111,7 +123,10 @@ def subset(
     """One subset: where its documents come from, what is done to them, how it is used. Everything is off by default."""
     c = ConfigDict()
     c.source = source  # KIND:WHERE, see KINDS
-    c.text_key = text_key  # column or key of the text; "url", "id", "license", "date", "dump" are kept where they are
+    c.text_key = text_key  # path of the text in a row, as meta.text; kept are also its FIELDS (rule_checks.py)
+    c.text = text  # or a template of paths, as "{title}\n\n{meta.text}"; {title?} may be missing (fields.py)
+    c.field_keys = field_keys  # (("url", "meta.url"), ...): paths of those of FIELDS that stand elsewhere in a row
+    c.encoding = encoding  # of text and JSON lines that have no byte order mark: Python's name; "detect" for a guess
     c.licence = licence  # of documents that name none themselves
     c.dump = dump  # of documents that name none; empty: a CC-MAIN-2024-30 in the file's path. Newer ones are kept first
     c.dumps = dumps  # the first and the last of Common Crawl whose files are read, such as CC-MAIN-2013-20; () for all
@@ -119,7 +134,7 @@ def subset(
     c.min_document_bytes = min_document_bytes  # shorter documents are left out
     c.max_document_bytes = max_document_bytes  # longer documents are left out, 0 for no limit
     c.max_line_bytes = max_line_bytes  # longer lines of JSON, and larger files of text, are not read
-    c.tasks = tasks  # parts that the source's files are dealt into: the most workers that can read it at once
+    c.tasks = tasks  # that read it, the most workers at once; 0: one for about part_bytes. No store depends on it
     c.follow_links = follow_links  # files of a local source may be links to others outside of its folder
     c.max_unreadable = max_unreadable  # files that are left out, by name, if they cannot be read; 0: it ends there
     c.priority = priority  # of duplicates, the one in the subset of the lowest number stays, of equal ones the first
@@ -127,9 +142,16 @@ def subset(
     c.language_model = language_model  # fastText's file, such as lid.176.bin; needed by `languages`
     c.languages = languages  # kept, as ISO codes; empty for all
     c.language_threshold = language_threshold  # of the model's probability
+    c.language_thresholds = language_thresholds  # ((code, threshold), ...) of languages that have another
     c.url_blocklist = url_blocklist  # file of domains, one a line, whose documents are left out
     c.line_rules = line_rules  # RefinedWeb's: drops lines in capitals, of numbers alone, "3 likes", navigation
+    c.drop_repeated = drop_repeated  # "lines", "paragraphs": those that stand earlier in the same document
     c.filters = filters  # of FILTERS, in that order
+    c.quality_model = quality_model  # fastText's file, whose probability of quality_label a document keeps
+    c.quality_label = quality_label  # as hq of __label__hq
+    c.quality_threshold = quality_threshold  # documents of less are left out; None: of none
+    c.scorer = scorer  # "package.module:function", of a list of texts, gives a list of numbers, which documents keep
+    c.scorer_threshold = scorer_threshold  # documents of less are left out; None: of none
     c.nfc = nfc  # Unicode's composed form
     c.pii = PII if pii is True else pii or ()  # of PII (True: all), each by one placeholder. Not of code or mathematics
     c.pii_regions = pii_regions  # whose phone numbers are known without their country's code: ISO's codes, such as GB
@@ -179,13 +201,19 @@ class Task(NamedTuple):
 
 
 def tasks(config: ConfigDict, *, tokens: bool = False) -> list[Task]:
-    """The tasks of reading, by rank: all parts of all subsets of text, or of tokens, in the order of their names."""
-    return [
-        Task(name, shard, chosen.tasks)
-        for name, chosen in sorted(config.subsets.items())
-        if (kind_of(chosen.source)[0] in TOKEN_KINDS) == tokens
-        for shard in range(chosen.tasks)
-    ]
+    """The tasks of reading, by rank: all parts of all subsets of text, or of tokens, in the order of their names.
+
+    Of a recipe whose `tasks` are known (dealing.settled).
+    """
+    found = [(name, config.subsets[name].tasks) for name in names(config, tokens=tokens)]
+    assert all(number for _, number in found), "tasks=0 is settled when the sources have been listed"
+    return [Task(name, shard, number) for name, number in found for shard in range(number)]
+
+
+def names(config: ConfigDict, *, tokens: bool = False) -> list[str]:
+    """The subsets of text, or of tokens, sorted."""
+    kinds = {name: kind_of(config.subsets[name].source)[0] for name in sorted(config.subsets)}
+    return [name for name, kind in kinds.items() if (kind in TOKEN_KINDS) == tokens]
 
 
 def stores_of(config: ConfigDict, name: str) -> dict[str, float]:
@@ -235,7 +263,7 @@ def tokenizer_path(text: str) -> str:
 
 def validate(config: ConfigDict) -> None:
     """Raises ConfigError listing every problem: the key, the value found, what it must be."""
-    problems = _key_problems("", config, base())
+    problems = rule_checks.key_problems("", config, base())
     if not problems:
         problems = _base_problems(config)
         for name, chosen in config.subsets.items():
@@ -260,7 +288,7 @@ def _base_problems(config: ConfigDict) -> list[str]:
         problems.append(f"validation_fraction={config.validation_fraction}: must lie in [0, 1)")
     if config.eos and not config.tokenizer:
         problems.append(f"eos={config.eos!r}: goes with tokenizer; one that is trained here ends documents with {EOS}")
-    for key in ("tokenizer_bytes", "bucket_bytes"):
+    for key in ("tokenizer_bytes", "bucket_bytes", "part_bytes"):
         if config[key] < 1:
             problems.append(f"{key}={config[key]}: must be positive")
     if config.dedup.unit not in UNITS:
@@ -268,8 +296,7 @@ def _base_problems(config: ConfigDict) -> list[str]:
     for key in ("n_grams", "bands", "hashes_per_band"):
         if config.dedup[key] < 1:
             problems.append(f"dedup.{key}={config.dedup[key]}: must be positive")
-    if config.contamination.n_grams < 1:
-        problems.append(f"contamination.n_grams={config.contamination.n_grams}: must be positive")
+    problems += rule_checks.contamination_problems(config.contamination, config.tokenizer)
     for source in config.contamination.sources:
         if kind_of(source)[0] not in ("jsonl", "parquet", "text"):
             problems.append(f"contamination.sources: {source!r} is no jsonl:, parquet: or text: source")
@@ -286,7 +313,7 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
     if not isinstance(chosen, ConfigDict):
         return problems + [f"{where}={chosen!r}: must be made by subset()"]
     expected = conversations("") if chosen.get("conversations") else subset("")
-    if keys := _key_problems(f"{where}.", chosen, expected):
+    if keys := rule_checks.key_problems(f"{where}.", chosen, expected):
         return problems + keys
     kind, rest = kind_of(chosen.source)
     if chosen.conversations:
@@ -298,27 +325,22 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
         problems.append(f"{where}: a source of tokens needs tokenizer, the one that its ids were made with")
     if kind in TOKEN_KINDS and chosen.max_unreadable:
         problems.append(f"{where}.max_unreadable={chosen.max_unreadable}: is of documents, {kind}: is of tokens")
-    for key in ("max_bytes", "min_document_bytes", "max_document_bytes", "max_unreadable"):
+    for key in ("tasks", "max_bytes", "min_document_bytes", "max_document_bytes", "max_unreadable"):
         if chosen[key] < 0:
             problems.append(f"{where}.{key}={chosen[key]}: must not be negative")
     if 0 < chosen.max_document_bytes < chosen.min_document_bytes:
         least = f"min_document_bytes={chosen.min_document_bytes}"
         problems.append(f"{where}.max_document_bytes={chosen.max_document_bytes}: must be at least {least}")
-    for key in ("tasks", "max_line_bytes"):
-        if chosen[key] < 1:
-            problems.append(f"{where}.{key}={chosen[key]}: must be positive")
-    for key in ("fim_rate", "fim_spm_rate", "language_threshold"):
+    if chosen.max_line_bytes < 1:
+        problems.append(f"{where}.max_line_bytes={chosen.max_line_bytes}: must be positive")
+    for key in ("fim_rate", "fim_spm_rate"):
         if not 0 <= chosen[key] <= 1:
             problems.append(f"{where}.{key}={chosen[key]}: must lie in [0, 1]")
     if not chosen.repeats > 0:
         problems.append(f"{where}.repeats={chosen.repeats}: must be above 0")
     if chosen.dumps and (len(chosen.dumps) != 2 or not all(re.fullmatch(DUMP, dump) for dump in chosen.dumps)):
         problems.append(f"{where}.dumps={chosen.dumps}: must be the first and the last, such as CC-MAIN-2013-20")
-    if unknown := set(chosen.filters) - set(FILTERS):
-        problems.append(f"{where}.filters: {sorted(unknown)} unknown; there are {', '.join(FILTERS)}")
-    problems += pii_rules.problems(where, chosen.pii, chosen.pii_regions)
-    if chosen.languages and not chosen.language_model:
-        problems.append(f"{where}.languages={chosen.languages}: needs language_model, a file of fastText")
+    problems += rule_checks.problems(where, chosen, kind in ROW_KINDS)
     pairs = [pair for pair in chosen.upsample if len(pair) != 2 or pair[0] < 2 or pair[1] < 2]
     if pairs or list(chosen.upsample) != sorted(chosen.upsample):
         problems.append(f"{where}.upsample={chosen.upsample}: must be rising pairs (copies, factor), both 2 or more")
@@ -332,22 +354,4 @@ def _store_problems(config: ConfigDict) -> list[str]:
         for store in stores_of(config, name):
             if taken.setdefault(store, name) != name:
                 problems.append(f"subsets.{name}: its store {store} is one of subsets.{taken[store]}, too: rename one")
-    return problems
-
-
-def _key_problems(prefix: str, found: ConfigDict, expected: ConfigDict) -> list[str]:
-    """Keys that are missing, unknown or of another type; a whole number may stand where a fraction does."""
-    problems = []
-    for key in sorted(set(found) - set(expected)):
-        near = difflib.get_close_matches(key, list(expected), n=1)
-        problems.append(f"unknown key {prefix}{key}" + (f", did you mean {near[0]!r}?" if near else ""))
-    for key in sorted(expected):
-        value: Any = expected[key]
-        types = (int, float) if isinstance(value, float) else (tuple, list) if isinstance(value, tuple) else type(value)
-        if key not in found:
-            problems.append(f"{prefix}{key} is missing: start from base() and subset()")
-        elif not isinstance(found[key], types):
-            problems.append(f"{prefix}{key}={found[key]!r}: must be such as {('x',) if value == () else value!r}")
-        elif isinstance(value, ConfigDict) and len(value):
-            problems += _key_problems(f"{prefix}{key}.", found[key], value)
     return problems

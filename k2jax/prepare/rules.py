@@ -1,11 +1,14 @@
 """What is done to a document after it is read: each rule looks at one document alone, edits it or names a reason.
 
 A rule gives the reason for which the document is left out, or None; the same document has the same fate on every
-machine and beside any other. The order is fixed: extract, language, url, lines, the filters, nfc, pii, size.
+machine and beside any other. The order is fixed, by what they cost (a block list before text is taken out of HTML, a
+scorer of the user's on what all others left): url, extract, language, lines, repeated, quality, the filters, scorer,
+nfc, pii, size.
 """
 
 import functools
 import logging
+import re
 import unicodedata
 import urllib.parse
 from collections.abc import Callable
@@ -17,40 +20,57 @@ from ml_collections import ConfigDict
 
 from k2jax.data.records import Bad, text_of
 from k2jax.errors import ConfigError
-from k2jax.prepare.lines import drop_lines
+from k2jax.prepare import scores
+from k2jax.prepare.lines import drop_lines, without_repeated
 from k2jax.prepare.pii import pii_replacer
 from k2jax.prepare.read import size_problem
-from k2jax.prepare.tally import Tally
+from k2jax.prepare.scores import Apply, import_of
+from k2jax.prepare.tally import Tally, clean_name
 
 # A crawler keeps 1 MiB of a page (Common Crawl until 2025, then 5); what trafilatura takes grows faster than the page.
 HTML_BYTES = 5 << 20
-Apply = Callable[[Document], str | None]
+NO_DOMAIN = re.compile(r"[\s/:*|^@]")  # of files of hosts, of addresses, and of filters of advertisements
 
 
 class Rule(NamedTuple):
-    """A step of cleaning, by the name that it is counted under."""
+    """A step of cleaning, by the name that it is counted under; `together` sees some documents at once before that."""
 
     step: str
     apply: Apply
+    together: Callable[[list[Document]], None] | None = None
 
 
 def build(chosen: ConfigDict, tally: Tally | None = None) -> list[Rule]:
     """The rules that a subset names, in their order; ConfigError for a file or package that is not there.
 
-    `tally` counts the personal data that they replace.
+    `tally` counts the personal data that they replace, and scores.
     """
-    rules = [Rule("extract", _extract())] if chosen.extract else []
+    tally = tally or Tally()
+    rules = [Rule("url", _url(chosen.url_blocklist))] if chosen.url_blocklist else []
+    if chosen.extract:
+        rules.append(Rule("extract", _extract()))
     if chosen.language_model:
-        rules.append(Rule("language", _language(chosen)))
-    if chosen.url_blocklist:
-        rules.append(Rule("url", _url(chosen.url_blocklist)))
+        rules.append(Rule("language", scores.language(chosen)))
     if chosen.line_rules:
         rules.append(Rule("lines", drop_lines))
+    if chosen.drop_repeated:
+        rules.append(Rule("repeated", _repeated(chosen.drop_repeated)))
+    if chosen.quality_model:
+        rules.append(Rule("quality", scores.quality(chosen, tally)))
     rules += [Rule(name, _filter(name)) for name in chosen.filters]
+    if chosen.scorer:
+        score, judge = scores.scorer(chosen, tally)
+        rules.append(Rule("scorer", judge, score))
     rules += edits(chosen, tally)
     if rules:
         rules.append(Rule("size", _size(chosen.min_document_bytes, chosen.max_document_bytes)))
     return rules
+
+
+def files_of(chosen: ConfigDict) -> list[str]:
+    """The files whose content the rules depend on: models, the block list, the module of a scorer."""
+    paths = [chosen[key] for key in ("language_model", "quality_model", "url_blocklist")]
+    return [path for path in (*paths, scores.file_of(chosen.scorer) if chosen.scorer else "") if path]
 
 
 def edits(chosen: ConfigDict, tally: Tally | None = None) -> list[Rule]:
@@ -66,7 +86,7 @@ def _extract() -> Apply:
     the same twice, and a missing package drops every page as "timeout". `deduplicate` is off: it would drop a
     paragraph for what stood on earlier pages.
     """
-    trafilatura = _import("trafilatura", "trafilatura lxml_html_clean")
+    trafilatura = import_of("trafilatura", "trafilatura lxml_html_clean")
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # what it cannot extract is counted here
 
     def extract(one: Document) -> str | None:
@@ -87,47 +107,39 @@ def _extract() -> Apply:
     return extract
 
 
-def _language(chosen: ConfigDict) -> Apply:
-    """Labels documents; where `languages` are named, others are left out, and those of which the model is unsure."""
-    fasttext = _import("fasttext", "fasttext-numpy2-wheel")
-    path = chosen.language_model
-    if not Path(path).is_file():
-        raise ConfigError(f"language_model={path}: no such file; fastText's lid.176.bin is one, see fasttext.cc")
-    try:
-        model = fasttext.load_model(path)
-    except ValueError as error:
-        raise ConfigError(f"language_model={path} is no model of fastText: {error}") from error
-
-    def label(one: Document) -> str | None:
-        labels, scores = model.predict(one.text.replace("\n", " "))
-        language = labels[0].removeprefix("__label__") if labels else "unknown"
-        one.metadata["language"] = language
-        if not chosen.languages:
-            return None
-        if language not in chosen.languages:
-            return f"language {language}"
-        return "language unsure" if float(scores[0]) < chosen.language_threshold else None
-
-    return label
-
-
 def _url(path: str) -> Apply:
     """Leaves out documents whose host is a domain of the list or below one; those without a URL stay."""
     try:
-        lines = Path(path).read_text("utf-8").lower().splitlines()
+        lines = Path(path).read_text("utf-8-sig").lower().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"url_blocklist={path} cannot be read ({error}): expected domains, one a line") from error
-    domains = {line.strip().strip(".") for line in lines if line.strip() and not line.startswith("#")}
+    domains = set()
+    for number, line in enumerate(lines, 1):
+        if domain := line.partition("#")[0].strip().strip("."):
+            if NO_DOMAIN.search(domain):
+                what = clean_name(domain)
+                raise ConfigError(f"url_blocklist={path}:{number}: {what} is no domain; expected one a line")
+            domains.add(_ascii(domain))
+    if not domains:
+        raise ConfigError(f"url_blocklist={path} names no domain; expected domains, one a line")
 
     def blocked(one: Document) -> str | None:
         try:
             host = urllib.parse.urlsplit(one.metadata.get("url", "")).hostname or ""
         except ValueError:  # brackets around what is no address
             return None
-        parts = host.lower().strip(".").split(".")
+        parts = _ascii(host.lower().strip(".")).split(".")
         return "blocked domain" if any(".".join(parts[i:]) in domains for i in range(len(parts))) else None
 
     return blocked
+
+
+def _ascii(domain: str) -> str:
+    """A domain as the network has it, where it can be one."""
+    try:
+        return domain if domain.isascii() else domain.encode("idna").decode()
+    except UnicodeError:
+        return domain
 
 
 @functools.cache
@@ -174,6 +186,13 @@ def _filter(name: str) -> Apply:
     return apply
 
 
+def _repeated(parts: tuple[str, ...]) -> Apply:
+    def apply(one: Document) -> None:
+        one.text = without_repeated(one.text, lines="lines" in parts, paragraphs="paragraphs" in parts)
+
+    return apply
+
+
 def _nfc(one: Document) -> None:
     one.text = unicodedata.normalize("NFC", one.text)
 
@@ -190,10 +209,3 @@ def _pii(chosen: ConfigDict, tally: Tally) -> Apply:
 
 def _size(shortest: int, longest: int) -> Apply:
     return lambda one: size_problem(len(one.text.encode()), shortest, longest)
-
-
-def _import(module: str, packages: str) -> Any:
-    try:
-        return __import__(module)
-    except ImportError as error:
-        raise ConfigError(f"{module} cannot be imported ({error}): pip install {packages}") from error

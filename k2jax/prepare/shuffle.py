@@ -4,11 +4,12 @@ Each of `writers` tasks deals bytes out to `partitions`; each partition is then 
 writers and, of each, in the order in which it was written. Between the two are stages where numbers ask for them:
 
   (writer)     one file a task: whatever it held whenever that was RUN_BYTES, by partition
-  NAME-group   FAN files to one: where there are more writers, or all readers together would open OPENS files
-  NAME-split   a range of partitions out of all files to one file: where there are more than SLOTS partitions
+  NAME-group   FAN files to one: where there are more writers
+  NAME-split   a range of partitions out of all files to one file: where there are more than SLOTS partitions, or each
+               read from all files would take more than OPENS a task
 
-So no task has more than FAN files open, none opens more than FAN or one for each FAN writers, and all together open a
-few times as many files as there are tasks. A file is zstd frames with checksums, each of one slot (a partition, or a
+So no task has more than FAN files open, none opens more than FAN or one for each FAN writers, and what all of them open
+grows as their number. A file is zstd frames with checksums, each of one slot (a partition, or a
 range of them) and one run; the index of them (INDEX) is at its end.
 """
 
@@ -29,8 +30,8 @@ from k2jax.files import whole_file
 from k2jax.prepare.engine import Stage
 
 FAN = 512  # files that one task has open: the usual limit is 1,024
-OPENS = 1 << 17  # by which it is cheaper to copy the files into few
 SLOTS = 4096  # partitions that a file has slots for; more are split in two steps
+OPENS = 64  # files for each that writes or reads, on average
 RUN_BYTES = 1 << 28  # that a task holds before it writes them
 PARTITION_BYTES = 1 << 28  # of what is held as a whole when it is read; sorting takes several times as much
 LEVEL = 1  # of zstd: hashes do not get smaller, and text is compressed by its writer's runs
@@ -87,14 +88,15 @@ class Shuffle(NamedTuple):
 
     @property
     def _groups(self) -> int:
-        if self.writers <= FAN and self.writers * self._slots <= OPENS:
-            return self.writers
-        return -(-self.writers // FAN)
+        return -(-self.writers // FAN) if self.writers > FAN else self.writers
 
     @property
     def _range(self) -> int:
         """Partitions that share a slot of the files of writers and groups."""
-        return 1 if self.partitions <= SLOTS else -(-self.partitions // FAN)
+        opens = OPENS * (self.writers + self.partitions)
+        if self.partitions <= SLOTS and self.partitions * self._groups <= opens:
+            return 1
+        return -(-self.partitions // min(FAN, max(1, opens // self._groups)))
 
     @property
     def _slots(self) -> int:

@@ -4,18 +4,21 @@
      "kept": {"documents": n, "bytes": n},
      "bad": {reason: n}, "problems": ["FILE:LINE: what is wrong with it", ...],
      "languages": {code: n}, "licences": {name: n}, "lengths": {power of two: n},
-     "personal": {kind: n}}
+     "personal": {kind: n}, "encodings": {name: files}, "scores": {step: {bin of SCORE_BINS a unit: n}}}
 
 A step's `documents` and `bytes` (of UTF-8 text) are what went in. `bad` is input that gave no document, `problems` its
 first cases. Names from outside are cleaned before they get here: a path may hold a line feed.
 """
 
+import math
 from collections import Counter, defaultdict
 from typing import Any
 
 from k2jax.text import without_secrets
 
 PROBLEMS = 20  # kept by task
+SCORE_BINS = 20  # of a score, from one whole number to the next
+MOST_SCORE = 100  # and least: what lies beyond is counted there
 NAME_CHARACTERS = 2000  # kept of a name or URL; object stores allow names of 1,024 bytes
 
 
@@ -45,6 +48,8 @@ class Tally:
         self.licences: Counter[str] = Counter()
         self.lengths: Counter[str] = Counter()
         self.personal: Counter[str] = Counter()
+        self.encodings: Counter[str] = Counter()
+        self.scores: dict[str, Counter[str]] = defaultdict(Counter)
 
     def saw(self, step: str, num_bytes: int) -> None:
         """A document went into a step."""
@@ -62,6 +67,10 @@ class Tally:
     def replaced(self, counts: dict[str, int]) -> None:
         """A step put placeholders in a document: so many for each kind of personal data."""
         self.personal.update(counts)
+
+    def scored(self, step: str, score: float) -> None:
+        """A step gave a document a score."""
+        self.scores[step][str(math.floor(max(-MOST_SCORE, min(MOST_SCORE, score)) * SCORE_BINS))] += 1
 
     def problem(self, reason: str, where: str, what: str = "") -> None:
         """Input that gave no document: `where` is FILE or FILE:LINE."""
@@ -93,6 +102,8 @@ class Tally:
             "licences": dict(sorted(self.licences.items())),
             "lengths": dict(sorted(self.lengths.items(), key=lambda item: int(item[0]))),
             "personal": dict(sorted(self.personal.items())),
+            "encodings": dict(sorted(self.encodings.items())),
+            "scores": {step: dict(sorted(n.items(), key=lambda item: int(item[0]))) for step, n in self.scores.items()},
         }
 
 

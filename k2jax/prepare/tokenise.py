@@ -25,7 +25,8 @@ from k2jax.prepare.tally import Tally, combine
 
 BATCH_BYTES = 1 << 20  # of text handed to the tokenizer at a time: enough for every core
 KEPT_METADATA = (
-    "subset", "url", "source_id", "licence", "date", "dump", "language", "duplicates", "contaminated", "turns"
+    "subset", "url", "source_id", "licence", "date", "dump", "language", "duplicates", "contaminated", "turns",
+    "quality", "score",
 )  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def tokenize(bucket: int, *, config: dict[str, Any], kept: Kept, tokenizer: Path
             store: stack.enter_context(PieceWriter(path, vocab_size=size, eos_id=eos)) for store, path in paths.items()
         }
         for document, cut, ids in encoded(documents, chosen, encoder, sentinels, recipe.seed, library):
-            metadata = {key: document.metadata[key] for key in KEPT_METADATA if document.metadata.get(key)}
+            metadata = {key: document.metadata[key] for key in KEPT_METADATA if key in document.metadata}
             if chosen.fim_rate:
                 metadata["fim"] = cut._asdict()
             copies = document.metadata.get("duplicates", {}).get("copies", 1)
@@ -94,7 +95,7 @@ def _tokenize_conversations(bucket: int, recipe: ConfigDict, kept: Kept, encoder
             for one, ids, learned in found:
                 copies = one.metadata.get("duplicates", {}).get("copies", 1)
                 store = store_of(chosen, name, "plain", copies)
-                metadata = {key: one.metadata[key] for key in KEPT_METADATA if one.metadata.get(key)}
+                metadata = {key: one.metadata[key] for key in KEPT_METADATA if key in one.metadata}
                 source = one.metadata["source"]
                 pieces[store].add(ids, id=one.id, source=source, metadata=metadata, eos=False, mask=learned)
                 num_bytes[store] += len(one.text.encode())

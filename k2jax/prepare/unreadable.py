@@ -31,9 +31,9 @@ def note(out: Path, subset: str, chosen: ConfigDict, files: list[File], error: U
     [file] = [file for file in files if file.path == error.path][:1] or [None]
     if file is None or not chosen.max_unreadable:
         raise error
-    path = _folder(out, subset) / f"{hashlib.sha256(file.name.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
+    path = _folder(out, subset) / f"{hashlib.sha256(file.part.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json(path, {"name": shown_name(file.name), "path": file.name, "error": str(error), "date": date})
+    write_json(path, {"name": shown_name(file.part), "path": file.part, "error": str(error), "date": date})
     if len(list(path.parent.glob("*.json"))) > chosen.max_unreadable:
         path.unlink()  # when the storage is well again it is read
         raise UnreadableError(f"{error}; subsets.{subset}.max_unreadable={chosen.max_unreadable} are left out already")
@@ -43,9 +43,9 @@ def others(out: Path, subset: str, files: list[File], tally: Tally) -> list[File
     """Those that are not left out; the others are counted."""
     found = {one["path"]: one for one in (read_json(path) for path in _folder(out, subset).glob("*.json"))}
     for file in files:
-        if file.name in found:
-            tally.problem(REASON, place(file, 0), found[file.name]["error"])
-    return [file for file in files if file.name not in found]
+        if file.part in found:
+            tally.problem(REASON, place(file, 0), found[file.part]["error"])
+    return [file for file in files if file.part not in found]
 
 
 def of_all(out: Path, names: list[str]) -> dict[str, dict[str, str]]:

@@ -16,12 +16,16 @@ from k2jax.data.packing import VERSION
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError
+from k2jax.keys import closest
 from k2jax.model.decoder import compute_dtype, num_params
 from k2jax.model.flops import flops_per_token
 from k2jax.parallel import cluster
 from k2jax.run import chat_template, drift
 from k2jax.run.directory import environment, versions
 from k2jax.training.placement import state_bytes
+
+MOST_NAMES = 20  # of stores, in a message
+MOST_UNUSED = 1.05  # ids a model may have for each of the tokenizer's: vocabularies are filled up to whole tiles
 
 
 def open_data(config: ConfigDict, verify: str | None = None) -> tuple[dict[str, Store], dict[str, Any]]:
@@ -31,7 +35,7 @@ def open_data(config: ConfigDict, verify: str | None = None) -> tuple[dict[str, 
     """
     names = sorted({name for stage in config.stages for name in stage.mix})
     root = storage.normal_path(config.data.root)
-    stores = {name: Store.open(f"{root}/{name}", verify=verify or config.data.verify) for name in names}
+    stores = _open_stores(config, root, names, verify or config.data.verify)
     stages = [configuration.to_dict(stage) for stage in config.stages]
     for stage in stages:
         for name in stage["mix"]:
@@ -65,6 +69,30 @@ def open_data(config: ConfigDict, verify: str | None = None) -> tuple[dict[str, 
     return stores, manifest
 
 
+def _open_stores(config: ConfigDict, root: str, names: list[str], verify: str) -> dict[str, Store]:
+    """Those of the mixes. Where one is not there, the error says what is, and who asks for it."""
+    try:
+        return {name: Store.open(f"{root}/{name}", verify=verify) for name in names}
+    except ConfigError:
+        there = {name for name in storage.names_in(root) if "." not in name} - {"card", "stages"}
+        absent = [name for name in names if name not in there]
+        if not absent:
+            raise
+    if not there:
+        raise ConfigError(
+            f"data.root={config.data.root}: no store lies there ({root}): prepare the data, or name the folder where "
+            "it is"
+        )
+    stage = next(stage.name for stage in config.stages if absent[0] in stage.mix)
+    listed = ", ".join(sorted(there)[:MOST_NAMES]) + ", ..." * (len(there) > MOST_NAMES)
+    others = f" (and {len(absent) - 1} more)" if absent[1:] else ""
+    raise ConfigError(
+        f"stage {stage!r}: its mix names store {absent[0]!r}{others}, which is not in data.root={config.data.root}"
+        f"{closest(absent[0], there)}; there are {listed}: config.mix_of({config.data.root!r}) is the mix of a "
+        "prepared folder"
+    )
+
+
 def open_same_data(config: ConfigDict) -> tuple[dict[str, Store], dict[str, Any]]:
     """`open_data` on every process, which all raise where one cannot, or has found other data than process 0.
 
@@ -85,8 +113,8 @@ def check_processes_agree(config: ConfigDict) -> None:
     cluster.agree("configuration", configuration.flatten(configuration.to_dict(config)) | {"versions": versions()})
 
 
-def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:
-    """The derived numbers: parameters, tokens, FLOPs, memory of the state."""
+def describe_run(config: ConfigDict, order: Order, mesh: Mesh, vocab_size: int) -> str:
+    """The derived numbers: parameters, tokens, FLOPs, memory of the state. `vocab_size` is the stores'."""
     tokens = sum((p.last_step - p.first_step + 1) * p.rows_per_step * p.sequence_length for p in order.stages)
     params = num_params(config.model)
     lines = [
@@ -95,6 +123,11 @@ def describe_run(config: ConfigDict, order: Order, mesh: Mesh) -> str:
         f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
         f"state: {state_bytes(config, mesh) / 2**30:.2f} GiB a device (fp32 parameters and moments)",
     ]
+    if config.model.vocab_size > vocab_size * MOST_UNUSED:
+        lines.append(
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer has {vocab_size:,} ids: the other "
+            f"{config.model.vocab_size - vocab_size:,} rows of embedding and head are computed, and learn nothing"
+        )
     for plan in (stage for stage in order.stages if stage.last_step >= stage.first_step):
         flops = flops_per_token(config.model, plan.sequence_length)
         lines.append(

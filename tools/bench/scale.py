@@ -1,6 +1,6 @@
 """What a preparation needs at the size that it is named for, shown on one machine in three ways.
 
-    python tools/bench/scale.py counts [--tasks=100448] [--documents=4.2e10] [--text_bytes=2.8e14]
+    python tools/bench/scale.py counts [--tasks=100448] [--documents=4.2e10] [--text_bytes=2.2e13]
     python tools/bench/scale.py counts --subset5tb
     python tools/bench/scale.py partitions
     python tools/bench/scale.py run --gigabytes=20 --out=DIR
@@ -13,8 +13,8 @@ partitions  the memory and CPU of one task of each kind that holds a partition, 
 run         text made here, with duplicates, from files to stores; CPU-hours and peak memory of each stage, and what
             that makes for a TB.
 
-Defaults of `counts` are TxT360's before deduplication (k2-facts 4.6: 61.8 TB compressed, 4.2e10 documents, 100,448
-tasks); --subset5tb is 5 TB of text in 8,000 tasks. Writing to the disk is not waited for in `counts`.
+Defaults of `counts` are TxT360's: 4.2e10 documents in 100,448 tasks, and 5e12 tokens of text that stay; --subset5tb is
+5 TB of text in 8,000 tasks. Writing to the disk is not waited for in `counts`.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np  # noqa: E402
+import scale_partitions  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax.prepare import build, engine, recipe, shuffle  # noqa: E402
@@ -43,7 +44,7 @@ from k2jax.prepare import build, engine, recipe, shuffle  # noqa: E402
 SHARE_OF_WEB = 0.95  # of the tasks; the others are of CURATED
 CURATED = tuple(f"curated-{i:02d}" for i in range(14))
 SUBSET_5TB = {"tasks": 8_000, "documents": 2e9, "text_bytes": 5e12}
-DOCUMENTS = 2  # simulated, in a task
+DOCUMENTS, STAY = 2, 0.55  # simulated, in a task; of them stay
 OPEN_FILES = 1000  # the bar; the usual limit is 1,024
 WORKER_BYTES = 4 << 30  # the bar
 
@@ -104,7 +105,7 @@ def count(num_tasks: int, documents: float, text_bytes: float) -> Iterator[dict[
     stands_for = documents / (num_tasks * DOCUMENTS)
     with tempfile.TemporaryDirectory() as folder, _smaller(stands_for), _measured(watch, lines):
         config = simulated(Path(folder), num_tasks).unlock()
-        text = sum(path.stat().st_size for path in Path(folder).glob("*/*.jsonl"))
+        text = num_tasks * DOCUMENTS * 70 * STAY
         config.bucket_bytes = max(1, int(config.bucket_bytes * text / text_bytes))
         start, cpu = time.monotonic(), time.process_time()
         build.build(config.lock(), Path(folder) / "out", workers=1, keep_stages=True)
@@ -193,6 +194,18 @@ def counts(args: argparse.Namespace) -> None:
     print(json.dumps({"bars": bars | {"driver_under_an_hour": last["driver_cpu_seconds"] < 3600}}))
 
 
+# ---- partitions ------------------------------------------------------------------------------------------------------
+
+
+def partitions() -> None:
+    """Each made in one process and run in another."""
+    script = str(Path(__file__).with_name("scale_partitions.py"))
+    for kind in scale_partitions.KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, script, "make", kind, folder], check=True)
+            subprocess.run([sys.executable, script, "run", kind, folder], check=True)
+
+
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +264,7 @@ def main() -> None:
         add = commands.add_parser(name).add_argument
         add("--tasks", type=int, default=100_448)
         add("--documents", type=float, default=4.2e10)
-        add("--text_bytes", type=float, default=2.8e14)
+        add("--text_bytes", type=float, default=2.2e13)
         add("--subset5tb", action="store_true")
     commands.add_parser("partitions")
     add = commands.add_parser("run").add_argument
@@ -265,6 +278,8 @@ def main() -> None:
     elif args.command == "counts-once":
         for line in count(args.tasks, args.documents, args.text_bytes):
             print(json.dumps(line), flush=True)
+    elif args.command == "partitions":
+        partitions()
     elif args.command == "run":
         run(args)
 

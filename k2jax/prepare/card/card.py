@@ -24,6 +24,7 @@ FORMAT = 1
 LIBRARIES = (
     "datatrove", "tokenizers", "trafilatura", "lxml", "fasttext-numpy2-wheel", "warcio", "xxhash", "phonenumberslite",
     "phonenumbers", "numpy", "pyarrow", "jinja2", "zstandard", "orjson", "tensorstore", "fsspec", "seqio", "ray",
+    "chardet",
 )  # fmt: skip
 HITS = 20  # contaminated documents shown
 
@@ -93,6 +94,8 @@ def _subset(name: str, tallies: dict[str, dict], data: dict[str, Any]) -> dict[s
         "input": {key: data["inputs"].get(name, {}).get(key, 0) for key in ("files", "bytes")},
         "steps": steps,
         "bad": both.get("bad", {}),
+        "encodings": both.get("encodings", {}),
+        "scores": both.get("scores", {}),
         "unreadable": (data["unreadable"] if "unreadable" in data else {}).get(name, {}),
         "problems": both["problems"],
         **{

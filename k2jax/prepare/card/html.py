@@ -3,6 +3,7 @@
 import html
 from typing import Any
 
+from k2jax.prepare.card.scores import histograms
 from k2jax.prepare.card.svg import bars, columns, stacked
 from k2jax.prepare.card.tables import (
     SECTIONS,
@@ -63,6 +64,7 @@ def page(card: dict[str, Any]) -> str:
         ),
         "lengths": _lengths_plot(card),
         "languages": _names_plot(card, "languages"),
+        "scores": _scores_plot(card),
         "licences": _names_plot(card, "licences"),
         "duplicates": _copies_plot(card),
     }
@@ -134,6 +136,14 @@ def _lengths_plot(card: dict[str, Any]) -> str:
     return _figure(
         columns(labels, first, last), f"Documents by bytes of text, each bin to twice its label: {keys}"
     )
+
+
+def _scores_plot(card: dict[str, Any]) -> str:
+    plots = []
+    for title, rows in histograms(card).items():
+        labels, counts, _ = zip(*rows, strict=True)
+        plots.append(_figure(columns(list(labels), [0] * len(counts), list(counts)), f"Documents by {for_html(title)}"))
+    return "".join(plots)
 
 
 def _copies_plot(card: dict[str, Any]) -> str:

@@ -3,35 +3,33 @@
 from dataclasses import dataclass
 from typing import Any
 
+from k2jax.prepare.card.scores import histograms
 from k2jax.prepare.card.text import num_bytes, number, power_of_two, share
 
 SECTIONS = (  # (key, title, what it is), in their order
+    ("flow", "From documents to stores", "Removed and kept, by subset. Bytes are of UTF-8 text, on disk of files."),
     (
-        "flow",
-        "From documents to stores",
-        "Removed and kept, by subset. Bytes are of UTF-8 text, on disk of files.",
-    ),
-    (
-        "steps",
-        "Every step",
+        "steps", "Every step",
         "What came in less what was removed is what came out; a later step can have changed it.",
     ),
     ("reasons", "Why documents were removed", "By subset, step and reason."),
     ("duplicates", "Duplicates", "One document of a cluster of copies stays, by the priority of its subset."),
     ("stores", "Stores and their mix", "Tokens in the mix are those for training times the repeats."),
     (
-        "conversations",
-        "Conversations",
+        "conversations", "Conversations",
         "What is in the stores. Only answers are learned. Joined ones begin within a token of the prompt, endless ones "
         "end with no control token; compared are conversations whose generation blocks were held against prefixes. "
         "A preference pair is two conversations, whose answers behind what both ask are learned.",
     ),
     ("lengths", "Lengths", ""),
     ("languages", "Languages", "Where a step identifies them, or the source names them."),
+    (
+        "scores", "Quality and scores",
+        "Of all documents that were scored, also those that were left out for it: where another threshold would cut.",
+    ),
     ("licences", "Licences", "As the sources or the recipe name them; nobody has checked them."),
     (
-        "contamination",
-        "Contamination",
+        "contamination", "Contamination",
         "Documents that share n-grams with evaluation sets, as the recipe defines them.",
     ),
     (
@@ -41,10 +39,10 @@ SECTIONS = (  # (key, title, what it is), in their order
         "first character to its last. What is missed stays in the stores.",
     ),
     (
-        "samples",
-        "Samples",
+        "samples", "Samples",
         "Texts are cut. What shows nothing, or turns the direction of text, is written as an escape.",
     ),
+    ("encodings", "Encodings", "Files of text and of JSON lines, by their marks, the recipe, or a guess."),
     ("problems", "Problems in the input", "Counts, and the first cases with their file and line."),
     ("recipe", "Recipe", "Every parameter of the data experiment."),
     ("versions", "Versions and digests", "What the bytes of the stores depend on, and what they are."),
@@ -90,6 +88,8 @@ def tables_of(key: str, card: dict[str, Any]) -> list[Table]:
         "lengths": lambda card: [],
         "languages": lambda card: _names(card, "languages"),
         "licences": lambda card: _names(card, "licences"),
+        "scores": _scores,
+        "encodings": _encodings,
         "contamination": _contamination,
         "personal": _personal,
         "samples": lambda card: [],
@@ -244,17 +244,7 @@ def _stores(card: dict[str, Any]) -> list[Table]:
          row["tokens"] - row["train_tokens"], float(row["repeats"]), row["mix_tokens"], share(row["mix_share"], 1)]
         for name, row in card["stores"].items()
     ]  # fmt: skip
-    head = [
-        "store",
-        "subset",
-        "documents",
-        "text",
-        "tokens",
-        "held out",
-        "repeats",
-        "tokens in the mix",
-        "share",
-    ]
+    head = ["store", "subset", "documents", "text", "tokens", "held out", "repeats", "tokens in the mix", "share"]
     return [Table(head, rows, numeric=tuple(range(2, 9)))]
 
 
@@ -293,6 +283,16 @@ def _names(card: dict[str, Any], key: str) -> list[Table]:
     return [Table(head, rows, numeric=(2, 3), folded="By subset")]
 
 
+def _scores(card: dict[str, Any]) -> list[Table]:
+    head = ["from", "documents", "that much or more"]
+    return [Table(head, rows, numeric=(0, 1, 2), title=title) for title, rows in histograms(card).items()]
+
+
+def _encodings(card: dict[str, Any]) -> list[Table]:
+    rows = [[name, *item] for name, subset in card["subsets"].items() for item in subset["encodings"].items()]
+    return [Table(["subset", "encoding", "files"], rows, numeric=(2,))]
+
+
 def _contamination(card: dict[str, Any]) -> list[Table]:
     found = card["contamination"]
     rows = [
@@ -305,7 +305,7 @@ def _contamination(card: dict[str, Any]) -> list[Table]:
     return [
         Table(["subset", "checked", "contaminated", "of them"], rows, numeric=(1, 2, 3)),
         Table(["evaluation set", "documents", "items looked for", "too short to be"], sets, numeric=(1, 2, 3)),
-        Table(["document", "evaluation item", "first shared words"], hits, folded="The first documents"),
+        Table(["document", "evaluation item", "first that is shared"], hits, folded="The first documents"),
     ]
 
 
