@@ -183,8 +183,8 @@ class _Dribble(io.BytesIO):
 @given(st.text(max_size=40), st.sampled_from(["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "gb18030"]))
 def test_every_text_comes_back_however_it_is_cut(text, name):
     mark = dict(MARKED).get(name, b"")
-    if not mark and any(text.encode(name).startswith(one) for _, one in MARKED):
-        return
+    if text.startswith("\0") or (not mark and any(text.encode(name).startswith(one) for _, one in MARKED)):
+        return  # UTF-16's mark and a NUL are UTF-32's
     stream, found = as_utf8(io.BufferedReader(_Dribble(mark + text.encode(name)), 4), "gb18030")
     assert stream.read() == text.encode() and found == name
 

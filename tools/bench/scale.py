@@ -18,6 +18,7 @@ Defaults of `counts` are TxT360's: 4.2e10 documents in 100,448 tasks, and 5e12 t
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -39,6 +40,8 @@ import numpy as np  # noqa: E402
 import scale_partitions  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
+from k2jax.data.tokenizer import train_bpe  # noqa: E402
+from k2jax.files import whole_file, write_text  # noqa: E402
 from k2jax.prepare import build, engine, recipe, shuffle  # noqa: E402
 
 SHARE_OF_WEB = 0.95  # of the tasks; the others are of CURATED
@@ -84,7 +87,7 @@ def simulated(folder: Path, num_tasks: int) -> ConfigDict:
             words = " ".join(f"word{number * 31 + j}" for j in range(8))
             shared = " ".join(f"shared{number // 10 * 31 + j}" for j in range(8))
             rows = [json.dumps({"text": text}) for text in (words, shared)]
-            (folder / name / f"{i:06d}.jsonl").write_text("\n".join(rows) + "\n")
+            write_text(folder / name / f"{i:06d}.jsonl", "\n".join(rows) + "\n")
         first += numbers[name]
         c.subsets[name] = recipe.subset(f"jsonl:{folder}/{name}/*.jsonl", tasks=numbers[name])
     recipe.validate(c)
@@ -92,10 +95,8 @@ def simulated(folder: Path, num_tasks: int) -> ConfigDict:
 
 
 def _tokenizer(folder: Path) -> Path:
-    from k2jax.data.tokenizer import train_bpe
-
     path = folder / "tokenizer.json"
-    path.write_text(train_bpe(["a few words to learn from"] * 10, 300).to_str())
+    write_text(path, train_bpe(["a few words to learn from"] * 10, 300).to_str())
     return path
 
 
@@ -209,27 +210,37 @@ def partitions() -> None:
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 
-def write_corpus(folder: Path, num_bytes: int) -> None:
-    """JSON lines, a tenth exact copies and a tenth nearly so: words drawn from a vocabulary like a language's."""
+def texts() -> Iterator[str]:
+    """Without end: of words as frequent as a language's, of which a tenth are exact copies and a tenth nearly so."""
     draw = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
     words = np.array(["".join(draw.choice(letters, 2 + n % 9)) for n in range(60_000)])
-    rank = 1 / np.arange(1, len(words) + 1)
-    texts: list[str] = []
-    size, number = 0, 0
-    while size < num_bytes:
-        with open(folder / f"{number:05d}.jsonl", "w", encoding="utf-8") as file:
-            for _ in range(40_000):
-                if texts and draw.random() < 0.2:
-                    text = texts[draw.integers(len(texts))]
-                    text = text if draw.random() < 0.5 else text[: len(text) // 2] + " other " + text[len(text) // 2 :]
-                else:
-                    text = " ".join(draw.choice(words, draw.integers(50, 900), p=rank / rank.sum()))
-                    if len(texts) < 100_000:
-                        texts.append(text)
+    shares = np.cumsum(1 / np.arange(1, len(words) + 1))
+    found: list[str] = []
+    while True:
+        copy = draw.random() < 0.2 and found
+        if copy:
+            text = found[draw.integers(len(found))]
+            half = len(text) // 2
+            yield text if draw.random() < 0.5 else f"{text[:half]} other {text[half:]}"
+            continue
+        places = np.searchsorted(shares, draw.random(draw.integers(50, 900)) * shares[-1])
+        text = " ".join(words[places])
+        if len(found) < 100_000:
+            found.append(text)
+        yield text
+
+
+def write_corpus(folder: Path, num_bytes: int) -> None:
+    """JSON lines, 40,000 documents a file."""
+    size, source = 0, texts()
+    for number in itertools.count():
+        with whole_file(folder / f"{number:05d}.jsonl", "w") as file:
+            for text in itertools.islice(source, 40_000):
                 size += len(text)
                 file.write(json.dumps({"text": text}) + "\n")
-        number += 1
+        if size >= num_bytes:
+            return
 
 
 def run(args: argparse.Namespace) -> None:

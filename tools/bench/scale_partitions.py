@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np  # noqa: E402
 
 from k2jax.data.tokenizer import load_tokenizer, train_bpe  # noqa: E402
-from k2jax.files import write_json  # noqa: E402
+from k2jax.files import write_json, write_text  # noqa: E402
 from k2jax.prepare import kept, recipe, tokenise  # noqa: E402
 from k2jax.prepare.dedup import components, exact, members, near  # noqa: E402
 from k2jax.prepare.dedup.index import Clean, Order, Subset  # noqa: E402
@@ -85,7 +85,7 @@ def made_documents(num_bytes: int):
 
 def make_bucket(folder: Path) -> None:
     """As much text as a bucket has."""
-    (folder / "tokenizer.json").write_text(train_bpe([TEXT] * 50, 340).to_str())
+    write_text(folder / "tokenizer.json", train_bpe([TEXT] * 50, 340).to_str())
     dealt = kept.Kept(folder, 1, (kept.Dealt("web", 0, 0, 1),))
     with dealt.shuffle.writer(0) as out:
         for found in made_documents(recipe.base().bucket_bytes):
