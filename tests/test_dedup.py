@@ -44,7 +44,9 @@ from k2jax.errors import StorageError  # noqa: E402
 from k2jax.prepare import recipe  # noqa: E402
 from k2jax.prepare.dedup import components, duplicates, near  # noqa: E402
 from k2jax.prepare.dedup import minhash as ours  # noqa: E402
+from k2jax.prepare.dedup.index import clean_documents  # noqa: E402
 from k2jax.prepare.documents import document, write_documents  # noqa: E402
+from k2jax.prepare.shuffle import Shuffle  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 FINEWEB = ours.MinHash("words", 5, 14, 8, 1)
@@ -395,6 +397,35 @@ def test_of_many_copies_the_first_names_are_kept(tmp_path):
     run_stages(duplicates.stages(config, tmp_path / "clean", tmp_path / "out"))
     row = rows_of(tmp_path / "out", 1)[0, 0]
     assert row["copies"] == 200 and row["sources"] == ["001", "002", "003"]
+
+
+def test_odd_texts_names_and_dumps_are_as_any_others(tmp_path):
+    text = "one two \ud7ff \u2603"
+    rows = [(text, "\u0434\u0430\u043c\u043f/\u201cx\u201d\n", '"\\'), (text, None, "")]
+    tasks = [rows, [*rows[::-1], ("x y", "\0", "s\0")], [], [("x y", "", "s")]]
+    config = recipe_of(SUBSETS)
+    write_clean(config, tmp_path / "clean", tasks)
+    run_stages(duplicates.stages(config, tmp_path / "clean", tmp_path / "out"))
+    assert rows_of(tmp_path / "out", 4) == reference(config, tasks)
+
+
+def test_without_texts_there_is_nothing_to_do(tmp_path):
+    """Of sources of tokens alone."""
+    config = recipe.base()
+    config.subsets.tokens = recipe.subset("megatron:x")
+    run_stages(duplicates.stages(config, tmp_path / "clean", tmp_path / "out"))
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == {"removed": {}, "pairs": {}, "cluster_sizes": {}}
+
+
+def test_conversations_have_no_near_duplicates(tmp_path):
+    config = recipe_of(SUBSETS)
+    write_clean(config, tmp_path / "clean", [[("one two three", None, "a")]] * 4)
+    clean, minhash = clean_documents(config, tmp_path / "clean"), duplicates.minhash_of(config)
+    bands = Shuffle(tmp_path / "bands", 4, 1)
+    for rank in range(4):
+        near.sign(rank, clean=clean, removed=None, bands=bands, config=minhash, exempt=frozenset({"web"}))
+    tasks = bands.read_records(0, near.BAND)["node"] >> 32
+    assert sorted(tasks.tolist()) == [0] * minhash.bands + [3] * minhash.bands
 
 
 def test_documents_without_a_shingle_have_no_near_duplicates(tmp_path):

@@ -28,7 +28,7 @@ from warcio.statusandheaders import StatusAndHeaders  # noqa: E402
 from warcio.warcwriter import WARCWriter  # noqa: E402
 
 from k2jax.data.tokenizer import load_tokenizer  # noqa: E402
-from k2jax.prepare import build, engine, python_corpus, recipe, rules  # noqa: E402
+from k2jax.prepare import build, engine, python_corpus, recipe, rule_checks, rules  # noqa: E402
 from k2jax.prepare.documents import document  # noqa: E402
 from k2jax.prepare.files import File  # noqa: E402
 from k2jax.prepare.warc import warc_records  # noqa: E402
@@ -85,9 +85,9 @@ def rule_costs(num_bytes: int) -> Iterator[dict]:
         if size >= num_bytes:
             break
     for name in RULES:
-        filters = (name,) if name in recipe.FILTERS else ()
+        filters = (name,) if name in rule_checks.FILTERS else ()
         flags = {} if filters else {name: True}
-        [(_, apply), *_] = rules.build(recipe.subset("text:x", filters=filters, **flags))
+        apply = rules.build(recipe.subset("text:x", filters=filters, **flags))[0].apply
         given = [document(text, subset="x", source="x") for text in found]
         total = sum(len(one.text.encode()) for one in given)
         start = time.process_time()
@@ -140,7 +140,7 @@ def page_costs(folder: Path, num_bytes: int) -> Iterator[dict]:
     assert len(pages) == number
     size = sum(len(one.encode()) for one in pages)
     yield {"pages": "read", **_page_speed(number, size, time.process_time() - start)}
-    [(_, extract), *_] = rules.build(recipe.subset("text:x", extract=True))
+    extract = rules.build(recipe.subset("text:x", extract=True))[0].apply
     documents = [document(one, subset="x", source="x") for one in pages]
     start = time.process_time()
     kept = [one for one in documents if extract(one) is None]

@@ -21,6 +21,7 @@ import numpy as np
 
 from k2jax.errors import StorageError
 from k2jax.files import write_bytes
+from k2jax.prepare.dedup import streams
 from k2jax.prepare.dedup.streams import chunks, mixed, partition_of
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.shuffle import Shuffle, Writer
@@ -120,19 +121,21 @@ class _Distinct:
 
     def __init__(self, edges: Shuffle, partition: int):
         self._edges, self._partition = edges, partition
-        self._only: np.ndarray | None = None  # which is nearly always all
+        self._held: list[np.ndarray] | None = None  # all, once they are known to be few: they nearly always are
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        if self._only is not None:
-            yield self._only
+        if self._held is not None:
+            yield from self._held
             return
-        number = 0
-        for number, chunk in enumerate(chunks(self._edges, self._partition, EDGE), 1):
+        held, size = [], 0
+        for chunk in chunks(self._edges, self._partition, EDGE):
             chunk = chunk[np.lexsort((chunk["other"], chunk["node"]))]
             new = (chunk["node"][1:] != chunk["node"][:-1]) | (chunk["other"][1:] != chunk["other"][:-1])
-            found = chunk[np.r_[True, new]]
-            self._only = found if number == 1 else None
-            yield found
+            chunk = chunk[np.r_[True, new]]
+            yield chunk
+            size += chunk.nbytes
+            held = [*held, chunk] if size <= streams.CHUNK_BYTES else []
+        self._held = held if size <= streams.CHUNK_BYTES else None
 
 
 def large_star(partition: int, *, edges: Shuffle, out: Shuffle, unfinished: Path) -> None:
