@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from k2jax.prepare import progress  # noqa: E402
+from k2jax.prepare import progress, said  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,24 @@ def test_lines_come_where_there_is_no_terminal_ever_more_seldom_and_none_of_a_sh
     monkeypatch.setattr(progress, "PAUSE_S", 0.01)
     with progress.shown("clean", 3, tmp_path):
         (tmp_path / "00001").touch()
-        said = ""
-        while said.count("\n") < 3:
-            said += capfd.readouterr().err
+        found = ""
+        while found.count("\n") < 3:
+            found += capfd.readouterr().err
             time.sleep(0.01)
-    assert said.startswith("stage clean: 2 of 3 tasks, ") and " left\n" in said
+    assert found.startswith("stage clean: 2 of 3 tasks, ") and " left\n" in found
+
+
+def test_what_a_task_of_this_process_prints_and_the_progress_are_apart(tmp_path, capfd, monkeypatch):
+    """With one worker a task runs here, and its stderr is kept for the libraries that it calls."""
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.02)
+    with progress.shown("clean", 3, tmp_path), said.kept(tmp_path / "said.json"):
+        found = ""
+        for _ in range(500):
+            found += capfd.readouterr().err
+            if "stage clean: 0 of 3 tasks" in found:
+                break
+            time.sleep(0.01)
+    assert "stage clean: 0 of 3 tasks" in found and not (tmp_path / "said.json").exists()
 
 
 def test_a_bar_stands_on_a_terminal_and_no_line(tmp_path, capfd, monkeypatch):
@@ -46,11 +59,11 @@ def test_a_bar_stands_on_a_terminal_and_no_line(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(progress, "PAUSE_S", 0.01)
     with progress.shown("clean", 3, tmp_path):
         (tmp_path / "00000").touch()
-        said = ""
-        while "1/3" not in said:
-            said += capfd.readouterr().err
+        found = ""
+        while "1/3" not in found:
+            found += capfd.readouterr().err
             time.sleep(0.01)
-    assert "clean:" in said and "stage clean" not in said
+    assert "clean:" in found and "stage clean" not in found
 
 
 def test_looks_take_a_small_share_of_the_time_however_slow_they_are():

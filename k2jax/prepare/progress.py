@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -21,7 +22,9 @@ def shown(name: str, num_tasks: int, marks: Path) -> Iterator[None]:
     over = threading.Event()
     show = _bar if sys.stderr.isatty() else _lines
     before = count(marks)  # of an earlier attempt: they say nothing of the rate
-    thread = threading.Thread(target=show, args=(name, num_tasks, marks, before, over), daemon=True)
+    # To what is stderr now: a task of this very process has what libraries print go elsewhere (said.py).
+    arguments = (name, num_tasks, marks, before, over, sys.stderr)
+    thread = threading.Thread(target=show, args=arguments, daemon=True)
     thread.start()
     try:
         yield
@@ -30,8 +33,8 @@ def shown(name: str, num_tasks: int, marks: Path) -> Iterator[None]:
         thread.join()
 
 
-def _bar(name: str, num_tasks: int, marks: Path, before: int, over: threading.Event) -> None:
-    with tqdm(desc=name, total=num_tasks, initial=before, unit="task", leave=False) as bar:
+def _bar(name: str, num_tasks: int, marks: Path, before: int, over: threading.Event, out: TextIO) -> None:
+    with tqdm(desc=name, total=num_tasks, initial=before, unit="task", leave=False, file=out) as bar:
         pause = PAUSE_S
         while not over.wait(pause):
             began = time.monotonic()
@@ -39,12 +42,12 @@ def _bar(name: str, num_tasks: int, marks: Path, before: int, over: threading.Ev
             pause = pause_after(time.monotonic() - began)
 
 
-def _lines(name: str, num_tasks: int, marks: Path, before: int, over: threading.Event) -> None:
+def _lines(name: str, num_tasks: int, marks: Path, before: int, over: threading.Event, out: TextIO) -> None:
     began, pause = time.monotonic(), FIRST_LINE_S
     while not over.wait(pause):
         looked = time.monotonic()
         done = count(marks)
-        print(line_of(name, done, num_tasks, done - before, looked - began), file=sys.stderr, flush=True)
+        print(line_of(name, done, num_tasks, done - before, looked - began), file=out, flush=True)
         pause = max(min(LONGEST_S, pause * GROWTH), pause_after(time.monotonic() - looked))
 
 
