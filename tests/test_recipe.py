@@ -84,6 +84,8 @@ def test_tasks_are_those_of_text_or_of_tokens_in_the_order_of_names():
     c.subsets.k2 = subset("llm360:x/*.jsonl", tasks=2)
     assert recipe.tasks(c) == [Task("books", 0, 1), Task("web", 0, 2), Task("web", 1, 2)]
     assert recipe.tasks(c, tokens=True) == [Task("k2", 0, 2), Task("k2", 1, 2)]
+    assert [recipe.task(c, rank) for rank in range(3)] == recipe.tasks(c)
+    assert [recipe.task(c, rank, tokens=True) for rank in range(2)] == recipe.tasks(c, tokens=True)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -133,7 +133,7 @@ def clean_task(rank: int, *, config: dict[str, Any] | ConfigDict, out: str | Pat
     ConfigError and StorageError as `read` does; nothing is then left that looks complete.
     """
     config = ConfigDict(config)
-    task = recipe.tasks(config)[rank]
+    task = recipe.task(config, rank)
     dealt = dealing.share(Path(out), task)
     while True:
         try:

@@ -210,6 +210,16 @@ def tasks(config: ConfigDict, *, tokens: bool = False) -> list[Task]:
     return [Task(name, shard, number) for name, number in found for shard in range(number)]
 
 
+def task(config: ConfigDict, rank: int, *, tokens: bool = False) -> Task:
+    """tasks(...)[rank], which would be 100,000 to find one."""
+    for name in names(config, tokens=tokens):
+        number = config.subsets[name].tasks
+        if rank < number:
+            return Task(name, rank, number)
+        rank -= number
+    raise IndexError(rank)
+
+
 def names(config: ConfigDict, *, tokens: bool = False) -> list[str]:
     """The subsets of text, or of tokens, sorted."""
     kinds = {name: kind_of(config.subsets[name].source)[0] for name in sorted(config.subsets)}

@@ -38,6 +38,7 @@ from k2jax.prepare.files import DAMAGE, File, bounded_lines, opened, place
 from k2jax.prepare.megatron import read_documents
 from k2jax.prepare.pieces import PieceWriter
 from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, subset, tasks
+from k2jax.prepare.recipe import task as task_of
 from k2jax.prepare.tally import Tally, combine, shown_name
 from k2jax.prepare.token_document import TokenDocument, token_document
 
@@ -149,7 +150,7 @@ def _short(value: str | int) -> str | int:
 
 def _convert(config: ConfigDict, out: Path, path: Path, rank: int) -> None:
     """One task: its pieces, then the JSON that says what they hold."""
-    task, tokenizer, tally = token_tasks(config)[rank], load_tokenizer(path, config.eos), Tally()
+    task, tokenizer, tally = task_of(config, rank, tokens=True), load_tokenizer(path, config.eos), Tally()
     options = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
     has_files = kind_of(config.subsets[task.subset].source)[0] != "seqio"
     found = read(
