@@ -252,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
         write_corpus(folder / "corpus", num_bytes)
     c = recipe.base()
     c.vocab_size, c.tokenizer_bytes = 32_018, 20_000_000
-    c.subsets.corpus = recipe.subset(f"jsonl:{folder}/corpus/*.jsonl", tasks=64, filters=("gopher-quality",))
+    c.subsets.corpus = recipe.subset(f"jsonl:{folder}/corpus/*.jsonl", tasks=64)
     recipe.validate(c)
     start = time.monotonic()
     data, _ = build.build(c.lock(), folder / "out", keep_stages=True)
