@@ -39,8 +39,11 @@ def compressor() -> zstandard.ZstdCompressor:
 
 
 def to_line(one: Document) -> bytes:
-    """A document's line, with its line feed."""
-    return orjson.dumps([one.id, one.text, one.metadata], option=orjson.OPT_APPEND_NEWLINE)
+    """A document's line, with its line feed.
+
+    A copy: what orjson returns is the beginning of a larger buffer, and 122 MB of such lines held take 650 MB.
+    """
+    return bytes(memoryview(orjson.dumps([one.id, one.text, one.metadata], option=orjson.OPT_APPEND_NEWLINE)))
 
 
 def read_documents(path: str | os.PathLike) -> Iterator[Document]:
