@@ -263,9 +263,7 @@ def test_a_store_of_parts_has_the_bytes_of_one_writers(tmp_path, monkeypatch, ki
     draw, masked = np.random.default_rng(0), kind != "plain"
     options = {"tokenizer_sha256": "0" * 64, "vocab_size": 70_000 if masked else 500, "eos_id": 7}
     layout = {"shard_tokens": 64, "chunk_tokens": 16, "masked": masked, "pairs": kind == "pairs"}
-    init = store_writer.StoreWriter.__init__
-    monkeypatch.setattr(store_parts.StoreWriter, "__init__", lambda self, *a, **b: init(self, *a, **{**layout, **b}))
-    with store_writer.StoreWriter(tmp_path / "one", **options) as writer:
+    with store_writer.StoreWriter(tmp_path / "one", **options, **layout) as writer:
         for piece, number in enumerate((3, 0, 60, 1, 20, 0)):
             some = {"vocab_size": options["vocab_size"], "eos_id": 7, "masked": masked}
             with pieces.PieceWriter(tmp_path / f"tokens/store/{piece:07d}", **some) as out:
@@ -281,6 +279,17 @@ def test_a_store_of_parts_has_the_bytes_of_one_writers(tmp_path, monkeypatch, ki
     assert join(tmp_path, options, {"validation_fraction": 0.1}, pairs=kind == "pairs") == info
     assert Store.open(tmp_path / "store", verify="sha256").root_digest == info["root_digest"]
     assert info["num_tokens"] > 64 * 8
+
+
+def test_an_id_that_got_into_a_piece_behind_its_writers_back_is_refused(tmp_path):
+    """A flipped bit between stages: files of ids have no checksum."""
+    options = {"tokenizer_sha256": "0" * 64, "vocab_size": 100, "eos_id": 7}
+    with pieces.PieceWriter(tmp_path / "tokens/store/00000", vocab_size=100, eos_id=7) as writer:
+        writer.add([3, 4], id="a", source="s")
+    (tmp_path / "tokens/store/00000.tokens").write_bytes(b"\3\0\4\1\7\0")
+    with pytest.raises(StorageError, match="token id 260 is outside the vocabulary of 100: a file between stages"):
+        join(tmp_path, options, {})
+    assert not (tmp_path / "store/store.json").exists()
 
 
 def test_pieces_that_do_not_fit_are_refused(tmp_path):

@@ -17,10 +17,8 @@ import pyarrow as pa
 from k2jax.data import storage
 from k2jax.data.storage import storage_errors
 from k2jax.data.store import BLOCKS_FILE, DOCUMENTS, DOCUMENTS_FILE
-from k2jax.data.store_writer import StoreWriter, delete_store
+from k2jax.data.store_writer import CHUNK_TOKENS, SHARD_TOKENS, StoreWriter, delete_store
 from k2jax.errors import StorageError
-
-SHARD_TOKENS, CHUNK_TOKENS = 1 << 24, 1 << 16  # StoreWriter's own
 
 
 def begin(path: str | os.PathLike, num_tokens: int, *, dtype: str, masked: bool) -> None:
@@ -72,7 +70,14 @@ class PartsWriter(StoreWriter):
         self._num_tokens = num_tokens
         num_shards = -(-num_tokens // SHARD_TOKENS)
         assert set(self._there) == {f"{name}/c/{i}" for name in parts for i in range(num_shards)}, "all parts, once"
-        super().__init__(path, **options, overwrite=True)
+        layout = {"shard_tokens": SHARD_TOKENS, "chunk_tokens": CHUNK_TOKENS}
+        super().__init__(path, **options, **layout, overwrite=True)
+        for part in parts["tokens"]:
+            if part["max"] >= self._info["vocab_size"]:
+                raise StorageError(
+                    f"store {self.path}: token id {part['max']} is outside the vocabulary of "
+                    f"{self._info['vocab_size']}: a file between stages is damaged, remove it and prepare again"
+                )
         self._info["max_token_id"] = max([self._info["eos_id"], *(part["max"] for part in parts["tokens"])])
         if self._mask:
             marks = 3 if self._info.get("pairs") else 1

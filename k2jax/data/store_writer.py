@@ -18,6 +18,7 @@ from k2jax.errors import ConfigError
 from k2jax.text import without_secrets
 
 FILES = ("store.json", "zarr.json", "tokens", "loss_mask", "document_start", DOCUMENTS_FILE, BLOCKS_FILE)  # deleted so
+SHARD_TOKENS, CHUNK_TOKENS = 1 << 24, 1 << 16  # of a store, where nothing else is said
 
 
 class StoreWriter:
@@ -48,8 +49,8 @@ class StoreWriter:
         tokenizer_sha256: str,
         vocab_size: int,
         eos_id: int,
-        shard_tokens: int = 1 << 24,
-        chunk_tokens: int = 1 << 16,
+        shard_tokens: int = SHARD_TOKENS,
+        chunk_tokens: int = CHUNK_TOKENS,
         masked: bool = False,
         pairs: bool = False,
         overwrite: bool = False,

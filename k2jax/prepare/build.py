@@ -168,7 +168,10 @@ def _make(
     work.run(Stage("layout", len(names), partial(pieces.lay_out, pieces=found)), "shards")
     parts = found.parts()
     work.run(Stage("shards", len(parts), partial(pieces.write_part, parts=parts, pieces=found)))
-    finish = partial(_finish, config=reads.view(config, reads.JOINING).to_dict(), found=found)
+    of_tokens = token_sources.summary(config, stages)[1].items()
+    train = {name: counts.get("tokens", 0) for name, counts in of_tokens if "held_out_tokens" in counts}
+    joining = reads.view(config, reads.JOINING).to_dict()
+    finish = partial(_finish, config=joining, found=found, train_tokens=train)
     work.run(Stage("stores", len(names), finish))
 
     data = {"format": FORMAT, "config": redacted(config.to_dict()), **options}
@@ -255,13 +258,12 @@ def left_out(*tallies: dict[str, Any]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _finish(rank: int, *, config: dict[str, Any], found: pieces.Pieces) -> None:
+def _finish(rank: int, *, config: dict[str, Any], found: pieces.Pieces, train_tokens: dict[str, int]) -> None:
     """A task: completes a store. What a seqio task has for validation is held out, else a share of the end."""
     whole, name = ConfigDict(config), found.stores[rank]
     held_out = {"validation_fraction": whole.validation_fraction}
-    counts = token_sources.summary(whole, found.stages)[1].get(name, {})
-    if "held_out_tokens" in counts:
-        held_out = {"num_train_tokens": counts.get("tokens", 0)}
+    if name in train_tokens:
+        held_out = {"num_train_tokens": train_tokens[name]}
     pairs = any(name in recipe.factors_of(whole, one) for one in _pairs(whole))
     pieces.finish(name, pieces=found, held_out=held_out, pairs=pairs)
 
