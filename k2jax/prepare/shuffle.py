@@ -81,6 +81,11 @@ class Shuffle(NamedTuple):
                         raise StorageError(_damaged(path, f"partition {found} stands where {partition} should"))
                     yield data
 
+    def read_records(self, partition: int, dtype: np.dtype) -> np.ndarray:
+        """What was written to a partition, as records; copied, so that it can be sorted in its place."""
+        parts = [np.frombuffer(data, dtype) for data in self.read(partition)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype)
+
     @property
     def _groups(self) -> int:
         return -(-self.writers // FAN) if self.writers > FAN else self.writers

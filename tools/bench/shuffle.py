@@ -91,7 +91,7 @@ def _deal(rank: int, files: list[Path], shuffle) -> None:
 
 
 def _find(partition: int, shuffle) -> np.ndarray:
-    found = np.frombuffer(b"".join(shuffle.read(partition)), RECORD)
+    found = shuffle.read_records(partition, RECORD)
     found = found[np.lexsort([found[name] for name in ("index", "task", "order", "low", "high")])]
     same = (found["high"][1:] == found["high"][:-1]) & (found["low"][1:] == found["low"][:-1])
     removed = np.r_[False, same]
