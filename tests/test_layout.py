@@ -4,6 +4,7 @@ import ast
 import graphlib
 import re
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -308,6 +309,13 @@ def test_the_top_level_is_the_agreed_one():
     top = {line.split("/")[0] for line in git.stdout.splitlines()}
     extra = {name for name in top - TOP_LEVEL if not name.startswith(".")}
     assert not extra, f"not agreed at the top level: {extra}"
+
+
+@pytest.mark.parametrize("folder", ["tools", "tools/bench", "tests"])
+def test_no_script_hides_a_module_of_python(folder: str):
+    """A folder whose file is run, or that tests put on PYTHONPATH, comes before Python's own: its encodings, too."""
+    ours = {path.stem for path in (ROOT / folder).glob("*.py")}
+    assert not ours & sys.stdlib_module_names
 
 
 def test_files_that_are_named_are_there():

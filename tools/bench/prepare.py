@@ -112,12 +112,12 @@ def page(text: str) -> bytes:
     ).encode()
 
 
-def write_archive(path: Path, num_bytes: int) -> int:
-    """Pages of texts of up to 20 kB, about `num_bytes` of HTML; returns how many."""
+def write_archive(path: Path, num_bytes: int, source: Iterator[str]) -> int:
+    """Pages of the texts, up to 20 kB of each, about `num_bytes` of HTML; returns how many."""
     headers, size, number = [("Content-Type", "text/html; charset=utf-8")], 0, 0
     with path.open("wb") as file:
         writer = WARCWriter(file, gzip=True)
-        for text in texts():
+        for text in source:
             content = page(text[:20_000])
             record = writer.create_warc_record(
                 f"https://example.org/{number}", "response", io.BytesIO(content),
@@ -133,7 +133,7 @@ def write_archive(path: Path, num_bytes: int) -> int:
 def page_costs(folder: Path, num_bytes: int) -> Iterator[dict]:
     """CPU-seconds of reading a web archive, and of trafilatura on its pages."""
     path = folder / "pages.warc.gz"
-    number = write_archive(path, num_bytes)
+    number = write_archive(path, num_bytes, texts())
     start = time.process_time()
     file = File(path.name, str(path), path.stat().st_size)
     pages = [one["text"] for _, one in warc_records(file, most=1 << 28, html_only=True, text_key="text")]

@@ -3,15 +3,15 @@
     python tools/bench/scale.py counts [--tasks=100448] [--documents=4.2e10] [--text_bytes=2.2e13]
     python tools/bench/scale.py counts --subset5tb
     python tools/bench/scale.py partitions
-    python tools/bench/scale.py run --gigabytes=20 --out=DIR
+    python tools/bench/scale.py run --gigabytes=20 --html_gigabytes=2 --out=DIR
 
 counts      the real number of tasks, partitions, buckets and files, each document of which stands for many: two in a
             task. All stages run, by the command's own code, in this process. One JSON line a stage: tasks, files opened
             in all and by the task that opened most, most of them open at once, CPU-seconds, and the driver's share.
             The numbers of a quarter and a sixteenth of the tasks come first: what grows faster than n log n shows.
 partitions  the memory and CPU of one task of each kind that holds a partition, when that is full (shuffle.py).
-run         text made here, with duplicates, from files to stores; CPU-hours and peak memory of each stage, and what
-            that makes for a TB.
+run         text made here, with duplicates, and pages of such text in web archives, from files to stores; CPU-hours
+            and peak memory of each stage, and what that makes for a TB of text, and of HTML that text is taken from.
 
 Defaults of `counts` are TxT360's: 4.2e10 documents in 100,448 tasks, and 5e12 tokens of text that stay; --subset5tb is
 5 TB of text in 8,000 tasks. Writing to the disk is not waited for in `counts`.
@@ -37,6 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np  # noqa: E402
+import prepare  # noqa: E402
 import scale_partitions  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
@@ -48,6 +49,7 @@ SHARE_OF_WEB = 0.95  # of the tasks; the others are of CURATED
 CURATED = tuple(f"curated-{i:02d}" for i in range(14))
 SUBSET_5TB = {"tasks": 8_000, "documents": 2e9, "text_bytes": 5e12}
 DOCUMENTS, STAY = 2, 0.55  # simulated, in a task; of them stay
+TEXT_TASKS, PAGE_TASKS = 64, 16  # of a run
 OPEN_FILES = 1000  # the bar; the usual limit is 1,024
 WORKER_BYTES = 4 << 30  # the bar
 
@@ -231,9 +233,10 @@ def texts() -> Iterator[str]:
         yield text
 
 
-def write_corpus(folder: Path, num_bytes: int) -> None:
+def write_corpus(folder: Path, num_bytes: int, source: Iterator[str]) -> None:
     """JSON lines, 40,000 documents a file."""
-    size, source = 0, texts()
+    folder.mkdir(parents=True)
+    size = 0
     for number in itertools.count():
         with whole_file(folder / f"{number:05d}.jsonl", "w") as file:
             for text in itertools.islice(source, 40_000):
@@ -243,29 +246,50 @@ def write_corpus(folder: Path, num_bytes: int) -> None:
             return
 
 
+def write_pages(folder: Path, num_bytes: int, source: Iterator[str]) -> None:
+    """Web archives of a task each."""
+    folder.mkdir()
+    for number in range(PAGE_TASKS):
+        prepare.write_archive(folder / f"{number:05d}.warc.gz", num_bytes // PAGE_TASKS, source)
+
+
 def run(args: argparse.Namespace) -> None:
-    """Makes the text, prepares it, and prints what each stage took."""
+    """Makes text and pages, prepares them, and prints what each stage took."""
     folder = Path(args.out)
-    (folder / "corpus").mkdir(parents=True, exist_ok=True)
-    num_bytes = int(args.gigabytes * 1e9)
-    if not any((folder / "corpus").iterdir()):
-        write_corpus(folder / "corpus", num_bytes)
+    source = texts()
+    if not (folder / "pages").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_corpus(folder / "corpus", int(args.gigabytes * 1e9), source)
+        write_pages(folder / "pages", int(args.html_gigabytes * 1e9), source)
     c = recipe.base()
     c.vocab_size, c.tokenizer_bytes = 32_018, 20_000_000
-    c.subsets.corpus = recipe.subset(f"jsonl:{folder}/corpus/*.jsonl", tasks=64)
+    c.subsets.corpus = recipe.subset(f"jsonl:{folder}/corpus/*.jsonl", tasks=TEXT_TASKS)
+    c.subsets.pages = recipe.subset(f"warc:{folder}/pages/*.warc.gz", tasks=PAGE_TASKS)
     recipe.validate(c)
     start = time.monotonic()
     data, _ = build.build(c.lock(), folder / "out", keep_stages=True)
     seconds = time.monotonic() - start
-    read = data["subsets"]["corpus"]["clean"]["steps"]["read"]["bytes"]
-    hours = 0.0
-    for stage, cost in engine.usage(folder / "out" / "stages" / "done").items():
-        hours += cost["cpu_seconds"] / 3600
-        line = {"cpu_hours": cost["cpu_seconds"] / 3600, "cpu_hours_per_tb": cost["cpu_seconds"] / 3600 / read * 1e12}
-        print(json.dumps({"stage": stage, **line, "peak_mib": cost["peak_bytes"] / 2**20}))
-    stored = shutil.disk_usage(folder).used
-    print(json.dumps({"gigabytes": read / 1e9, "seconds": seconds, "cpu_hours": hours, "disk_used": stored}))
-    print(json.dumps({"cpu_hours_per_tb": hours / read * 1e12, "tokens": data["stores"]["corpus"]["tokens"]}))
+    cleaned = {name: counts["clean"] for name, counts in data["subsets"].items()}
+    text_bytes, html_bytes = (cleaned[name]["steps"]["read"]["bytes"] for name in ("corpus", "pages"))
+    done = folder / "out" / "stages" / "done"
+    hours, extraction = 0.0, _cpu_hours(done / "clean", range(TEXT_TASKS, TEXT_TASKS + PAGE_TASKS))
+    for stage, cost in engine.usage(done).items():
+        of_text = cost["cpu_seconds"] / 3600 - (extraction if stage == "clean" else 0)
+        hours += of_text
+        print(json.dumps({"stage": stage, "cpu_hours": of_text, "peak_mib": cost["peak_bytes"] / 2**20}))
+    print(json.dumps({"stage": "clean, of pages", "cpu_hours": extraction}))
+    taken = cleaned["pages"]["kept"]
+    print(json.dumps({"text_gb": text_bytes / 1e9, "html_gb": html_bytes / 1e9, "taken_from_pages": taken}))
+    text_bytes += taken["bytes"]
+    print(json.dumps({"seconds": seconds, "cpu_hours_per_tb_of_text": hours / text_bytes * 1e12}))
+    print(json.dumps({"cpu_hours_per_tb_of_html_before": extraction / html_bytes * 1e12}))
+    print(json.dumps({"tokens": {name: store["tokens"] for name, store in data["stores"].items()}}))
+
+
+def _cpu_hours(done: Path, ranks: range) -> float:
+    """Those of some of a stage's tasks, by their marks."""
+    marks = [(done / "completions" / f"{rank:05d}").read_bytes() for rank in ranks]
+    return sum(json.loads(mark)["cpu_seconds"] for mark in marks) / 3600
 
 
 def main() -> None:
@@ -280,6 +304,7 @@ def main() -> None:
     commands.add_parser("partitions")
     add = commands.add_parser("run").add_argument
     add("--gigabytes", type=float, default=20.0)
+    add("--html_gigabytes", type=float, default=2.0)
     add("--out", required=True)
     args = parser.parse_args()
     if getattr(args, "subset5tb", False):

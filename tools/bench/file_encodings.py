@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How often a guess of an encoding (k2jax/prepare/encodings.py) gives back the text, beside charset-normalizer's.
 
-    python tools/bench/encodings.py [--folder=/usr/share/locale] [--texts=4]
+    python tools/bench/file_encodings.py [--folder=/usr/share/locale] [--texts=4]
 
 Texts are messages of programs in their translations, one, eight or forty at a time, in the encodings that their
 language was written in; what counts is that the letters come back, whatever the name.
