@@ -41,7 +41,7 @@ from datatrove.utils.text import simplify_text  # noqa: E402
 from datatrove.utils.word_tokenizers import WordTokenizer  # noqa: E402
 
 from k2jax.errors import StorageError  # noqa: E402
-from k2jax.prepare import recipe  # noqa: E402
+from k2jax.prepare import recipe, shuffle  # noqa: E402
 from k2jax.prepare.dedup import components, duplicates, near  # noqa: E402
 from k2jax.prepare.dedup import minhash as ours  # noqa: E402
 from k2jax.prepare.dedup.index import clean_documents  # noqa: E402
@@ -528,11 +528,32 @@ def test_what_is_missing_or_damaged_is_an_error(name, damage, stage, says, tmp_p
     """Traps 7 and 9: datatrove passes all documents on where a file is missing."""
     config = recipe_of(SUBSETS)
     write_clean(config, tmp_path / "clean", corpus(2, families=40))
-    stages = run_stages(duplicates.stages(config, tmp_path / "clean", tmp_path / "out"))
-    damage(tmp_path / name)
+    for found in duplicates.stages(config, tmp_path / "clean", tmp_path / "out"):
+        if found.name == stage:
+            damage(tmp_path / name)
+            break
+        run_stages([found])
     with pytest.raises(StorageError, match=says) as caught:
-        run_stages([stages[stage]])
+        run_stages([found])
     assert "\n" not in str(caught.value)
+
+
+def test_what_no_stage_reads_any_more_is_removed(tmp_path, monkeypatch):
+    """At TxT360's size two copies of the bands are 50 TB."""
+    for name in ("FAN", "SLOTS", "OPENS"):
+        monkeypatch.setattr(shuffle, name, 2)
+    monkeypatch.setattr(shuffle, "PARTITION_BYTES", 1000)
+    config, out = recipe_of(SUBSETS), tmp_path / "out"
+    write_clean(config, tmp_path / "clean", corpus(2, families=40))
+    ran, most = {}, 0
+    for stage in duplicates.stages(config, tmp_path / "clean", out):
+        ran |= run_stages([stage])
+        most = max(most, len({path.parent for path in out.rglob("*.runs")}))
+    assert {"signatures-group", "signatures-split", "rows"} - ran.keys() == {"rows"}
+    assert not list(out.rglob("*.runs")) and list(out.glob("*.parquet"))
+    assert most <= 6
+    again = [stage.name for stage in duplicates.stages(config, tmp_path / "clean", out)]
+    assert set(again) <= ran.keys(), "a command that goes on asks for no stage that did not run"
 
 
 def until(name: str, stages: Iterator) -> Iterator:
@@ -569,7 +590,8 @@ def test_a_dump_that_was_not_there_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(("task", "index"), [(0, 10_000), (77, 0)])
-def test_an_edge_to_a_document_that_is_not_there_is_an_error(task, index, tmp_path):
+def test_an_edge_to_a_document_that_is_not_there_is_an_error(task, index, tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffle, "_remove", lambda folder: None)
     config = recipe_of({"web": {}}, near=False)
     write_clean(config, tmp_path / "clean", [[("one two three", None, "a")]])
     stages = run_stages(duplicates.stages(config, tmp_path / "clean", tmp_path / "out"))
@@ -581,8 +603,9 @@ def test_an_edge_to_a_document_that_is_not_there_is_an_error(task, index, tmp_pa
         run_stages([stages[name] for name in ("clusters", "labels", "members")])
 
 
-def test_an_exact_copy_without_a_cluster_is_an_error(tmp_path):
+def test_an_exact_copy_without_a_cluster_is_an_error(tmp_path, monkeypatch):
     """It would be missing from the clean documents' signatures, and stay in the stores."""
+    monkeypatch.setattr(shuffle, "_remove", lambda folder: None)
     config = recipe_of({"web": {}}, near=False)
     write_clean(config, tmp_path / "clean", [[("one two three", None, "a"), ("one two three", None, "b")]])
     stages = run_stages(duplicates.stages(config, tmp_path / "clean", tmp_path / "out"))

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict  # noqa: E402
 from test_build import command, different_files, ranks_done, words  # noqa: E402
 
 from k2jax.data.tokenizer import train_bpe  # noqa: E402
-from k2jax.errors import ConfigError  # noqa: E402
+from k2jax.errors import ConfigError, StorageError  # noqa: E402
 from k2jax.prepare import build, dry_run, reads, recipe, work  # noqa: E402
 
 PAGES = [f"Page {i}: {words(200 + i, 60)}" for i in range(16)]
@@ -274,12 +274,19 @@ def _(c, corpus):
     (corpus / "web/9.jsonl").write_text(json.dumps(row) + "\n")
 
 
+@change("a file written again, as large as it was", CLEAN)
+def _(c, corpus):
+    path = corpus / "books/03.txt"
+    path.write_text(path.read_text().replace("Book 3", "Look 3"))
+
+
 @change("other blocked domains", CLEAN)
 def _(c, corpus):
     (corpus / "blocked").write_text("b.example\n")
 
 
 OF_FILES = ("a file less", "a file more of one that is cut", "other blocked domains")
+OF_FILES += ("a file written again, as large as it was",)
 
 
 @pytest.mark.processes
@@ -314,6 +321,26 @@ def without_stages(out: Path) -> Path:
     copy = out.with_name("without")
     shutil.copytree(out, copy, ignore=shutil.ignore_patterns("stages"))
     return copy
+
+
+def test_a_stage_is_done_again_where_a_person_asks_for_it(old, corpus, begun, capsys):
+    """As after a damage, which names the stage; what follows it is, too, and gives the same."""
+    config, before = recipe_of(corpus).lock(), marks(old)
+    with pytest.raises(ConfigError, match="--redo=tokenise: no stage of this recipe; expected one of files, clean"):
+        build.build(config, old, workers=1, keep_stages=True, redo=["tokenise"])
+    assert not done_again(before, marks(old))
+    told = "\n".join(dry_run.look(config, old, redo=["tokens/code"]))
+    assert "stage tokens: again for code (--redo=tokens/code)" in told and "stage shards: again" in told
+    damaged = next(old.glob("stages/kept/*.runs"))
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    with pytest.raises(StorageError, match=r"runs cannot be read .*: prepare again with --redo=kept$"):
+        build.build(config, old, workers=1, keep_stages=True, redo=["tokens"])
+    build.build(config, old, workers=1, keep_stages=True, redo=["kept"])
+    assert set(done_again(before, marks(old))) == KEPT
+    assert "stage kept: again (--redo=kept)" in capsys.readouterr().err
+    assert not [path for path in different_files(old, begun) if not path.startswith("stages/")]
+    with pytest.raises(ConfigError, match=r"--redo=kept: .* is finished, and what its stages read is gone"):
+        build.build(config, without_stages(old), workers=1, redo=["kept"])
 
 
 def test_of_a_changed_subset_alone_the_ranks_are_done_again_and_all_is_said_first(old, corpus, tmp_path, capsys):

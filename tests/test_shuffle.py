@@ -109,7 +109,7 @@ def test_a_damaged_file_is_named(stage, damage, tmp_path, monkeypatch):
         path.write_bytes(
             {"empty": b"", "cut": data[:-9], "flipped": data[:30] + flipped + data[31:], "index": data[:-30]}[damage]
         )
-    with pytest.raises(StorageError, match=f"{path.name} cannot be read .*: remove its stage and prepare again"):
+    with pytest.raises(StorageError, match=f"{path.name} cannot be read .*: prepare again with --redo=STAGE"):
         for partition in range(8):
             list(one.read(partition))
 

@@ -35,6 +35,8 @@ def main() -> None:
     add("--workers", type=int, default=0, metavar="N", help="tasks at once (default: the cores it may use)")
     add("--keep_stages", action="store_true", help="keep what lies between documents and stores, in DIR/stages")
     add("--other_code", action="store_true", help="go on with what another version of k2jax began; it is recorded")
+    help_redo = "do a stage again, and what follows it; clean/SUBSET is one subset's part. May be given more than once"
+    add("--redo", action="append", default=[], metavar="STAGE", help=help_redo)
     add("--dry_run", "--dry-run", action="store_true", help="say what is done, what would be, and why; write nothing")
     args = parser.parse_args()
     if args.seqio_mixture and not args.module:
@@ -56,11 +58,11 @@ def main() -> None:
 
         config = seqio_bridge.recipe_of_mixture(args.seqio_mixture, args.module)
     if args.dry_run:
-        print("\n".join(dry_run.look(config, args.out, other_code=args.other_code)))
+        print("\n".join(dry_run.look(config, args.out, other_code=args.other_code, redo=args.redo)))
         return
     data, was_there = build.build(
         config, args.out, executor=args.executor, workers=args.workers, keep_stages=args.keep_stages,
-        other_code=args.other_code,
+        other_code=args.other_code, redo=args.redo,
     )  # fmt: skip
     print(
         f"{args.out}: {'finished earlier, left as it is' if was_there else 'finished'}; "

@@ -76,7 +76,7 @@ class PartsWriter(StoreWriter):
             if part["max"] >= self._info["vocab_size"]:
                 raise StorageError(
                     f"store {self.path}: token id {part['max']} is outside the vocabulary of "
-                    f"{self._info['vocab_size']}: a file between stages is damaged, remove it and prepare again"
+                    f"{self._info['vocab_size']}: a file between stages is damaged: prepare again with --redo=tokens"
                 )
         self._info["max_token_id"] = max([self._info["eos_id"], *(part["max"] for part in parts["tokens"])])
         if self._mask:
@@ -95,7 +95,7 @@ class PartsWriter(StoreWriter):
         if self._tokens.size != self._num_tokens:
             raise StorageError(
                 f"store {self.path}: its documents have {self._tokens.size} tokens, written are {self._num_tokens}: "
-                "remove its stage and prepare again"
+                "prepare again with --redo=shards"
             )
         return super().finish(*args, **held_out)
 

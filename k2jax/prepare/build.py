@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ LONG = 4  # times as long as the others are documents that stay, at most, for a 
 def build(
     config: ConfigDict, out: str | Path, *,
     executor: str = "local", workers: int = 0, keep_stages: bool = False, other_code: bool = False,
+    redo: Sequence[str] = (),
 ) -> tuple[dict[str, Any], bool]:
     """Makes tokenizer.json, the stores, the data card and, last, data.json in the folder `out`; of conversations the
     chat_template.jinja, too.
@@ -66,14 +68,16 @@ def build(
     done again; where the recipe or its documents have changed since, what they change is (made.py), and said first.
     `workers` tasks run at once, 0 for as many as there are cores (cores.py). `keep_stages` leaves what lies between
     documents and stores, several times the documents' size; `other_code` lets this code go on with what another
-    version of it began. Raises ConfigError if `out` holds anything else or is being worked in, or if what another
-    recipe needs of it is gone; StorageError if it cannot be written.
+    version of it began; `redo` names stages that are done again, with what follows. Raises ConfigError if `out` holds
+    anything else or is being worked in, or if what another recipe needs of it is gone; StorageError if it cannot be
+    written.
     """
     errors.keep_files_ours()
     config, out, was_there = claim.numbered(config), Path(out).absolute(), False
     workers = workers or cores()
     try:
         data = finished.read(out) if (out / "data.json").exists() else None
+        finished.check_redo(out, data, redo)
         if data and finished.is_left(config, out, data):
             finished.mend_card(out, data)  # for which neither executor nor documents need be there any more
             was_there = True
@@ -90,7 +94,9 @@ def build(
             out.mkdir(parents=True, exist_ok=True)
             with claim.claimed(config, out, other_code):
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
-                work = Work(engine, Made(out), plan.units(whole, known))
+                units = plan.units(whole, known)
+                plan.check_names(units, redo)
+                work = Work(engine, Made(out, redo), units)
                 was_there = data is not None and work.is_complete() and not finished.changes(data, config)
                 if not was_there:
                     _clear(config, out, work, data)

@@ -16,6 +16,7 @@ from datatrove.data import Document
 
 from k2jax.errors import StorageError
 from k2jax.files import whole_file
+from k2jax.prepare.made import remedy
 
 LEVEL = 3  # of zstd: near the best of what costs less than reading JSON
 READ_BYTES = 1 << 18
@@ -50,7 +51,7 @@ def read_documents(path: str | os.PathLike) -> Iterator[Document]:
     """What `write_documents` wrote; StorageError if the file is damaged."""
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:  # a file of no document has a frame of nothing
-            raise StorageError(f"{path} is empty: remove it and its stage, and prepare again")
+            raise StorageError(f"{path} is empty: {remedy(path)}")
         yield from _parsed(file, path)
 
 
@@ -65,7 +66,7 @@ def _parsed(file: IO[bytes], path: str | os.PathLike) -> Iterator[Document]:
         if rest:
             raise ValueError("it ends within a line")
     except (zstandard.ZstdError, ValueError) as error:
-        raise StorageError(f"{path} is damaged ({error}): remove it and its stage, and prepare again") from error
+        raise StorageError(f"{path} is damaged ({error}): {remedy(path)}") from error
 
 
 def _decompressed(file: IO[bytes]) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 Reads what the command itself reads before its first stage, and writes nothing.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -13,10 +14,16 @@ from k2jax.prepare.made import Made, Unit
 OF_STEPS = ("files", "deduplicate", "kept", "shards")  # of which later steps are known when the earlier are over
 
 
-def look(config: ConfigDict, out: str | Path, *, other_code: bool = False) -> list[str]:
-    """A line a stage. Raises ConfigError and StorageError where the command itself would, before it writes."""
+def look(
+    config: ConfigDict, out: str | Path, *, other_code: bool = False, redo: Sequence[str] = ()
+) -> list[str]:
+    """A line a stage; the options are build's.
+
+    Raises ConfigError and StorageError where the command itself would, before it writes.
+    """
     config, out = claim.numbered(config), Path(out).absolute()
     data = finished.read(out) if (out / "data.json").exists() else None
+    finished.check_redo(out, data, redo)
     changed = list(finished.changes(data, config).values()) if data else []
     if data and finished.is_left(config, out, data):
         return [f"{out}: finished, it is left as it is"]
@@ -28,7 +35,8 @@ def look(config: ConfigDict, out: str | Path, *, other_code: bool = False) -> li
     whole = dealing.settled(config, listing)
     wanted = plan.units(whole, plan.facts(whole, listing, given.tokenizer, given.told()))
     claim.check_folder(out, other_code)
-    begun = Made(out)
+    plan.check_names(wanted, redo)
+    begun = Made(out, redo)
     found = _lines(begun, wanted)
     is_complete = data and not changed and not begun.stale(wanted) and wanted.keys() <= begun.rows.keys()
     why = f" ({'; '.join(changed)})" if changed else ""

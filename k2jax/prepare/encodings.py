@@ -2,7 +2,7 @@
 
 A mark says more than the recipe. Without one, and without a name, text is UTF-8, and what is none of it is counted
 where it stands. "detect" guesses an encoding for each file, by chardet, from those of its first bytes that are not
-ASCII: a guess, right for 19 files of 20 (tools/bench/file_encodings.py); how many files of each encoding there were is on
+ASCII: a guess, right for 19 files of 20 (tools/bench/file_encodings.py); how many files each encoding had is on
 the card. What cannot be decoded becomes bytes that are no UTF-8, so that the reader counts the line, or the file, and
 goes on.
 """

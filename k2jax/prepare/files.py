@@ -49,6 +49,8 @@ BESIDE = r"(README|LICEN[CS]E|NOTICE|COPYING|CHANGELOG|CITATION)\b.*|.*\.(md|rst
 BESIDE += r"|_(SUCCESS|metadata|common_metadata|started.*|committed.*)|(dataset_infos?|state|dataset_dict|index)\.json"
 NO_DATA = r".*(\.(sha\d+|md5|sig|asc|bak|old|orig|tmp|temp|part|partial|crdownload|incomplete|aria2|lock|swp)|~)"
 NO_DATA += r"|(SHA\d+|MD5)SUMS?"
+# Of what storages tell of a file: Google's, S3's and Azure's, Hugging Face's, of a disk.
+VERSIONS = ("crc32c", "md5Hash", "ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "created")
 FOLDER, PATTERN, HIDDEN_PATTERN, ONE = range(4)  # what a source names; the third has a dot's name in it
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub"}  # for pip
 
@@ -68,7 +70,8 @@ class File(NamedTuple):
     """A file of a source: its name below the pattern's fixed part, where it lies, its bytes on the storage.
 
     Or a part of one (parts.py): from `begin` to `end`, bytes of JSON lines between line ends or row groups of Parquet,
-    behind `first` lines or rows; its size is that of the part.
+    behind `first` lines or rows; its size is that of the part. `version` is by what the storage tells that it was
+    written again: a checksum, an ETag, a date.
     """
 
     name: str
@@ -77,6 +80,7 @@ class File(NamedTuple):
     begin: int = 0
     end: int = 0  # 0: it is whole
     first: int = 0
+    version: str = ""
 
     @property
     def part(self) -> str:
@@ -100,7 +104,9 @@ def iter_files(source: str, *, follow_links: bool = True) -> Iterator[File]:
     if kind == "python":
         if not python_corpus.known(source):
             raise ConfigError(f"source {source!r}: expected python:code, python:docstrings or python:documents")
-        yield from (File(*one, os.lstat(one.path).st_size) for one in python_corpus.candidates(source))
+        for one in python_corpus.candidates(source):
+            stat = os.lstat(one.path)
+            yield File(*one, stat.st_size, version=str(stat.st_mtime_ns))
         return
     number = 0
     for number, file in enumerate(_find(source, kind, where, follow_links), 1):  # noqa: B007
@@ -150,7 +156,8 @@ def _found(source: str, kind: str, where: str, scheme: str, follow_links: bool) 
             continue
         if not scheme and not follow_links and how != ONE and _links_out(path, root):
             out.append(name)
-        yield File(name, fs.unstrip_protocol(path) if scheme else path, entry["size"] or 0)
+        version = next((str(entry[key]) for key in VERSIONS if entry.get(key)), "")
+        yield File(name, fs.unstrip_protocol(path) if scheme else path, entry["size"] or 0, version=version)
     if no_data:
         raise ConfigError(
             f"source {source!r}: {_some(no_data)} by name no {kind} data: take that out, or give a pattern that "

@@ -6,6 +6,7 @@ Its stages are mostly gone. What no stage reads, such as `repeats`, is changed i
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from k2jax.files import read_json, write_json
 from k2jax.prepare import claim, made, plan, reads, recipe, token_sources
 from k2jax.prepare.card import card
 from k2jax.prepare.claim import TEMPLATE
-from k2jax.text import redacted
+from k2jax.text import redacted, shown
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -45,6 +46,15 @@ def is_left(config: ConfigDict, out: Path, data: dict[str, Any]) -> bool:
     """Whether it is the same recipe's, and nothing is there with which it could be made another."""
     has_stages = claim.has_stages(out) and claim.codes(out)[-1] == claim.code_digest()
     return not has_stages and not changes(data, config)
+
+
+def check_redo(out: Path, data: dict[str, Any] | None, redo: Sequence[str]) -> None:
+    """Raises ConfigError where stages are to be done again of a folder that has none left."""
+    if redo and data and not claim.has_stages(out):
+        raise ConfigError(
+            f"--redo={shown(redo[0])}: {out} is finished, and what its stages read is gone (--keep_stages keeps it): "
+            "remove the folder or choose another"
+        )
 
 
 def changes(data: dict[str, Any], config: ConfigDict) -> dict[str, str]:

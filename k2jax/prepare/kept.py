@@ -19,6 +19,7 @@ from datatrove.data import Document
 from k2jax.errors import StorageError
 from k2jax.files import write_json
 from k2jax.prepare.documents import read_documents, to_line
+from k2jax.prepare.made import remedy
 from k2jax.prepare.shuffle import Shuffle
 from k2jax.prepare.tally import Tally
 
@@ -80,7 +81,7 @@ def _survivors(out: Path, name: str, tally: Tally) -> Iterator[Document]:
         found: dict[int, dict[str, Any]] = {row.pop("index"): row for row in pq.read_table(duplicates).to_pylist()}
     except (OSError, pa.ArrowException) as error:
         reason = str(error).partition("\n")[0]
-        raise StorageError(f"{duplicates} cannot be read ({reason}): remove its stage and prepare again") from error
+        raise StorageError(f"{duplicates} cannot be read ({reason}): {remedy(duplicates)}") from error
     for index, document in enumerate(read_documents(out / "clean" / "documents" / f"{name}.jsonl.zst")):
         num_bytes = len(document.text.encode())
         tally.saw("duplicates", num_bytes)

@@ -40,12 +40,13 @@ def _rank(file: File, key: bytes) -> bytes:
 class Listing:
     """Made once of `files`, as they come; then to be gone through in order, as often as is wanted.
 
-    `num_bytes` is theirs on the storage; `most_parts` how many parts of at most `part_bytes` they could be read in.
+    `num_bytes` is theirs on the storage, `versions` a digest of by what it tells that one was written again (which is
+    another on another machine), `most_parts` how many parts of at most `part_bytes` they could be read in.
     """
 
     def __init__(self, files: Iterable[File], chosen: ConfigDict, *, seed: int, part_bytes: int):
         self._spool = tempfile.TemporaryFile(prefix="k2jax-files-")
-        self.num_bytes, self.most_parts, self._digest = 0, 0, 0
+        self.num_bytes, self.most_parts, self._digest, versions = 0, 0, 0, 0
         high, low, places, place, key = array("Q"), array("Q"), array("Q"), 0, _key(seed)
         for file in files:
             rank, name = _rank(file, key), file.name.encode("utf-8", "surrogateescape")
@@ -55,8 +56,10 @@ class Listing:
             place += self._spool.write(json.dumps(file[:3]).encode() + b"\n")
             self.num_bytes += file.size
             self.most_parts += num_parts(file, chosen, part_bytes)
-            self._digest += int.from_bytes(hashlib.sha256(file.size.to_bytes(8) + name).digest())
+            self._digest += _number(file.size.to_bytes(8) + name)
+            versions += _number(f"{file.version}\0".encode() + name)
         self._spool.flush()
+        self.versions = _hex(versions)
         order = np.lexsort((np.frombuffer(low, np.uint64), np.frombuffer(high, np.uint64)))
         places.append(place)
         borders = np.frombuffer(places, np.uint64)
@@ -80,7 +83,16 @@ class Listing:
 
     def summary(self) -> dict[str, Any]:
         """The number of the files, their bytes, and a digest of their names and sizes: the sum of those of each."""
-        return {"files": len(self), "bytes": self.num_bytes, "digest": f"{self._digest % (1 << 256):064x}"}
+        return {"files": len(self), "bytes": self.num_bytes, "digest": _hex(self._digest)}
+
+
+def _number(data: bytes) -> int:
+    """Such are added up, so that the sum does not depend on the order."""
+    return int.from_bytes(hashlib.sha256(data).digest())
+
+
+def _hex(total: int) -> str:
+    return f"{total % (1 << 256):064x}"
 
 
 def num_parts(file: File, chosen: ConfigDict, part_bytes: int) -> int:

@@ -41,23 +41,32 @@ class Unit(NamedTuple):
     outputs: tuple[str, ...] = ()
 
 
-class Made:
-    """The notes of a preparation's folder; `out` need not be there."""
+def remedy(path: Path) -> str:
+    """What to do about a damaged file below `stages`: what made it is done again."""
+    below = path.parts[path.parts.index("stages") + 1 :] if "stages" in path.parts else ()
+    stage = {"duplicates": "deduplicate"}.get(below[0], below[0]) if below else "STAGE"
+    return f"prepare again with --redo={stage}"
 
-    def __init__(self, out: Path):
-        self.out, self._path = out, out / "stages" / "made.json"
+
+class Made:
+    """The notes of a preparation's folder; `out` need not be there. `redo` are stages that a person wants again."""
+
+    def __init__(self, out: Path, redo: Iterable[str] = ()):
+        self.out, self._path, self._redo = out, out / "stages" / "made.json", frozenset(redo)
         self.rows: dict[str, dict[str, Any]] = read_json(self._path) if self._path.exists() else {}
 
     def stale(self, wanted: dict[str, Unit]) -> dict[str, list[str]]:
         """Of what was begun and is not what is wanted: why. `wanted` has each unit behind those that it follows."""
         found = {name: ["no longer asked for"] for name in self.rows if name not in wanted}
         for name, unit in wanted.items():
-            if name in self.rows and (why := self._why(self.rows[name], unit, found)):
+            if name in self.rows and (why := self._why(name, unit, found)):
                 found[name] = why
         return found
 
-    def _why(self, row: dict[str, Any], unit: Unit, found: dict[str, list[str]]) -> list[str]:
+    def _why(self, name: str, unit: Unit, found: dict[str, list[str]]) -> list[str]:
+        row = self.rows[name]
         why = [*["it was being removed"] * row["stale"], *changes(row["reads"], unit.reads).values()]
+        why += [f"--redo={stage}" for stage in (name, name.partition("/")[0]) if stage in self._redo][:1]
         if unit.ranks and row["ranks"] != list(unit.ranks):
             why.append("its tasks have other numbers")
         stamps = {name: self.rows[name]["stamp"] for name in unit.follows if name in self.rows and name not in found}

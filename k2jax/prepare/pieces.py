@@ -31,6 +31,7 @@ from k2jax.files import whole_file, write_json
 
 BATCH_DOCUMENTS = 1 << 12  # joined at a time
 PART_TOKENS = 64 * store_parts.SHARD_TOKENS  # that one task writes: 2 or 4 GB
+AGAIN = "prepare again with --redo=tokens (of what came as tokens: --redo=token-sources)"
 BLOCK_TOKENS = 1 << 20  # held at a time, beside a shard
 
 
@@ -172,7 +173,7 @@ def _pieces_of(folder: Path, suffix: str, dtype: np.dtype, layout: dict, first: 
             break
         path = folder / layout["pieces"][number]
         if _num_tokens(path, suffix, dtype) != end - begin:
-            raise StorageError(f"{path}.{suffix} is not of {end - begin} tokens: remove the stage and prepare again")
+            raise StorageError(f"{path}.{suffix} is not of {end - begin} tokens: {AGAIN}")
         if end > begin:
             values = np.memmap(f"{path}.{suffix}", dtype, "r")[max(first - begin, 0) : stop - begin]
             yield from (values[at : at + BLOCK_TOKENS] for at in range(0, len(values), BLOCK_TOKENS))
@@ -197,8 +198,7 @@ def finish(store: str, *, pieces: Pieces, held_out: dict[str, Any], pairs: bool 
             expected = pc.sum(documents.read(["num_tokens"])["num_tokens"]).as_py() or 0
             if end - begin != expected:
                 raise StorageError(
-                    f"{folder / name}.tokens has {end - begin} tokens, its documents {expected}: remove the stage and "
-                    "prepare again"
+                    f"{folder / name}.tokens has {end - begin} tokens, its documents {expected}: {AGAIN}"
                 )
             for batch in documents.iter_batches(BATCH_DOCUMENTS):
                 writer.extend_documents(batch)
@@ -209,4 +209,4 @@ def _num_tokens(path: Path, suffix: str, dtype: np.dtype) -> int:
     try:
         return os.path.getsize(f"{path}.{suffix}") // dtype.itemsize
     except FileNotFoundError as error:
-        raise StorageError(f"{path}.{suffix} is not there: remove the stage and prepare again") from error
+        raise StorageError(f"{path}.{suffix} is not there: {AGAIN}") from error

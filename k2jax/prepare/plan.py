@@ -8,6 +8,7 @@
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from ml_collections import ConfigDict
 
 from k2jax.data.manifest import sha256_json
 from k2jax.data.tokenizer import Tokenizer
+from k2jax.errors import ConfigError
 from k2jax.prepare import dealing, pii, reads, recipe, rules, spm
 from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.files import File, list_files
 from k2jax.prepare.listing import Listing
 from k2jax.prepare.made import Unit
-from k2jax.text import without_secrets
+from k2jax.text import shown, without_secrets
 
 SHARED = ("summary.json", "pieces", "cuts", "waves")
 CLEANED = (
@@ -34,6 +36,7 @@ class Facts(NamedTuple):
     """What a preparation reads beside its recipe, before it begins."""
 
     inputs: dict[str, dict[str, Any]]  # files of subsets, as dealing.summary has them
+    versions: dict[str, str]  # of those, by which it shows that one was written again (Listing.versions)
     evaluation: dict[str, dict[str, Any]]  # files of evaluation sets, likewise
     rules: dict[str, str]  # SHA-256 of files that rules are made of, by path
     tokenizer: dict[str, Any]  # that is given: what it is; empty of one that is trained
@@ -55,6 +58,7 @@ def facts(
     files = {path for chosen in config.subsets.values() for path in rules.files_of(chosen)}
     return Facts(
         inputs=dealing.summary(listing),
+        versions={name: files.versions for name, files in listing.items()},
         evaluation={source: _summary(list_files(source)) for source in config.contamination.sources},
         rules={path: _sha256_of(path, Path(path).stat().st_mtime_ns) for path in sorted(files)},
         tokenizer=given,
@@ -67,6 +71,7 @@ def named(config: ConfigDict, inputs: dict[str, dict[str, Any]]) -> Facts:
     given = {key: config[key] for key in ("tokenizer", "add_k2_tokens", "eos")} if config.tokenizer else {}
     return Facts(
         inputs={name: one for name, one in inputs.items() if name in config.subsets},
+        versions=defaultdict(str),
         evaluation={source: {"files": 0, "bytes": 0, "digest": ""} for source in config.contamination.sources},
         rules=defaultdict(str),
         tokenizer=given,
@@ -114,6 +119,14 @@ def of_stage(found: dict[str, Unit], stage: str) -> dict[str, Unit]:
     return {name: unit for name, unit in found.items() if name.partition("/")[0] == stage}
 
 
+def check_names(found: dict[str, Unit], names: Iterable[str]) -> None:
+    """Raises ConfigError where one is neither a stage's nor a unit's."""
+    stages = dict.fromkeys(name.partition("/")[0] for name in found)
+    for name in names:
+        if name not in {*found, *stages}:
+            raise ConfigError(f"--redo={shown(name)}: no stage of this recipe; expected one of {', '.join(stages)}")
+
+
 def _dealt(config: ConfigDict, name: str, known: Facts) -> Unit:
     """Which task reads what, and where a subset's limit is. Those that are dealt out together share some files."""
     read, follows = reads.values(config, reads.LISTING, [name]), ()
@@ -121,7 +134,8 @@ def _dealt(config: ConfigDict, name: str, known: Facts) -> Unit:
         read, follows = read | reads.values(config, reads.MEASURING, [name]), _template_of(config, name)
     shared = tuple(f"stages/files/{one}" for one in SHARED)
     outputs = (*shared, f"stages/files/{name}.jsonl", f"stages/files/shares/{name}", f"stages/unreadable/{name}")
-    return Unit(read | _files_of(known.inputs, [name]), follows, outputs=outputs)
+    read |= _files_of(known.inputs, [name]) | {f"the dates of the files of {name}": known.versions[name][:16]}
+    return Unit(read, follows, outputs=outputs)
 
 
 def _cleaned(config: ConfigDict, name: str, ranks: list[int], known: Facts) -> Unit:
@@ -160,7 +174,7 @@ def _template_of(config: ConfigDict, name: str) -> tuple[str, ...]:
 
 
 def _summary(files: list[File]) -> dict[str, Any]:
-    names = sorted([file.name, file.size] for file in files)
+    names = sorted([file.name, file.size, file.version] for file in files)
     return {"files": len(files), "bytes": sum(file.size for file in files), "digest": sha256_json(names)}
 
 

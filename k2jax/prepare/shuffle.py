@@ -8,6 +8,8 @@ writers and, of each, in the order in which it was written. Between the two are 
   NAME-split   a range of partitions out of all files to one file: where there are more than SLOTS partitions, or each
                read from all files would take more than OPENS a task
 
+What a stage has read is removed, so that no more than two copies lie there at a time.
+
 So no task has more than FAN files open, none opens more than FAN or one for each FAN writers, and what all of them open
 grows as their number. A file is zstd frames with checksums, each of one slot (a partition, or a
 range of them) and one run; the index of them (INDEX) is at its end.
@@ -28,6 +30,7 @@ import zstandard
 from k2jax.errors import StorageError
 from k2jax.files import whole_file
 from k2jax.prepare.engine import Stage
+from k2jax.prepare.made import remedy
 
 FAN = 512  # files that one task has open: the usual limit is 1,024
 SLOTS = 4096  # partitions that a file has slots for; more are split in two steps
@@ -41,6 +44,7 @@ INDEX = np.dtype([("slot", "<u4"), ("begin", "<u8"), ("end", "<u8")])
 _PART = struct.Struct("<IQ")  # in a frame: partition, bytes
 _END = struct.Struct("<Q8s")  # of a file: bytes of the compressed index, MAGIC
 MAGIC = b"k2shuf01"
+GROUP, SPLIT, ENDING = "group", "split", ".runs"
 
 
 def partitions_for(num_bytes: int) -> int:
@@ -55,14 +59,21 @@ class Shuffle(NamedTuple):
     writers: int
     partitions: int
 
-    def stages(self, name: str) -> list[Stage]:
-        """What has to run between the tasks that write and those that read."""
-        found = []
+    def stages(self, name: str) -> Iterator[Stage]:
+        """What has to run between the tasks that write and those that read, each to be asked for when that before is
+        complete: what it read is then removed."""
         if self._groups < self.writers:
-            found.append(Stage(f"{name}-group", self._groups, functools.partial(_group, shuffle=self)))
+            yield Stage(f"{name}-group", self._groups, functools.partial(_group, shuffle=self))
+            _remove(self.folder)
         if self._range > 1:
-            found.append(Stage(f"{name}-split", self._slots, functools.partial(_split, shuffle=self)))
-        return found
+            yield Stage(f"{name}-split", self._slots, functools.partial(_split, shuffle=self))
+            _remove(self.folder)
+            _remove(self.folder / GROUP)
+
+    def remove(self) -> None:
+        """Removes its files: for when all who read them are complete."""
+        for folder in (self.folder, self.folder / GROUP, self.folder / SPLIT):
+            _remove(folder)
 
     @contextlib.contextmanager
     def writer(self, rank: int) -> Iterator["Writer"]:
@@ -103,16 +114,16 @@ class Shuffle(NamedTuple):
         return -(-self.partitions // self._range)
 
     def _written(self, rank: int) -> Path:
-        return self.folder / f"{rank:05d}.runs"
+        return self.folder / f"{rank:05d}{ENDING}"
 
     def _split_of(self, slot: int) -> Path:
-        return self.folder / "split" / f"{slot:05d}.runs"
+        return self.folder / SPLIT / f"{slot:05d}{ENDING}"
 
     def _files(self) -> list[Path]:
         """What writers, or else groups, wrote."""
         if self._groups == self.writers:
             return [self._written(rank) for rank in range(self.writers)]
-        return [self.folder / "group" / f"{group:05d}.runs" for group in range(self._groups)]
+        return [self.folder / GROUP / f"{group:05d}{ENDING}" for group in range(self._groups)]
 
 
 class Writer:
@@ -241,8 +252,13 @@ class _Reader:
             yield b"".join(parts)
 
 
+def _remove(folder: Path) -> None:
+    for path in folder.glob(f"*{ENDING}"):
+        path.unlink()
+
+
 def _damaged(path: Path, why: object) -> str:
-    return f"{path} cannot be read ({why}): remove its stage and prepare again"
+    return f"{path} cannot be read ({why}): {remedy(path)}"
 
 
 def _group(group: int, *, shuffle: Shuffle) -> None:

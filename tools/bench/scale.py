@@ -264,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
     c = recipe.base()
     c.vocab_size, c.tokenizer_bytes = 32_018, 20_000_000
     c.subsets.corpus = recipe.subset(f"jsonl:{folder}/corpus/*.jsonl", tasks=TEXT_TASKS)
-    c.subsets.pages = recipe.subset(f"warc:{folder}/pages/*.warc.gz", tasks=PAGE_TASKS)
+    c.subsets.pages = recipe.subset(f"warc:{folder}/pages/*.warc.gz", tasks=PAGE_TASKS, extract=True)
     recipe.validate(c)
     start = time.monotonic()
     data, _ = build.build(c.lock(), folder / "out", keep_stages=True)

@@ -174,7 +174,7 @@ def write_labels(partition: int, *, stars: Shuffle, labels: Shuffle) -> None:
     if np.any(tasks >= labels.partitions):
         raise StorageError(
             f"{stars.folder}: a duplicate is of task {tasks.max()} of {labels.partitions} of the clean documents: "
-            "remove the stages of deduplication and prepare again"
+            "prepare again with --redo=deduplicate"
         )
     records = np.empty(len(tasks), LABEL)
     records["index"], records["component"] = found.nodes.astype(np.uint32), found.root_of(found.nodes)

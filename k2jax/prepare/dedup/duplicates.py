@@ -112,8 +112,9 @@ class _Files(NamedTuple):
 def stages(config: ConfigDict, clean: Path, out: Path) -> Iterator[Stage]:
     """The stages that read the clean documents of `clean` and write <rank>.parquet and summary.json to `out`.
 
-    Each may only be asked for when that before is complete: what follows depends on its files. Files between them are
-    in folders of `out`. A stage raises StorageError if a file that it needs is missing or damaged.
+    Each may only be asked for when that before is complete: what follows depends on its files, and what nothing
+    reads any more is removed. Files between them are in folders of `out`. A stage raises StorageError if a file that
+    it needs is missing or damaged.
     """
     documents, dedup, order = index.clean_documents(config, clean), config.dedup, out / "order.json"
     yield _stage("dumps", documents.groups(FAN), index.find_dumps, clean=documents, folder=out / "dumps")
@@ -128,16 +129,21 @@ def stages(config: ConfigDict, clean: Path, out: Path) -> Iterator[Stage]:
     yield from _clusters(files)
     ends = {"clean": documents, "order": order, "members": files.members}
     yield _stage("members", files.groups, members.write_members, **ends, labels=files.labels, removed=files.removed)
+    for done in (files.removed, files.labels):
+        if done:
+            done.remove()
     yield from files.members.stages("members")
     parts, partitions = out / "summaries", files.members.partitions
     given = {"rows": files.rows, "parts": parts, "sources_kept": dedup.sources_kept}
     yield _stage("survivors", partitions, members.find_survivors, **ends, **given)
+    files.members.remove()
     yield from files.rows.stages("survivors")
     groups, joined = -(-partitions // FAN), out / "summaries-joined"
     yield _stage("summaries", groups, members.join_parts, parts=parts, partitions=partitions, joined=joined)
     given = {"joined": joined, "groups": groups, "path": out / "summary.json"}
     yield _stage("summary", 1, members.summarize, clean=documents, **given)
     yield _stage("duplicates", files.groups, write_duplicates, clean=documents, rows=files.rows, folder=out)
+    files.rows.remove()
 
 
 def _exact(files: _Files, order: Path) -> Iterator[Stage]:
@@ -145,6 +151,7 @@ def _exact(files: _Files, order: Path) -> Iterator[Stage]:
     yield from files.ids.stages("ids")
     given = {"ids": files.ids, "removed": files.removed, "edges": files.edges}
     yield _stage("exact", files.ids.partitions, exact.find_exact, **given)
+    files.ids.remove()
     yield from files.removed.stages("exact")
 
 
@@ -156,6 +163,7 @@ def _near(files: _Files, exempt: frozenset[str]) -> Iterator[Stage]:
     yield _stage(
         "near", files.bands.partitions, near.find_near, bands=files.bands, edges=files.edges, first_writer=first
     )
+    files.bands.remove()
 
 
 def _clusters(files: _Files) -> Iterator[Stage]:
@@ -163,6 +171,8 @@ def _clusters(files: _Files) -> Iterator[Stage]:
     yield from edges.stages("edges")
     stars = yield from components.rounds(edges, folder)
     yield _stage("labels", edges.partitions, components.write_labels, stars=stars, labels=files.labels)
+    for done in (edges, stars):
+        done.remove()
     yield from files.labels.stages("labels")
 
 

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import write_json
 from k2jax.prepare import recipe
+from k2jax.prepare.made import remedy
 from k2jax.prepare.shuffle import FAN
 
 BATCH = 1 << 16  # rows of an index that are held
@@ -97,7 +98,7 @@ def num_documents(clean: Clean, task: int) -> int:
 
 def _unreadable(path: Path, error: Exception) -> StorageError:
     message = str(error).partition("\n")[0]
-    return StorageError(f"{path} cannot be read ({message}): remove its stage and prepare again")
+    return StorageError(f"{path} cannot be read ({message}): {remedy(path)}")
 
 
 # --- The order of documents -------------------------------------------------------------------------------------------
@@ -120,7 +121,8 @@ class Order(NamedTuple):
         place = places.index(clean.subsets[clean.subsets_of(task)].priority)
         numbers = pc.index_in(_names(dumps), value_set=pa.array(self.dumps, pa.string()))
         if numbers.null_count:
-            raise StorageError(f"{clean.folder}/index/{task:05d}.parquet is not what it was: prepare again from there")
+            path = clean.folder / "index" / f"{task:05d}.parquet"
+            raise StorageError(f"{path} is not what it was: {remedy(path)}")
         return (place * len(self.dumps) + numbers.to_numpy()).astype(np.uint32)
 
 
@@ -157,4 +159,4 @@ def read_part(path: Path) -> dict:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise StorageError(f"{path} cannot be read ({error}): remove its stage and prepare again") from error
+        raise StorageError(f"{path} cannot be read ({error}): {remedy(path)}") from error

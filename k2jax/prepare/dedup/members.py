@@ -30,7 +30,7 @@ ROW = np.dtype(
 )  # with its details (JSON) if it stays; in the partition of its task
 REASONS = (None, "exact", "near")
 EXACT, NEAR = 1, 2
-REMEDY = "remove the stages of deduplication and prepare again"
+REMEDY = "prepare again with --redo=deduplicate"
 
 
 def write_members(

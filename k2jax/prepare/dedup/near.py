@@ -10,6 +10,7 @@ from k2jax.prepare.dedup.index import Clean, nodes_of, num_documents
 from k2jax.prepare.dedup.minhash import MinHash, Signer
 from k2jax.prepare.dedup.streams import partition_of, repeats
 from k2jax.prepare.documents import read_documents
+from k2jax.prepare.made import remedy
 from k2jax.prepare.shuffle import Shuffle, Writer
 
 # 128 bits of XXH3 stand for the hashes of a band, which take 104 bytes where there are 13. TxT360's 3.8e11 bands are
@@ -56,7 +57,7 @@ def _sign(rank: int, removed: np.ndarray, out: Writer, *, clean: Clean, bands: S
             flush()
     flush()
     if seen != (expected := num_documents(clean, rank)):
-        raise StorageError(f"{path} has {seen} documents, its index {expected}: remove its stage and prepare again")
+        raise StorageError(f"{path} has {seen} documents, its index {expected}: {remedy(path)}")
 
 
 def band_digests(signature: np.ndarray, config: MinHash) -> list[bytes]:
