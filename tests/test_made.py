@@ -158,7 +158,8 @@ OF_FILES = {"tokenizer", "add_k2_tokens", "eos", "chat.template", "chat.name", "
 def test_every_key_is_some_stages_or_known_to_be_none():
     c = recipe.base()
     c.tokenizer, c.contamination.sources = "", ("jsonl:y",)
-    c.subsets.SUBSET = recipe.conversations("jsonl:x", pairs=True, max_bytes=5, tasks=1)
+    c.subsets.SUBSET = recipe.conversations("jsonl:x", pairs=True, max_bytes=5, tasks=1).unlock()
+    c.subsets.SUBSET.drop_shared = "lines"
     read = {key for unit in plan.units(c, plan.named(c, {"SUBSET": {"files": 1, "bytes": 1, "digest": ""}})).values()
             for key in unit.reads}  # fmt: skip
     assert every_key() - read == OF_NO_STAGE | OF_FILES - {"eos"} | {"eos"}

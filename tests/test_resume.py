@@ -28,7 +28,7 @@ BOOKS = [f"Book {i}.\n{words(i, 40 + 5 * i)}" for i in range(12)] + [page.replac
 CODE = [f"def f{i}():\n    return {words(100 + i, 30)!r}\n" for i in range(10)]
 TOKENS = {"tokens", "shards", "stores"}
 KEPT = {"kept", "tokenizer", *TOKENS}
-CLEAN = {"clean", "deduplicate", *KEPT}
+CLEAN = {"clean", "deduplicate", "shared", *KEPT}
 LIMITS = {"files", *CLEAN}  # there are tasks of dealing out only where limits are to be found
 
 
@@ -72,7 +72,7 @@ def get_config():
 def recipe_of(corpus: Path) -> ConfigDict:
     c = recipe.base()
     c.vocab_size, c.tokenizer_bytes, c.validation_fraction, c.bucket_bytes, c.dedup.bands = 330, 9_000, 0.2, 3000, 2
-    c.subsets.books = recipe.subset(f"text:{corpus}/books/*.txt", tasks=2)
+    c.subsets.books = recipe.subset(f"text:{corpus}/books/*.txt", tasks=2, drop_shared="lines")
     c.subsets.code = recipe.subset(f"jsonl:{corpus}/code.jsonl.gz", fim_rate=0.5)
     c.subsets.web = recipe.subset(
         f"jsonl:{corpus}/web/*.jsonl", tasks=2, priority=1, max_bytes=5000, url_blocklist=f"{corpus}/blocked"
@@ -191,6 +191,21 @@ def _(c, corpus):
 @change("tokenizer", TOKENS)
 def _(c, corpus):
     c.tokenizer = f"{corpus}/code.json"
+
+
+@change("lines that fewer share", {"shared", *KEPT})
+def _(c, corpus):
+    c.shared.most = 1
+
+
+@change("lines of one subset more", {"shared", *KEPT})
+def _(c, corpus):
+    c.subsets.code.drop_shared = "paragraphs"
+
+
+@change("lines of none", KEPT)
+def _(c, corpus):
+    c.subsets.books.drop_shared = ""
 
 
 @change("buckets", KEPT)
@@ -354,7 +369,7 @@ def test_of_a_changed_subset_alone_the_ranks_are_done_again_and_all_is_said_firs
     assert said[:3] == [
         "stage clean: again for books (subsets.books.max_document_bytes was 0, is 450)",
         "stage deduplicate: again (follows clean)",
-        "stage kept: again (follows deduplicate)",
+        "stage shared: again (follows deduplicate)",
     ]
     build.build(c, tmp_path / "new", workers=1, keep_stages=True)
     assert different_files(old / "books", tmp_path / "new/books") == []
@@ -419,7 +434,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(old, corpus, tmp_p
     c = recipe_of(corpus)
     assert dry_run.look(c, tmp_path / "none/out") == [
         *(f"stage {stage}: to do" for stage in (
-            "files", "clean", "deduplicate", "kept", "tokenizer", "tokens", "shards", "stores"
+            "files", "clean", "deduplicate", "shared", "kept", "tokenizer", "tokens", "shards", "stores"
         )),
         "data.json and card: to be written",
     ]  # fmt: skip
@@ -437,7 +452,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(old, corpus, tmp_p
     (old / "stages/done/tokens/completions/00001").unlink()
     (old / "data.json").unlink()
     found = dry_run.look(recipe_of(corpus), old)
-    assert found[5].startswith("stage tokens: partly done (") and found[4] == "stage tokenizer: done"
+    assert found[6].startswith("stage tokens: partly done (") and found[5] == "stage tokenizer: done"
 
 
 @pytest.mark.processes

@@ -7,10 +7,8 @@ Each stage can be stopped and goes on where it was. data.json, written last, say
 
 import hashlib
 import json
-import math
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -46,6 +44,8 @@ from k2jax.prepare.chat import mask
 from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.cores import cores
 from k2jax.prepare.dedup import duplicates
+from k2jax.prepare.dedup import shared as sharing
+from k2jax.prepare.dedup.index import clean_documents
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.listing import Listing
 from k2jax.prepare.made import Made
@@ -53,7 +53,6 @@ from k2jax.prepare.work import Work
 from k2jax.text import redacted
 
 FORMAT = 2
-LONG = 4  # times as long as the others are documents that stay, at most, for a bucket to be what it should be
 
 
 def build(
@@ -136,15 +135,7 @@ def _make(
     inputs = dealing.deal(config, out, work.of("files"), listing)
     for stage in clean.stages(config, out):
         work.run(stage)
-    dedup = reads.view(config, reads.DEDUPLICATION)
-    for stage in duplicates.stages(dedup, stages / "clean", stages / "duplicates"):
-        work.run(stage, "deduplicate")
-
-    keeping = reads.view(config, reads.KEEPING)
-    dealt = _buckets(keeping, stages)
-    work.run(Stage("kept", dealt.num_tasks, partial(kept.keep, kept=dealt, seed=keeping.seed)))
-    for stage in dealt.shuffle.stages("kept"):
-        work.run(stage)
+    dealt = _what_stays(config, stages, work)
     _check_not_empty(config, stages)
 
     if not config.tokenizer:
@@ -185,6 +176,23 @@ def _make(
     return _sum_up(config, out, data, names, chats, given.notes)
 
 
+def _what_stays(config: ConfigDict, stages: Path, work: Work) -> kept.Kept:
+    """Without duplicates and what too many share, dealt out to buckets."""
+    dedup, keeping = reads.view(config, reads.DEDUPLICATION), reads.view(config, reads.KEEPING)
+    for stage in duplicates.stages(dedup, stages / "clean", stages / "duplicates"):
+        work.run(stage, "deduplicate")
+    cleaned, documents = kept.cleaned(keeping, stages), clean_documents(dedup, stages / "clean")
+    shared = sharing.shared_of(reads.view(config, reads.SHARING), stages, documents, cleaned)
+    for stage in sharing.stages(shared) if shared else ():
+        work.run(stage)
+    dealt = kept.deal(keeping, stages, cleaned)
+    keep = partial(kept.keep, kept=dealt, seed=keeping.seed, shared=shared)
+    work.run(Stage("kept", dealt.num_tasks, keep))
+    for stage in dealt.shuffle.stages("kept"):
+        work.run(stage)
+    return dealt
+
+
 def _sum_up(
     config: ConfigDict, out: Path, data: dict[str, Any], names: list[str], chats: dict[str, dict], notes: list[str]
 ) -> dict[str, Any]:
@@ -210,28 +218,6 @@ def _conversations(config: ConfigDict) -> list[str]:
 
 def _pairs(config: ConfigDict) -> list[str]:
     return [name for name in _conversations(config) if config.subsets[name].conversations.pairs]
-
-
-def _buckets(config: ConfigDict, stages: Path) -> kept.Kept:
-    """What stays, and as many tasks of tokenizing for a subset as its text needs, whatever the workers.
-
-    Text that stays is told from the documents that do; not by more than LONG, lest those that stay are the long ones.
-    """
-    first_rank: dict[str, int] = {}
-    cleaned: dict[str, Counter[str]] = {}
-    tasks = recipe.tasks(config)
-    for rank, task in enumerate(tasks):
-        counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_bytes())
-        first_rank.setdefault(task.subset, rank)
-        cleaned.setdefault(task.subset, Counter()).update(counts["kept"])
-    removed = json.loads((stages / "duplicates" / "summary.json").read_bytes())["removed"]
-    dealt, bucket = [], 0
-    for name, rank in first_rank.items():
-        gone = sum(removed.get(name, {}).values()) / max(1, cleaned[name]["documents"])
-        num_bytes = cleaned[name]["bytes"] * max(1 - gone, 1 / LONG)
-        dealt.append(kept.Dealt(name, rank, bucket, max(1, math.ceil(num_bytes / config.bucket_bytes))))
-        bucket += dealt[-1].num_buckets
-    return kept.Kept(stages, len(tasks), tuple(dealt))
 
 
 def _tallies(config: ConfigDict, folder: Path) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from k2jax.prepare import before, claim, clean, dealing, finished, made, plan
 from k2jax.prepare.made import Made, Unit
 
-OF_STEPS = ("files", "deduplicate", "kept", "shards")  # of which later steps are known when the earlier are over
+OF_STEPS = ("files", "deduplicate", "shared", "kept", "shards")  # of which later steps are known by the earlier ones
 
 
 def look(

@@ -77,10 +77,11 @@ def _as_now(config: dict[str, Any]) -> dict[str, Any]:
     """A recipe as today's code would have written it down, with the keys that there were not."""
     usual = recipe.base()
     whole = {"eos": "", "chat": usual.chat.to_dict(), "part_bytes": usual.part_bytes, **config}
+    whole = {"shared": usual.shared.to_dict(), **whole}
     later = {"conversations": {}, "dumps": [], "follow_links": False, "max_unreadable": 0, "priority": 0}
     later |= {"pii_regions": ["US"], "text": "", "field_keys": [], "encoding": "", "language_thresholds": []}
     later |= {"drop_repeated": [], "quality_model": "", "quality_label": "", "quality_threshold": None}
-    later |= {"scorer": "", "scorer_threshold": None}
+    later |= {"scorer": "", "scorer_threshold": None, "drop_shared": ""}
     whole["contamination"] = {"unit": "words", **whole.get("contamination", {})}
     whole["subsets"] = {name: {**later, **chosen} for name, chosen in whole["subsets"].items()}
     for chosen in whole["subsets"].values():

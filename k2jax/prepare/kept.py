@@ -1,27 +1,34 @@
 """The documents that stay, dealt into buckets by a keyed hash of their ids: the order that they have in the stores.
 
-A task takes what one task of cleaning wrote, leaves out duplicates, and deals the others out to the buckets of their
-subset (shuffle.py); `kept/<rank>.json`, written last, is what it counted.
+A task takes what one task of cleaning wrote, leaves out duplicates, and lines that too many share (dedup/shared.py),
+and deals the others out to the buckets of their subset (shuffle.py); `kept/<rank>.json`, written last, is what it
+counted.
 """
 
 import bisect
 import hashlib
+import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datatrove.data import Document
+from ml_collections import ConfigDict
 
-from k2jax.errors import StorageError
 from k2jax.files import write_json
-from k2jax.prepare.documents import read_documents, to_line
-from k2jax.prepare.made import remedy
+from k2jax.prepare import recipe
+from k2jax.prepare.dedup.shared import Remover, Shared
+from k2jax.prepare.dedup.survivors import survivors
+from k2jax.prepare.documents import to_line
+from k2jax.prepare.read import size_problem
 from k2jax.prepare.shuffle import Shuffle
 from k2jax.prepare.tally import Tally
+
+LONG = 4  # times as long as the others are documents that stay, at most, for a bucket to be what it should be
 
 
 class Dealt(NamedTuple):
@@ -59,41 +66,64 @@ class Kept(NamedTuple):
         return self.subsets[bisect.bisect_right(self.subsets, rank, key=attrgetter("first_rank")) - 1]
 
 
+def cleaned(config: ConfigDict, stages: Path) -> dict[str, Counter[str]]:
+    """Clean documents and bytes of each subset of text."""
+    found: dict[str, Counter[str]] = {}
+    for rank, task in enumerate(recipe.tasks(config)):
+        counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_bytes())
+        found.setdefault(task.subset, Counter()).update(counts["kept"])
+    return found
+
+
+def deal(config: ConfigDict, stages: Path, found: dict[str, Counter[str]]) -> Kept:
+    """What stays, of what is clean, and as many tasks of tokenizing for a subset as its text needs, whatever the
+    workers.
+
+    Text that stays is told from the documents that do; not by more than LONG, lest those that stay are the long ones.
+    """
+    removed = json.loads((stages / "duplicates" / "summary.json").read_bytes())["removed"]
+    dealt, rank, bucket = [], 0, 0
+    for name, counts in found.items():
+        gone = sum(removed.get(name, {}).values()) / max(1, counts["documents"])
+        num_bytes = counts["bytes"] * max(1 - gone, 1 / LONG)
+        dealt.append(Dealt(name, rank, bucket, max(1, math.ceil(num_bytes / config.bucket_bytes))))
+        rank, bucket = rank + config.subsets[name].tasks, bucket + dealt[-1].num_buckets
+    return Kept(stages, rank, tuple(dealt))
+
+
 def order_key(seed: int, id: str) -> int:
     """64 bits that order the documents of a store."""
     return int.from_bytes(hashlib.blake2b(id.encode(), key=str(seed).encode(), digest_size=8).digest(), "big")
 
 
-def keep(rank: int, *, kept: Kept, seed: int) -> None:
-    """A task: deals out the documents of a rank that stay."""
+def keep(rank: int, *, kept: Kept, seed: int, shared: Shared | None = None) -> None:
+    """A task: deals out the documents of a rank that stay, without what they share with others (shared.py)."""
     tally, dealt = Tally(), kept.of_rank(rank)
+    found = survivors(kept.folder, rank, tally)
+    if shared and shared.by_of(rank):
+        found = _unshared(found, Remover(shared, rank), shared.shortest[dealt.subset], tally)
     with kept.shuffle.writer(rank) as out:
-        for document in _survivors(kept.folder, f"{rank:05d}", tally):
+        for _, document in found:
+            get, size = document.metadata.get, len(document.text.encode())
+            tally.kept(size, get("language", ""), get("licence", ""))
             bucket = order_key(seed, document.id) * dealt.num_buckets >> 64
             out.add(dealt.first_bucket + bucket, to_line(document))
     write_json(kept.folder / "kept" / f"{rank:05d}.json", tally.to_json())
 
 
-def _survivors(out: Path, name: str, tally: Tally) -> Iterator[Document]:
-    """The documents of a rank without the duplicates; those that had some know how many, and where."""
-    duplicates = out / "duplicates" / f"{name}.parquet"  # there for every task: without it no document would go
-    try:
-        found: dict[int, dict[str, Any]] = {row.pop("index"): row for row in pq.read_table(duplicates).to_pylist()}
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).partition("\n")[0]
-        raise StorageError(f"{duplicates} cannot be read ({reason}): {remedy(duplicates)}") from error
-    for index, document in enumerate(read_documents(out / "clean" / "documents" / f"{name}.jsonl.zst")):
-        num_bytes = len(document.text.encode())
-        tally.saw("duplicates", num_bytes)
-        row = found.get(index)
-        if row and row["reason"]:
-            tally.removed("duplicates", row["reason"], num_bytes)
-            continue
-        if row:
-            where = {entry["name"]: entry["count"] for entry in row["by"]}
-            document.metadata["duplicates"] = {"copies": row["copies"], "by": where, "sources": row["sources"]}
-        tally.kept(num_bytes, document.metadata.get("language", ""), document.metadata.get("licence", ""))
-        yield document
+def _unshared(
+    found: Iterator[tuple[int, Document]], remover: Remover, shortest: int, tally: Tally
+) -> Iterator[tuple[int, Document]]:
+    for index, document in found:
+        size = len(document.text.encode())
+        tally.saw("shared", size)
+        if (text := remover(index, document.text)) != document.text:
+            data = text.encode()
+            if reason := size_problem(len(data), shortest, 0):
+                tally.removed("shared", reason, size)
+                continue
+            document.text, document.id = text, hashlib.sha256(data).hexdigest()
+        yield index, document
 
 
 def bucket_of(kept: Kept, bucket: int, seed: int) -> list[Document]:

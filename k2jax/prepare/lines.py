@@ -6,6 +6,7 @@ They are for languages that put spaces between words: where none does, every lin
 """
 
 import re
+from collections.abc import Callable, Iterator
 
 from datatrove.data import Document
 
@@ -24,6 +25,7 @@ NAVIGATION = re.compile(
     r"^skip to (main )?content$|^share (on|via) \w+$",
     re.IGNORECASE,
 )
+BETWEEN = {"lines": re.compile(r"(\n)"), "paragraphs": re.compile(r"(\n[^\S\n]*\n\s*)")}
 SENTENCE = re.compile(r"(?<![.!?\u3002\uff01\uff1f])[.!?\u3002\uff01\uff1f]+[\"'\u201d\u2019)]*(?:\s+|$)|\n+")
 
 
@@ -57,24 +59,34 @@ def without_repeated(text: str, *, lines: bool, paragraphs: bool) -> str:
     """The text less the paragraphs, and then the lines, that stand earlier in it; paragraphs are what empty lines part.
 
     Compared is what they say, whatever the white space; what has no letter and no digit ("---", "}") stays. That is of
-    one document: what is repeated over a corpus is not known to the task that cleans a part of it.
+    one document; of a corpus see dedup/shared.py.
     """
-    if paragraphs:
-        text = _first_alone(re.split(r"(\n[^\S\n]*\n\s*)", text))
-    return _first_alone(re.split(r"(\n)", text)) if lines else text
+    for by in ("paragraphs",) * paragraphs + ("lines",) * lines:
+        seen: set[str] = set()
+        text = without(text, by, lambda piece, seen=seen: piece in seen or seen.add(piece))
+    return text
 
 
-def _first_alone(parts: list[str]) -> str:
-    """Of pieces with what parts them between, the text without those that came before, each with what is before it."""
-    seen, kept = set(), []
+def pieces(text: str, by: str) -> Iterator[str]:
+    """What the "lines" or "paragraphs" of a text say; those that say nothing are left out."""
+    return filter(None, map(_said, BETWEEN[by].split(text)[::2]))
+
+
+def without(text: str, by: str, is_gone: Callable[[str], bool | None]) -> str:
+    """The text less the pieces of which that is so, given what they say; each goes with what parts it from that before
+    it. What says nothing stays."""
+    parts, kept = BETWEEN[by].split(text), []
     for part, before in zip(parts[::2], ["", *parts[1::2]], strict=True):
-        said = " ".join(part.split())
-        if said in seen:
+        if (said := _said(part)) and is_gone(said):
             continue
-        if any(one.isalnum() for one in said):
-            seen.add(said)
-        kept += [before, part]
+        kept += [before if kept else "", part]
     return "".join(kept)
+
+
+def _said(part: str) -> str:
+    """Whatever the white space; nothing without a letter or a digit."""
+    said = " ".join(part.split())
+    return said if any(one.isalnum() for one in said) else ""
 
 
 def sentences(text: str) -> list[str]:

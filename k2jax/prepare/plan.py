@@ -1,6 +1,6 @@
 """What a preparation consists of, as made.py compares it: its units, what each reads, which it follows, what it writes.
 
-    template -> files, contamination -> clean -> deduplicate -> kept -> tokenizer
+    template -> files, contamination -> clean -> deduplicate -> shared -> kept -> tokenizer
     tokenizer -> tokens, token-sources -> shards -> stores
 
 `files`, `clean` and `tokens` have a part for each subset. A tokenizer that is given follows nothing.
@@ -99,7 +99,12 @@ def units(config: ConfigDict, known: Facts) -> dict[str, Unit]:
     order = sorted(text, key=lambda name: config.subsets[name].priority)
     dedup |= {f"subsets.{name}.priority": number for number, name in enumerate(order)}  # their order alone counts
     found |= cleaned | {"deduplicate": Unit(dedup, tuple(cleaned), outputs=("stages/duplicates",))}
-    found["kept"] = Unit(reads.values(config, reads.KEEPING, text), ("deduplicate",), outputs=("stages/kept",))
+    follows = ("deduplicate",)
+    if sharing := [name for name in text if config.subsets[name].drop_shared]:
+        read = reads.values(config, reads.SHARING, sharing)
+        found["shared"] = Unit(read, follows, outputs=("stages/shared",))
+        follows = (*follows, "shared")
+    found["kept"] = Unit(reads.values(config, reads.KEEPING, text), follows, outputs=("stages/kept",))
     found["tokenizer"] = Unit(
         known.tokenizer or reads.values(config, reads.LEARNING, text),
         () if known.tokenizer else ("kept",),

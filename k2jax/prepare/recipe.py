@@ -59,6 +59,8 @@ def base() -> ConfigDict:
     c.dedup.hashes_per_band = 13
     c.dedup.seed = 1  # of the hash functions
     c.dedup.sources_kept = 100  # names of removed copies that the surviving document keeps
+    # Of subsets with drop_shared: documents that a line stays in (Llama 3's number); shorter lines stay everywhere.
+    c.shared = ConfigDict({"most": 6, "characters": 20})
     c.contamination = ConfigDict()
     c.contamination.sources = ()  # evaluation sets: jsonl:, parquet: or text: sources
     c.contamination.unit = "words"  # or "tokens" of `tokenizer`: what n-grams are made of
@@ -105,6 +107,7 @@ def subset(
     url_blocklist: str = "",
     line_rules: bool = False,
     drop_repeated: tuple[str, ...] = (),
+    drop_shared: str = "",
     filters: tuple[str, ...] = (),
     quality_model: str = "",
     quality_label: str = "",
@@ -146,6 +149,7 @@ def subset(
     c.url_blocklist = url_blocklist  # file of domains, one a line, whose documents are left out
     c.line_rules = line_rules  # RefinedWeb's: drops lines in capitals, of numbers alone, "3 likes", navigation
     c.drop_repeated = drop_repeated  # "lines", "paragraphs": those that stand earlier in the same document
+    c.drop_shared = drop_shared  # "lines" or "paragraphs": those that many documents share, of all with this (shared)
     c.filters = filters  # of FILTERS, in that order
     c.quality_model = quality_model  # fastText's file, whose probability of quality_label a document keeps
     c.quality_label = quality_label  # as hq of __label__hq
@@ -301,9 +305,10 @@ def _base_problems(config: ConfigDict) -> list[str]:
             problems.append(f"{key}={config[key]}: must be positive")
     if config.dedup.unit not in UNITS:
         problems.append(f"dedup.unit={config.dedup.unit!r}: must be one of {', '.join(UNITS)}")
-    for key in ("n_grams", "bands", "hashes_per_band"):
-        if config.dedup[key] < 1:
-            problems.append(f"dedup.{key}={config.dedup[key]}: must be positive")
+    for key in ("dedup.n_grams", "dedup.bands", "dedup.hashes_per_band", "shared.most", "shared.characters"):
+        section, _, name = key.partition(".")
+        if config[section][name] < 1:
+            problems.append(f"{key}={config[section][name]}: must be positive")
     problems += rule_checks.contamination_problems(config.contamination, config.tokenizer)
     for source in config.contamination.sources:
         if kind_of(source)[0] not in ("jsonl", "parquet", "text"):

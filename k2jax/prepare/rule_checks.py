@@ -45,6 +45,8 @@ def problems(where: str, chosen: ConfigDict, has_rows: bool) -> list[str]:
     for key, known in (("filters", FILTERS), ("drop_repeated", REPEATED)):
         if unknown := sorted(set(chosen[key]) - set(known)):
             found.append(f"{where}.{key}: {unknown} unknown; there are {', '.join(known)}")
+    if chosen.drop_shared not in ("", *REPEATED):
+        found.append(f"{where}.drop_shared={chosen.drop_shared!r}: must be one of {', '.join(REPEATED)}, or empty")
     found += pii.problems(where, chosen.pii, chosen.pii_regions)
     return found + _language_problems(where, chosen) + _score_problems(where, chosen)
 

@@ -18,7 +18,7 @@ import numpy as np  # noqa: E402
 from k2jax.data.tokenizer import load_tokenizer, train_bpe  # noqa: E402
 from k2jax.files import write_json, write_text  # noqa: E402
 from k2jax.prepare import kept, recipe, tokenise  # noqa: E402
-from k2jax.prepare.dedup import components, exact, members, near  # noqa: E402
+from k2jax.prepare.dedup import components, exact, members, near, shared  # noqa: E402
 from k2jax.prepare.dedup.index import Clean, Order, Subset  # noqa: E402
 from k2jax.prepare.dedup.streams import add_blocks  # noqa: E402
 from k2jax.prepare.documents import document, to_line  # noqa: E402
@@ -115,6 +115,10 @@ def run_survivors(folder: Path) -> None:
     members.find_survivors(0, members=one(folder, "members"), **given)
 
 
+def shared_of(folder: Path) -> shared.Shared:
+    return shared.Shared(folder, Clean(folder, (Subset("web", 0, TASKS, 0),)), 1, {"web": "lines"}, {"web": 1}, 6, 20)
+
+
 def edges_of(folder: Path) -> Shuffle:
     return one(folder, "edges", 5_000)
 
@@ -141,6 +145,10 @@ KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
         lambda folder: components.small_star(0, edges=one(folder, "edges"), out=one(folder, "small", 5_000)),
     ),
     "survivors": (make_members, run_survivors),
+    "shared": (
+        lambda folder: write(shared_of(folder).pieces, random_records(shared.PIECE, PARTITION_BYTES, 0.5)),
+        lambda folder: shared.find(0, shared=shared_of(folder)),
+    ),
     "kept": (lambda folder: None, run_writer),
     "tokens": (make_bucket, run_bucket),
 }

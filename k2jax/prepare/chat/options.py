@@ -5,8 +5,8 @@ from ml_collections import ConfigDict
 CHAT_KINDS = ("jsonl", "parquet", "arrow")  # of sources, that conversations can be in
 TEXT_ONLY = (  # what is done to text alone: it would move the answers, or judge a template's words
     "text_key", "text", "extract", "language_model", "languages", "language_thresholds", "url_blocklist", "line_rules",
-    "drop_repeated", "filters", "quality_model", "quality_label", "quality_threshold", "scorer", "scorer_threshold",
-    "nfc", "pii", "pii_regions", "fim_rate", "fim_stores",
+    "drop_repeated", "drop_shared", "filters", "quality_model", "quality_label", "quality_threshold", "scorer",
+    "scorer_threshold", "nfc", "pii", "pii_regions", "fim_rate", "fim_stores",
 )  # fmt: skip
 
 

@@ -58,8 +58,26 @@ def repeats(shuffle: Shuffle, partition: int, dtype: np.dtype, by: list[str]) ->
         held = np.delete(records, later)
 
 
+def beyond(shuffle: Shuffle, partition: int, dtype: np.dtype, by: list[str], most: int) -> Iterator[np.ndarray]:
+    """The records behind the first `most` by `by` of those with the same key, each once; of a key so many are held."""
+    held = np.empty(0, dtype)
+    for chunk in chunks(shuffle, partition, dtype):
+        records = np.concatenate([held, chunk]) if len(held) else chunk
+        later, first = _repeated(records, by)
+        if most > 1:  # the place of each behind the first of its key
+            later = later[_places(first) >= most - 1]
+        yield records[later]
+        held = np.delete(records, later)
+
+
+def _places(first: np.ndarray) -> np.ndarray:
+    """0, 1, 2 ... of each run of equal numbers."""
+    starts = np.flatnonzero(np.r_[True, first[1:] != first[:-1]]) if len(first) else np.empty(0, np.int64)
+    return np.arange(len(first)) - np.repeat(starts, np.diff(np.r_[starts, len(first)]))
+
+
 def _repeated(records: np.ndarray, by: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Where later ones stand, and the first one of each."""
+    """Where later ones stand, key by key in their order, and the first one of each."""
     high = np.ascontiguousarray(records["high"])
     order = np.argsort(high)
     same = high[order[1:]] == high[order[:-1]]
