@@ -219,6 +219,16 @@ def partition(engine: str, folder: Path) -> set[frozenset[tuple[int, int]]]:
     return {frozenset(cluster) for cluster in found.values()}
 
 
+def kept(engine: str, folder: Path) -> set[tuple[int, int]]:
+    """Of each cluster what an engine keeps: datatrove what its pairs happen to make the root, k2jax the first."""
+    if engine == "k2jax":
+        return {node for node, survivor in ends(folder) if node == survivor}
+    files = removed_files(folder / "datatrove" / "removed")
+    rows = {int(Path(name).stem): np.frombuffer(data, "<u4").tolist() for name, data in files.items()}
+    gone = {(rank, index) for rank, indices in rows.items() for index in indices}
+    return {node for cluster in partition("datatrove", folder) for node in cluster} - gone
+
+
 def removed_files(folder: Path) -> dict[str, bytes]:
     """What datatrove's third stage removes."""
     return {path.name: path.read_bytes() for path in folder.glob("*.remove")}
@@ -257,7 +267,10 @@ def corpus_line(engine: str, name: str, folder: Path, size: int, documents: int)
     else:
         line["removed"] = sum(map(len, removed_files(folder / "datatrove" / "removed").values())) // 4
     if engine == "k2jax":
-        line["same_clusters"] = partition("k2jax", folder) == partition("datatrove", folder)
+        clusters, ours, theirs = partition("k2jax", folder), kept("k2jax", folder), kept("datatrove", folder)
+        line["same_clusters"] = clusters == partition("datatrove", folder)
+        line["one_kept_of_each"] = all(len(one & ours) == len(one & theirs) == 1 for one in clusters)
+        line["same_kept"] = len(ours & theirs) / max(1, len(clusters))
     print(json.dumps(line), flush=True)
 
 
