@@ -1,6 +1,7 @@
 """Every kind of source gives its documents; what gives none is counted with its file and line, and loses no other."""
 
 import bz2
+import errno
 import gzip
 import io
 import itertools
@@ -360,6 +361,29 @@ def test_remote_files_are_named_below_the_pattern():
     assert texts("parquet:memory://bucket/*.parquet") == ["remote"]
     with pytest.raises(ConfigError, match="no file matches"):
         list_files("jsonl:memory://bucket/none/*.jsonl")
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_storage_that_fails_while_listing_is_asked_again(times, monkeypatch):
+    """A folder without what a failure kept back would be a loss without a word."""
+    fs, failures = fsspec.filesystem("memory"), []
+    for name in ("a.jsonl", "deep/b.jsonl", "deep/c.jsonl"):
+        fs.pipe(f"/listed/{name}", jsonl(LINES[:1]))
+    really = type(fs).ls
+
+    def ls(self, path, **options):
+        if path.endswith("deep") and len(failures) < times:
+            failures.append(path)
+            raise ConnectionResetError(errno.ECONNRESET, "reset by peer")
+        return really(self, path, **options)
+
+    monkeypatch.setattr(type(fs), "ls", ls)
+    monkeypatch.setattr(stored, "WAITS", (0, 0))
+    if times > 2:
+        with pytest.raises(StorageError, match="cannot be listed .*reset by peer"):
+            list_files("jsonl:memory://listed")
+        return
+    assert [file.name for file in list_files("jsonl:memory://listed")] == ["a.jsonl", "deep/b.jsonl", "deep/c.jsonl"]
 
 
 def test_the_dump_is_the_records_or_the_recipes_or_read_off_the_path(tmp_path):

@@ -293,6 +293,7 @@ def _(c, corpus):
 def _(c, corpus):
     path = corpus / "books/03.txt"
     path.write_text(path.read_text().replace("Book 3", "Look 3"))
+    os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 1))  # of a disk that keeps whole seconds
 
 
 @change("other blocked domains", CLEAN)

@@ -24,7 +24,7 @@ from fsspec.utils import glob_translate
 from k2jax.errors import ConfigError, RunError, StorageError
 from k2jax.prepare import python_corpus
 from k2jax.prepare.recipe import kind_of
-from k2jax.prepare.stored import Stored
+from k2jax.prepare.stored import Stored, patiently
 from k2jax.prepare.tally import shown_name
 from k2jax.text import without_secret_parameters
 
@@ -106,7 +106,7 @@ def iter_files(source: str, *, follow_links: bool = True) -> Iterator[File]:
             raise ConfigError(f"source {source!r}: expected python:code, python:docstrings or python:documents")
         for one in python_corpus.candidates(source):
             stat = os.lstat(one.path)
-            yield File(*one, stat.st_size, version=str(stat.st_mtime_ns))
+            yield File(*one, stat.st_size, version=_version({"mtime": stat.st_mtime}))
         return
     number = 0
     for number, file in enumerate(_find(source, kind, where, follow_links), 1):  # noqa: B007
@@ -156,8 +156,8 @@ def _found(source: str, kind: str, where: str, scheme: str, follow_links: bool) 
             continue
         if not scheme and not follow_links and how != ONE and _links_out(path, root):
             out.append(name)
-        version = next((str(entry[key]) for key in VERSIONS if entry.get(key)), "")
-        yield File(name, fs.unstrip_protocol(path) if scheme else path, entry["size"] or 0, version=version)
+        where = fs.unstrip_protocol(path) if scheme else path
+        yield File(name, where, entry["size"] or 0, version=_version(entry))
     if no_data:
         raise ConfigError(
             f"source {source!r}: {_some(no_data)} by name no {kind} data: take that out, or give a pattern that "
@@ -167,6 +167,12 @@ def _found(source: str, kind: str, where: str, scheme: str, follow_links: bool) 
         raise ConfigError(
             f"source {source!r}: {_some(out)} a link out of its folder: copy the data there, or set follow_links=True"
         )
+
+
+def _version(entry: dict[str, Any]) -> str:
+    """A date of a disk in whole seconds: file systems keep no more of it once a file is out of their memory."""
+    found = next((entry[key] for key in VERSIONS if entry.get(key)), "")
+    return str(int(found) if isinstance(found, float) else found)
 
 
 def _some(names: list[str]) -> str:
@@ -208,7 +214,7 @@ def _entries(where: str, *, local: bool) -> tuple[Any, str, Iterable[tuple[str, 
 def _matching(fs: Any, pattern: str, root: str, *, local: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """What fsspec's glob finds, but for folders: one by one, where its memory would be that of all."""
     if "_glob" in vars(type(fs)) or "glob" in vars(type(fs)) or not has_magic(pattern):  # a storage's own: hf, http
-        yield from fs.glob(pattern, detail=True).items()
+        yield from patiently(lambda: fs.glob(pattern, detail=True)).items()
         return
     depth = None if "**" in pattern else pattern[len(root) :].strip("/").count("/") + 1
     matches = re.compile(glob_translate(pattern)).match
@@ -237,10 +243,10 @@ def _files_below(fs: Any, root: str, depth: int | None, *, local: bool) -> Itera
 
 def _listed(fs: Any, folder: str, *, local: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     if local:
-        with os.scandir(folder) as found:
+        with patiently(lambda: os.scandir(folder)) as found:
             yield from ((entry.path, fs.info(entry)) for entry in found)
         return
-    for entry in fs.ls(folder, detail=True):
+    for entry in patiently(lambda: fs.ls(folder, detail=True)):
         if (path := entry["name"].rstrip("/")) != folder.rstrip("/"):  # a marker of the folder
             yield path, entry
 

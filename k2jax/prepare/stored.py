@@ -1,4 +1,4 @@
-"""A file as it is stored, local or remote: a read that fails is tried again, and an error names the file."""
+"""A file as it is stored, local or remote: what fails for a while is tried again, and an error names the file."""
 
 import contextlib
 import errno
@@ -97,6 +97,17 @@ class Stored(io.RawIOBase):
         )
         found.path = self.path
         return found
+
+
+def patiently(act: Callable[[], Any]) -> Any:
+    """What `act` gives; where it fails, again after a while, then what it raised."""
+    for wait in (*WAITS, None):
+        try:
+            return act()
+        except Exception as error:  # each storage has exceptions of its own
+            if wait is None or not _may_pass(error):
+                raise
+            time.sleep(wait)
 
 
 def _may_pass(error: Exception) -> bool:
