@@ -104,8 +104,12 @@ def test_a_line_stays_in_the_first_documents_that_have_it(most, priority, corpus
         assert sorted(stores[name]) == sorted(kept)
     assert sum(text.count(FOOTER) > 0 for name in order for text in stores[name]) in (most, most - 1)
     assert all(FOOTER in text for text in texts_of(out, "code")), "of one that does not ask nothing goes"
-    steps = {name: data["subsets"][name]["duplicates"]["steps"] for name in data["subsets"]}
-    assert steps["web"]["shared"]["removed"]["too short"]["documents"] == 1 and "shared" not in steps["code"]
+    counts = {name: data["subsets"][name]["duplicates"] for name in data["subsets"]}
+    steps = counts["web"]["steps"]
+    assert steps["size"]["removed"]["too short"]["documents"] == 1 and "shared" not in counts["code"]["steps"]
+    assert steps["shared"]["bytes"] == sum(len(text.encode()) for text in clean["web"])
+    assert steps["size"]["bytes"] - steps["size"]["removed"]["too short"]["bytes"] == counts["web"]["kept"]["bytes"]
+    assert counts["web"]["kept"]["bytes"] == sum(len(text.encode()) for text in stores["web"])
 
 
 def test_nothing_depends_on_parts_tasks_or_what_is_held(corpus, monkeypatch):

@@ -115,14 +115,13 @@ def _unshared(
     found: Iterator[tuple[int, Document]], remover: Remover, shortest: int, tally: Tally
 ) -> Iterator[tuple[int, Document]]:
     for index, document in found:
-        size = len(document.text.encode())
-        tally.saw("shared", size)
-        if (text := remover(index, document.text)) != document.text:
-            data = text.encode()
-            if reason := size_problem(len(data), shortest, 0):
-                tally.removed("shared", reason, size)
-                continue
-            document.text, document.id = text, hashlib.sha256(data).hexdigest()
+        tally.saw("shared", len(document.text.encode()))
+        data = remover(index, document.text).encode()
+        tally.saw("size", len(data))
+        if reason := size_problem(len(data), shortest, 0):
+            tally.removed("size", reason, len(data))
+            continue
+        document.text, document.id = data.decode(), hashlib.sha256(data).hexdigest()
         yield index, document
 
 
