@@ -173,7 +173,8 @@ def test_each_file_is_read_once_and_tasks_have_neighbours_of_one_order(tmp_path,
     config.subsets.a = recipe.subset(f"text:{tmp_path}/in", tasks=tasks)
     found = shares(config, tmp_path / "out", "a")
     assert len(found) == tasks
-    assert [file for one in found for file in one] == in_order(list_files(f"text:{tmp_path}/in"), config.seed)
+    expected = in_order(list_files(f"text:{tmp_path}/in"), config.seed)
+    assert [file[:3] for one in found for file in one] == [file[:3] for file in expected]
     assert tasks > 12 or max(map(len, found)) - min(map(len, found)) <= 1
 
 

@@ -34,6 +34,7 @@ def worker(suite, section: str, capsys: pytest.CaptureFixture) -> tuple[bool, li
     return not ended.value.code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.processes
 def test_every_section_runs_and_its_figures_are_in_the_table_and_the_json(tmp_path: Path):
     out = tmp_path / "suite.json"
     command = [sys.executable, str(BENCH / "gpu_suite.py"), "--smoke", f"--out={out}"]

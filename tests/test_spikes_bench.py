@@ -20,6 +20,7 @@ def bench():
         yield spikes
 
 
+@pytest.mark.processes
 def test_what_is_planted_is_found_and_a_nan_costs_one_step(bench, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["spikes.py", "--quick"])
     bench.main()
