@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from k2jax.prepare.card.html import page
 from k2jax.prepare.card.markdown import markdown
 from k2jax.prepare.card.tables import tables_of
 from k2jax.prepare.card.text import for_html, for_markdown, lines_of, num_bytes, power_of_two, share, shown
+from k2jax.prepare.dedup.index import clean_documents
 from k2jax.prepare.documents import document, write_documents
 from k2jax.prepare.tally import Tally, combine
 
@@ -157,6 +159,9 @@ def prepare(out: Path) -> dict:
     find_duplicates([clean(rank, task, stages) for rank, task in enumerate(tasks)], subsets, stages)
     for rank in range(len(tasks)):
         kept.keep(rank, kept=dealt(stages), seed=1)
+    documents = clean_documents(config, stages / "clean")
+    for group in reversed(range(documents.groups(card_documents.TOGETHER))):
+        card_documents.gather(group, stages=stages, clean=documents)
     first, last = tallies(config, stages / "clean/tally"), tallies(config, stages / "kept")
     names = {"books": "books", "code": "code", "web": "web", "web-x3": "web", "web-x8": "web"}
     stores = {
@@ -174,6 +179,14 @@ def prepare(out: Path) -> dict:
         "stores": stores,
         "subsets": {name: {"clean": first[name], "duplicates": last[name]} for name in first},
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[None]:
+    """Several, of two tasks each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card_documents, "TOGETHER", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

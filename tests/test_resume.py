@@ -28,7 +28,7 @@ BOOKS = [f"Book {i}.\n{words(i, 40 + 5 * i)}" for i in range(12)] + [page.replac
 CODE = [f"def f{i}():\n    return {words(100 + i, 30)!r}\n" for i in range(10)]
 TOKENS = {"tokens", "shards", "stores"}
 KEPT = {"kept", "tokenizer", *TOKENS}
-CLEAN = {"clean", "deduplicate", "shared", *KEPT}
+CLEAN = {"clean", "deduplicate", "shared", "card", *KEPT}
 LIMITS = {"files", *CLEAN}  # there are tasks of dealing out only where limits are to be found
 
 
@@ -435,7 +435,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(old, corpus, tmp_p
     c = recipe_of(corpus)
     assert dry_run.look(c, tmp_path / "none/out") == [
         *(f"stage {stage}: to do" for stage in (
-            "files", "clean", "deduplicate", "shared", "kept", "tokenizer", "tokens", "shards", "stores"
+            "files", "clean", "deduplicate", "shared", "kept", "tokenizer", "tokens", "shards", "stores",
+            "card",
         )),
         "data.json and card: to be written",
     ]  # fmt: skip
@@ -445,8 +446,9 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(old, corpus, tmp_p
     c.subsets.web.nfc, c.validation_fraction = True, 0.5
     found = dry_run.look(c, old)
     assert found[1] == "stage clean: again for web (subsets.web.nfc was false, is true); 3 tasks stay done"
-    assert found[-2:] == [
+    assert found[-3:] == [
         "stage stores: again (validation_fraction was 0.2, is 0.5; follows shards)",
+        "stage card: again (follows deduplicate)",
         "data.json and card: to be written (subsets.web.nfc was false, is true; validation_fraction was 0.2, is 0.5)",
     ]
     assert whole == {str(path): path.stat().st_mtime_ns for path in old.rglob("*")}

@@ -40,12 +40,13 @@ from k2jax.prepare import (
     unreadable,
 )
 from k2jax.prepare.card import card
+from k2jax.prepare.card import documents as card_documents
 from k2jax.prepare.chat import mask
 from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.cores import cores
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.dedup import shared as sharing
-from k2jax.prepare.dedup.index import clean_documents
+from k2jax.prepare.dedup.index import TOGETHER, clean_documents
 from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.listing import Listing
 from k2jax.prepare.made import Made
@@ -182,6 +183,8 @@ def _what_stays(config: ConfigDict, stages: Path, work: Work) -> kept.Kept:
     for stage in duplicates.stages(dedup, stages / "clean", stages / "duplicates"):
         work.run(stage, "deduplicate")
     cleaned, documents = kept.cleaned(keeping, stages), clean_documents(dedup, stages / "clean")
+    gather = partial(card_documents.gather, stages=stages, clean=documents)
+    work.run(Stage("card", documents.groups(TOGETHER), gather))
     shared = sharing.shared_of(reads.view(config, reads.SHARING), stages, documents, cleaned)
     for stage in sharing.stages(shared) if shared else ():
         work.run(stage)

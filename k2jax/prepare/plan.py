@@ -2,6 +2,7 @@
 
     template -> files, contamination -> clean -> deduplicate -> shared -> kept -> tokenizer
     tokenizer -> tokens, token-sources -> shards -> stores
+    deduplicate -> card
 
 `files`, `clean` and `tokens` have a part for each subset. A tokenizer that is given follows nothing.
 """
@@ -116,6 +117,7 @@ def units(config: ConfigDict, known: Facts) -> dict[str, Unit]:
     found |= tokens
     found["shards"] = Unit({}, ("tokenizer", *tokens))
     found["stores"] = Unit(reads.values(config, reads.JOINING), ("shards",))
+    found["card"] = Unit({}, ("deduplicate",), outputs=("stages/card",))
     return found
 
 

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 
 from k2jax.files import read_json, write_json, write_text
 from k2jax.prepare import recipe
-from k2jax.prepare.card.documents import copies_of, samples_of
+from k2jax.prepare.card.documents import documents_of
 from k2jax.prepare.card.html import page
 from k2jax.prepare.card.markdown import markdown
 from k2jax.prepare.card.pii_figures import FIGURES
+from k2jax.prepare.dedup.index import clean_documents
 from k2jax.prepare.tally import combine
 
 FORMAT = 1
@@ -56,7 +57,7 @@ def _write(out: Path, card: dict[str, Any]) -> None:
 
 
 def make_card(stages: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """What the card says, from the folder of the stages and what data.json will hold."""
+    """What the card says, from the folder of the stages (documents.gather's, too) and what data.json will hold."""
     config = json.loads(json.dumps(data["config"]))
     duplicates = _read(stages / "duplicates" / "summary.json") or {
         "removed": {},
@@ -64,7 +65,7 @@ def make_card(stages: Path, data: dict[str, Any]) -> dict[str, Any]:
         "cluster_sizes": {},
     }
     subsets = {name: _subset(name, tallies, data) for name, tallies in sorted(data["subsets"].items())}
-    copies = copies_of(stages, config)
+    copies, samples = documents_of(stages, clean_documents(ConfigDict(config), stages / "clean"))
     return {
         "format": FORMAT,
         "version": data["version"],
@@ -79,7 +80,7 @@ def make_card(stages: Path, data: dict[str, Any]) -> dict[str, Any]:
         "duplicates": {**duplicates, **copies},
         "contamination": _contamination(stages, config),
         "personal": _personal(data["subsets"], config),
-        "samples": samples_of(stages, config),
+        "samples": samples,
         "inconsistencies": _inconsistencies(subsets, duplicates["removed"]),
     }
 

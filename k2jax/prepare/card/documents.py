@@ -1,19 +1,24 @@
-"""What the data card shows of single documents: samples kept and removed, and where copies stood."""
+"""What the data card shows of single documents: samples kept and removed, and where copies stood.
+
+    card  what of them is shown, and counts   one task for TOGETHER of the clean documents
+"""
 
 import heapq
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datatrove.data import Document
-from ml_collections import ConfigDict
 
-from k2jax.prepare import recipe
+from k2jax.files import write_json
 from k2jax.prepare.chat.pairs import HALVES
+from k2jax.prepare.dedup.index import TOGETHER, Clean
 from k2jax.prepare.documents import read_documents
 
 TEXT_CHARACTERS = 400  # of a sample
@@ -21,75 +26,120 @@ SAMPLES = 3  # of a subset's documents that stay, and for each of its steps and 
 PAIRS = 2  # of duplicates, for each pair of subsets
 SEARCHED = 2000  # documents of a task that are looked through for a pair
 CLUSTERS = 10  # the largest
+Shown = dict[str, Any]  # a document as the card has it, its text cut
 
 
-def copies_of(stages: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Where copies stood, how many documents that stay had how many, and the largest clusters."""
-    copies_in: Counter[str] = Counter()
-    by_copies: dict[str, Counter[int]] = defaultdict(Counter)
-    largest: list[tuple[int, str, dict]] = []
-    for rank, task in enumerate(recipe.tasks(ConfigDict(config))):
-        counts = by_copies[task.subset]
-        index = stages / "clean" / "index" / f"{rank:05d}.parquet"
-        counts[1] += pq.read_metadata(index).num_rows if index.exists() else 0
-        for batch in _duplicates(stages, rank):
-            counts[1] -= len(batch)
-            stay = pa.Table.from_batches([batch.filter(pc.is_null(batch["reason"]))])
-            for found in pc.value_counts(stay["copies"]).to_pylist():
-                counts[found["values"]] += found["counts"]
-            for entry in pc.list_flatten(stay["by"]).to_pylist():
-                copies_in[entry["name"]] += entry["count"]
-            for row in stay.sort_by([("copies", "descending")]).slice(0, CLUSTERS).to_pylist():
-                shown = {
-                    "subset": task.subset,
-                    "copies": row["copies"],
-                    "sources": (row["sources"] or [])[:5],
-                }
-                largest.append((row["copies"], task.subset, shown))
-        largest = heapq.nlargest(CLUSTERS, largest, key=lambda item: item[:2])
-    return {
-        "copies_in": dict(sorted(copies_in.items())),
-        "documents_by_copies": {
-            name: {str(copies): n for copies, n in sorted(counts.items()) if n}
-            for name, counts in sorted(by_copies.items())
-        },
-        "largest": [shown for *_, shown in largest],
-    }
-
-
-def samples_of(stages: Path, config: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Documents to look at, their texts cut, chosen by their ids so that they are the same every time."""
-    tasks = recipe.tasks(ConfigDict(config))
-    kept: dict[str, list] = defaultdict(list)
-    removed: dict[tuple, list] = defaultdict(list)
-    for rank, task in enumerate(tasks):
-        if len(kept[task.subset]) < SAMPLES:
-            gone = {row["index"] for row in _first_duplicates(stages, rank) if row["reason"]}
-            stay = (one for index, one in _first(stages, "documents", rank, SEARCHED) if index not in gone)
-            kept[task.subset] = _fewest(kept[task.subset], stay)
+def gather(group: int, *, stages: Path, clean: Clean) -> None:
+    """A task: what the card shows of TOGETHER tasks of the clean documents, in card/<group>.json."""
+    removed: dict[tuple[str, ...], list[Shown]] = defaultdict(list)
+    copies, pairs = _Copies(Counter(), defaultdict(Counter), []), defaultdict(list)
+    for rank in clean.ranks(group, TOGETHER):
+        subset = _subset_of(clean, rank)
+        _add_copies(copies, stages, rank, subset)
         for _, one in _first(stages, "removed", rank, None):
-            key = (task.subset, str(one.metadata.get("step", "")), str(one.metadata.get("reason", "")))
-            removed[key] = _fewest(removed[key], [one])
-    return {
-        "kept": [_shown(one, subset=subset) for subset, found in sorted(kept.items()) for one in found],
-        "removed": [
-            _shown(one, subset=subset, step=step, reason=reason)
-            for (subset, step, reason), found in sorted(removed.items())
-            for one in found
-        ],
-        "duplicates": list(_pairs(stages, [task.subset for task in tasks])),
+            where = [subset, *(str(one.metadata.get(key, "")) for key in ("step", "reason"))]
+            shown = _shown(one, **dict(zip(("subset", "step", "reason"), where, strict=True)))
+            removed[tuple(where)] = _fewest(removed[tuple(where)], [shown])
+        for row in _first_duplicates(stages, rank):
+            if row["reason"] and row["survivor_index"] < SEARCHED:
+                where = row["reason"], subset, _subset_of(clean, row["survivor_rank"])
+                _add_pair(pairs[where], [rank, row["index"]], [row["survivor_rank"], row["survivor_index"]])
+    by_copies = {name: sorted(counts.items()) for name, counts in copies.by_copies.items()}
+    found = {"copies_in": copies.copies_in, "by_copies": by_copies, "largest": copies.largest}
+    found |= {"removed": sorted(removed.items()), "pairs": sorted(pairs.items())}
+    write_json(stages / "card" / f"{group:05d}.json", found)
+
+
+def documents_of(stages: Path, clean: Clean) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """What all tasks gathered: where copies stood, how many documents that stay had how many, and the largest clusters;
+    and documents to look at, their texts cut, chosen by their ids so that they are the same every time."""
+    removed: dict[tuple[str, ...], list[Shown]] = defaultdict(list)
+    copies, pairs = _Copies(Counter(), defaultdict(Counter), []), defaultdict(list)
+    for group in range(clean.groups(TOGETHER)):
+        part = json.loads((stages / "card" / f"{group:05d}.json").read_bytes())
+        copies.copies_in.update(part["copies_in"])
+        for name, counts in part["by_copies"].items():
+            copies.by_copies[name].update(dict(counts))
+        copies.largest[:] = _largest(copies.largest + part["largest"])
+        for where, found in part["removed"]:
+            removed[tuple(where)] = _fewest(removed[tuple(where)], found)
+        for where, found in part["pairs"]:
+            for gone, stays in found:
+                _add_pair(pairs[tuple(where)], gone, stays)
+    by_copies = {
+        name: {str(number): n for number, n in sorted(counts.items()) if n}
+        for name, counts in sorted(copies.by_copies.items())
     }
+    samples = {
+        "kept": list(_kept(stages, clean)),
+        "removed": [one for _, found in sorted(removed.items()) for one in found],
+        "duplicates": list(_texts_of(stages, pairs)),
+    }
+    largest = [shown for *_, shown in copies.largest]
+    copied = {"copies_in": dict(sorted(copies.copies_in.items())), "documents_by_copies": by_copies, "largest": largest}
+    return copied, samples
 
 
-def _fewest(found: list[Document], more: Iterable[Document]) -> list[Document]:
+class _Copies(NamedTuple):
+    """Documents by "subset[/dump]"; by subset those that stay, by their copies; [copies, subset, what is shown]."""
+
+    copies_in: Counter[str]
+    by_copies: dict[str, Counter[int]]
+    largest: list[list[Any]]
+
+
+def _add_copies(copies: _Copies, stages: Path, rank: int, subset: str) -> None:
+    counts, index = copies.by_copies[subset], stages / "clean" / "index" / f"{rank:05d}.parquet"
+    counts[1] += pq.read_metadata(index).num_rows if index.exists() else 0
+    for batch in _duplicates(stages, rank):
+        counts[1] -= len(batch)
+        stay = pa.Table.from_batches([batch.filter(pc.is_null(batch["reason"]))])
+        for found in pc.value_counts(stay["copies"]).to_pylist():
+            counts[found["values"]] += found["counts"]
+        for entry in pc.list_flatten(stay["by"]).to_pylist():
+            copies.copies_in[entry["name"]] += entry["count"]
+        largest = stay.sort_by([("copies", "descending")]).slice(0, CLUSTERS).to_pylist()
+        for row in largest:
+            shown = {"subset": subset, "copies": row["copies"], "sources": (row["sources"] or [])[:5]}
+            copies.largest.append([row["copies"], subset, shown])
+    copies.largest[:] = _largest(copies.largest)
+
+
+def _largest(found: list[list[Any]]) -> list[list[Any]]:
+    return heapq.nlargest(CLUSTERS, found, key=lambda one: one[:2])
+
+
+def _add_pair(found: list, gone: list[int], stays: list[int]) -> None:
+    """PAIRS for each reason and pair of subsets, of different ones that stay."""
+    if len(found) < PAIRS and all(stays != other for _, other in found):
+        found.append([gone, stays])
+
+
+def _subset_of(clean: Clean, rank: int) -> str:
+    return clean.subsets[clean.subsets_of(rank)].name
+
+
+def _kept(stages: Path, clean: Clean) -> Iterator[Shown]:
+    """Of each subset, out of the first of its tasks that have some."""
+    for subset in clean.subsets:
+        found: list[Shown] = []
+        for rank in range(subset.first, subset.first + subset.tasks):
+            if len(found) < SAMPLES:
+                gone = {row["index"] for row in _first_duplicates(stages, rank) if row["reason"]}
+                stay = (one for index, one in _first(stages, "documents", rank, SEARCHED) if index not in gone)
+                found = _fewest(found, (_shown(one, subset=subset.name) for one in stay))
+        yield from found
+
+
+def _fewest(found: list[Shown], more: Iterable[Shown]) -> list[Shown]:
     """The SAMPLES documents of the smallest ids, each text once: a fair choice, the same every time."""
     for one in more:
-        if all(one.id != other.id for other in found):
-            found = sorted([*found, one], key=lambda one: one.id)[:SAMPLES]
+        if all(one["id"] != other["id"] for other in found):
+            found = sorted([*found, one], key=itemgetter("id"))[:SAMPLES]
     return found
 
 
-def _shown(one: Document, **where: str) -> dict[str, Any]:
+def _shown(one: Document, **where: str) -> Shown:
     source = str(one.metadata.get("source", ""))[:TEXT_CHARACTERS]
     return {
         **where,
@@ -108,17 +158,9 @@ def _cut(one: Document) -> str:
     return "\n".join(f"{name}: {half[: TEXT_CHARACTERS // len(HALVES)]}" for name, half in halves)
 
 
-def _pairs(stages: Path, subsets: list[str]) -> Iterator[dict[str, Any]]:
-    """Removed documents beside the ones that stayed for them: PAIRS for each reason and pair of subsets."""
-    wanted: dict[tuple, list] = defaultdict(list)
-    for rank in range(len(subsets)):
-        for row in _first_duplicates(stages, rank):
-            if row["reason"] and row["survivor_index"] < SEARCHED:
-                found = wanted[row["reason"], subsets[rank], subsets[row["survivor_rank"]]]
-                survivor = row["survivor_rank"], row["survivor_index"]
-                if len(found) < PAIRS and all(survivor != other for _, other in found):
-                    found.append(((rank, row["index"]), survivor))
-    places = {place for found in wanted.values() for pair in found for place in pair}
+def _texts_of(stages: Path, wanted: dict[tuple[str, ...], list]) -> Iterator[dict[str, Any]]:
+    """Removed documents beside the ones that stayed for them."""
+    places = {tuple(place) for found in wanted.values() for pair in found for place in pair}
     texts = {}
     for rank in sorted({rank for rank, _ in places}):
         for index, one in _first(
@@ -127,7 +169,7 @@ def _pairs(stages: Path, subsets: list[str]) -> Iterator[dict[str, Any]]:
             if (rank, index) in places:
                 texts[rank, index] = one
     for (reason, own, other), found in sorted(wanted.items()):
-        for gone, stays in found:
+        for gone, stays in (map(tuple, pair) for pair in found):
             if gone in texts and stays in texts:
                 pair = {
                     "removed": _shown(texts[gone], subset=own),
