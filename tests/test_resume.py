@@ -359,6 +359,22 @@ def test_a_stage_is_done_again_where_a_person_asks_for_it(old, corpus, begun, ca
         build.build(config, without_stages(old), workers=1, redo=["kept"])
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("stage", "again"),
+    [
+        ("files/web", LIMITS), ("files", LIMITS), ("clean/books", CLEAN), ("deduplicate", CLEAN - {"clean"}),
+        ("shared", {"shared", *KEPT}), ("tokenizer", {"tokenizer", *TOKENS}), ("shards", {"shards", "stores"}),
+        ("stores", {"stores"}), ("card", {"card"}),
+    ],
+)  # fmt: skip
+def test_whatever_is_done_again_gives_the_same(stage, again, old, corpus, begun):
+    before = marks(old)
+    build.build(recipe_of(corpus).lock(), old, workers=1, keep_stages=True, redo=[stage])
+    assert set(done_again(before, marks(old))) == again
+    assert not [path for path in different_files(old, begun) if not path.startswith("stages/")]
+
+
 def test_of_a_changed_subset_alone_the_ranks_are_done_again_and_all_is_said_first(old, corpus, tmp_path, capsys):
     c = recipe_of(corpus)
     c.subsets.books.max_document_bytes = 450

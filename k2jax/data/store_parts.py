@@ -76,7 +76,8 @@ class PartsWriter(StoreWriter):
             if part["max"] >= self._info["vocab_size"]:
                 raise StorageError(
                     f"store {self.path}: token id {part['max']} is outside the vocabulary of "
-                    f"{self._info['vocab_size']}: a file between stages is damaged: prepare again with --redo=tokens"
+                    f"{self._info['vocab_size']}: a file between stages is damaged: prepare again with "
+                    "--redo=tokens (of what came as tokens: --redo=token-sources)"
                 )
         self._info["max_token_id"] = max([self._info["eos_id"], *(part["max"] for part in parts["tokens"])])
         if self._mask:

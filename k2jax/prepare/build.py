@@ -137,7 +137,6 @@ def _make(
     for stage in clean.stages(config, out):
         work.run(stage)
     dealt = _what_stays(config, stages, work)
-    _check_not_empty(config, stages)
 
     if not config.tokenizer:
         learning = reads.view(config, reads.LEARNING).to_dict()
@@ -182,7 +181,8 @@ def _what_stays(config: ConfigDict, stages: Path, work: Work) -> kept.Kept:
     dedup, keeping = reads.view(config, reads.DEDUPLICATION), reads.view(config, reads.KEEPING)
     for stage in duplicates.stages(dedup, stages / "clean", stages / "duplicates"):
         work.run(stage, "deduplicate")
-    cleaned, documents = kept.cleaned(keeping, stages), clean_documents(dedup, stages / "clean")
+    tallies, documents = _tallies(config, stages / "clean" / "tally"), clean_documents(dedup, stages / "clean")
+    cleaned = {name: counts["kept"] for name, counts in tallies.items()}
     gather = partial(card_documents.gather, stages=stages, clean=documents)
     work.run(Stage("card", documents.groups(TOGETHER), gather))
     shared = sharing.shared_of(reads.view(config, reads.SHARING), stages, documents, cleaned)
@@ -193,6 +193,7 @@ def _what_stays(config: ConfigDict, stages: Path, work: Work) -> kept.Kept:
     work.run(Stage("kept", dealt.num_tasks, keep))
     for stage in dealt.shuffle.stages("kept"):
         work.run(stage)
+    _check_not_empty(config, stages, tallies)
     return dealt
 
 
@@ -231,9 +232,8 @@ def _tallies(config: ConfigDict, folder: Path) -> dict[str, dict[str, Any]]:
     return {name: tally.combine(found) for name, found in parts.items()}
 
 
-def _check_not_empty(config: ConfigDict, stages: Path) -> None:
+def _check_not_empty(config: ConfigDict, stages: Path, read_and_cleaned: dict[str, dict[str, Any]]) -> None:
     """A subset of which nothing stays is a mistake, and ends before the long stages."""
-    read_and_cleaned = _tallies(config, stages / "clean" / "tally")
     for name, counts in _tallies(config, stages / "kept").items():
         if not counts["kept"]["documents"]:
             why = ", ".join(f"{count:,} {reason}" for reason, count in left_out(read_and_cleaned[name], counts).items())

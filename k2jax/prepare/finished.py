@@ -76,8 +76,8 @@ def _settled(config: ConfigDict, data: dict[str, Any]) -> ConfigDict:
 def _as_now(config: dict[str, Any]) -> dict[str, Any]:
     """A recipe as today's code would have written it down, with the keys that there were not."""
     usual = recipe.base()
-    whole = {"eos": "", "chat": usual.chat.to_dict(), "part_bytes": usual.part_bytes, **config}
-    whole = {"shared": usual.shared.to_dict(), **whole}
+    whole = {"eos": "", "chat": usual.chat.to_dict(), "part_bytes": usual.part_bytes}
+    whole |= {"shared": usual.shared.to_dict(), **config}
     later = {"conversations": {}, "dumps": [], "follow_links": False, "max_unreadable": 0, "priority": 0}
     later |= {"pii_regions": ["US"], "text": "", "field_keys": [], "encoding": "", "language_thresholds": []}
     later |= {"drop_repeated": [], "quality_model": "", "quality_label": "", "quality_threshold": None}

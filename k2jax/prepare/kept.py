@@ -9,7 +9,6 @@ import bisect
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -20,7 +19,6 @@ from datatrove.data import Document
 from ml_collections import ConfigDict
 
 from k2jax.files import write_json
-from k2jax.prepare import recipe
 from k2jax.prepare.dedup.shared import Remover, Shared
 from k2jax.prepare.dedup.survivors import survivors
 from k2jax.prepare.documents import to_line
@@ -66,18 +64,9 @@ class Kept(NamedTuple):
         return self.subsets[bisect.bisect_right(self.subsets, rank, key=attrgetter("first_rank")) - 1]
 
 
-def cleaned(config: ConfigDict, stages: Path) -> dict[str, Counter[str]]:
-    """Clean documents and bytes of each subset of text."""
-    found: dict[str, Counter[str]] = {}
-    for rank, task in enumerate(recipe.tasks(config)):
-        counts = json.loads((stages / "clean" / "tally" / f"{rank:05d}.json").read_bytes())
-        found.setdefault(task.subset, Counter()).update(counts["kept"])
-    return found
-
-
-def deal(config: ConfigDict, stages: Path, found: dict[str, Counter[str]]) -> Kept:
-    """What stays, of what is clean, and as many tasks of tokenizing for a subset as its text needs, whatever the
-    workers.
+def deal(config: ConfigDict, stages: Path, found: dict[str, dict[str, int]]) -> Kept:
+    """What stays, of the clean documents and bytes of each subset, and as many tasks of tokenizing for a subset as its
+    text needs, whatever the workers.
 
     Text that stays is told from the documents that do; not by more than LONG, lest those that stay are the long ones.
     """

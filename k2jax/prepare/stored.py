@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -100,13 +101,15 @@ class Stored(io.RawIOBase):
 
 
 def patiently(act: Callable[[], Any]) -> Any:
-    """What `act` gives; where it fails, again after a while, then what it raised."""
+    """What `act` gives; where it fails, again after a while, of which a line tells, then what it raised."""
     for wait in (*WAITS, None):
         try:
             return act()
         except Exception as error:  # each storage has exceptions of its own
             if wait is None or not _may_pass(error):
                 raise
+            again = f"a listing failed ({type(error).__name__}): tried again in {wait} s"
+            print(again, file=sys.stderr, flush=True)
             time.sleep(wait)
 
 

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -254,13 +253,12 @@ def write_pages(folder: Path, num_bytes: int, source: Iterator[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes text and pages, prepares them, and prints what each stage took."""
-    folder = Path(args.out)
-    source = texts()
-    if not (folder / "pages").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    """Makes text and pages in a folder that is not there yet, prepares them, and prints what each stage took."""
+    folder, source = Path(args.out), texts()
+    if not (folder / "made").exists():
         write_corpus(folder / "corpus", int(args.gigabytes * 1e9), source)
         write_pages(folder / "pages", int(args.html_gigabytes * 1e9), source)
+        write_text(folder / "made", "whole")
     c = recipe.base()
     c.vocab_size, c.tokenizer_bytes = 32_018, 20_000_000
     c.subsets.corpus = recipe.subset(f"jsonl:{folder}/corpus/*.jsonl", tasks=TEXT_TASKS)

@@ -4,7 +4,6 @@
 """
 
 import heapq
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
@@ -18,7 +17,7 @@ from datatrove.data import Document
 
 from k2jax.files import write_json
 from k2jax.prepare.chat.pairs import HALVES
-from k2jax.prepare.dedup.index import TOGETHER, Clean
+from k2jax.prepare.dedup.index import TOGETHER, Clean, read_part
 from k2jax.prepare.documents import read_documents
 
 TEXT_CHARACTERS = 400  # of a sample
@@ -56,7 +55,7 @@ def documents_of(stages: Path, clean: Clean) -> tuple[dict[str, Any], dict[str, 
     removed: dict[tuple[str, ...], list[Shown]] = defaultdict(list)
     copies, pairs = _Copies(Counter(), defaultdict(Counter), []), defaultdict(list)
     for group in range(clean.groups(TOGETHER)):
-        part = json.loads((stages / "card" / f"{group:05d}.json").read_bytes())
+        part = read_part(stages / "card" / f"{group:05d}.json")
         copies.copies_in.update(part["copies_in"])
         for name, counts in part["by_copies"].items():
             copies.by_copies[name].update(dict(counts))

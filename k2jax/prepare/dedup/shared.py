@@ -10,7 +10,6 @@ among the documents that no other duplicates, in the order in which of two of th
 """
 
 import functools
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +61,7 @@ class Shared(NamedTuple):
 
 
 def shared_of(
-    config: ConfigDict, stages: Path, clean: Clean, cleaned: dict[str, Counter[str]]
+    config: ConfigDict, stages: Path, clean: Clean, cleaned: dict[str, dict[str, int]]
 ) -> Shared | None:
     """Of a recipe (reads.SHARING), None where no subset asks for it; `cleaned` has the "bytes" of each subset."""
     by = {name: chosen.drop_shared for name, chosen in config.subsets.items() if chosen.drop_shared and name in cleaned}
