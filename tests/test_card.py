@@ -410,9 +410,11 @@ def test_any_text_comes_back_as_it_is_shown(text):
     assert not re.search(r"(?<!\\)(?:\\\\)*(?:[`<*_\[\]|#~&:@$]|www\.)", for_markdown(text))
 
 
-def test_the_same_bytes_every_time(out, data, card, tmp_path):
-    """Also for another folder, and for data that went through a file."""
+@pytest.mark.parametrize("together", [1, 16])
+def test_the_same_bytes_every_time(together, out, data, card, tmp_path, monkeypatch):
+    """Also for another folder, for data that went through a file, and however many tasks one task looks after."""
     before = {path.name: path.read_bytes() for path in (out / "card").iterdir()}
+    monkeypatch.setattr(card_documents, "TOGETHER", together)
     again = prepare(tmp_path)
     write_card(tmp_path, json.loads(json.dumps(again)))
     assert {path.name: path.read_bytes() for path in (tmp_path / "card").iterdir()} == before
