@@ -214,22 +214,29 @@ def partitions() -> None:
 def texts() -> Iterator[str]:
     """Without end: of words as frequent as a language's, of which a tenth are exact copies and a tenth nearly so."""
     draw = np.random.default_rng(0)
-    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
-    words = np.array(["".join(draw.choice(letters, 2 + n % 9)) for n in range(60_000)])
-    shares = np.cumsum(1 / np.arange(1, len(words) + 1))
+    letters = np.frombuffer(b"etaoinshrdlucmfwypvbgkjqxz", np.uint8)
+    spelled = np.zeros((60_000, 11), np.uint8)  # each with a space after it, then zeros
+    for n, word in enumerate(spelled):
+        word[: 2 + n % 9] = draw.choice(letters, 2 + n % 9)
+        word[2 + n % 9] = ord(" ")
+    shares = np.cumsum(1 / np.arange(1, len(spelled) + 1))
+    by_share = np.searchsorted(shares, (np.arange(2**22) + 0.5) / 2**22 * shares[-1])
     found: list[str] = []
     while True:
-        copy = draw.random() < 0.2 and found
-        if copy:
-            text = found[draw.integers(len(found))]
-            half = len(text) // 2
-            yield text if draw.random() < 0.5 else f"{text[:half]} other {text[half:]}"
-            continue
-        places = np.searchsorted(shares, draw.random(draw.integers(50, 900)) * shares[-1])
-        text = " ".join(words[places])
-        if len(found) < 100_000:
-            found.append(text)
-        yield text
+        counts = draw.integers(50, 900, 1000)  # words of each text
+        used = spelled[by_share[draw.integers(len(by_share), size=counts.sum())]]
+        ends = np.cumsum((used > 0).sum(axis=1))[np.cumsum(counts) - 1]
+        together = used[used > 0].tobytes().decode()
+        for start, end in itertools.pairwise((0, *ends)):
+            text = together[start : end - 1]
+            if draw.random() < 0.2 and found:
+                text = found[draw.integers(len(found))]
+                half = len(text) // 2
+                yield text if draw.random() < 0.5 else f"{text[:half]} other {text[half:]}"
+                continue
+            if len(found) < 100_000:
+                found.append(text)
+            yield text
 
 
 def write_corpus(folder: Path, num_bytes: int, source: Iterator[str]) -> None:
