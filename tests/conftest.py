@@ -28,6 +28,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        "--xla_cpu_parallel_codegen_split_count=1",  # in parts, a tenth more: each core has a worker
         # Where the machine is busy, a virtual device may be late; XLA's 40 s end the process by SIGABRT.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]

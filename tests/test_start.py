@@ -55,7 +55,8 @@ def test_few_programs_are_compiled_before_the_first_step(tiny_config, tmp_path, 
     assert 2 <= before[0] <= PROGRAMS, compiled[: before[0]]
 
 
-def test_the_first_state_has_the_bits_that_the_usual_optimisation_gives(tiny_config):
+def test_the_first_state_has_the_bits_that_the_usual_optimisation_gives(tiny_config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # read long ago by XLA itself; the tests' would be kept
     config = tiny_config()
     mesh = mesh_of(config)
     with jax.set_mesh(mesh):

@@ -4,6 +4,8 @@ An experiment's own (`compiler.tpu`, `compiler.gpu`) come after them. tests/test
 compiler, which refuses an option that it does not know.
 """
 
+import os
+
 # Tried in libtpu 0.0.42 by tools/plan.py on K2-65B, v5p:8x8x8, stage one: 15.3 s a step without any of this, 10.5 s
 # with them and the weights' gathers written out (fsdp.py).
 _TPU = {
@@ -32,5 +34,11 @@ BY_KIND: dict[str, dict[str, str]] = {
 
 
 def of_kind(kind: str) -> dict[str, str]:
-    """Of JAX's `device_kind`; nothing for one that is not in the table: XLA's own defaults."""
-    return BY_KIND.get({"TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}.get(kind, kind), {})
+    """Of JAX's `device_kind`; nothing for one that is not in the table: XLA's own defaults.
+
+    On a CPU the environment is the user's way to them, as for what else XLA compiles there: what it sets is left out.
+    """
+    found = BY_KIND.get({"TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}.get(kind, kind), {})
+    if kind == "cpu":
+        found = {name: text for name, text in found.items() if f"--{name}=" not in os.environ.get("XLA_FLAGS", "")}
+    return found

@@ -1,6 +1,5 @@
 """The compiled step of each stage, and the steps of a run as they are fed to it."""
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -92,8 +91,6 @@ def compile_lowered(lowered: Any, config: ConfigDict, tuning: Tuning | None = No
     """
     platform, compiler = sharding.platform(), config.compiler
     pairs = dict(xla_options.of_kind(sharding.device_kind()) if compiler.defaults else {})
-    if platform == "cpu":  # where the environment is the user's way to them, as for what else XLA compiles there
-        pairs = {name: text for name, text in pairs.items() if f"--{name}=" not in os.environ.get("XLA_FLAGS", "")}
     chosen = dict(option.split("=", 1) for option in {"tpu": compiler.tpu, "gpu": compiler.gpu}.get(platform, ()))
     pairs |= chosen
     if platform == "gpu":  # whose compiler takes no text for a bool or a number

@@ -140,13 +140,15 @@ def summed_gradients(
         grads, sums = gradient(total[0], *rows)
         return (jax.tree.map(jnp.add, total[0], grads), total[1].plus(sums)), None
 
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)
+
     first = [array[0] for array in batch]
-    shapes = jax.eval_shape(gradient, arrays, *first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     if batch[0].shape[0] == 1:
-        grads, sums = gradient(zeros[0], *first)
+        grads, sums = gradient(zeros(arrays), *first)
     else:
-        grads, sums = jax.lax.scan(add, zeros, batch)[0]
+        _, sums = jax.eval_shape(loss, arrays, *first)
+        grads, sums = jax.lax.scan(add, (zeros(arrays), zeros(sums)), batch)[0]
     return together(grads), sums
 
 
