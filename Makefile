@@ -16,7 +16,7 @@ TEST_EXTRAS := report,release,$(if $(filter 0,$(PARITY)),test,test,parity,eval,r
 BASE_DONE := $(VENV)/.installed
 TEST_DONE := $(VENV)/.installed-$(if $(filter 0,$(PARITY)),test,test-parity)
 
-.PHONY: train release test test-browser test-compilers test-processes test-seqio test-slow plan-65b lint lock clean
+.PHONY: train release test test-browser test-compilers test-processes test-seqio test-slow test-thorough plan-65b lint lock clean
 
 train: $(BASE_DONE)
 	$(BIN)/python tools/prepare_data.py --config=experiments/data/smoke.py --out=data/smoke
@@ -41,7 +41,7 @@ test-seqio:
 
 # The TPU's and the GPU's compilers, which run without either: for who changes kernels, sharding or the plan. CUDA is 4 GB.
 test-compilers: $(VENV)/.installed-compilers
-	$(BIN)/python -m pytest -n 2 -m "compilers and not slow"
+	$(BIN)/python -m pytest -n 2 -m "compilers and not slow and not thorough"
 
 # Pages in a real browser: Debian's chromium and chromedriver, which no package index has.
 test-browser: $(TEST_DONE)
@@ -49,7 +49,11 @@ test-browser: $(TEST_DONE)
 
 # Each process of a run failing in turn: for who changes the control plane, checkpoints or the run directory.
 test-processes: $(TEST_DONE)
-	$(BIN)/python -m pytest -n 2 --dist load -m "processes and not slow"
+	$(BIN)/python -m pytest -n 2 --dist load -m "processes and not slow and not thorough"
+
+# More cases of what the tests above show by a few: tests/thorough.py says which those few are.
+test-thorough: $(TEST_DONE)
+	$(BIN)/python -m pytest -n 2 --dist load -m "thorough and not slow and not compilers"
 
 test-slow: $(TEST_DONE)
 	$(BIN)/python -m pytest -m slow

@@ -43,6 +43,7 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
+from thorough import STAY  # noqa: E402
 
 from k2jax import config as configuration  # noqa: E402
 from k2jax.data.epochs import new_epoch, write_epoch  # noqa: E402
@@ -52,6 +53,22 @@ from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256, train_bp
 settings.register_profile("k2jax", deadline=None)  # the machine may be busy
 settings.load_profile("k2jax")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes and chex read absl's flags
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases that `thorough.STAY` leaves to `make test-thorough`."""
+    found: dict[str, set[str]] = {}
+    for item in items:
+        test, _, case = item.nodeid.partition("[")
+        if test in STAY:
+            found.setdefault(test, set()).add(case[:-1])
+            if case[:-1] not in STAY[test]:
+                item.add_marker("thorough")
+    for test, cases in found.items():
+        missing = {*STAY[test]} - cases
+        if missing and len(cases) > 1:  # else single cases were asked for
+            raise pytest.UsageError(f"tests/thorough.py: {test} has no cases {sorted(missing)}")
 
 
 class Later:

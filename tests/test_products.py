@@ -82,7 +82,8 @@ HOW = st.sampled_from(["plain", "zeros", "a row of zeros", "an outlier", "all si
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    sizes=st.tuples(*[st.sampled_from([1, 2, 3, 5, 8, 17, 33])] * 4),
+    # Each is compiled.
+    sizes=st.sampled_from([(1, 1, 1, 1), (2, 3, 33, 5), (1, 17, 8, 1), (5, 1, 2, 33), (3, 8, 17, 8)]),
     powers=st.tuples(*[st.sampled_from([-31, -12, -3, 0, 3, 12])] * 3),
     how=st.tuples(HOW, HOW, HOW),
 )
