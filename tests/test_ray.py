@@ -19,6 +19,8 @@ from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import build, recipe
 from k2jax.prepare.engine import Stage, set_environment
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module", autouse=True)
 def ray() -> Iterator[Any]:
@@ -29,12 +31,18 @@ def ray() -> Iterator[Any]:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_prestart_worker_first_driver", "0")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+        for tries_left in (2, 1, 0):  # Ray gives a node 30 s to start; the machine may be busy
+            try:
+                ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+                break
+            except Exception as error:
+                ray.shutdown()
+                if not tries_left or "timed out during startup" not in str(error):
+                    raise
         yield ray
         ray.shutdown()
 
 
-@pytest.mark.processes
 def test_ray_changes_no_byte(tmp_path: Path):
     """Every stage, some of two ranks; exact and near copies over both."""
     for i, book in enumerate([*BOOKS, *(book.replace("Book", "Buch") for book in BOOKS[20 : 20 + NEAR]), BOOKS[1]]):
@@ -72,7 +80,6 @@ def tell(rank: int, *, folder: Path) -> None:
     (folder / "environment").write_text(json.dumps({name: os.environ.get(name) for name in names}))
 
 
-@pytest.mark.processes
 def test_the_commands_environment_reaches_a_cluster_that_was_started_without_it(tmp_path: Path, monkeypatch: Any):
     for name in ("AWS_SECRET_ACCESS_KEY", "https_proxy", "OTHER"):
         monkeypatch.setenv(name, f"{name} of the command")
