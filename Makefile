@@ -51,7 +51,8 @@ test-browser: $(TEST_DONE)
 test-processes: $(TEST_DONE)
 	$(BIN)/python -m pytest -n 2 --dist load -m "processes and not slow and not thorough"
 
-# More cases of what the tests above show by a few: tests/thorough.py says which those few are.
+# More cases of what the tests above show by a few: tests/thorough.py says which those few are. THOROUGH=2/8 takes an
+# eighth of them.
 test-thorough: $(TEST_DONE)
 	$(BIN)/python -m pytest -n 2 --dist load -m "thorough and not slow and not compilers"
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from thorough import STAY
+
 from k2jax import config as configuration
 
 ROOT = Path(__file__).parent.parent
@@ -316,6 +318,12 @@ def test_no_script_hides_a_module_of_python(folder: str):
     """A folder whose file is run, or that tests put on PYTHONPATH, comes before Python's own: its encodings, too."""
     ours = {path.stem for path in (ROOT / folder).glob("*.py")}
     assert not ours & sys.stdlib_module_names
+
+
+def test_tests_whose_cases_are_chosen_are_there():
+    for test in STAY:
+        path, _, name = test.partition("::")
+        assert f"\ndef {name}(" in (ROOT / path).read_text(), test
 
 
 def test_files_that_are_named_are_there():
