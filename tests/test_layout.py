@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-
 from thorough import STAY
 
 from k2jax import config as configuration
