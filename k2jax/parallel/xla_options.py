@@ -34,11 +34,11 @@ BY_KIND: dict[str, dict[str, str]] = {
 
 
 def of_kind(kind: str) -> dict[str, str]:
-    """Of JAX's `device_kind`; nothing for one that is not in the table: XLA's own defaults.
+    """Of JAX's `device_kind`; nothing for one that is not in the table: XLA's own defaults."""
+    return BY_KIND.get({"TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}.get(kind, kind), {})
 
-    On a CPU the environment is the user's way to them, as for what else XLA compiles there: what it sets is left out.
-    """
-    found = BY_KIND.get({"TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}.get(kind, kind), {})
-    if kind == "cpu":
-        found = {name: text for name, text in found.items() if f"--{name}=" not in os.environ.get("XLA_FLAGS", "")}
-    return found
+
+def of_this_cpu() -> dict[str, str]:
+    """Of a CPU, less what XLA_FLAGS sets: the user's way to the options of whatever XLA compiles there."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {name: text for name, text in of_kind("cpu").items() if f"--{name}=" not in flags}

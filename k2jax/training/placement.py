@@ -116,7 +116,7 @@ def begin_state(config: ConfigDict, shardings: TrainState) -> Callable[[], Train
     """
     on_cpu = sharding.platform() == "cpu"
     program = jax.jit(lambda: first_state(config), out_shardings=shardings).lower()
-    program = program.compile(compiler_options=xla_options.of_kind("cpu") if on_cpu else None)
+    program = program.compile(compiler_options=xla_options.of_this_cpu() if on_cpu else None)
     if not on_cpu:
         state = program()  # in the order of all programs, and not waited for
         return lambda: state

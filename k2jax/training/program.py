@@ -90,7 +90,8 @@ def compile_lowered(lowered: Any, config: ConfigDict, tuning: Tuning | None = No
     ConfigError for an option that its compiler does not know.
     """
     platform, compiler = sharding.platform(), config.compiler
-    pairs = dict(xla_options.of_kind(sharding.device_kind()) if compiler.defaults else {})
+    by_kind = xla_options.of_this_cpu() if platform == "cpu" else xla_options.of_kind(sharding.device_kind())
+    pairs = dict(by_kind if compiler.defaults else {})
     chosen = dict(option.split("=", 1) for option in {"tpu": compiler.tpu, "gpu": compiler.gpu}.get(platform, ()))
     pairs |= chosen
     if platform == "gpu":  # whose compiler takes no text for a bool or a number
