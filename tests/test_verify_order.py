@@ -58,7 +58,7 @@ def test_one_manifest_with_a_journal(manifest, data):
     assert_the_same(verifier.Part(manifest, decided(entries)), order)
 
 
-@settings(max_examples=120)
+@settings(max_examples=40)
 @given(histories(), st.data())
 def test_manifests_that_take_over(changing, data):
     part = order = None
