@@ -9,7 +9,7 @@ import pytest
 from faults import runs
 from faults.runs import Command, Trainer, trainers
 
-LIMIT_S = 240  # of one test, in process or not; a hung collective can be ended only from outside Python
+LIMIT_S = 600  # of one test, in process or not; a hung collective can be ended only from outside Python
 
 
 @pytest.fixture(autouse=True)

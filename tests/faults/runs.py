@@ -33,7 +33,7 @@ QUICKLY_COMPILED = (
     "--xla_backend_optimization_level=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # see conftest.py
 )
-WAIT_S = 120  # for a line or an end; the machine may be busy
+WAIT_S = 300  # for a line or an end; the machine may be busy
 # `patch` runs before the real main, in the program's own process.
 PATCHED = (
     "import sys\n{patch}\nfrom k2jax import train\nfrom k2jax.errors import run_main\nrun_main(train.main)\n"
