@@ -51,8 +51,8 @@ test-browser: $(TEST_DONE)
 test-processes: $(TEST_DONE)
 	$(BIN)/python -m pytest -n 2 --dist load -m "processes and not slow and not thorough"
 
-# More cases of what the tests above show by a few: tests/thorough.py says which those few are. THOROUGH=2/8 takes an
-# eighth of them.
+# More cases of what the tests above show by a few: tests/thorough.py says which those few are. With TEST_MINUTES=10 and
+# TEST_FROM=3/8 any of these begins with the third eighth of its tests, and with none after ten minutes.
 test-thorough: $(TEST_DONE)
 	$(BIN)/python -m pytest -n 2 --dist load -m "thorough and not slow and not compilers"
 

@@ -14,7 +14,7 @@ import platform
 import random
 import shutil
 import sys
-import zlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,29 +51,39 @@ from k2jax.data.epochs import new_epoch, write_epoch  # noqa: E402
 from k2jax.data.store_writer import StoreWriter  # noqa: E402
 from k2jax.data.tokenizer import EOS, load_tokenizer, tokenizer_sha256, train_bpe  # noqa: E402
 
+STARTED = time.monotonic()
 settings.register_profile("k2jax", deadline=None)  # the machine may be busy
 settings.load_profile("k2jax")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes and chex read absl's flags
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the cases that `thorough.STAY` leaves to `make test-thorough`, of which THOROUGH=2/8 takes an eighth."""
-    part, parts = map(int, os.environ.get("THOROUGH", "1/1").split("/"))
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Marks the cases that `thorough.STAY` leaves to `make test-thorough`; TEST_FROM=3/8 begins with what is in the
+    third eighth of what is chosen then."""
     found: dict[str, set[str]] = {}
-    others: set[str] = set()
     for item in items:
         test, _, case = item.nodeid.partition("[")
         if test in STAY:
             found.setdefault(test, set()).add(case[:-1])
             if case[:-1] not in STAY[test]:
                 item.add_marker("thorough")
-                others |= {item.nodeid} if zlib.crc32(item.nodeid.encode()) % parts != part - 1 else set()
     for test, cases in found.items():
         missing = {*STAY[test]} - cases
         if missing and len(cases) > 1:  # else single cases were asked for
             raise pytest.UsageError(f"tests/thorough.py: {test} has no cases {sorted(missing)}")
-    items[:] = [item for item in items if item.nodeid not in others]
+    yield  # -m chooses
+    part, parts = map(int, os.environ.get("TEST_FROM", "1/1").split("/"))
+    begin = len(items) * (part - 1) // parts
+    items[:] = items[begin:] + items[:begin]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """TEST_MINUTES=20 begins no test after twenty minutes: CI has a limit, and some of its machines are slow."""
+    minutes = float(os.environ.get("TEST_MINUTES", "inf"))
+    if time.monotonic() - STARTED > 60 * minutes:
+        pytest.skip(f"{minutes:g} minutes are over")
 
 
 class Later:
