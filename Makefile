@@ -41,7 +41,7 @@ test-seqio:
 
 # The TPU's and the GPU's compilers, which run without either: for who changes kernels, sharding or the plan. CUDA is 4 GB.
 test-compilers: $(VENV)/.installed-compilers
-	$(BIN)/python -m pytest -n 2 -m "compilers and not slow and not thorough"
+	$(BIN)/python -m pytest -n 2 -m "compilers and not slow"
 
 # Pages in a real browser: Debian's chromium and chromedriver, which no package index has.
 test-browser: $(TEST_DONE)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import NOT_THERE
 from thorough import STAY
 
 from k2jax import config as configuration
@@ -319,10 +320,11 @@ def test_no_script_hides_a_module_of_python(folder: str):
     assert not ours & sys.stdlib_module_names
 
 
-def test_tests_whose_cases_are_chosen_are_there():
+def test_tests_whose_cases_are_chosen_are_there(request: pytest.FixtureRequest):
     for test in STAY:
         path, _, name = test.partition("::")
         assert f"\ndef {name}(" in (ROOT / path).read_text(), test
+    assert not request.config.stash[NOT_THERE], "tests/thorough.py names cases that their tests do not have"
 
 
 def test_files_that_are_named_are_there():

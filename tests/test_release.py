@@ -278,7 +278,7 @@ def test_killed_at_many_points_it_ends_with_the_same_bytes(tiny_run, tmp_path, m
     release(tiny_run, tmp_path / "straight", options)
     arguments = ["--workdir", tiny_run, "--out", out, "--checkpoints=last", "--exports=last"]
     kept = {}
-    for point in ("run/ledger", "data/chunk_00001", "listed"):
+    for point in ("run/ledger", "half", "data/chunk_00001", "exports/", "listed"):
         assert killed_release(point, *arguments) == -9
         assert not out.exists(), point
         done = (tmp_path / "killed.partial" / "done.jsonl").read_bytes()

@@ -15,6 +15,7 @@ from k2jax import train
 from k2jax.errors import ConfigError
 from k2jax.parallel import fsdp, xla_options
 from k2jax.run.saved import open_step
+from k2jax.training import step
 from k2jax.training.optimizer import first_state
 from k2jax.training.placement import begin_state, mesh_of, place_state
 from k2jax.training.program import compile_lowered
@@ -109,3 +110,15 @@ def test_a_run_records_the_type_that_it_computed_in_and_goes_on_in_it(tiny_confi
     other = tiny_config(**{"precision.compute": "bfloat16"})  # what "auto" is on another platform
     with pytest.raises(ConfigError, match="precision.compute.*float32.*bfloat16"):
         train.train(other, run)
+
+
+@pytest.mark.parametrize("microbatches, times", [(1, 1), (2, 2)])
+def test_the_forward_pass_is_traced_no_more_than_it_must_be(microbatches, times, tiny_config, monkeypatch):
+    """Once; and once for what a loop over microbatches adds up. Each more costs every start."""
+    config, traced, loss_sums = tiny_config(), [], step.loss_sums
+    monkeypatch.setattr(step, "loss_sums", lambda *given, **named: traced.append(1) or loss_sums(*given, **named))
+    rows = jax.ShapeDtypeStruct((microbatches, 2, 33), jnp.int32), jax.ShapeDtypeStruct((microbatches, 2), jnp.int32)
+    given = dict(config=config, stage=config.stages[0], eos_id=2, num_subsets=3, compute_dtype=jnp.float32)
+    params = jax.eval_shape(lambda: first_state(config)).params
+    jax.eval_shape(lambda *arrays: step.summed_gradients(*arrays, **given), params, *rows)
+    assert len(traced) == times

@@ -1,8 +1,8 @@
 """Which cases of a test `make test` takes where many repeat one property: the rest are `make test-thorough`'s.
 
-By the test, the cases that stay; none: all of it is thorough. What is not named here is taken whole. Chosen so that
-each axis of a mesh, each kind, family and place of a kill is in some case that stays. A case that a test has not is an
-error.
+By the test, the cases that stay; none: all of it is thorough. What is not named here is taken whole. What is left out
+repeats what stays on another mesh, for another kind or family, or at another moment of a kill, or takes long beside
+what it shows. A case that a test has not fails test_layout.py.
 """
 
 STAY: dict[str, tuple[str, ...]] = {
@@ -44,7 +44,7 @@ STAY: dict[str, tuple[str, ...]] = {
         "{'replica': 2, 'context': 2, 'tensor': 2}-row",
     ),
     "tests/test_context.py::test_the_step_gathers_no_hidden_states": ("fewer",),
-    "tests/test_remedies.py::test_remedies_are_the_same_on_two_meshes": (),
+    "tests/test_remedies.py::test_remedies_are_the_same_on_two_meshes": ("{'optimizer.qk_clip': 0.01}",),
     "tests/test_remedies.py::test_masked_rows_are_as_if_they_were_not_there": ("4",),
     "tests/test_optimizers.py::test_a_step_that_is_not_finite_leaves_every_bit_of_the_state": ("muon",),
     "tests/test_optimizer.py::test_accumulation_is_one_big_batch": ("True",),
@@ -97,7 +97,6 @@ STAY: dict[str, tuple[str, ...]] = {
     "tests/test_optimizers.py::test_an_average_begins_where_it_is_turned_on_and_is_dropped_where_off": (),
     "tests/test_optimizers.py::test_text_is_generated_from_either": (),
     "tests/test_optimizers.py::test_eight_steps_are_those_of_optax": ("muon", "lion"),
-    "tests/faults/test_drift.py::test_launches_without_a_checkpoint_come_to_an_end": (),
     "tests/test_sft_run.py::test_a_meshs_shape_changes_no_row": (),
     "tests/test_sft.py::test_every_mesh_gives_the_loss_and_gradients_of_one_device": ("pipeline in turns",),
     "tests/test_verify_release.py::test_flipped_bytes_are_a_line": ("data/*.parquet", "exports/step20*/*.safetensors"),
@@ -125,6 +124,7 @@ STAY: dict[str, tuple[str, ...]] = {
         "store-0",
         "ledger-0",
         "save-1",
+        "report-0",
         "bug-1",
     ),
     "tests/faults/test_processes.py::test_whoever_hangs_in_the_loop_ends_both": ("loader-1-data", "ledger-0-step"),
