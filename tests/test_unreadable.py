@@ -4,8 +4,10 @@ import errno
 import io
 import json
 import os
+from functools import partial
 from pathlib import Path
 
+import fsspec
 import pytest
 
 pytest.importorskip("datatrove")
@@ -13,7 +15,9 @@ pytest.importorskip("datatrove")
 from test_build import BOOKS, different_files  # noqa: E402
 
 from k2jax.errors import StorageError, UnreadableError  # noqa: E402
-from k2jax.prepare import build, recipe, stored, unreadable  # noqa: E402
+from k2jax.prepare import build, parts, recipe, stored, unreadable  # noqa: E402
+from k2jax.prepare.files import list_files  # noqa: E402
+from k2jax.prepare.records import json_records  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +83,33 @@ def test_a_file_that_was_replaced_between_two_tries_is_no_mixture(tmp_path, monk
     os.replace(tmp_path / "b", path)
     with pytest.raises(UnreadableError, match="it has changed while it was read"):
         file.read(4)
+
+
+ROWS = "".join(json.dumps({"text": f"row {i} " * 20}) + "\n" for i in range(400)).encode()
+
+
+@pytest.mark.parametrize("where", ["", "memory://", "packed", "linked"])
+@pytest.mark.parametrize("now", [ROWS + ROWS[:170], ROWS[170:], b""])
+def test_a_file_that_was_written_after_it_was_listed_is_an_error(tmp_path, where, now):
+    path = f"{'memory:/' * (where == 'memory://')}{tmp_path}/a.jsonl{'.gz' * (where == 'packed')}"
+    write = partial(fsspec.open, compression="gzip" if where == "packed" else None)
+    target = f"{path}.target" if where == "linked" else path
+    with write(target, "wb") as file:
+        file.write(ROWS)
+    if where == "linked":
+        os.symlink(target, path)
+    source, chosen = f"jsonl:{path}", recipe.subset(f"jsonl:{path}")
+    [whole] = list_files(source)
+    halves = [parts.measure(whole, chosen, 1 << 14, *piece) for piece in parts.pieces(whole, chosen, 1 << 14)]
+    found = [whole] if where == "packed" else parts.of_pieces(whole, halves)
+    assert len(found) == 1 or where != "packed" and len(found) > 3
+    read = [row["text"] for file in found for _, row in json_records(file, 1 << 20)]
+    assert read == [json.loads(line)["text"] for line in ROWS.splitlines()]
+    with write(target, "wb") as file:
+        file.write(now)
+    for file in found:
+        with pytest.raises(UnreadableError, match=r"written since it was listed, [\d,]+ bytes and [\d,]+ then"):
+            list(json_records(file, 1 << 20))
 
 
 def books(folder: Path, **options) -> recipe.ConfigDict:

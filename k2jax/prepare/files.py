@@ -70,8 +70,7 @@ class File(NamedTuple):
     """A file of a source: its name below the pattern's fixed part, where it lies, its bytes on the storage.
 
     Or a part of one (parts.py): from `begin` to `end`, bytes of JSON lines between line ends or row groups of Parquet,
-    behind `first` lines or rows; its size is that of the part. `version` is by what the storage tells that it was
-    written again: a checksum, an ETag, a date.
+    behind `first` lines or rows, `size` of `whole` bytes. `version`, a checksum or date, tells of a rewrite.
     """
 
     name: str
@@ -81,6 +80,7 @@ class File(NamedTuple):
     end: int = 0  # 0: it is whole
     first: int = 0
     version: str = ""
+    whole: int = 0
 
     @property
     def part(self) -> str:
@@ -108,10 +108,10 @@ def iter_files(source: str, *, follow_links: bool = True) -> Iterator[File]:
             stat = os.lstat(one.path)
             yield File(*one, stat.st_size, version=_version({"mtime": stat.st_mtime}))
         return
-    number = 0
-    for number, file in enumerate(_find(source, kind, where, follow_links), 1):  # noqa: B007
+    file = None
+    for file in _find(source, kind, where, follow_links):
         yield file
-    if not number:
+    if file is None:
         raise ConfigError(f"source {source!r}: no file matches; check the path and its wildcards")
 
 
@@ -343,7 +343,7 @@ def is_text(head: bytes) -> bool:
 @contextlib.contextmanager
 def opened(file: File) -> Iterator[io.BufferedReader]:
     """The file's bytes, unpacked where they are packed (PACKINGS); reading may raise StorageError or DAMAGE."""
-    with Stored(file.path) as raw:
+    with Stored(file.path, file.whole or file.size) as raw:
         if file.end:
             raw.seek(file.begin)
             yield io.BufferedReader(_Part(raw, file.size), BLOCK)

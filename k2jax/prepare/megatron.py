@@ -29,7 +29,7 @@ def read_documents(file: File) -> Iterator[np.ndarray]:
     StorageError if a file cannot be read.
     """
     dtype, lengths, offsets, ends = _index(file)
-    with Stored(file.path) as raw, io.BufferedReader(raw, BLOCK) as stream:
+    with Stored(file.path, file.whole or file.size) as raw, io.BufferedReader(raw, BLOCK) as stream:
         for first, last in zip(ends, ends[1:], strict=False):
             parts = [_sequence(stream, file, int(offsets[i]), int(lengths[i]), dtype) for i in range(first, last)]
             yield parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])

@@ -50,7 +50,7 @@ def measure(file: File, chosen: ConfigDict, part_bytes: int, begin: int, end: in
 
 
 def _row_groups(file: File, part_bytes: int) -> list[Cut]:
-    with Stored(file.path) as raw:
+    with Stored(file.path, file.whole or file.size) as raw:
         table = pq.ParquetFile(raw).metadata
     cuts: list[Cut] = []
     begin = rows = size = 0
@@ -66,7 +66,7 @@ def _row_groups(file: File, part_bytes: int) -> list[Cut]:
 
 def _lines(file: File, begin: int, end: int) -> list[Cut]:
     """From the first line that begins at `begin` or behind it to the last that begins before `end`."""
-    with Stored(file.path) as raw:
+    with Stored(file.path, file.whole or file.size) as raw:
         head = raw.read(HEAD)
         if packing(head, file.path) is not None or not is_text(head):
             return []
@@ -101,6 +101,6 @@ def of_pieces(file: File, pieces: list[list[Cut]]) -> list[File]:
     found, first = [], 0
     for one in (cut for cuts in pieces for cut in cuts):
         if one.begin < one.end:
-            found.append(File(file.name, file.path, max(one.size, 1), one.begin, one.end, first))
+            found.append(File(file.name, file.path, max(one.size, 1), one.begin, one.end, first, whole=file.size))
         first += one.records
     return found if len(found) > 1 and all(pieces) else [file]

@@ -119,7 +119,7 @@ def parquet_records(file: File, columns: list[str] | None, text: Text | None) ->
     if not file.size:
         yield 0, Bad("empty file")
         return
-    with Stored(file.path) as raw:
+    with Stored(file.path, file.whole or file.size) as raw:
         yield from _rows(_parquet_batches(raw, file, columns, text))
 
 
@@ -168,7 +168,7 @@ def arrow_records(file: File, columns: list[str] | None, text: Text | None) -> I
     if not file.size:
         yield 0, Bad("empty file")
         return
-    with Stored(file.path) as raw:
+    with Stored(file.path, file.whole or file.size) as raw:
         yield from _rows(_arrow_batches(raw, file, columns, text))
 
 

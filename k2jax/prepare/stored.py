@@ -24,10 +24,13 @@ PASSING = {
 
 
 class Stored(io.RawIOBase):
-    """A file as it is stored; what goes wrong in reading it again and again is an UnreadableError that names it."""
+    """A file as it is stored; what goes wrong in reading it again and again is an UnreadableError that names it.
 
-    def __init__(self, path: str):
-        self.path, self._at, self._file, self._version = path, 0, None, None
+    So is one of another size than it was listed with, `size` where that is known: it was written since.
+    """
+
+    def __init__(self, path: str, size: int = 0):
+        self.path, self._listed, self._at, self._file, self._version = path, size, 0, None, None
         self._trying(lambda file: None)
 
     def readinto(self, buffer: Any) -> int:
@@ -80,10 +83,16 @@ class Stored(io.RawIOBase):
         """The file, at the place where reading was; ValueError if it is another by now."""
         path = self.path
         file = fsspec.open(path, "rb").open() if "://" in path else open(path, "rb", buffering=0)
-        version = getattr(file, "size", None)  # of remote ones
+        version = size = getattr(file, "size", None)  # of remote ones
         if isinstance(file, io.FileIO):
             found = os.fstat(file.fileno())
-            version = (found.st_ino, found.st_size, found.st_mtime_ns)
+            version, size = (found.st_ino, found.st_size, found.st_mtime_ns), found.st_size
+        if self._listed and isinstance(size, int) and size != self._listed:
+            file.close()
+            raise ValueError(
+                f"it was written since it was listed, {size:,} bytes and {self._listed:,} then; when it no longer "
+                "changes, the same command lists it anew"
+            )
         if self._at:
             if version != self._version:
                 raise ValueError("it has changed while it was read")
