@@ -1,9 +1,11 @@
 """A file that cannot be read is tried again; where a subset allows it, it is left out by name, and the rest goes on."""
 
 import errno
+import http.server
 import io
 import json
 import os
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +72,73 @@ def test_what_another_try_may_help_is_tried_again_and_no_more(monkeypatch, waits
     with pytest.raises(UnreadableError, match="x cannot be read") as raised:
         stored.Stored("x")
     assert waits == expected and raised.value.path == "x"
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A file behind a server that first answers with a status, to so many requests."""
+
+    status, times, protocol_version = 503, 0, "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        refused = type(self).times > 0
+        type(self).times -= 1
+        data = b"" if refused else b"all of it"
+        self.send_response(self.status if refused else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "times", "expected"),
+    [(503, 4, True), (429, 4, True), (503, 99, False), (401, 99, False), (403, 99, False), (404, 99, False)],
+)
+def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_not(waits, status, times, expected):
+    answers = type("Answers", (Answers,), {"status": status, "times": times})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with stored.Stored(f"http://127.0.0.1:{server.server_port}/a.jsonl") as file:
+                assert file.readall() == b"all of it" and expected
+        except UnreadableError as error:
+            assert not expected and f"the answer was {status}" in str(error)
+        finally:
+            server.shutdown()
+    assert bool(waits) == (status in (503, 429))
+
+
+def with_attributes(error: Exception, **attributes: object) -> Exception:
+    """As a storage's library has them."""
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    return error
+
+
+NoCredentialsError = type("NoCredentialsError", (Exception,), {})
+REFUSED = OSError(errno.EIO, "An error occurred (401) when calling the HeadObject operation")
+REFUSED.__cause__ = with_attributes(Exception(), response={"ResponseMetadata": {"HTTPStatusCode": 401}})
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (NoCredentialsError("Unable to locate credentials"), False),  # botocore's
+        (REFUSED, False),  # s3fs's
+        (with_attributes(RuntimeError(), code=401), False),  # gcsfs's
+        (with_attributes(RuntimeError(), code=503), True),
+        (with_attributes(OSError(), response=with_attributes(RuntimeError(), status_code=403)), False),  # requests'
+        (with_attributes(OSError(), response=with_attributes(RuntimeError(), status_code=429)), True),
+        (OSError(errno.EIO, "Input/output error"), True),
+    ],
+)
+def test_what_a_server_answered_decides(error, passes):
+    assert stored._may_pass(error) == passes
 
 
 def test_a_file_that_was_replaced_between_two_tries_is_no_mixture(tmp_path, monkeypatch):

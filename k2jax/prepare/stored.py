@@ -22,6 +22,8 @@ PASSING = {
     errno.ECONNABORTED, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, socket.EAI_AGAIN,
 }  # fmt: skip
 
+BUSY = (408, 425, 429)  # answers of a server that may be another next time; those from 500 are, too
+
 
 class Stored(io.RawIOBase):
     """A file as it is stored; what goes wrong in reading it again and again is an UnreadableError that names it.
@@ -102,6 +104,7 @@ class Stored(io.RawIOBase):
 
     def _error(self, error: Exception) -> UnreadableError:
         what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        what += f"; the answer was {status}" if (status := _status(error)) else ""
         found = UnreadableError(
             f"{shown_name(self.path)} cannot be read ({what}): the source is not complete without it"
         )
@@ -124,6 +127,23 @@ def patiently(act: Callable[[], Any]) -> Any:
 
 def _may_pass(error: Exception) -> bool:
     """Whether another try may help: not where there is no such file, or no right to it."""
+    if status := _status(error):
+        return status in BUSY or status >= 500
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in PASSING
+    if any("Credentials" in one.__name__ for one in type(error).__mro__):  # botocore's, Google's
+        return False
     return not isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError, TypeError))
+
+
+def _status(error: BaseException | None) -> int | None:
+    """What a server answered, of 400 and more: fsspec's HTTP says "not found" of all of them, s3fs "input/output"."""
+    while error is not None:
+        answer = getattr(error, "response", None)
+        answer = answer.get("ResponseMetadata", {}) if isinstance(answer, dict) else answer  # botocore's
+        told = answer.get("HTTPStatusCode") if isinstance(answer, dict) else getattr(answer, "status_code", None)
+        status = told or getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp's, gcsfs's
+        if isinstance(status, int) and 400 <= status < 600:
+            return status
+        error = error.__cause__
+    return None
