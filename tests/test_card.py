@@ -25,7 +25,7 @@ from k2jax.prepare.card.tables import tables_of
 from k2jax.prepare.card.text import for_html, for_markdown, lines_of, num_bytes, power_of_two, share, shown
 from k2jax.prepare.dedup.index import clean_documents
 from k2jax.prepare.documents import document, write_documents
-from k2jax.prepare.tally import Tally, combine
+from k2jax.prepare.tally import PROBLEMS, Tally, combine
 
 DUPLICATES = pa.schema(
     [
@@ -473,3 +473,8 @@ def test_sizes_are_written_short():
     ]  # fmt: skip
     assert [share(*pair) for pair in ((1, 8), (1, 10**6), (0, 5), (0, 0))] == ["12.5%", "<0.1%", "0.0%", "-"]
     assert [power_of_two(n) for n in (0, 9, 10, 25)] == ["1 B", "512 B", "1 KiB", "32 MiB"]
+
+
+def test_problems_of_many_tasks_are_the_first_few():
+    parts = [{"problems": [f"{task}:{i}" for i in range(3)], "bad": {"x": 3}} for task in range(1000)]
+    assert combine(parts) == {"problems": [f"{i // 3}:{i % 3}" for i in range(PROBLEMS)], "bad": {"x": 3000}}

@@ -12,6 +12,8 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from tokenizers.pre_tokenizers import Split  # noqa: E402
 
 from k2jax.data.tokenizer import train_bpe  # noqa: E402
 from k2jax.errors import ConfigError, StorageError  # noqa: E402
@@ -148,6 +150,40 @@ def test_words():
     assert words_of("Don't-stop, E\u0301t\u00e9_2!\n\u65e5\u672c") == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("भारत की राजधानी?", 3),  # Hindi, with vowels
+        ("இந்தியாவின் தலைநகரம்", 2),  # Tamil
+        ("مُدَرّس كتاب", 2),  # Arabic, the first word with its vowels
+        ("ภาษา", 4),  # Thai, by characters
+        ("a\u0301\u0302b", 1),
+    ],
+)
+def test_marks_are_of_the_word_that_they_stand_on(text, expected):
+    assert len(words_of(text)) == expected
+
+
+def test_what_is_not_seen_hides_nothing(sets, tmp_path):
+    check = check_of(config_of(*sets), tmp_path)
+    for unseen in "\u00ad\u200b\u200c\u200d\u2060\ufe0f\ufeff":
+        assert check.apply(document(QUESTION.replace("a", f"a{unseen}"), source="a")), hex(ord(unseen))
+
+
+def test_a_document_is_counted_for_each_set_that_it_holds_text_of(tmp_path):
+    """Also where two sets have the same text: that of one is a copy of another's in many a collection."""
+    other = "Once there was a miller who had three sons, his mill, a donkey and a cat."
+    for name, texts in {"a": [QUESTION], "b": [other], "copy_of_a": [other[:9], QUESTION]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"q": text}) + "\n" for text in texts))
+    check = check_of(config_of(*(f"jsonl:{tmp_path}/{name}.jsonl" for name in ("a", "b", "copy_of_a"))), tmp_path)
+    for text in (f"{QUESTION} {other}", QUESTION, f"{other} {QUESTION}", "neither of them is in this one"):
+        check.apply(document(text, source="a"))
+    folder, report = tmp_path.name, check.report()
+    assert report["sets"] == {f"{folder}/a.jsonl": 3, f"{folder}/b.jsonl": 2, f"{folder}/copy_of_a.jsonl": 3}
+    assert report["documents"] == {"checked": 4, "contaminated": 3}
+    assert report["hits"][0]["evaluation"] == f"{folder}/a.jsonl:1"
+
+
 def tokenizers_of(folder) -> dict:
     """A byte-level one, whose words begin with their space, and SentencePiece's, whose texts do, too."""
     sentences = [QUESTION, *CHOICES, "His mill, a donkey and a cat had three sons.", "Some other words stand here."]
@@ -202,6 +238,30 @@ def test_a_short_item_is_found_whole_whatever_stands_before_it(tmp_path):
         for before in ("", "x ", "x\n", "x.\n\n", "- "):
             assert check.apply(document(f"{before}{item}\nand more", source="a")), (name, before)
             assert not check.apply(document(f"{before}{item[2:]}\nand more", source="a"))
+
+
+def test_a_short_item_is_found_whatever_stands_behind_it(tmp_path):
+    """Its last token is another there: as GPT-4's and Llama 3's, this takes line feeds to marks before them."""
+    item = "What did the old miller with a mill give to the youngest of his three sons?"
+    split = Split(Regex(r" ?\w+| ?[^\s\w]+[\r\n]*|\s+"), "isolated")
+    tokenizer = Tokenizer(models.BPE())
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.train_from_iterator([f"{item}{end}yes" for end in ENDS] * 9, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"q": item}))
+    config = config_of(f"jsonl:{tmp_path}/q.jsonl", n_grams=40)
+    config.contamination.unit, config.tokenizer = "tokens", str(tmp_path / "tokenizer.json")
+    check = check_of(config, tmp_path)
+    for end in ENDS:
+        for begin in ("", "1.\n", "Q: "):
+            assert check.apply(document(f"{begin}{item}{end}", source="a")), (begin, end)
+    assert not check.apply(document(item.replace("three", "four"), source="a"))
+
+
+ENDS = ("", "\n", "\n\n", " ", '"', '",\n')
 
 
 def with_subset(config):

@@ -65,6 +65,15 @@ def test_documents_keep_their_probability_and_those_below_the_threshold_go(quali
     assert len(run([good, bad], quality_threshold=0.5, **(options | {"quality_label": "__label__lq"}))[0]) == 1
 
 
+def test_a_word_that_is_fasttexts_end_of_a_sentence_hides_nothing(quality_model):
+    options = {"quality_model": quality_model, "quality_label": "hq"}
+    good, bad = "the unit of life is the cell", "buy now and win free shipping click here to buy now"
+    for end in ("</s>", "\n</s>\n", "\t</s> </s> "):
+        [both], [plain] = run([f"{good} {end} {bad}"], **options)[0], run([f"{good} {bad}"], **options)[0]
+        assert both.metadata["quality"] == pytest.approx(plain.metadata["quality"], abs=0.05)
+        assert both.metadata["quality"] < run([good], **options)[0][0].metadata["quality"] - 0.2
+
+
 def test_a_wrong_quality_model_or_label_is_one_line(quality_model, tmp_path):
     with pytest.raises(ConfigError, match="quality_label=good: .*model.bin has no such label; it has __label__hq, "):
         run(["x"], quality_model=quality_model, quality_label="good")

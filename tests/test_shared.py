@@ -15,6 +15,7 @@ from test_build import different_files, texts_of, words  # noqa: E402
 
 from k2jax.errors import ConfigError  # noqa: E402
 from k2jax.prepare import build, lines, recipe, shuffle  # noqa: E402
+from k2jax.prepare.card import tables  # noqa: E402
 from k2jax.prepare.dedup import streams  # noqa: E402
 from k2jax.prepare.dedup.survivors import survivors  # noqa: E402
 from k2jax.prepare.shuffle import Shuffle  # noqa: E402
@@ -123,6 +124,42 @@ def test_nothing_depends_on_parts_tasks_or_what_is_held(corpus, monkeypatch):
     assert different_files(corpus / "one", corpus / "two") == []
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_of_texts_that_are_equal_without_what_they_share_one_stays(tmp_path, exact):
+    """Articles on two sites; one stands in a subset from which nothing goes, and one is of what is shared alone."""
+    menus = [f"The menu of site {site}: {words(9_000 + site, 6)}" for site in range(2)]
+    articles = [f"{words(50 * i, 20)}\n{words(50 * i + 25, 15)}" for i in range(20)]
+    short = [f"yes {i}" for i in range(9)]
+    write(tmp_path / "web", [f"{menu}\n{one}" for menu in menus for one in (*articles, *short)], 3)
+    menus_alone = [f"{menus[0]}\n{menus[1]}" + "\n" * n for n in range(3, 12)]
+    write(tmp_path / "books", [*menus_alone, f"{words(7_000, 30)}"], 2)
+    write(tmp_path / "code", articles[:1], 1)
+    for most in (1, 4):
+        c = recipe_of(tmp_path, "lines", most).unlock()
+        c.dedup.exact, c.subsets.web.min_document_bytes = exact, 1
+        out = tmp_path / f"out{most}"
+        data, _ = build.build(c.lock(), out, workers=1)
+        stores = {name: texts_of(out, name) for name in ("code", "web", "books") if (out / name).exists()}
+        everything = [text for texts in stores.values() for text in texts]
+        whole = [text for text in everything if text.split("\n")[0] in menus]
+        bare = [text for text in everything if text not in whole]
+        assert set(bare) <= {*articles, *short, words(7_000, 30)} and stores["code"] == articles[:1]
+        assert len(everything) == len(set(everything)) or not exact
+        if exact:
+            assert len([one for one in bare if one == articles[0]]) == 1
+        elif most == 4:
+            assert len(set(bare)) < len(bare)
+        card = json.loads((out / "card" / "data.json").read_text())
+        flow = tables.flow(card)
+        for name, texts in stores.items():
+            assert flow[name]["kept"] == len(texts) == sum(card["duplicates"]["documents_by_copies"][name].values())
+            assert flow[name]["read"] == sum(count for key, count in flow[name].items() if key != "read")
+            assert sum(n for _, n in card["subsets"][name]["lengths"]["duplicates"].items()) == len(texts)
+        assert bool(flow["web"]["exact"]) == exact  # those of the step "equal", too
+        assert all(one["text"] in stores[one["subset"]] for one in card["samples"]["kept"])
+        assert sum(tables.histogram(card)[2]) == len(everything) and card["inconsistencies"] == []
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_behind_the_first_ones_of_each_key_all_are_found_once(tmp_path_factory, data):
@@ -152,6 +189,7 @@ def test_behind_the_first_ones_of_each_key_all_are_found_once(tmp_path_factory, 
         ("lines", "gone", ""),
         ("lines", "-\ngone\n-", "-\n-"),
         ("paragraphs", "gone\n\na\ngone\n \n b\n\ngone", "a\ngone\n \n b"),
+        ("paragraphs", "gone\n\n\n    def f():\n        pass\n\n    x", "    def f():\n        pass\n\n    x"),
     ],
 )
 def test_a_piece_goes_with_what_is_before_it(by, text, expected):

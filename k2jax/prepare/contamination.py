@@ -1,20 +1,22 @@
 """Which documents hold text of evaluation sets: n-grams of words, or of tokens, that stand in both.
 
-Words are runs of letters and digits, lower-cased, in Unicode's composed form: punctuation, spacing and line breaks make
-no difference. In scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan)
-each character counts as a word. An item of an evaluation set is one string field of a record (those in lists too), or a
-file of text. A document is contaminated if it holds any n words in a row of any item; an item shorter than n words
-counts as a whole if it has at least SHORTEST, and is skipped else. Compared are 64-bit hashes (a polynomial of xxh3 of
-the words): two different n-grams agree by chance once in 2^64 pairs, for 10^7 evaluation n-grams and 10^12 words once
-in two corpora.
+Words are runs of letters and digits with the marks on them, lower-cased, in Unicode's composed form: punctuation,
+spacing, line breaks, soft hyphens and other characters that are not seen make no difference. In scripts that write no
+spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) each character counts as a word. An item of
+an evaluation set is one string field of a record (those in lists too), or a file of text. A document is contaminated if
+it holds any n words in a row of any item; an item shorter than n words counts as a whole if it has at least SHORTEST,
+and is skipped else. Compared are 64-bit hashes (a polynomial of xxh3 of the words): two different n-grams agree by
+chance once in 2^64 pairs, for 10^7 evaluation n-grams and 10^12 words once in two corpora.
 
 Tokens are the ids of the recipe's tokenizer, of text in the composed form: case, punctuation and spacing make a
 difference, as they do for a model, and an n-gram holds fewer words. An item is looked for as it is tokenized at the
-beginning of a text, behind a line feed, and behind a space, since its first token may be another in each; shorter than
-n it counts from SHORTEST_TOKENS on. The check takes as long as tokenizing.
+beginning of a text, behind a line feed, and behind a space, since its first token may be another in each. So may its
+last: many tokenizers take the line feeds behind a question mark into one token with it. An item of n tokens or fewer
+counts from SHORTEST_TOKENS on, and without its last one where as many remain. The check takes as long as tokenizing.
 
 The index is made once, before cleaning: `hashes.npy`, sorted, which tasks map into memory and share; `items.npy`, the
-item of each hash; `items.json`, the names of the items and what was counted. Making it takes 36 bytes an n-gram.
+item of each hash, one of each evaluation set that has it; `items.json`, the names of the items and what was counted.
+Making it takes 60 bytes an n-gram.
 """
 
 import re
@@ -47,13 +49,20 @@ HITS = 100  # kept of a task, with their text
 # One character of a script without spaces, or a run of letters and digits of the others.
 NO_SPACES = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 NO_SPACES += "\U00020000-\U0003ffff"
-WORD = re.compile(rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+")
+LETTERS = rf"[^\W_{NO_SPACES}]+"
+WORD = re.compile(f"[{NO_SPACES}]|{LETTERS}")
+_marks = "".join(c for c in map(chr, range(1 << 16)) if unicodedata.category(c)[0] == "M")  # such as Hindi's vowels
+MARKS = re.compile(f"[{re.sub(f'[{NO_SPACES}]', '', _marks)}]")
+MARKED_WORD = re.compile(f"[{NO_SPACES}]|{LETTERS}(?:{MARKS.pattern}+(?:{LETTERS})?)*")  # takes six times as long
+UNSEEN = re.compile("[\u00ad\u200b-\u200d\u2060\ufe00-\ufe0f\ufeff]")  # soft hyphens, joiners, selectors of a glyph
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash loses a bit
 
 
 def words_of(text: str) -> list[str]:
     """The words that are compared."""
-    return WORD.findall(unicodedata.normalize("NFC", text).lower())
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", UNSEEN.sub("", text))
+    return (MARKED_WORD if MARKS.search(text) else WORD).findall(text.lower())
 
 
 class Words:
@@ -61,8 +70,8 @@ class Words:
 
     shortest = SHORTEST
 
-    def variants(self, text: str) -> list[list[Any]]:
-        """An item's units, in each way that they may stand in a document."""
+    def variants(self, text: str, n: int) -> list[list[Any]]:
+        """An item's units, in each way that they may stand in a document; of more than `n` every n in a row count."""
         return [words_of(text)]
 
     def of(self, text: str) -> list[Any]:
@@ -86,10 +95,11 @@ class Tokens(Words):
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
 
-    def variants(self, text: str) -> list[list[Any]]:
-        """As the first of a text, behind a line feed, and behind a space."""
+    def variants(self, text: str, n: int) -> list[list[Any]]:
+        """As the first of a text, behind a line feed, and behind a space; whatever is behind it."""
         text, encode = unicodedata.normalize("NFC", text).strip(), self._tokenizer.encode
         found = [encode(text), encode(text, continues=True), encode(f" {text}", continues=True)]
+        found = [ids[:-1] if self.shortest < len(ids) <= n else ids for ids in found]
         return [ids for i, ids in enumerate(found) if ids not in found[:i]]
 
     def of(self, text: str) -> list[Any]:
@@ -134,14 +144,15 @@ def build(rank: int, *, config: dict[str, Any] | ConfigDict, out: Path) -> None:
     """
     config = ConfigDict(config)
     n, folder, units = config.contamination.n_grams, folder_of(out), units_of(config)
-    names, hashes, items, lengths = [], [], [], set()
+    names, sets, hashes, items, lengths = [], [], [], [], set()
     counts: dict[str, Counter[str]] = {}  # of evaluation sets
     for name, text in _items(config):
-        variants = [found for found in units.variants(text) if len(found) >= min(n, units.shortest)]
+        variants = [found for found in units.variants(text, n) if len(found) >= min(n, units.shortest)]
         own = counts.setdefault(_set_of(name), Counter(items=0, too_short=0))
         own["items" if variants else "too_short"] += 1
         if variants and (not names or names[-1] != name):
             names.append(name)
+            sets.append(list(counts).index(_set_of(name)))
         for variant in variants:
             lengths.add(min(n, len(variant)))
             found = hash_n_grams(units.hashes(variant), min(n, len(variant)))
@@ -152,12 +163,23 @@ def build(rank: int, *, config: dict[str, Any] | ConfigDict, out: Path) -> None:
             f"contamination.sources={list(config.contamination.sources)}: no text of {min(n, units.shortest)} "
             f"{config.contamination.unit}"
         )
-    unique, first = np.unique(np.concatenate(hashes), return_index=True)
-    for name, array in (("hashes", unique), ("items", np.concatenate(items)[first])):
+    found = {"names": names, "lengths": sorted(lengths), "sets": counts}
+    found["n_grams"] = _write_index(folder, np.concatenate(hashes), np.concatenate(items), np.array(sets, np.uint32))
+    write_json(folder / "items.json", found)
+
+
+def _write_index(folder: Path, hashes: np.ndarray, items: np.ndarray, sets: np.ndarray) -> int:
+    """Of each hash (u8) the first item (u4) of each of the evaluation sets, which `sets` are of items; how many hashes
+    there are."""
+    order = np.lexsort([sets[items], hashes])  # equal ones stay in the order of their items
+    hashes, items = hashes[order], items[order]
+    of = sets[items]
+    another = np.r_[True, hashes[1:] != hashes[:-1]]
+    first = another | np.r_[True, of[1:] != of[:-1]]
+    for name, array in (("hashes", hashes[first]), ("items", items[first])):
         with whole_file(folder / f"{name}.npy") as file:
             np.save(file, array, allow_pickle=False)
-    found = {"names": names, "lengths": sorted(lengths), "n_grams": len(unique), "sets": counts}
-    write_json(folder / "items.json", found)
+    return int(another.sum())
 
 
 def _items(config: ConfigDict) -> Iterator[tuple[str, str]]:
@@ -208,20 +230,22 @@ class Contamination:
         """Notes the document if it is contaminated; the reason to leave it out, if those are to be removed."""
         self._documents["checked"] += 1
         units = self._units.of(one.text)
-        hashes = self._units.hashes(units)
+        hashes, names, n_gram = self._units.hashes(units), {}, ""
         for length in self._index["lengths"]:
             n_grams = hash_n_grams(hashes, length)
             at = np.searchsorted(self._hashes, n_grams)
             found = np.flatnonzero(self._hashes[np.minimum(at, len(self._hashes) - 1)] == n_grams)
-            if len(found):
-                name = self._index["names"][int(self._items[at[found[0]]])]
-                return self._note(one, name, self._units.shown(units[found[0] : found[0] + length]))
-        return None
+            if len(found) and not names:
+                n_gram = self._units.shown(units[found[0] : found[0] + length])
+            for start, end in zip(at[found], np.searchsorted(self._hashes, n_grams[found], "right"), strict=True):
+                names |= {self._index["names"][item]: None for item in self._items[start:end].tolist()}
+        return self._note(one, list(names), n_gram) if names else None
 
-    def _note(self, one: Document, name: str, n_gram: str) -> str | None:
+    def _note(self, one: Document, names: list[str], n_gram: str) -> str | None:
+        """`names` are of items, that of the n-gram first."""
         self._documents["contaminated"] += 1
-        evaluation_set = _set_of(name)
-        self._sets[evaluation_set] += 1
+        name, evaluation_set = names[0], _set_of(names[0])
+        self._sets.update(set(map(_set_of, names)))
         if len(self._hits) < HITS:
             hit = {"id": one.id, "source": one.metadata["source"], "evaluation": name, "n_gram": n_gram[:1000]}
             self._hits.append(hit)
@@ -229,7 +253,7 @@ class Contamination:
         return f"contaminated by {evaluation_set}" if self._remove else None
 
     def report(self) -> dict[str, Any]:
-        """Documents checked and contaminated, these by evaluation set, and the first HITS of them."""
+        """Documents checked and contaminated, these by each evaluation set they hold text of, and the first HITS."""
         return {"documents": dict(self._documents), "sets": dict(sorted(self._sets.items())), "hits": self._hits}
 
 

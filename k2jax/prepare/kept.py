@@ -9,7 +9,6 @@ import bisect
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +18,9 @@ from datatrove.data import Document
 from ml_collections import ConfigDict
 
 from k2jax.files import write_json
-from k2jax.prepare.dedup.shared import Remover, Shared
+from k2jax.prepare.dedup.shared import Shared, without_shared
 from k2jax.prepare.dedup.survivors import survivors
 from k2jax.prepare.documents import to_line
-from k2jax.prepare.read import size_problem
 from k2jax.prepare.shuffle import Shuffle
 from k2jax.prepare.tally import Tally
 
@@ -89,29 +87,16 @@ def keep(rank: int, *, kept: Kept, seed: int, shared: Shared | None = None) -> N
     """A task: deals out the documents of a rank that stay, without what they share with others (shared.py)."""
     tally, dealt = Tally(), kept.of_rank(rank)
     found = survivors(kept.folder, rank, tally)
-    if shared and shared.by_of(rank):
-        found = _unshared(found, Remover(shared, rank), shared.shortest[dealt.subset], tally)
+    if shared:
+        found = without_shared(rank, found, shared, tally)
     with kept.shuffle.writer(rank) as out:
         for _, document in found:
             get, size = document.metadata.get, len(document.text.encode())
             tally.kept(size, get("language", ""), get("licence", ""))
+            tally.copies[str(get("duplicates", {}).get("copies", 1))] += 1
             bucket = order_key(seed, document.id) * dealt.num_buckets >> 64
             out.add(dealt.first_bucket + bucket, to_line(document))
     write_json(kept.folder / "kept" / f"{rank:05d}.json", tally.to_json())
-
-
-def _unshared(
-    found: Iterator[tuple[int, Document]], remover: Remover, shortest: int, tally: Tally
-) -> Iterator[tuple[int, Document]]:
-    for index, document in found:
-        tally.saw("shared", len(document.text.encode()))
-        data = remover(index, document.text).encode()
-        tally.saw("size", len(data))
-        if reason := size_problem(len(data), shortest, 0):
-            tally.removed("size", reason, len(data))
-            continue
-        document.text, document.id = data.decode(), hashlib.sha256(data).hexdigest()
-        yield index, document
 
 
 def bucket_of(kept: Kept, bucket: int, seed: int) -> list[Document]:

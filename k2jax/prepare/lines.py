@@ -74,12 +74,12 @@ def pieces(text: str, by: str) -> Iterator[str]:
 
 def without(text: str, by: str, is_gone: Callable[[str], bool | None]) -> str:
     """The text less the pieces of which that is so, given what they say; each goes with what parts it from that before
-    it. What says nothing stays."""
+    it, but for how it is indented. What says nothing stays."""
     parts, kept = BETWEEN[by].split(text), []
     for part, before in zip(parts[::2], ["", *parts[1::2]], strict=True):
         if (said := _said(part)) and is_gone(said):
             continue
-        kept += [before if kept else "", part]
+        kept += [before if kept else before.rpartition("\n")[2], part]
     return "".join(kept)
 
 

@@ -45,7 +45,7 @@ CLEANING = Keys(
     free=("max_unreadable",),
 )
 DEDUPLICATION = Keys(("dedup",), (*TASKS, "priority", "conversations.pairs"))
-SHARING = Keys(("shared",), ("drop_shared", "min_document_bytes"))
+SHARING = Keys(("shared", "dedup.exact"), ("drop_shared", "min_document_bytes"))
 KEEPING = Keys(("seed", "bucket_bytes"), TASKS)
 LEARNING = Keys(("seed", "vocab_size", "tokenizer_bytes"), ())
 TOKENIZING = Keys(

@@ -8,6 +8,7 @@ so does a scorer whose number for a text depends on those beside it: which those
 import functools
 import importlib
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from k2jax.prepare.tally import Tally
 Apply = Callable[[Document], str | None]
 Score = Callable[[list[str]], list[float]]
 SAME = 0.02  # of a score: what a network in bfloat16 gives is not the same in another batch, but near
+END = re.compile(r"(?<![^ \n\r\t\v\f\0])</s>(?![^ \n\r\t\v\f\0])")  # a word at which fastText stops reading
 DIGITS = 6  # kept of a score, and compared: the last ones differ from machine to machine
 
 
@@ -67,7 +69,7 @@ def quality(chosen: ConfigDict, tally: Tally) -> Apply:
 def _predicted(model: Any, text: str, what: str, most: int) -> dict[str, float]:
     """The probability of each label, the largest first; of `most` labels, or of all (-1)."""
     try:
-        labels, scores = model.predict(text.replace("\n", " "), k=most)
+        labels, scores = model.predict(END.sub(" ", text.replace("\n", " ")), k=most)
         if not all(map(math.isfinite, scores)):
             raise RuntimeError("it gives what is no number")
     except RuntimeError as error:

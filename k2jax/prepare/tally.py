@@ -4,6 +4,7 @@
      "kept": {"documents": n, "bytes": n},
      "bad": {reason: n}, "problems": ["FILE:LINE: what is wrong with it", ...],
      "languages": {code: n}, "licences": {name: n}, "lengths": {power of two: n},
+     "copies": {n: documents that stay for n},
      "personal": {kind: n}, "encodings": {name: files}, "scores": {step: {bin of SCORE_BINS a unit: n}}}
 
 A step's `documents` and `bytes` (of UTF-8 text) are what went in. `bad` is input that gave no document, `problems` its
@@ -47,6 +48,7 @@ class Tally:
         self.languages: Counter[str] = Counter()
         self.licences: Counter[str] = Counter()
         self.lengths: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()
         self.personal: Counter[str] = Counter()
         self.encodings: Counter[str] = Counter()
         self.scores: dict[str, Counter[str]] = defaultdict(Counter)
@@ -101,6 +103,7 @@ class Tally:
             "languages": dict(sorted(self.languages.items())),
             "licences": dict(sorted(self.licences.items())),
             "lengths": dict(sorted(self.lengths.items(), key=lambda item: int(item[0]))),
+            "copies": dict(sorted(self.copies.items(), key=lambda item: int(item[0]))),
             "personal": dict(sorted(self.personal.items())),
             "encodings": dict(sorted(self.encodings.items())),
             "scores": {step: dict(sorted(n.items(), key=lambda item: int(item[0]))) for step, n in self.scores.items()},
@@ -113,7 +116,6 @@ def combine(parts: list[dict[str, Any]]) -> dict[str, Any]:
     for part in parts:
         _add(total, part)
     total.setdefault("problems", [])
-    total["problems"] = total["problems"][:PROBLEMS]
     return total
 
 
@@ -122,4 +124,5 @@ def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _add(total.setdefault(key, {}), value)
         else:
-            total[key] = total[key] + value if key in total else value
+            value = total[key] + value if key in total else value
+            total[key] = value[:PROBLEMS] if isinstance(value, list) else value  # of 100,000 tasks no longer lists

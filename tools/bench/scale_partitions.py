@@ -117,7 +117,8 @@ def run_survivors(folder: Path) -> None:
 
 def shared_of(folder: Path) -> shared.Shared:
     """Of one task that writes; those that read are as many as the pieces' documents have."""
-    return shared.Shared(folder, Clean(folder, (Subset("web", 0, 1, 0),)), 1, {"web": "lines"}, {"web": 1}, 1, 20)
+    clean = Clean(folder, (Subset("web", 0, 1, 0),))
+    return shared.Shared(folder, clean, 1, {"web": "lines"}, {"web": 1}, most=1, characters=20, exact=True)
 
 
 def edges_of(folder: Path) -> Shuffle:

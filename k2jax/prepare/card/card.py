@@ -13,12 +13,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from k2jax.files import read_json, write_json, write_text
-from k2jax.prepare import recipe
+from k2jax.prepare import reads, recipe
 from k2jax.prepare.card.documents import documents_of
 from k2jax.prepare.card.html import page
 from k2jax.prepare.card.markdown import markdown
 from k2jax.prepare.card.pii_figures import FIGURES
 from k2jax.prepare.dedup.index import clean_documents
+from k2jax.prepare.dedup.shared import shared_of
 from k2jax.prepare.tally import combine
 
 FORMAT = 1
@@ -65,7 +66,16 @@ def make_card(stages: Path, data: dict[str, Any]) -> dict[str, Any]:
         "cluster_sizes": {},
     }
     subsets = {name: _subset(name, tallies, data) for name, tallies in sorted(data["subsets"].items())}
-    copies, samples = documents_of(stages, clean_documents(ConfigDict(config), stages / "clean"))
+    clean = clean_documents(ConfigDict(config), stages / "clean")
+    shared = shared_of(
+        reads.view(ConfigDict(config), reads.SHARING),
+        stages,
+        clean,
+        {one.name: data["subsets"][one.name]["clean"]["kept"] for one in clean.subsets},
+    )
+    copies, samples = documents_of(stages, clean, shared)
+    of_copies = {name: tallies.get("duplicates", {}).get("copies", {}) for name, tallies in data["subsets"].items()}
+    copies["documents_by_copies"] = {name: counts for name, counts in sorted(of_copies.items()) if counts}
     return {
         "format": FORMAT,
         "version": data["version"],

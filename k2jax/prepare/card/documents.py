@@ -18,7 +18,9 @@ from datatrove.data import Document
 from k2jax.files import write_json
 from k2jax.prepare.chat.pairs import HALVES
 from k2jax.prepare.dedup.index import TOGETHER, Clean, read_part
+from k2jax.prepare.dedup.shared import Shared, without_shared
 from k2jax.prepare.documents import read_documents
+from k2jax.prepare.tally import Tally
 
 TEXT_CHARACTERS = 400  # of a sample
 SAMPLES = 3  # of a subset's documents that stay, and for each of its steps and reasons of those that do not
@@ -31,7 +33,7 @@ Shown = dict[str, Any]  # a document as the card has it, its text cut
 def gather(group: int, *, stages: Path, clean: Clean) -> None:
     """A task: what the card shows of TOGETHER tasks of the clean documents, in card/<group>.json."""
     removed: dict[tuple[str, ...], list[Shown]] = defaultdict(list)
-    copies, pairs = _Copies(Counter(), defaultdict(Counter), []), defaultdict(list)
+    copies, pairs = _Copies(Counter(), []), defaultdict(list)
     for rank in clean.ranks(group, TOGETHER):
         subset = _subset_of(clean, rank)
         _add_copies(copies, stages, rank, subset)
@@ -43,58 +45,46 @@ def gather(group: int, *, stages: Path, clean: Clean) -> None:
             if row["reason"] and row["survivor_index"] < SEARCHED:
                 where = row["reason"], subset, _subset_of(clean, row["survivor_rank"])
                 _add_pair(pairs[where], [rank, row["index"]], [row["survivor_rank"], row["survivor_index"]])
-    by_copies = {name: sorted(counts.items()) for name, counts in copies.by_copies.items()}
-    found = {"copies_in": copies.copies_in, "by_copies": by_copies, "largest": copies.largest}
+    found = {"copies_in": copies.copies_in, "largest": copies.largest}
     found |= {"removed": sorted(removed.items()), "pairs": sorted(pairs.items())}
     write_json(stages / "card" / f"{group:05d}.json", found)
 
 
-def documents_of(stages: Path, clean: Clean) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """What all tasks gathered: where copies stood, how many documents that stay had how many, and the largest clusters;
-    and documents to look at, their texts cut, chosen by their ids so that they are the same every time."""
+def documents_of(
+    stages: Path, clean: Clean, shared: Shared | None
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """What all tasks gathered: where copies stood, and the largest clusters; and documents to look at, their texts cut,
+    chosen by their ids so that they are the same every time."""
     removed: dict[tuple[str, ...], list[Shown]] = defaultdict(list)
-    copies, pairs = _Copies(Counter(), defaultdict(Counter), []), defaultdict(list)
+    copies, pairs = _Copies(Counter(), []), defaultdict(list)
     for group in range(clean.groups(TOGETHER)):
         part = read_part(stages / "card" / f"{group:05d}.json")
         copies.copies_in.update(part["copies_in"])
-        for name, counts in part["by_copies"].items():
-            copies.by_copies[name].update(dict(counts))
         copies.largest[:] = _largest(copies.largest + part["largest"])
         for where, found in part["removed"]:
             removed[tuple(where)] = _fewest(removed[tuple(where)], found)
         for where, found in part["pairs"]:
             for gone, stays in found:
                 _add_pair(pairs[tuple(where)], gone, stays)
-    by_copies = {
-        name: {str(number): n for number, n in sorted(counts.items()) if n}
-        for name, counts in sorted(copies.by_copies.items())
-    }
     samples = {
-        "kept": list(_kept(stages, clean)),
+        "kept": list(_kept(stages, clean, shared)),
         "removed": [one for _, found in sorted(removed.items()) for one in found],
         "duplicates": list(_texts_of(stages, pairs)),
     }
     largest = [shown for *_, shown in copies.largest]
-    copied = {"copies_in": dict(sorted(copies.copies_in.items())), "documents_by_copies": by_copies, "largest": largest}
-    return copied, samples
+    return {"copies_in": dict(sorted(copies.copies_in.items())), "largest": largest}, samples
 
 
 class _Copies(NamedTuple):
-    """Documents by "subset[/dump]"; by subset those that stay, by their copies; [copies, subset, what is shown]."""
+    """Documents by "subset[/dump]"; [copies, subset, what is shown]."""
 
     copies_in: Counter[str]
-    by_copies: dict[str, Counter[int]]
     largest: list[list[Any]]
 
 
 def _add_copies(copies: _Copies, stages: Path, rank: int, subset: str) -> None:
-    counts, index = copies.by_copies[subset], stages / "clean" / "index" / f"{rank:05d}.parquet"
-    counts[1] += pq.read_metadata(index).num_rows if index.exists() else 0
     for batch in _duplicates(stages, rank):
-        counts[1] -= len(batch)
         stay = pa.Table.from_batches([batch.filter(pc.is_null(batch["reason"]))])
-        for found in pc.value_counts(stay["copies"]).to_pylist():
-            counts[found["values"]] += found["counts"]
         for entry in pc.list_flatten(stay["by"]).to_pylist():
             copies.copies_in[entry["name"]] += entry["count"]
         largest = stay.sort_by([("copies", "descending")]).slice(0, CLUSTERS).to_pylist()
@@ -118,15 +108,17 @@ def _subset_of(clean: Clean, rank: int) -> str:
     return clean.subsets[clean.subsets_of(rank)].name
 
 
-def _kept(stages: Path, clean: Clean) -> Iterator[Shown]:
-    """Of each subset, out of the first of its tasks that have some."""
+def _kept(stages: Path, clean: Clean, shared: Shared | None) -> Iterator[Shown]:
+    """Of each subset, out of the first of its tasks that have some, as they are in the stores."""
     for subset in clean.subsets:
         found: list[Shown] = []
         for rank in range(subset.first, subset.first + subset.tasks):
             if len(found) < SAMPLES:
                 gone = {row["index"] for row in _first_duplicates(stages, rank) if row["reason"]}
-                stay = (one for index, one in _first(stages, "documents", rank, SEARCHED) if index not in gone)
-                found = _fewest(found, (_shown(one, subset=subset.name) for one in stay))
+                stay = ((index, one) for index, one in _first(stages, "documents", rank, SEARCHED) if index not in gone)
+                if shared:
+                    stay = without_shared(rank, stay, shared, Tally())
+                found = _fewest(found, (_shown(one, subset=subset.name) for _, one in stay))
         yield from found
 
 

@@ -109,7 +109,7 @@ def flow(card: dict[str, Any]) -> dict[str, dict[str, int]]:
         steps, removed = subset["steps"], {"cleaning": 0, "exact": 0, "near": 0}
         for step in steps:
             for reason, counts in step["removed"].items():
-                is_copy = step["step"] == "duplicates" and reason in removed
+                is_copy = step["step"] in ("duplicates", "equal") and reason in removed
                 removed[reason if is_copy else "cleaning"] += counts["documents"]
         found[name] = {
             "read": steps[0]["in"]["documents"] if steps else 0,
@@ -134,7 +134,8 @@ def histogram(card: dict[str, Any]) -> tuple[list[str], list[int], list[int]]:
         for total, lengths in ((first, stages[0]), (last, stages[-1])):
             for power, count in lengths.items():
                 total[int(power)] = total.get(int(power), 0) + count
-    bins = range(min(first, default=0), max(first, default=-1) + 1)
+    both = first | last
+    bins = range(min(both, default=0), max(both, default=-1) + 1)
     return (
         [power_of_two(bin) for bin in bins],
         [first.get(bin, 0) for bin in bins],
