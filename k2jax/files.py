@@ -10,6 +10,7 @@ An object of a bucket is put whole, from a file of this machine where it is larg
 import errno
 import json
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -178,7 +179,20 @@ def remove_leftovers(folder: Path | BucketPath, name: str = "*", *, alone: bool 
     for path in folder.glob(f"{name}.new-*"):
         host, _, pid = path.name.rpartition(".new-")[2].rpartition("-")
         if pid.isdigit() and (alone or (host == socket.gethostname() and not is_running(int(pid)))):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def remove_at_once(folder: Path) -> None:
+    """Removes a folder that nobody shall meet with a part of it gone: it goes under another name first."""
+    gone = _beside(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))  # no killed process of our number had that
+    os.rename(folder, gone)
+    sync_folder(folder.parent)
+    remove_tree(gone)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder that another process may be removing, too; what cannot be removed stays."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _beside(path: Path) -> Path:

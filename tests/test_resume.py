@@ -19,6 +19,7 @@ pytest.importorskip("datatrove")
 from ml_collections import ConfigDict  # noqa: E402
 from test_build import command, different_files, ranks_done, words  # noqa: E402
 
+from k2jax import files  # noqa: E402
 from k2jax.data.tokenizer import train_bpe  # noqa: E402
 from k2jax.errors import ConfigError, StorageError  # noqa: E402
 from k2jax.prepare import build, dry_run, reads, recipe, work  # noqa: E402
@@ -564,3 +565,83 @@ def test_conversations_are_rendered_again_where_their_template_changes_and_not_f
     before = marks(out)["clean"]
     assert rebuilt(c, out, tmp_path) == CLEAN - {"tokenizer", "shared"}
     assert done_again({"clean": before}, marks(out))["clean"] == ["00000"], "text has no template"
+
+
+class Killed(BaseException):
+    """As a SIGKILL there."""
+
+
+def test_a_finished_folder_whose_stages_were_being_removed_is_whole(old, corpus, monkeypatch, capsys):
+    """They are gone at once for whoever comes; some of them without the notes of them once lost a store in silence."""
+    config = recipe_of(corpus).lock()
+
+    def killed(folder: Path) -> None:
+        shutil.rmtree(folder / "tokens")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "remove_tree", killed)
+        with pytest.raises(Killed):
+            build.build(config, old, workers=1)
+    assert not (old / "stages").exists() and [path.name for path in old.glob("stages-*")]
+    before = {name: (old / name).read_bytes() for name in ("data.json", "tokenizer.json")}
+    other = recipe_of(corpus)
+    other.subsets.code.fim_rate = 0.9
+    with pytest.raises(ConfigError, match="begins again at stage tokens/code, and what it reads is gone"):
+        build.build(other.lock(), old, workers=1)
+    monkeypatch.setattr(files, "is_running", lambda pid: False)  # it is this process that was killed
+    assert build.build(config, old, workers=1)[1]
+    assert {name: (old / name).read_bytes() for name in before} == before
+    assert not list(old.glob("stages*"))
+
+
+def test_two_commands_of_which_one_ends_lose_nothing(old, corpus, monkeypatch):
+    """The second begins while the first, finished, removes its stages."""
+    other, removed = recipe_of(corpus), []
+    other.subsets.web.repeats = 3.0
+    other = other.lock()
+    remove = files.remove_tree
+
+    def meanwhile(folder: Path) -> None:
+        removed.append(folder.name)
+        if len(removed) == 1:
+            data, was_there = build.build(other, old, workers=1)
+            assert data["mix"]["web"] == 3.0 and not was_there
+        remove(folder)
+
+    monkeypatch.setattr(files, "remove_tree", meanwhile)
+    build.build(recipe_of(corpus).lock(), old, workers=1)
+    assert len(removed) == 2 and build.build(other, old, workers=1)[1]
+    assert not list(old.glob("stages*"))
+
+
+def test_stages_that_another_version_of_the_code_kept_are_left_or_gone_on_with(old, corpus):
+    config, begun = recipe_of(corpus).lock(), old / "stages/recipe.json"
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"code": ["0" * 64]}))
+    assert build.build(config, old, workers=1)[1] and begun.exists()
+    with pytest.raises(ConfigError, match="begun by another version of k2jax"):
+        build.build(config, old, workers=1, redo=["tokens"])
+    before = marks(old)
+    assert not build.build(config, old, workers=1, redo=["tokens"], other_code=True, keep_stages=True)[1]
+    assert set(done_again(before, marks(old))) == TOKENS
+
+
+def test_what_is_wanted_again_is_removed_once_however_often_the_command_is_killed(old, corpus, monkeypatch):
+    """A supervisor that runs the same command again would else never come to an end."""
+    config, really = recipe_of(corpus).lock(), work.Work.run
+
+    def killed(self, stage, name=""):
+        if not stage.name.startswith(run):
+            raise Killed
+        really(self, stage, name)
+
+    monkeypatch.setattr(work.Work, "run", killed)
+    before, run = marks(old), ("cuts", "limits", "clean")
+    for _ in range(2):
+        with pytest.raises(Killed):
+            build.build(config, old, workers=1, keep_stages=True, redo=["clean"])
+    first, run = marks(old)["clean"], ("",)
+    build.build(config, old, workers=1, keep_stages=True, redo=["clean"])
+    assert marks(old)["clean"] == first != before["clean"]
+    build.build(config, old, workers=1, keep_stages=True, redo=["clean"])
+    assert marks(old)["clean"] != first, "it had ended, so this is wanted anew"

@@ -78,9 +78,10 @@ def build(
     try:
         data = finished.read(out) if (out / "data.json").exists() else None
         finished.check_redo(out, data, redo)
-        if data and finished.is_left(config, out, data):
+        if data and finished.is_left(config, out, data, other_code or bool(redo)):
             finished.mend_card(out, data)  # for which neither executor nor documents need be there any more
             was_there = True
+            claim.sweep(out)
         elif data and not claim.has_stages(out):
             data = finished.rewritten(config, out, data, other_code)
         else:
@@ -96,13 +97,15 @@ def build(
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
                 units = plan.units(whole, known)
                 plan.check_names(units, redo)
-                work = Work(engine, Made(out, redo), units)
+                made = Made(out, redo)
+                work = Work(engine, made, units)
                 was_there = data is not None and work.is_complete() and not finished.changes(data, config)
                 if not was_there:
                     _clear(config, out, work, data)
                     data = _make(whole, out, work, given, listing)
-        if not keep_stages:
-            shutil.rmtree(out / "stages", ignore_errors=True)
+                made.end_redo()
+                if not keep_stages:
+                    claim.drop_stages(out)
     except OSError as error:
         raise StorageError(
             f"--out={out}: {error.strerror or error} ({error.filename or out}): give a folder "
@@ -271,6 +274,9 @@ def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
     for name in recipe.names(config):
         subset_of |= dict.fromkeys(recipe.factors_of(config, name), name)
     opened = {name: Store.open(out / name) for name in names if (out / name / "store.json").exists()}
+    for name in config.subsets:  # each has given documents, and what is made of them is in stores
+        if name not in {subset_of[store] for store in opened}:
+            raise StorageError(f"{stages}: the store of subset {name} is not there: prepare again with --redo=tokens")
     mix = finished.mix_of(config, {name: subset_of[name] for name in opened}, opened)
     stores = {}
     for name, store in opened.items():

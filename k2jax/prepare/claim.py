@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 import k2jax
 from k2jax import locks
 from k2jax.errors import ConfigError
-from k2jax.files import remove_leftovers, write_json
+from k2jax.files import remove_at_once, remove_leftovers, write_json
 from k2jax.text import redacted
 
 TEMPLATE = "chat_template.jinja"  # of conversations: it goes with the tokenizer
@@ -56,7 +56,9 @@ def check_folder(out: Path, other_code: bool) -> list[str]:
     """The versions of the code that worked in `out`, and ours; reads only. Raises ConfigError as `claimed`."""
     begun = out / "stages" / "recipe.json"
     if not begun.exists():
-        if out.exists() and any(path.name != "stages" for path in out.iterdir()):
+        if (out / "data.json").exists() and not has_stages(out):
+            raise ConfigError(f"--out={out}: another process finished it just now: run the same command again")
+        if out.exists() and any(not path.name.startswith("stages") for path in out.iterdir()):
             raise ConfigError(f"--out={out}: holds files that are no preparation of ours; choose an empty folder")
         return [code_digest()]
     found = json.loads(begun.read_bytes())
@@ -76,6 +78,22 @@ def locked(out: Path) -> locks.Lock:
         return locks.hold(path, f"host {socket.gethostname()}, pid {os.getpid()}")
     except locks.Held as holder:
         raise ConfigError(f"--out={out}: another process ({holder}) is preparing data there; wait for it") from None
+    except FileNotFoundError:  # between the making of its folder and this
+        raise ConfigError(f"--out={out}: another process finished it just now: run the same command again") from None
+
+
+def drop_stages(out: Path) -> None:
+    """Removes what lies between documents and stores, at once, for who has the lock; killed here, notes of it are gone
+    before what they are of."""
+    remove_at_once(out / "stages")
+
+
+def sweep(out: Path) -> None:
+    """Removes what is left of stages without notes, where no other process works."""
+    remove_leftovers(out, "stages-*")
+    if (out / "stages").exists() and not has_stages(out):
+        with contextlib.suppress(ConfigError), locked(out):
+            drop_stages(out)
 
 
 def with_ours(theirs: list[str], out: Path, other_code: bool) -> list[str]:

@@ -25,7 +25,7 @@ def look(
     data = finished.read(out) if (out / "data.json").exists() else None
     finished.check_redo(out, data, redo)
     changed = list(finished.changes(data, config).values()) if data else []
-    if data and finished.is_left(config, out, data):
+    if data and finished.is_left(config, out, data, other_code or bool(redo)):
         return [f"{out}: finished, it is left as it is"]
     if data and not claim.has_stages(out):
         finished.check_possible(config, out, data)

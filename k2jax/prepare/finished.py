@@ -4,7 +4,6 @@ Its stages are mostly gone. What no stage reads, such as `repeats`, is changed i
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,10 +41,12 @@ def read(out: Path) -> dict[str, Any]:
     return data
 
 
-def is_left(config: ConfigDict, out: Path, data: dict[str, Any]) -> bool:
-    """Whether it is the same recipe's, and nothing is there with which it could be made another."""
-    has_stages = claim.has_stages(out) and claim.codes(out)[-1] == claim.code_digest()
-    return not has_stages and not changes(data, config)
+def is_left(config: ConfigDict, out: Path, data: dict[str, Any], go_on: bool) -> bool:
+    """Whether it is the same recipe's, and nothing is there with which it could be made another: no stages, or those of
+    another version of the code, unless that shall `go_on` with them."""
+    if claim.has_stages(out) and (go_on or claim.codes(out)[-1] == claim.code_digest()):
+        return False
+    return not changes(data, config)
 
 
 def check_redo(out: Path, data: dict[str, Any] | None, redo: Sequence[str]) -> None:
@@ -124,7 +125,7 @@ def rewritten(config: ConfigDict, out: Path, data: dict[str, Any], other_code: b
         data |= {"config": redacted(_settled(config, data).to_dict()), "code": code, "mix": mix}
         write_json(out / "data.json", data)
         card.rewrite_card(out, data)
-    shutil.rmtree(out / "stages")
+        claim.drop_stages(out)
     return data
 
 

@@ -10,8 +10,11 @@ A unit is a stage, or the part of it that is one subset's. Of each that was begu
                               "outputs": files and folders, where {rank} stands for each rank
                               "stale":   it is being removed}}
 
+    stages/redo.json  [stages that a person wanted again, and that have been removed for that]
+
 What is stale is marked so, then its marks of completion go, then its outputs, then its row: killed in between, it is
-removed to the end by the next command, and never trusted. It is one file, written whole.
+removed to the end by the next command, and never trusted. It is one file, written whole. What a person wants again is
+removed once until the preparation ends: the same command, killed and run again, goes on.
 """
 
 import json
@@ -52,8 +55,10 @@ class Made:
     """The notes of a preparation's folder; `out` need not be there. `redo` are stages that a person wants again."""
 
     def __init__(self, out: Path, redo: Iterable[str] = ()):
-        self.out, self._path, self._redo = out, out / "stages" / "made.json", frozenset(redo)
+        self.out, self._path, self._redoing = out, out / "stages" / "made.json", out / "stages" / "redo.json"
         self.rows: dict[str, dict[str, Any]] = read_json(self._path) if self._path.exists() else {}
+        self._began = frozenset(read_json(self._redoing) if self._redoing.exists() else ())
+        self._redo = frozenset(redo) - self._began
 
     def stale(self, wanted: dict[str, Unit]) -> dict[str, list[str]]:
         """Of what was begun and is not what is wanted: why. `wanted` has each unit behind those that it follows."""
@@ -78,6 +83,8 @@ class Made:
         for name in names:
             self.rows[name]["stale"] = True
         self._write()
+        if self._redo:
+            write_json(self._redoing, sorted(self._began | self._redo))
         for name in names:
             row = self.rows[name]
             ranks = None if row["ranks"] is None else range(*row["ranks"])
@@ -87,6 +94,10 @@ class Made:
         for name in names:
             del self.rows[name]
         self._write()
+
+    def end_redo(self) -> None:
+        """Once all is there: who wants a stage again then wants it anew."""
+        self._redoing.unlink(missing_ok=True)
 
     def begin(self, units: dict[str, Unit], stage: str = "", tasks: int = 0) -> None:
         """Notes that these units are being made, and by which stage: before that writes anything."""
