@@ -184,7 +184,8 @@ def remove_leftovers(folder: Path | BucketPath, name: str = "*", *, alone: bool 
 
 def remove_at_once(folder: Path) -> None:
     """Removes a folder that nobody shall meet with a part of it gone: it goes under another name first."""
-    gone = _beside(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))  # no killed process of our number had that
+    new = f"{folder.name}-{secrets.token_hex(4)}"  # which no killed process of our number has left
+    gone = _beside(folder.with_name(new))
     os.rename(folder, gone)
     sync_folder(folder.parent)
     remove_tree(gone)

@@ -210,7 +210,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _this_process() -> dict[str, Any]:
-    return {**_world(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return {**_world(), "pid": os.getpid(), "started": started(os.getpid())}
 
 
 def _world() -> dict[str, Any]:
@@ -228,10 +228,10 @@ def _lives(process: Any) -> bool | None:
     world = _world()
     if not isinstance(process, dict) or world["boot"] is None or any(process.get(k) != v for k, v in world.items()):
         return None
-    return _started(process["pid"]) == process["started"]
+    return started(process["pid"]) == process["started"]
 
 
-def _started(pid: int) -> str | None:
+def started(pid: int) -> str | None:
     """When a process began, in ticks since boot: numbers are used again. None without one, or for a dead one."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

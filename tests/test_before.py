@@ -96,6 +96,62 @@ def test_an_output_that_cannot_be_written_is_found_first_and_nothing_is_left(fol
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("source", "out", "name"),
+    [
+        ("text:{}", "out", "data.json"),
+        ("text:{}/", "a/b", "data.json"),
+        ("warc:{}", "out", "data.json"),  # whose next listing would end at them
+        ("text:file://{}", "out", "data.json"),
+        ("text:{}/**", "out", "data.json"),
+        ("text:{}/**/*.json", "out", "data.json"),
+        ("text:{}/*/*.json", "out", "data.json"),
+        ("jsonl:{}/**.jsonl", "out", None),  # no pattern: the listing says so
+        ("jsonl:{}/**/*.jsonl", "out", "stages/files/text.jsonl"),
+        ("jsonl:{}/**/*.zst", "out", "stages/clean/documents/00000.jsonl.zst"),
+        ("parquet:{}/**/*.parquet", "out", "text/documents.parquet"),
+        ("text:{}/l", "out", "data.json"),  # a link to the folder
+        ("text:{}/.h/**", ".h/out", "data.json"),
+        ("text:{}", ".h/out", None),
+        ("text:{}/**/*.txt", "out", None),
+        ("text:{}/*", "out", None),
+        ("text:{}/a", "out", None),
+        ("text:{}/a", "ab", None),
+        ("text:{}/x.txt", "out", None),
+        ("python:code", "out", None),
+        ("text:gs://{}", "out", None),
+    ],
+)
+def test_a_folder_in_its_own_source_is_refused(folder, tmp_path, source, out, name):
+    root = tmp_path / "root"
+    for made in ("a", ".h"):
+        (root / made).mkdir(parents=True)
+    (root / "x.txt").write_text("x")
+    (root / "l").symlink_to(root)
+    c = config_of(folder, "", subset__source=source.format(root))
+    if name is None:
+        return before.check_apart(c, root / out)
+    with pytest.raises(ConfigError, match=f"^subsets.text.source=.*: --out=.*/{out} lies in it, and {name} there"):
+        before.check_apart(c, root / out)
+    c = config_of(folder, "").unlock()
+    c.contamination.sources = (source.format(root),)
+    with pytest.raises(ConfigError, match="^contamination.sources="):
+        before.check_apart(c, root / out)
+
+
+def test_a_preparation_writes_nothing_of_which_that_does_not_know(folder, tmp_path):
+    """A name's end in a folder of it."""
+    c = config_of(folder, "").unlock()
+    c.vocab_size, c.subsets.text.max_bytes = 300, 5000
+    build.build(c.lock(), tmp_path / "out", workers=1, keep_stages=True)
+    ends = {Path(one).suffix for one in before.WRITTEN}
+    found = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(found) > 30 and {path.suffix for path in found} <= ends
+    known = {Path(one.format(store="text")) for one in before.WRITTEN} - {Path(before.TEMPLATE)}
+    missing = {path for path in known - {*found} if path.parts[1] not in ("unreadable",)}
+    assert not missing, "what is not written any more"
+
+
 @pytest.mark.parametrize("source", ["jsonl:/nowhere/x.jsonl", "arrow:/nowhere"])
 def test_a_dry_run_refuses_what_the_command_does(folder, tmp_path, source):
     c = config_of(folder, "", subset__source=source)

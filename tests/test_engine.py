@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 pytest.importorskip("datatrove")
 
+from k2jax import files, locks
 from k2jax.errors import ConfigError, RunError, StorageError
 from k2jax.prepare import engine as engine_module
+from k2jax.prepare import executors
 from k2jax.prepare.engine import Engine, Stage, check_executor
 
 SLURM = {"partition": "cpu", "time": "1:00:00", "gib_per_cpu": 1, "environment": ""}
@@ -118,15 +121,28 @@ def linger(rank: int, *, folder: Path) -> None:
     time.sleep(600)
 
 
-def test_workers_end_when_the_command_is_killed(tmp_path):
+@pytest.mark.parametrize("reaped", [True, False])
+def test_workers_end_when_the_command_is_killed(tmp_path, reaped):
+    """Also where nobody waits for it, as in a container whose first process is no init: its number is there still."""
     program = start(tmp_path, "linger", workers=2)
     pids = eventually(
         lambda: [int(path.read_text() or 0) for path in tmp_path.glob("*.pid")],
         lambda pids: len(pids) == 2 and all(pids),
     )
     program.kill()
+    if reaped:
+        program.wait()
+    eventually(lambda: [pid for pid in pids if locks.started(pid)], lambda alive: not alive, seconds=20)
+    assert files.is_running(program.pid) != reaped
     program.wait()
-    eventually(lambda: [pid for pid in pids if Path(f"/proc/{pid}").exists()], lambda alive: not alive)
+
+
+def test_another_process_that_has_the_commands_number_keeps_no_worker(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(executors.os, "_exit", lambda _: ended.set())
+    monkeypatch.setattr(executors.signal, "signal", lambda *_: None)
+    executors._end_with(os.getpid(), "before that")
+    assert ended.wait(20)
 
 
 def eventually(look, good, seconds=60):
@@ -175,7 +191,11 @@ def test_executors_that_cannot_run_are_refused_before_anything_is_done(tmp_path,
         (tmp_path / program).chmod(0o755)
     with pytest.raises(ConfigError, match="partition"):
         check_executor("slurm", {**SLURM, "partition": ""})
-    check_executor("slurm", SLURM)
+    check_executor("slurm", SLURM, tmp_path / "a 'b'")
+    for name in ("a\\b", "a\nb"):
+        with pytest.raises(ConfigError, match="has a backslash or a character that does not print in its path"):
+            check_executor("slurm", SLURM, tmp_path / name)
+        check_executor("local", SLURM, tmp_path / name)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     with pytest.raises(ConfigError, match="a task of a job array"):
         check_executor("slurm", SLURM)

@@ -32,7 +32,6 @@ TOP_LEVEL |= {"pyproject.toml", "requirements.lock"}
 FILE_LINES, FUNCTION_LINES, NESTING = 350, 60, 4
 LONG_FILES = {
     "k2jax/parallel/cluster.py": 370,  # all that processes say to one another, in one place
-    "k2jax/prepare/files.py": 370,  # found, opened, unpacked: what a file is, in one place
     "k2jax/prepare/recipe.py": 370,  # every key of a data experiment, and what is wrong with its value
     "tools/verify_release.py": 1860,  # for strangers: one file, and all of it a second time (formats, order, arrays)
 }

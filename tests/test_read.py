@@ -252,6 +252,19 @@ def test_the_last_file_is_read_up_to_the_document_that_exceeds_its_bytes(tmp_pat
     assert len(read_all(f"jsonl:{tmp_path}/*", last_bytes=1)[0]) == 10
 
 
+def test_what_is_left_out_anyway_is_no_text_that_a_limit_ends_before(tmp_path):
+    """As measuring has it (dealing.py); seen red with the limit first, which ended at the second row."""
+    sizes = [300, 5000, 400, 2, 250, 200, 300]
+    lines = [*({"text": "x" * size} for size in sizes[:2]), {"no": "text"}, *({"text": "x" * n} for n in sizes[2:])]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(lines))
+    limits = {"min_document_bytes": 3, "max_document_bytes": 1000}
+    found, tally = read_all(f"jsonl:{tmp_path}/*", last_bytes=1200, **limits)
+    assert [len(one.text) for one in found] == [300, 400, 250, 200] and tally.bad["over max_bytes"] == 1
+    assert tally.steps["read"]["documents"] == 6, "the one that exceeds it was not read"
+    found, tally = read_all(f"jsonl:{tmp_path}/*", last_bytes=1450, **limits)
+    assert [len(one.text) for one in found] == [300, 400, 250, 200, 300] and "over max_bytes" not in tally.bad
+
+
 def test_sizes_out_of_bounds_are_removed_with_their_reason(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"text": "x" * n} for n in (0, 3, 5, 9)]))
     removed = []

@@ -203,8 +203,9 @@ def test_a_later_part_of_a_file_has_no_mark_and_one_of_another_encoding_is_not_c
     rest = b"\xff\xfe\n" + lines_of("three").encode()
     path.write_bytes(first + rest)
     whole = File("a.jsonl", str(path), len(first + rest))
-    parts = [whole._replace(size=len(first), end=len(first)),
-             whole._replace(size=len(rest), begin=len(first), end=len(first + rest), first=2)]  # fmt: skip
+    whole_size = whole.size
+    parts = [whole._replace(size=len(first), end=len(first), whole=whole_size),
+             whole._replace(size=len(rest), begin=len(first), end=whole_size, first=2, whole=whole_size)]  # fmt: skip
     tally = Tally()
     found = list(documents(recipe.subset(f"jsonl:{path}"), parts, name="web", tally=tally))
     assert [one.metadata["source"] for one in found] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]

@@ -48,6 +48,14 @@ def test_two_subsets_cannot_share_a_store():
         recipe.validate(c)
 
 
+@pytest.mark.parametrize("name", ["card", "stages"])
+def test_no_store_has_the_place_of_what_else_is_in_the_folder(name):
+    c = base()
+    c.subsets[name] = subset("text:a")
+    with pytest.raises(ConfigError, match=f"subsets.{name}: its store would be OUT/{name}, where .* give it another"):
+        recipe.validate(c)
+
+
 BASE = "from k2jax.prepare.recipe import base, subset\n"
 
 

@@ -69,6 +69,18 @@ def test_slurm_runs_the_job_script_and_a_job_that_dies_is_an_error(tmp_path, slu
     assert (tmp_path / "arrays").read_text().split() == ["0-3%2", "0-0%1"]
 
 
+def test_a_folder_whose_name_the_shell_would_take_apart(tmp_path, slurm):
+    """Seen red without the quotes."""
+    folder = tmp_path / "my $HOME's #1 50% \"data\""
+    engine(folder, "slurm", 2).run(stage_of(tmp_path, 2))
+    assert runs(tmp_path) == {0: 1, 1: 1}, (tmp_path / "out").read_text()
+    script = (folder / "done/note/launch_0.slurm").read_text()
+    [output] = [line.partition("=")[2] for line in script.splitlines() if line.startswith("#SBATCH --output=")]
+    plain = output.replace("\\#", "#").replace('\\"', '"').replace("%%", "%")  # as sbatch reads it
+    assert plain == f'"{folder}/done/note/slurm_logs/%A_%a.out"' and f"#SBATCH --error={output}\n" in script
+    assert output.count("%") == 4 and output.count("#") == output.count("\\#")
+
+
 def queued(tmp_path: Path, job: str) -> Path:
     """What an earlier attempt left: a job that runs rank 1 of two."""
     done = tmp_path / "done/note"

@@ -21,7 +21,7 @@ from k2jax.data.store import Store
 from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import train_bpe
 from k2jax.errors import ConfigError
-from k2jax.prepare import recipe, token_sources
+from k2jax.prepare import build, recipe, token_sources
 from k2jax.prepare.files import list_files
 from k2jax.prepare.listing import in_order
 from k2jax.prepare.tally import Tally
@@ -324,6 +324,22 @@ def test_windows_of_an_llm360_store_are_its_rows(tmp_path, tokenizer):
     assert manifest["stages"][0]["subsets"][0]["windows"] == 30 == num_windows(store.num_train_tokens, 64, "inside")
     assert store.read(np.arange(40) * 64, row_length(64, "inside")).tolist() == rows
     assert store.document(3)["source"] == "a.jsonl.gz:4"
+
+
+def test_a_subset_that_gives_no_document_is_named_with_the_reasons(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines(row([5])))
+    (tmp_path / "b.jsonl").write_bytes(lines(*[{"tokens": [5], "subset_name": "x"}] * 3, row(["5"])))
+    config = recipe.base()
+    config.subsets.a, config.subsets.b = (recipe.subset(f"llm360:{tmp_path}/{name}.jsonl", tasks=1) for name in "ab")
+    convert(tmp_path, tokenizer, **config.subsets)
+    with pytest.raises(ConfigError) as error:
+        token_sources.summary(config, tmp_path / "stages")
+    why = "3 no token_ids, 1 token_ids is no list of ids"
+    assert str(error.value) == f"subset b: llm360:{tmp_path}/b.jsonl gave no document ({why})"
+    del config.subsets["a"], config.subsets["b"]
+    config.tokenizer, config.subsets.b = str(tokenizer), recipe.subset(f"llm360:{tmp_path}/b.jsonl")
+    with pytest.raises(ConfigError, match="^subset b: .* gave no document .3 no token_ids"):
+        build.build(config.lock(), tmp_path / "out", workers=1)  # of which no store is there at all
 
 
 def test_files_of_other_row_lengths_are_found_when_they_meet_in_a_store(tmp_path, tokenizer):

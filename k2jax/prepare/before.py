@@ -1,23 +1,39 @@
 """What is looked at before a preparation's first stage, and before it writes anything: hours later it would cost them.
 
-The folder can be written, the executor is here, the tokenizer is one that ends documents and has what is asked of it,
-the chat template fits it. Sources and rules are plan.facts's.
+The folder can be written and is no source's, the executor is here, the tokenizer is one that ends documents and has
+what is asked of it, the chat template fits it. Sources and rules are plan.facts's.
 """
 
+import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from fsspec.core import url_to_fs
+from fsspec.utils import glob_translate
 from ml_collections import ConfigDict
 
 from k2jax.chat import fit, template
 from k2jax.chat.template import ChatTemplate
 from k2jax.data.tokenizer import Tokenizer
-from k2jax.errors import StorageError
+from k2jax.errors import ConfigError, StorageError
 from k2jax.files import check_room, write_bytes
 from k2jax.prepare import dealing, spm, token_sources, tokenise
 from k2jax.prepare.claim import TEMPLATE
+from k2jax.prepare.recipe import factors_of, kind_of
 from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
+from k2jax.text import without_secrets
+
+# Of what a preparation writes, a file of each folder and name's end; {store} stands for each store.
+WRITTEN = ("data.json", "tokenizer.json", TEMPLATE, "card/data.json", "card/data.md", "card/index.html")
+WRITTEN += tuple(f"{{store}}/{name}" for name in ("store.json", "zarr.json", "documents.parquet", "documents.blocks"))
+WRITTEN += ("{store}/tokens/zarr.json", "{store}/tokens/c/0", "stages/made.json", "stages/lock")
+WRITTEN += ("stages/files/{store}.jsonl", "stages/files/shares/{store}/00000.json", "stages/files/summary.json")
+WRITTEN += ("stages/clean/documents/00000.jsonl.zst", "stages/clean/index/00000.parquet")
+WRITTEN += ("stages/clean/tally/00000.json", "stages/unreadable/{store}/0.json")
+WRITTEN += tuple(f"stages/tokens/{{store}}/0000000.{end}" for end in ("json", "parquet", "tokens"))
+WRITTEN += ("stages/kept/00000.runs", "stages/done/clean/completions/00000")
 
 
 class Given(NamedTuple):
@@ -83,3 +99,41 @@ def check_writable(out: Path) -> None:
             f"--out={out}: {folder} cannot be written ({error.strerror}): give a folder that can be, with room on its "
             "disk"
         ) from error
+
+
+def check_apart(config: ConfigDict, out: Path) -> None:
+    """Raises ConfigError where a source on this machine's disks would hold what is written in `out`.
+
+    When the preparation goes on, its files would be another source's: all would be done again, and read itself.
+    """
+    stores = [store for name in config.subsets for store in factors_of(config, name)]
+    written = list(dict.fromkeys(one.format(store=store) for one in WRITTEN for store in stores))
+    sources = [(f"subsets.{name}.source", chosen.source) for name, chosen in config.subsets.items()]
+    for key, source in [*sources, *(("contamination.sources", source) for source in config.contamination.sources)]:
+        kind, where = kind_of(source)
+        is_local = "://" not in where or where.startswith(("file://", "local://"))
+        if kind not in ("python", "seqio") and is_local and (name := _matched(where, out, written)):
+            raise ConfigError(
+                f"{key}={without_secrets(source)}: --out={out} lies in it, and {name} there would be a file of it when "
+                "the same command goes on: choose another folder"
+            )
+
+
+def _matched(where: str, out: Path, written: list[str]) -> str | None:
+    """The first of the names below `out` that a pattern matches, or that is in a folder, as files.py lists them."""
+    fs, pattern = url_to_fs(where)
+    pattern = f"{pattern.rstrip('/')}/**" if fs.isdir(pattern) else pattern
+    root = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    below = os.path.relpath(os.path.realpath(out), os.path.realpath(root or "/"))
+    if below.partition("/")[0] == ".." or fs.isfile(pattern):
+        return None
+    try:
+        matches = re.compile(glob_translate(pattern)).match
+    except ValueError:  # a wrong pattern, of which the listing tells
+        return None
+    names_dots = "/." in pattern[len(root) :]
+    for name in written:
+        path = os.path.normpath(f"{root}/{below}/{name}")
+        if matches(path) and (names_dots or "/." not in path[len(root) :]):
+            return name
+    return None

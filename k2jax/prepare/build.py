@@ -85,8 +85,9 @@ def build(
         elif data and not claim.has_stages(out):
             data = finished.rewritten(config, out, data, other_code)
         else:
-            check_executor(executor, config.slurm.to_dict())
+            check_executor(executor, config.slurm.to_dict(), out)
             before.check_writable(out)
+            before.check_apart(config, out)
             given = before.given(config)
             listing = clean.check(config)
             whole = dealing.settled(config, listing)
@@ -97,7 +98,7 @@ def build(
                 engine = Engine(out / "stages" / "done", executor, workers, config.slurm.to_dict())
                 units = plan.units(whole, known)
                 plan.check_names(units, redo)
-                made = Made(out, redo)
+                made = Made(out, redo, plan.read_again(whole, out))
                 work = Work(engine, made, units)
                 was_there = data is not None and work.is_complete() and not finished.changes(data, config)
                 if not was_there:
@@ -158,6 +159,7 @@ def _make(
         why = ", ".join(f"{count:,} {reason}" for reason, count in left_out(chats[name]["tally"]).items())
         raise ConfigError(f"subset {name}: no conversation of it has an answer to learn ({why}): see max_tokens")
     work.run(token_sources.stage(config, out, tokenizer))
+    of_tokens = token_sources.summary(config, stages)[1].items()
 
     names = sorted(path.name for path in (stages / "tokens").iterdir())
     options = {
@@ -168,7 +170,6 @@ def _make(
     work.run(Stage("layout", len(names), partial(pieces.lay_out, pieces=found)), "shards")
     parts = found.parts()
     work.run(Stage("shards", len(parts), partial(pieces.write_part, parts=parts, pieces=found)))
-    of_tokens = token_sources.summary(config, stages)[1].items()
     train = {name: counts.get("tokens", 0) for name, counts in of_tokens if "held_out_tokens" in counts}
     joining = reads.view(config, reads.JOINING).to_dict()
     finish = partial(_finish, config=joining, found=found, train_tokens=train)

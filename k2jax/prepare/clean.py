@@ -1,12 +1,15 @@
 """The stage that reads: documents of every subset, cleaned by the subset's rules, counted, whole or not at all.
 
 A task writes, below OUT/stages/clean: documents/, index/, removed/ and, where evaluation sets are named,
-contamination/; last tally/, which marks it complete. Killed and run again, it gives the same bytes.
+contamination/, where files of it are left out, left-out/ with their names; last tally/, which marks it complete. Killed
+and run again, it gives the same bytes.
 """
 
 import contextlib
 import functools
 import hashlib
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,17 +45,42 @@ INDEX = pa.schema(
 INDEX_ROWS = 1 << 14  # written at a time
 
 
-def stages(config: ConfigDict, out: str | Path) -> list[Stage]:
-    """The index of evaluation sets, if any are named, and the cleaning of what was dealt (dealing.py)."""
+def stages(config: ConfigDict, out: str | Path) -> Iterator[Stage]:
+    """The index of evaluation sets, if any are named, and the cleaning of what was dealt (dealing.py).
+
+    That comes again for tasks that had read a part of a file when another task found that it cannot be read: each is to
+    have run before the next is asked for.
+    """
+    out = Path(out)
     cleaning = reads.view(config, reads.with_units(reads.CLEANING, config)).to_dict()
     clean_all = Stage(
-        "clean", len(recipe.tasks(config)), functools.partial(clean_task, config=cleaning, out=Path(out))
+        "clean", len(recipe.tasks(config)), functools.partial(clean_task, config=cleaning, out=out)
     )
-    if not config.contamination.sources:
-        return [clean_all]
-    searching = reads.view(config, reads.with_units(reads.EVALUATION, config), ()).to_dict()
-    index = functools.partial(contamination.build, config=searching, out=Path(out))
-    return [Stage("contamination", 1, index), clean_all]
+    if config.contamination.sources:
+        searching = reads.view(config, reads.with_units(reads.EVALUATION, config), ()).to_dict()
+        yield Stage("contamination", 1, functools.partial(contamination.build, config=searching, out=out))
+    yield clean_all
+    while ranks := _outdated(config, out):
+        for rank in ranks:
+            (out / "stages" / "done" / "clean" / "completions" / f"{rank:05d}").unlink()
+        yield clean_all
+
+
+def _outdated(config: ConfigDict, out: Path) -> list[int]:
+    """The tasks that left out other files of theirs than are noted now that all have ended."""
+    folder = out / "stages" / "clean" / "left-out"
+    told = set(os.listdir(folder)) if folder.is_dir() else set()
+    noted = {name: unreadable.names(out, name) for name in recipe.names(config)}
+    if not told and not any(noted.values()):
+        return []
+    found = []
+    for rank, task in enumerate(recipe.tasks(config)):
+        path = folder / f"{rank:05d}.json"
+        if noted[task.subset] or path.name in told:
+            files = dealing.share(out, task).files
+            wanted = sorted({file.name for file in files} & noted[task.subset])
+            found += [rank] if wanted != (json.loads(path.read_bytes()) if path.name in told else []) else []
+    return found
 
 
 def check(config: ConfigDict) -> dict[str, Listing]:
@@ -167,6 +195,11 @@ def _clean_share(rank: int, name: str, dealt: dealing.Share, config: ConfigDict,
         index = stack.enter_context(_index(folder / "index" / f"{rank:05d}.parquet"))
         write_documents(folder / "documents" / f"{rank:05d}.jsonl.zst", map(index, found))
     write_documents(folder / "removed" / f"{rank:05d}.jsonl.zst", removed.documents)
+    left_out, told = {file.name for file in dealt.files} - {file.name for file in files}, folder / "left-out"
+    if left_out:
+        write_json(told / f"{rank:05d}.json", sorted(left_out))
+    else:
+        (told / f"{rank:05d}.json").unlink(missing_ok=True)
     if check_of:
         write_json(folder / "contamination" / f"{rank:05d}.json", check_of.report())
     write_json(folder / "tally" / f"{rank:05d}.json", tally.to_json())

@@ -10,12 +10,12 @@ Below stages/files; a task reads what is its own, for the lists of all have mill
 
     summary.json                   {subset: {"files", "bytes", "digest"}}, written last of the listing, of those that
                                    are dealt out together: pieces, cuts and waves are of them
-    <subset>.jsonl                 [name, path, size] of all, a line each, in their order
-    pieces/<rank>.json             [[subset, number of the file, name, path, size, begin, end], ...] to be cut
+    <subset>.jsonl                 File of all, with the date that tells of a rewrite, a line each, in their order
+    pieces/<rank>.json             [[subset, number of the file, *File, begin, end], ...] to be cut
     cuts/<rank>.json               [[subset, number of the file, begin, [Cut, ...]], ...] of those
     shares/<subset>/<shard>.json   {"files": [File, ...], "last_bytes"} of a task of reading
     waves/<n>/files/<rank>.json    [[subset, number, *File], ...] of a task of measuring
-    waves/<n>/sizes/<rank>.json    {subset: {number of the file: bytes of text}}
+    waves/<n>/sizes/<rank>.json    {subset: {number of the file: bytes of text, null of one that cannot be read}}
 """
 
 import functools
@@ -137,9 +137,9 @@ def write_listing(config: ConfigDict, out: Path, listing: dict[str, Listing]) ->
     for name, files in listing.items():
         with whole_file(_folder(out) / f"{name}.jsonl") as kept:
             for number, file in enumerate(files):
-                kept.write(json.dumps(file[:3]).encode() + b"\n")
+                kept.write(json.dumps(file).encode() + b"\n")
                 found = parts.pieces(file, config.subsets[name], config.part_bytes)
-                wanted += [[name, number, *file[:3], *piece] for piece in found]
+                wanted += [[name, number, *file, *piece] for piece in found]
     num_tasks = min(len(wanted), MOST_CUTTING)
     for rank in range(num_tasks):
         write_json(_folder(out) / "pieces" / f"{rank:05d}.json", wanted[rank::num_tasks])
@@ -238,6 +238,7 @@ def _waves(config: ConfigDict, out: Path) -> Iterator[int]:
     names = sorted(json.loads((_folder(out) / "summary.json").read_bytes()))
     limits = {name: config.subsets[name].max_bytes for name in names if config.subsets[name].max_bytes}
     files = {name: _Known(_files_of(out, name)) for name in limits}
+    left_out: dict[str, set[str]] = {name: set() for name in limits}
     sizes: dict[str, list[int]] = {name: [] for name in limits}
     number = 0
     while limits:
@@ -253,7 +254,12 @@ def _waves(config: ConfigDict, out: Path) -> Iterator[int]:
         for rank in range(num_tasks):
             for name, found in json.loads((folder / "sizes" / f"{rank:05d}.json").read_bytes()).items():
                 for index, size in found.items():
-                    sizes[name][int(index)] = size
+                    sizes[name][int(index)] = size or 0
+                    left_out[name] |= {files[name].files[int(index)].name} if size is None else set()
+        for name, gone in left_out.items():  # whole, with the parts that could be read
+            if gone:
+                measured = zip(files[name].files, sizes[name], strict=False)
+                sizes[name] = [0 if file.name in gone else size for file, size in measured]
         number += 1
         for name, limit in list(limits.items()):
             if sum(sizes[name]) > limit or files[name].at(len(sizes[name])) is None:
@@ -303,13 +309,14 @@ def _cut(sizes: list[int], limit: int) -> tuple[int, int | None]:
 def measure(rank: int, *, number: int, config: dict[str, Any], out: Path) -> None:
     """A task: the bytes of text of some of a wave's files, as reading counts them; no further than the limit in one."""
     whole, folder = ConfigDict(config), _folder(out) / "waves" / str(number)
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int | None]] = {}
     for name, index, *row in json.loads((folder / "files" / f"{rank:05d}.json").read_bytes()):
+        file, size = File(*row), None
         try:
-            size = _text_bytes(whole.subsets[name], name, File(*row), out)
+            if file.name not in unreadable.names(out, name):
+                size = _text_bytes(whole.subsets[name], name, file, out)
         except UnreadableError as error:
-            unreadable.note(out, name, whole.subsets[name], [File(*row)], error)
-            size = 0
+            unreadable.note(out, name, whole.subsets[name], [file], error)
         found.setdefault(name, {})[str(index)] = size
     write_json(folder / "sizes" / f"{rank:05d}.json", found)
 

@@ -30,13 +30,14 @@ def look(
     if data and not claim.has_stages(out):
         finished.check_possible(config, out, data)
         return [f"data.json and card: written anew ({'; '.join(changed)})"]
+    before.check_apart(config, out)
     given = before.given(config)
     listing = clean.check(config)
     whole = dealing.settled(config, listing)
     wanted = plan.units(whole, plan.facts(whole, listing, given.tokenizer, given.told()))
     claim.check_folder(out, other_code)
     plan.check_names(wanted, redo)
-    begun = Made(out, redo)
+    begun = Made(out, redo, plan.read_again(whole, out))
     found = _lines(begun, wanted)
     is_complete = data and not changed and not begun.stale(wanted) and wanted.keys() <= begun.rows.keys()
     why = f" ({'; '.join(changed)})" if changed else ""

@@ -11,7 +11,8 @@ import codecs
 import io
 import re
 
-from k2jax.prepare.files import BLOCK, DAMAGE, Damaged
+from k2jax.prepare.files import BLOCK, DAMAGE
+from k2jax.prepare.packed import Damaged
 from k2jax.prepare.rule_checks import DETECT
 
 UTF_8, UNKNOWN = "utf-8", "unknown"

@@ -20,7 +20,7 @@ from k2jax.errors import ConfigError, RunError
 from k2jax.prepare import progress, said
 from k2jax.prepare.cores import cores
 from k2jax.prepare.executors import Local, Ray
-from k2jax.prepare.slurm import Slurm
+from k2jax.prepare.slurm import Slurm, check_folder
 
 EXECUTORS = ("local", "ray", "slurm")
 
@@ -110,8 +110,9 @@ def _raise_failures(stage: Stage, folder: Path) -> None:
         raise RunError(f"stage {stage.name}, task {int(path.stem)}: {failure['type']}: {failure['message']}")
 
 
-def check_executor(executor: str, slurm: dict[str, Any]) -> None:
-    """Raises ConfigError if the executor cannot run here, before anything is done."""
+def check_executor(executor: str, slurm: dict[str, Any], out: Path | None = None) -> None:
+    """Raises ConfigError if the executor cannot run here, or not with what is to be made in `out`, before anything is
+    done."""
     if executor == "ray":
         try:
             import ray  # noqa: F401
@@ -123,6 +124,8 @@ def check_executor(executor: str, slurm: dict[str, Any]) -> None:
                 raise ConfigError(f"--executor=slurm: there is no {program} on this machine: run it on a login node")
         if "SLURM_ARRAY_TASK_ID" in os.environ:  # by which a task of ours knows what it is
             raise ConfigError("--executor=slurm: this is a task of a job array: run it on a login node")
+        if out is not None:
+            check_folder(out)
         if not slurm["partition"]:
             raise ConfigError("--executor=slurm: name the partition in the recipe: config.slurm.partition")
 

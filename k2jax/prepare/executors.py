@@ -22,9 +22,9 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor
 from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
 
-from k2jax import errors
+from k2jax import errors, locks
 from k2jax.errors import RunError
-from k2jax.files import make_folder, write_json
+from k2jax.files import is_running, make_folder, write_json
 from k2jax.prepare import said
 from k2jax.text import without_secrets
 
@@ -94,7 +94,7 @@ class Local(Ranks, LocalPipelineExecutor):
             return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["k2jax.prepare.build"])  # what every worker of every stage needs
-        with ProcessPoolExecutor(self.workers, context, _begin, (self, os.getpid())) as pool:
+        with ProcessPoolExecutor(self.workers, context, _begin, (self, *_command())) as pool:
             try:
                 left = iter(ranks)
                 waiting = {pool.submit(_run, rank) for rank in itertools.islice(left, AHEAD * self.workers)}
@@ -115,11 +115,16 @@ class Local(Ranks, LocalPipelineExecutor):
 _executor: Local | None = None  # of a worker's process
 
 
-def _begin(executor: Local, command: int) -> None:
+def _command() -> tuple[int, str | None]:
+    """This process: its number, and when it began where that can be told, for numbers are used again."""
+    return os.getpid(), locks.started(os.getpid())
+
+
+def _begin(executor: Local, command: int, started: str | None) -> None:
     """A worker begins."""
     global _executor  # noqa: PLW0603
     _executor = executor
-    _end_with(command)
+    _end_with(command, started)
 
 
 def _run(rank: int) -> None:
@@ -127,15 +132,16 @@ def _run(rank: int) -> None:
     _executor._run_for_rank(rank)
 
 
-def _end_with(command: int) -> None:
-    """A worker ends when the command (its process id) does, however that ended, lest it writes beside the next one."""
+def _end_with(command: int, started: str | None) -> None:
+    """A worker ends when the command (its process id) does, however that ended, lest it writes beside the next one.
+
+    One that was killed, and that nobody has waited for, has its number still; only /proc says that it is dead.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all of them: the command speaks
 
     def watch() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            while True:
-                os.kill(command, 0)
-                time.sleep(0.5)
+        while is_running(command) and locks.started(command) == started:
+            time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

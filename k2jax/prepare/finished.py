@@ -15,7 +15,7 @@ from k2jax.data.store import Store
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.files import read_json, write_json
-from k2jax.prepare import claim, made, plan, reads, recipe, token_sources
+from k2jax.prepare import claim, made, plan, reads, recipe, token_sources, unreadable
 from k2jax.prepare.card import card
 from k2jax.prepare.claim import TEMPLATE
 from k2jax.text import redacted, shown
@@ -94,6 +94,12 @@ def _as_now(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_possible(config: ConfigDict, out: Path, data: dict[str, Any]) -> None:
     """Raises ConfigError where a stage reads what has changed: what lay between documents and stores is gone."""
+    left_out = data["unreadable"] if "unreadable" in data else {}
+    for name, why in unreadable.too_many(config, left_out).items():
+        raise ConfigError(
+            f"--out={out}: subsets.{name}: {why}, and what reads them again needs stages that are gone "
+            "(--keep_stages keeps them): remove the folder or choose another"
+        )
     now = redacted(_settled(config, data).to_dict())
     both = (ConfigDict(_as_now(one)) for one in (data["config"], now))
     was, now = (plan.units(one, plan.named(one, data["inputs"])) for one in both)

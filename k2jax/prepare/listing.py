@@ -53,7 +53,7 @@ class Listing:
             high.append(int.from_bytes(rank[:8], "big"))
             low.append(int.from_bytes(rank[8:16], "big"))
             places.append(place)
-            place += self._spool.write(json.dumps(file[:3]).encode() + b"\n")
+            place += self._spool.write(json.dumps(file).encode() + b"\n")
             self.num_bytes += file.size
             self.most_parts += num_parts(file, chosen, part_bytes)
             self._digest += _number(file.size.to_bytes(8) + name)

@@ -52,9 +52,11 @@ def remedy(path: Path) -> str:
 
 
 class Made:
-    """The notes of a preparation's folder; `out` need not be there. `redo` are stages that a person wants again."""
+    """The notes of a preparation's folder, which need not be there. `redo` are stages that a person wants again, `again`
+    units that are to be for another reason (plan.read_again)."""
 
-    def __init__(self, out: Path, redo: Iterable[str] = ()):
+    def __init__(self, out: Path, redo: Iterable[str] = (), again: dict[str, str] | None = None):
+        self._again = again or {}
         self.out, self._path, self._redoing = out, out / "stages" / "made.json", out / "stages" / "redo.json"
         self.rows: dict[str, dict[str, Any]] = read_json(self._path) if self._path.exists() else {}
         self._began = frozenset(read_json(self._redoing) if self._redoing.exists() else ())
@@ -72,6 +74,7 @@ class Made:
         row = self.rows[name]
         why = [*["it was being removed"] * row["stale"], *changes(row["reads"], unit.reads).values()]
         why += [f"--redo={stage}" for stage in (name, name.partition("/")[0]) if stage in self._redo][:1]
+        why += [self._again[name]] if name in self._again else []
         if unit.ranks and row["ranks"] != list(unit.ranks):
             why.append("its tasks have other numbers")
         stamps = {name: self.rows[name]["stamp"] for name in unit.follows if name in self.rows and name not in found}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare.files import File
+from k2jax.prepare.files import File, as_stored, size_of
 from k2jax.prepare.stored import Stored
 from k2jax.prepare.tally import shown_name
 
@@ -29,7 +29,7 @@ def read_documents(file: File) -> Iterator[np.ndarray]:
     StorageError if a file cannot be read.
     """
     dtype, lengths, offsets, ends = _index(file)
-    with Stored(file.path, file.whole or file.size) as raw, io.BufferedReader(raw, BLOCK) as stream:
+    with as_stored(file) as raw, io.BufferedReader(raw, BLOCK) as stream:
         for first, last in zip(ends, ends[1:], strict=False):
             parts = [_sequence(stream, file, int(offsets[i]), int(lengths[i]), dtype) for i in range(first, last)]
             yield parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
@@ -68,9 +68,9 @@ def _index(file: File) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     ends = np.frombuffer(data, "<i8", num_ends, HEADER.size + 12 * num_sequences)
     if num_ends == 0 or ends[0] != 0 or ends[-1] != num_sequences or (np.diff(ends) < 0).any():
         raise ConfigError(f"{name}: its documents do not cover its {num_sequences} sequences: copy it again")
-    needed = int((offsets + lengths.astype(np.int64) * dtype.itemsize).max(initial=0))
-    if (lengths < 0).any() or (offsets < 0).any() or needed > file.size:
+    size, needed = size_of(file), int((offsets + lengths.astype(np.int64) * dtype.itemsize).max(initial=0))
+    if (lengths < 0).any() or (offsets < 0).any() or needed > size:
         raise ConfigError(
-            f"{shown_name(file.name)} has {file.size} bytes, its index needs {needed}: it is truncated or not its .bin"
+            f"{shown_name(file.name)} has {size} bytes, its index needs {needed}: it is truncated or not its .bin"
         )
     return dtype, lengths, offsets, ends

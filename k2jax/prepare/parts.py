@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from k2jax.errors import UnreadableError
-from k2jax.prepare.files import BLOCK, HEAD, File, is_text, packing
+from k2jax.prepare.files import BLOCK, File, as_stored
 from k2jax.prepare.listing import num_parts
+from k2jax.prepare.packed import HEAD, is_text, packing
 from k2jax.prepare.recipe import kind_of
 from k2jax.prepare.stored import Stored
 
@@ -50,7 +51,7 @@ def measure(file: File, chosen: ConfigDict, part_bytes: int, begin: int, end: in
 
 
 def _row_groups(file: File, part_bytes: int) -> list[Cut]:
-    with Stored(file.path, file.whole or file.size) as raw:
+    with as_stored(file) as raw:
         table = pq.ParquetFile(raw).metadata
     cuts: list[Cut] = []
     begin = rows = size = 0
@@ -66,7 +67,7 @@ def _row_groups(file: File, part_bytes: int) -> list[Cut]:
 
 def _lines(file: File, begin: int, end: int) -> list[Cut]:
     """From the first line that begins at `begin` or behind it to the last that begins before `end`."""
-    with Stored(file.path, file.whole or file.size) as raw:
+    with as_stored(file) as raw:
         head = raw.read(HEAD)
         if packing(head, file.path) is not None or not is_text(head):
             return []
@@ -101,6 +102,7 @@ def of_pieces(file: File, pieces: list[list[Cut]]) -> list[File]:
     found, first = [], 0
     for one in (cut for cuts in pieces for cut in cuts):
         if one.begin < one.end:
-            found.append(File(file.name, file.path, max(one.size, 1), one.begin, one.end, first, whole=file.size))
+            part = {"size": max(one.size, 1), "begin": one.begin, "end": one.end, "first": first, "whole": file.size}
+            found.append(file._replace(**part))
         first += one.records
     return found if len(found) > 1 and all(pieces) else [file]

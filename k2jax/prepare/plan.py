@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from k2jax.data.manifest import sha256_json
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import ConfigError
-from k2jax.prepare import dealing, pii, reads, recipe, rules, spm
+from k2jax.prepare import dealing, pii, reads, recipe, rules, spm, unreadable
 from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.files import File, list_files
 from k2jax.prepare.listing import Listing
@@ -29,7 +29,7 @@ from k2jax.text import shown, without_secrets
 SHARED = ("summary.json", "pieces", "cuts", "waves")
 CLEANED = (
     "documents/{rank}.jsonl.zst", "index/{rank}.parquet", "removed/{rank}.jsonl.zst", "contamination/{rank}.json",
-    "tally/{rank}.json",
+    "left-out/{rank}.json", "tally/{rank}.json",
 )  # fmt: skip
 
 
@@ -124,6 +124,15 @@ def units(config: ConfigDict, known: Facts) -> dict[str, Unit]:
 def of_stage(found: dict[str, Unit], stage: str) -> dict[str, Unit]:
     """A stage's units."""
     return {name: unit for name, unit in found.items() if name.partition("/")[0] == stage}
+
+
+def read_again(config: ConfigDict, out: Path) -> dict[str, str]:
+    """{unit: why} of those of which `out` lacks more files than the recipe allows: begun anew, they note none.
+
+    What was allowed then is not compared: to allow fewer changes nothing where none is left out.
+    """
+    found = unreadable.too_many(config, unreadable.of_all(out, recipe.names(config)))
+    return {f"{'files' if config.subsets[name].max_bytes else 'clean'}/{name}": why for name, why in found.items()}
 
 
 def check_names(found: dict[str, Unit], names: Iterable[str]) -> None:

@@ -76,16 +76,17 @@ def documents(
                     raise ConfigError(_refusal(one, file, line))
                 _count(tally, one, file, line)
                 continue
-            for bad in (record[key] for key in FIELDS if isinstance(record.get(key), Bad)):
-                tally.problem(bad.reason, place(file, line), f"{bad.what}; the document is kept without it")
             size = len(one.text.encode())
-            if room is not None and size > room:
+            reason = size_problem(size, chosen.min_document_bytes, longest)
+            if not reason and room is not None and size > room:  # of what is left out anyway max_bytes counts nothing
                 tally.problem("over max_bytes", place(file, line), "reading stops here")
                 return
+            for bad in (record[key] for key in FIELDS if isinstance(record.get(key), Bad)):
+                tally.problem(bad.reason, place(file, line), f"{bad.what}; the document is kept without it")
             if _seen_before(one, seen):
                 tally.problem("id seen before", place(file, line), f"{one.metadata['source_id'][:60]}; kept")
             tally.saw("read", size)
-            if reason := size_problem(size, chosen.min_document_bytes, longest):
+            if reason:
                 tally.removed("read", reason, size)
                 if keep_removed:
                     keep_removed(one, "read", reason)

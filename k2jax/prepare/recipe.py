@@ -19,7 +19,6 @@ from k2jax.prepare import rule_checks
 from k2jax.prepare.chat import options
 
 DUMP = r"CC-MAIN-20\d\d-\d\d"  # of Common Crawl, by year and week: their order is that of the names
-SUBSET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 KINDS = {  # of sources: "KIND:WHERE"; WHERE is a path or URL with wildcards (local, gs://, s3://, hf://)
     "python": "code, docstrings or documents of the Python at work: a corpus with no download",
     "text": "files, one document each: plain text, source trees, HTML",
@@ -320,9 +319,7 @@ def _base_problems(config: ConfigDict) -> list[str]:
 
 def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]:
     where = f"subsets.{name}"
-    problems = []
-    if not SUBSET_NAME.fullmatch(name):
-        problems.append(f"{where}: the name is a folder's: use lower-case letters, digits, - and _")
+    problems = rule_checks.name_problems(name)
     if not isinstance(chosen, ConfigDict):
         return problems + [f"{where}={chosen!r}: must be made by subset()"]
     expected = conversations("") if chosen.get("conversations") else subset("")

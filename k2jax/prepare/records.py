@@ -19,7 +19,7 @@ from k2jax.errors import ConfigError
 from k2jax.prepare import python_corpus
 from k2jax.prepare.encodings import UNKNOWN, UTF_8, as_utf8
 from k2jax.prepare.fields import Text, is_at, leaves, shown
-from k2jax.prepare.files import DAMAGE, File, bounded_lines, opened
+from k2jax.prepare.files import DAMAGE, File, as_stored, bounded_lines, opened, size_of
 from k2jax.prepare.stored import Stored
 from k2jax.prepare.tally import shown_name
 
@@ -116,10 +116,10 @@ def _damaged(error: Exception) -> Bad:
 
 def parquet_records(file: File, columns: list[str] | None, text: Text | None) -> Iterator[Record]:
     """The rows of a table, of all columns or of those at paths (fields.py); ConfigError if it cannot give `text`."""
-    if not file.size:
+    if not size_of(file):
         yield 0, Bad("empty file")
         return
-    with Stored(file.path, file.whole or file.size) as raw:
+    with as_stored(file) as raw:
         yield from _rows(_parquet_batches(raw, file, columns, text))
 
 
@@ -165,10 +165,10 @@ def _longest(batches: Iterator[pa.RecordBatch]) -> int:
 
 def arrow_records(file: File, columns: list[str] | None, text: Text | None) -> Iterator[Record]:
     """The same of an Arrow file; nested columns are read whole."""
-    if not file.size:
+    if not size_of(file):
         yield 0, Bad("empty file")
         return
-    with Stored(file.path, file.whole or file.size) as raw:
+    with as_stored(file) as raw:
         yield from _rows(_arrow_batches(raw, file, columns, text))
 
 

@@ -18,6 +18,8 @@ DETECT = "detect"  # an encoding, file by file
 # Codecs of Python that no file is written in, that are slow, or that take any text for theirs.
 NO_FILES = {"idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined", "utf-7"}
 ENCODED = ("text", "jsonl")  # kinds of sources whose files are text
+SUBSET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+OTHERS_IN_OUT = {"card": "the data card", "stages": "what lies between documents and stores"}  # beside stores
 SCORER = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -37,6 +39,15 @@ def key_problems(prefix: str, found: ConfigDict, expected: ConfigDict) -> list[s
         elif isinstance(value, ConfigDict) and len(value):
             problems += key_problems(f"{prefix}{key}.", found[key], value)
     return problems
+
+
+def name_problems(name: str) -> list[str]:
+    """Of a subset's name, which is that of a folder of the preparation: its store."""
+    if not SUBSET_NAME.fullmatch(name):
+        return [f"subsets.{name}: the name is a folder's: use lower-case letters, digits, - and _"]
+    if name in OTHERS_IN_OUT:
+        return [f"subsets.{name}: its store would be OUT/{name}, where {OTHERS_IN_OUT[name]} is: give it another name"]
+    return []
 
 
 def problems(where: str, chosen: ConfigDict, has_rows: bool) -> list[str]:

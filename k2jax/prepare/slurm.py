@@ -7,6 +7,7 @@ have the workers between them. The ids of jobs are noted as they are made: a lat
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,8 +96,10 @@ class Slurm(Ranks, SlurmPipelineExecutor):
         workers, self.workers = self.workers, part.at_once
         arguments = self.get_sbatch_args(part.size)
         self.workers = workers
+        for key in ("output", "error"):
+            arguments[key] = _quoted(arguments[key])
         pickled = self.logging_dir.resolve_paths("executor.pik")
-        return self.get_launch_file_contents(arguments, f"srun -l -n 1 launch_pickled_pipeline {pickled}")
+        return self.get_launch_file_contents(arguments, f"srun -l -n 1 launch_pickled_pipeline {shlex.quote(pickled)}")
 
     def _noted(self) -> list[str]:
         return self._note.read_text().split() if self._note.exists() else []
@@ -112,6 +115,25 @@ def largest_array() -> int:
     """How many tasks an array may have here."""
     found = re.search(r"^MaxArraySize\s*=\s*([1-9]\d*)\s*$", _run(["scontrol", "show", "config"]).stdout, re.MULTILINE)
     return int(found[1]) if found else ARRAY_SIZE
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError for one whose name no line of a job's script can hold."""
+    if "\\" in str(folder) or not str(folder).isprintable():
+        raise ConfigError(
+            f"--out={shown(folder)}: --executor=slurm: has a backslash or a character that does not print in its path, "
+            "which sbatch does not take: choose another folder"
+        )
+
+
+def _quoted(log: str) -> str:
+    """The name of a log's file, which ends in a pattern of Slurm's, for a line of #SBATCH.
+
+    sbatch takes quotes, and a backslash before a character, within them too; % begins a pattern, and %% is one.
+    """
+    folder, _, pattern = log.rpartition("/")
+    folder = re.sub(r'(["#])', r"\\\1", folder.replace("%", "%%"))
+    return f'"{folder}/{pattern}"'
 
 
 def _sbatch(arguments: list[str]) -> str:

@@ -22,17 +22,20 @@ PASSING = {
     errno.ECONNABORTED, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, socket.EAI_AGAIN,
 }  # fmt: skip
 
+# Of what storages tell of a file: Google's, S3's and Azure's, Hugging Face's, of a disk.
+VERSIONS = ("crc32c", "md5Hash", "ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "created")
 BUSY = (408, 425, 429)  # answers of a server that may be another next time; those from 500 are, too
 
 
 class Stored(io.RawIOBase):
     """A file as it is stored; what goes wrong in reading it again and again is an UnreadableError that names it.
 
-    So is one of another size than it was listed with, `size` where that is known: it was written since.
+    So is one of another size than it was listed with, or on a disk of another date, `size` and `version` (version_of)
+    where those are known: it was written since. Of a bucket's file an opened one does not tell what the listing did.
     """
 
-    def __init__(self, path: str, size: int = 0):
-        self.path, self._listed, self._at, self._file, self._version = path, size, 0, None, None
+    def __init__(self, path: str, size: int = 0, version: str = ""):
+        self.path, self._listed, self._at, self._file, self._version = path, (size, version), 0, None, None
         self._trying(lambda file: None)
 
     def readinto(self, buffer: Any) -> int:
@@ -83,17 +86,18 @@ class Stored(io.RawIOBase):
 
     def _opened(self) -> Any:
         """The file, at the place where reading was; ValueError if it is another by now."""
-        path = self.path
+        path, date = self.path, ""
         file = fsspec.open(path, "rb").open() if "://" in path else open(path, "rb", buffering=0)
         version = size = getattr(file, "size", None)  # of remote ones
         if isinstance(file, io.FileIO):
             found = os.fstat(file.fileno())
             version, size = (found.st_ino, found.st_size, found.st_mtime_ns), found.st_size
-        if self._listed and isinstance(size, int) and size != self._listed:
+            date = version_of({"mtime": found.st_mtime})
+        if since := self._since(size, date):
             file.close()
             raise ValueError(
-                f"it was written since it was listed, {size:,} bytes and {self._listed:,} then; when it no longer "
-                "changes, the same command lists it anew"
+                f"it was written since it was listed, {since}; when it no longer changes, the same command lists it "
+                "anew"
             )
         if self._at:
             if version != self._version:
@@ -101,6 +105,16 @@ class Stored(io.RawIOBase):
             file.seek(self._at)
         self._version = version
         return file
+
+    def _since(self, size: Any, date: str) -> str:
+        """In what it is not as it was listed; "" where it is, or that is not known."""
+        listed_size, listed_date = self._listed
+        if listed_size and isinstance(size, int) and size != listed_size:
+            return f"{size:,} bytes and {listed_size:,} then"
+        if date and listed_date and date != listed_date:
+            off = int(date) - int(listed_date)
+            return f"its date is off by {off:+,} s (its copies on several machines need one date: cp -p)"
+        return ""
 
     def _error(self, error: Exception) -> UnreadableError:
         what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
@@ -110,6 +124,15 @@ class Stored(io.RawIOBase):
         )
         found.path = self.path
         return found
+
+
+def version_of(entry: dict[str, Any]) -> str:
+    """By what it shows that a file was written again, of what its storage tells: a checksum, or its date.
+
+    That of a disk in whole seconds: file systems keep no more of it once a file is out of their memory.
+    """
+    found = next((entry[key] for key in VERSIONS if entry.get(key) not in (None, "")), "")
+    return str(int(found) if isinstance(found, float) else found)
 
 
 def patiently(act: Callable[[], Any]) -> Any:

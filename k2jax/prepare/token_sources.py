@@ -41,6 +41,7 @@ from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, subset, tasks
 from k2jax.prepare.recipe import task as task_of
 from k2jax.prepare.tally import Tally, combine, shown_name
 from k2jax.prepare.token_document import TokenDocument, token_document
+from k2jax.text import without_secrets
 
 MOST_STORES = 256  # of one subset: more are no subsets, but a key that differs from row to row
 # Of a subset, that mean something here
@@ -207,7 +208,7 @@ def _count(counts: dict[str, int], one: TokenDocument) -> None:
 def summary(config: ConfigDict, out: Path) -> tuple[dict[str, dict], dict[str, dict[str, int]]]:
     """What the stage did: by subset {"tokens": what its tasks counted}, and by store the counts of its pieces.
 
-    Raises ConfigError if the tasks of one store have rows of different lengths.
+    Raises ConfigError if the tasks of one store have rows of different lengths, or a subset gave no document.
     """
     parts: dict[str, list] = {}
     stores: dict[str, dict[str, int]] = {}
@@ -226,7 +227,15 @@ def summary(config: ConfigDict, out: Path) -> tuple[dict[str, dict], dict[str, d
             total = stores.setdefault(store, {"subset": task.subset})
             for key, number in counts.items():
                 total[key] = total.get(key, 0) + number
-    return {name: {"tokens": combine(found)} for name, found in parts.items()}, stores
+    tallies = {name: combine(found) for name, found in parts.items()}
+    filled = {counts["subset"] for counts in stores.values()}
+    for name, counts in tallies.items():
+        if name in filled:
+            continue
+        why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.get("bad", {}).items()))
+        source = without_secrets(config.subsets[name].source)
+        raise ConfigError(f"subset {name}: {source} gave no document ({why or 'nothing there'})")
+    return {name: {"tokens": counts} for name, counts in tallies.items()}, stores
 
 
 def mix_of_rates(

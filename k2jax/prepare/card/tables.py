@@ -136,11 +136,7 @@ def histogram(card: dict[str, Any]) -> tuple[list[str], list[int], list[int]]:
                 total[int(power)] = total.get(int(power), 0) + count
     both = first | last
     bins = range(min(both, default=0), max(both, default=-1) + 1)
-    return (
-        [power_of_two(bin) for bin in bins],
-        [first.get(bin, 0) for bin in bins],
-        [last.get(bin, 0) for bin in bins],
-    )
+    return [power_of_two(bin) for bin in bins], *([total.get(bin, 0) for bin in bins] for total in (first, last))
 
 
 def flatten(value: Any, prefix: str = "") -> list[list[str]]:
