@@ -52,8 +52,8 @@ def remedy(path: Path) -> str:
 
 
 class Made:
-    """The notes of a preparation's folder, which need not be there. `redo` are stages that a person wants again, `again`
-    units that are to be for another reason (plan.read_again)."""
+    """The notes of a folder, which need not be there. `redo` are stages that a person wants again, `again` are
+    units that are to be made again for another reason (plan.read_again)."""
 
     def __init__(self, out: Path, redo: Iterable[str] = (), again: dict[str, str] | None = None):
         self._again = again or {}
