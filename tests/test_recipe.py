@@ -1,5 +1,6 @@
 """A data experiment is checked whole before anything is done, and what is wrong is named."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,23 @@ def test_txt360_has_its_published_numbers():
     web = config.subsets["common-crawl"]
     assert (web.language_threshold, len(config.subsets), web.nfc, web.pii) == (0.65, 15, True, recipe.PII)
     assert all(chosen.priority < web.priority for name, chosen in config.subsets.items() if name != "common-crawl")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repeats": float("inf")}, "repeats=inf: must be above 0, and finite"),
+        ({"repeats": float("nan")}, "repeats=nan: must be above 0, and finite"),
+        ({"upsample": (2, 3)}, "upsample=(2, 3): must be rising pairs"),
+        ({"upsample": (("a", "b"),)}, "must be rising pairs"),
+        ({"upsample": ((2, 3), (2, 4))}, "must be rising pairs"),
+        ({"tasks": "4"}, "tasks='4': must be a whole number, such as 0"),
+        ({"quality_threshold": "0.5"}, "quality_threshold='0.5': must be a number or None"),
+        ({"languages": "en"}, "languages='en': must be a tuple, such as ('x',)"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(options, message):
+    c = recipe.base()
+    c.subsets.web = recipe.subset("jsonl:x", **options)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        recipe.validate(c)

@@ -356,8 +356,11 @@ def test_a_stage_is_done_again_where_a_person_asks_for_it(old, corpus, begun, ca
     assert set(done_again(before, marks(old))) == KEPT
     assert "stage kept: again (--redo=kept)" in capsys.readouterr().err
     assert not [path for path in different_files(old, begun) if not path.startswith("stages/")]
+    finished = without_stages(old)
+    with pytest.raises(ConfigError, match="--redo=keep: no stage of this recipe; expected one of files"):
+        build.build(config, finished, workers=1, redo=["keep"])
     with pytest.raises(ConfigError, match=r"--redo=kept: .* is finished, and what its stages read is gone"):
-        build.build(config, without_stages(old), workers=1, redo=["kept"])
+        build.build(config, finished, workers=1, redo=["kept"])
 
 
 @pytest.mark.processes

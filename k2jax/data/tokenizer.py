@@ -51,6 +51,8 @@ CONTROL_TOKENS = (UNK, BOS, EOS)
 # The names by which a file's own are found where nobody says which.
 EOS_NAMES = (EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>")
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>")
+# Characters that no normalizer takes away: of several scripts, of one to four bytes.
+PROBES = "aZ059.,(+\u00e9\u00df\u0416\u05d0\u0639\u0915\u0e01\u3042\u4e2d\ud55c\U0001f600"
 NUM_FIXED = len(CONTROL_TOKENS) + len(BYTE_TOKENS) + len(K2_SPECIAL_TOKENS)
 
 # Merges stay inside these pieces: letters or punctuation with the space before them, one digit (as in LLaMA),
@@ -76,7 +78,8 @@ class Tokenizer:
         self._file, self._name, self._eos = file, f"tokenizer {name}".strip(), eos
         self._variants: dict[tuple[bool, bool, bool], tokenizers.Tokenizer] = {}
         named = {eos, *EOS_NAMES, *BOS_NAMES}
-        self._whole, moved, self._control, self._puts_space = self._built(lambda: tokenizer_file.load(file, named))
+        loaded = self._built(lambda: tokenizer_file.load(file, named))
+        self._whole, moved, self._control, self._puts_space, self._unknown = loaded
         added = self._whole.get_added_tokens_decoder()
         self._added = {token.content: id for id, token in added.items()}
         if eos and eos not in self._added:
@@ -112,6 +115,15 @@ class Tokenizer:
     def bos_id(self) -> int | None:
         """Of the token that begins a text, if there is one; no text gets it unasked."""
         return next((self._added[token] for token in BOS_NAMES if token in self._added), None)
+
+    @property
+    def unk_id(self) -> int | None:
+        """Of the token that stands for characters that the vocabulary lacks, if there is one."""
+        return self._whole.token_to_id(self._unknown) if self._unknown else None
+
+    def dropped(self) -> str:
+        """Those of PROBES that are nothing to it, not even <unk>: a text loses them."""
+        return "".join(one for one, ids in zip(PROBES, self.encode_batch([*PROBES]), strict=True) if not ids)
 
     @property
     def begin_ids(self) -> list[int]:

@@ -19,6 +19,7 @@ class Loaded(NamedTuple):
     moved: str  # the first added token that the library gave another id than the file; it numbers them itself
     control: set[str]  # what no text may become
     puts_space: bool  # before a text
+    unknown: str | None  # what stands for characters that the vocabulary lacks
 
 
 def load(file: str, named: Iterable[str]) -> Loaded:
@@ -38,7 +39,8 @@ def load(file: str, named: Iterable[str]) -> Loaded:
         if token["special"] or text in named or not (_is_plain(text) or text in made):
             control.add(text)
     unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
-    return Loaded(tokenizer, moved, control | ({unknown} - {None, ""}), _without_space(parsed) != parsed)
+    unknown = unknown or None
+    return Loaded(tokenizer, moved, control | ({unknown} - {None}), _without_space(parsed) != parsed, unknown)
 
 
 def with_control(file: str, *, continues: bool, bare: bool = False) -> Tokenizer:

@@ -66,6 +66,11 @@ def given(config: ConfigDict) -> Given:
             file=sys.stderr,
         )
     tokenizer = Tokenizer(whole.to_str(), config.tokenizer, config.eos)
+    if dropped := tokenizer.dropped():
+        raise ConfigError(
+            f"tokenizer {config.tokenizer}: drops {' '.join(dropped)} and whatever else its vocabulary lacks, without "
+            "a trace: give it an unknown token (unk_token), byte_fallback, or a byte-level alphabet"
+        )
     _ = tokenizer.eos_id
     if any(chosen.fim_rate for chosen in config.subsets.values()):
         tokenise.sentinel_ids(tokenizer, Path(config.tokenizer))

@@ -77,7 +77,7 @@ def build(
     workers = workers or cores()
     try:
         data = finished.read(out) if (out / "data.json").exists() else None
-        finished.check_redo(out, data, redo)
+        finished.check_redo(config, out, data, redo)
         if data and finished.is_left(config, out, data, other_code or bool(redo)):
             finished.mend_card(out, data)  # for which neither executor nor documents need be there any more
             was_there = True
@@ -156,7 +156,7 @@ def _make(
     work.run(Stage("tokens", dealt.num_buckets, write))
     chats = tokenise.conversations_of(dealt, _conversations(config))
     for name in (name for name, found in chats.items() if not found["counts"]["conversations"]):
-        why = ", ".join(f"{count:,} {reason}" for reason, count in left_out(chats[name]["tally"]).items())
+        why = tally.why_none(chats[name]["tally"])
         raise ConfigError(f"subset {name}: no conversation of it has an answer to learn ({why}): see max_tokens")
     work.run(token_sources.stage(config, out, tokenizer))
     of_tokens = token_sources.summary(config, stages)[1].items()
@@ -240,21 +240,8 @@ def _check_not_empty(config: ConfigDict, stages: Path, read_and_cleaned: dict[st
     """A subset of which nothing stays is a mistake, and ends before the long stages."""
     for name, counts in _tallies(config, stages / "kept").items():
         if not counts["kept"]["documents"]:
-            why = ", ".join(f"{count:,} {reason}" for reason, count in left_out(read_and_cleaned[name], counts).items())
-            source = config.subsets[name].source
-            raise ConfigError(f"subset {name}: {source} gave no document ({why or 'nothing there'})")
-
-
-def left_out(*tallies: dict[str, Any]) -> dict[str, int]:
-    """Documents by the reason why they are not in the stores."""
-    found: dict[str, int] = {}
-    for counts in tallies:
-        for step in counts.get("steps", {}).values():
-            for reason, n in step["removed"].items():
-                found[reason] = found.get(reason, 0) + n["documents"]
-        for reason, n in counts.get("bad", {}).items():
-            found[reason] = found.get(reason, 0) + n
-    return dict(sorted(found.items()))
+            source, why = config.subsets[name].source, tally.why_none(read_and_cleaned[name], counts)
+            raise ConfigError(f"subset {name}: {source} gave no document ({why})")
 
 
 def _finish(rank: int, *, config: dict[str, Any], found: pieces.Pieces, train_tokens: dict[str, int]) -> None:
@@ -281,12 +268,13 @@ def _summary(config: ConfigDict, out: Path, names: list[str]) -> dict[str, Any]:
     mix = finished.mix_of(config, {name: subset_of[name] for name in opened}, opened)
     stores = {}
     for name, store in opened.items():
-        sizes = [json.loads(path.read_bytes())["bytes"] for path in (stages / "tokens" / name).glob("*.json")]
+        counts = [json.loads(path.read_bytes()) for path in (stages / "tokens" / name).glob("*.json")]
         stores[name] = {
             "subset": subset_of[name],
             "documents": store.num_documents,
-            "bytes": sum(sizes),  # of text; 0 of what came as tokens
+            "bytes": sum(one["bytes"] for one in counts),  # of text; 0 of what came as tokens
             "tokens": store.num_tokens,
+            "unknown_tokens": sum(one.get("unknown_tokens", 0) for one in counts),  # of text that was tokenized here
             "train_tokens": store.num_train_tokens,
             "root_digest": store.root_digest,
             "repeats": mix[name],
@@ -305,9 +293,13 @@ def describe(data: dict[str, Any]) -> str:
             f"{name:<24}{row['documents']:>10,}{row['bytes'] / 1e6:>9,.2f} MB{row['tokens']:>13,}"
             f"{row['tokens'] - row['train_tokens']:>11,}{row['repeats']:>9g}"
         )
+    for name, row in data["stores"].items():
+        if unknown := row.get("unknown_tokens"):
+            share = f"{unknown:,} of the tokens of {name} ({unknown / row['tokens']:.2%})"
+            lines.append(f"{share} stand for characters that the tokenizer does not know: the text is lost there")
     lines += _describe_held_out(data)
     for name, counts in data["subsets"].items():
-        reasons = left_out(*counts.values())
+        reasons = tally.left_out(*counts.values())
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         lines += [f"left out of {name}: {why}"] if why else []
     return "\n".join(lines + _describe_chat(data["chat"]) if "chat" in data else lines)

@@ -23,7 +23,7 @@ def look(
     """
     config, out = claim.numbered(config), Path(out).absolute()
     data = finished.read(out) if (out / "data.json").exists() else None
-    finished.check_redo(out, data, redo)
+    finished.check_redo(config, out, data, redo)
     changed = list(finished.changes(data, config).values()) if data else []
     if data and finished.is_left(config, out, data, other_code or bool(redo)):
         return [f"{out}: finished, it is left as it is"]

@@ -49,9 +49,10 @@ def is_left(config: ConfigDict, out: Path, data: dict[str, Any], go_on: bool) ->
     return not changes(data, config)
 
 
-def check_redo(out: Path, data: dict[str, Any] | None, redo: Sequence[str]) -> None:
-    """Raises ConfigError where stages are to be done again of a folder that has none left."""
+def check_redo(config: ConfigDict, out: Path, data: dict[str, Any] | None, redo: Sequence[str]) -> None:
+    """Raises ConfigError where stages are to be done again of a folder that has none left, or are none."""
     if redo and data and not claim.has_stages(out):
+        plan.check_names(plan.units(_settled(config, data), plan.named(config, data["inputs"])), redo)
         raise ConfigError(
             f"--redo={shown(redo[0])}: {out} is finished, and what its stages read is gone (--keep_stages keeps it): "
             "remove the folder or choose another"

@@ -4,6 +4,7 @@
 preparation depends on that and on the documents alone: not on workers, the executor, or earlier attempts.
 """
 
+import math
 import re
 import runpy
 from pathlib import Path
@@ -346,14 +347,11 @@ def _subset_problems(name: str, chosen: ConfigDict, tokenizer: str) -> list[str]
     for key in ("fim_rate", "fim_spm_rate"):
         if not 0 <= chosen[key] <= 1:
             problems.append(f"{where}.{key}={chosen[key]}: must lie in [0, 1]")
-    if not chosen.repeats > 0:
-        problems.append(f"{where}.repeats={chosen.repeats}: must be above 0")
+    if not 0 < chosen.repeats < math.inf:
+        problems.append(f"{where}.repeats={chosen.repeats}: must be above 0, and finite")
     if chosen.dumps and (len(chosen.dumps) != 2 or not all(re.fullmatch(DUMP, dump) for dump in chosen.dumps)):
         problems.append(f"{where}.dumps={chosen.dumps}: must be the first and the last, such as CC-MAIN-2013-20")
     problems += rule_checks.problems(where, chosen, kind in ROW_KINDS)
-    pairs = [pair for pair in chosen.upsample if len(pair) != 2 or pair[0] < 2 or pair[1] < 2]
-    if pairs or list(chosen.upsample) != sorted(chosen.upsample):
-        problems.append(f"{where}.upsample={chosen.upsample}: must be rising pairs (copies, factor), both 2 or more")
     return problems
 
 

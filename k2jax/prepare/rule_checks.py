@@ -2,6 +2,7 @@
 
 import codecs
 import difflib
+import itertools
 import re
 from typing import Any
 
@@ -20,6 +21,10 @@ NO_FILES = {"idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefin
 ENCODED = ("text", "jsonl")  # kinds of sources whose files are text
 SUBSET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 OTHERS_IN_OUT = {"card": "the data card", "stages": "what lies between documents and stores"}  # beside stores
+TYPES = {
+    bool: "a bool", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple", ConfigDict: "a section",
+    type(None): "a number or None",
+}  # fmt: skip
 SCORER = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -35,7 +40,8 @@ def key_problems(prefix: str, found: ConfigDict, expected: ConfigDict) -> list[s
         if key not in found:
             problems.append(f"{prefix}{key} is missing: start from base() and subset()")
         elif not isinstance(found[key], types or type(value)):
-            problems.append(f"{prefix}{key}={found[key]!r}: must be such as {('x',) if value == () else value!r}")
+            such = ("x",) if value == () else value
+            problems.append(f"{prefix}{key}={found[key]!r}: must be {TYPES[type(value)]}, such as {such!r}")
         elif isinstance(value, ConfigDict) and len(value):
             problems += key_problems(f"{prefix}{key}.", found[key], value)
     return problems
@@ -50,9 +56,19 @@ def name_problems(name: str) -> list[str]:
     return []
 
 
+def _rising(upsample: Any) -> bool:
+    pairs = [pair for pair in upsample if isinstance(pair, (tuple, list)) and len(pair) == 2]
+    numbers = [number for pair in pairs for number in pair]
+    if len(pairs) < len(upsample) or not all(type(number) is int and number >= 2 for number in numbers):
+        return False
+    return all(one[0] < other[0] for one, other in itertools.pairwise(pairs))
+
+
 def problems(where: str, chosen: ConfigDict, has_rows: bool) -> list[str]:
     """Of a subset; `has_rows`: its records have keys."""
     found = _text_problems(where, chosen, has_rows)
+    if not _rising(chosen.upsample):
+        found.append(f"{where}.upsample={chosen.upsample}: must be rising pairs (copies, factor), both 2 or more")
     for key, known in (("filters", FILTERS), ("drop_repeated", REPEATED)):
         if unknown := sorted(set(chosen[key]) - set(known)):
             found.append(f"{where}.{key}: {unknown} unknown; there are {', '.join(known)}")

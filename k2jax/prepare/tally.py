@@ -22,6 +22,13 @@ SCORE_BINS = 20  # of a score, from one whole number to the next
 MOST_SCORE = 100  # and least: what lies beyond is counted there
 NAME_CHARACTERS = 2000  # kept of a name or URL; object stores allow names of 1,024 bytes
 
+HINTS = {  # by a reason why nothing of a subset was read
+    "not UTF-8": 'text of another encoding needs encoding="detect", or its name',
+    "bad JSON": "jsonl: is one JSON object a line",
+    "JSON that is no object": "jsonl: is one JSON object a line",
+    "text is no string": "text_key, or the fields of text, must name strings",
+}
+
 
 def clean_name(name: str) -> str:
     """A name from outside in one line that no terminal obeys: control characters as \\xNN, at most 300 characters."""
@@ -126,3 +133,24 @@ def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
         else:
             value = total[key] + value if key in total else value
             total[key] = value[:PROBLEMS] if isinstance(value, list) else value  # of 100,000 tasks no longer lists
+
+
+def left_out(*tallies: dict[str, Any]) -> dict[str, int]:
+    """Documents by the reason why they are not in the stores."""
+    found: dict[str, int] = {}
+    for counts in tallies:
+        for step in counts.get("steps", {}).values():
+            for reason, n in step["removed"].items():
+                found[reason] = found.get(reason, 0) + n["documents"]
+        for reason, n in counts.get("bad", {}).items():
+            found[reason] = found.get(reason, 0) + n
+    return dict(sorted(found.items()))
+
+
+def why_none(*tallies: dict[str, Any]) -> str:
+    """Why nothing of a subset stays: reasons, the first problem with its file and line, and what may help."""
+    reasons = left_out(*tallies)
+    why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "nothing there"
+    problems = [problem for counts in tallies for problem in counts.get("problems", [])]
+    hints = dict.fromkeys(hint for reason, hint in HINTS.items() if reason in reasons)
+    return "; ".join([why, *(f"the first: {problem}" for problem in problems[:1]), *hints])

@@ -39,7 +39,7 @@ from k2jax.prepare.megatron import read_documents
 from k2jax.prepare.pieces import PieceWriter
 from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, subset, tasks
 from k2jax.prepare.recipe import task as task_of
-from k2jax.prepare.tally import Tally, combine, shown_name
+from k2jax.prepare.tally import Tally, combine, shown_name, why_none
 from k2jax.prepare.token_document import TokenDocument, token_document
 from k2jax.text import without_secrets
 
@@ -232,9 +232,8 @@ def summary(config: ConfigDict, out: Path) -> tuple[dict[str, dict], dict[str, d
     for name, counts in tallies.items():
         if name in filled:
             continue
-        why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.get("bad", {}).items()))
         source = without_secrets(config.subsets[name].source)
-        raise ConfigError(f"subset {name}: {source} gave no document ({why or 'nothing there'})")
+        raise ConfigError(f"subset {name}: {source} gave no document ({why_none(counts)})")
     return {name: {"tokens": counts} for name, counts in tallies.items()}, stores
 
 

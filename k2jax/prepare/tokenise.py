@@ -53,7 +53,7 @@ def tokenize(bucket: int, *, config: dict[str, Any], kept: Kept, tokenizer: Path
     sentinels = sentinel_ids(encoder, tokenizer) if chosen.fim_rate else {}
     documents = bucket_of(kept, bucket, recipe.seed)
     paths = _pieces(kept, bucket, recipe)
-    num_bytes = dict.fromkeys(paths, 0)
+    num_bytes, unknown = dict.fromkeys(paths, 0), dict.fromkeys(paths, 0)
     with contextlib.ExitStack() as stack:
         size = encoder.vocab_size
         pieces = {
@@ -67,8 +67,9 @@ def tokenize(bucket: int, *, config: dict[str, Any], kept: Kept, tokenizer: Path
             store = store_of(chosen, name, cut.mode, copies)
             pieces[store].add(ids, id=document.id, source=document.metadata["source"], metadata=metadata)
             num_bytes[store] += len(document.text.encode())
+            unknown[store] += ids.count(encoder.unk_id)
     for store, path in paths.items():
-        write_json(f"{path}.json", {"bytes": num_bytes[store]})
+        write_json(f"{path}.json", {"bytes": num_bytes[store], "unknown_tokens": unknown[store]})
 
 
 def _pieces(kept: Kept, bucket: int, recipe: ConfigDict) -> dict[str, Path]:
@@ -86,7 +87,7 @@ def _tokenize_conversations(bucket: int, recipe: ConfigDict, kept: Kept, encoder
     chosen, tally, counts = recipe.subsets[name], Tally(), Counter()
     control = tuple(sorted(filter(None, map(encoder.id_to_token, encoder.control_ids))))
     documents, paths = bucket_of(kept, bucket, recipe.seed), _pieces(kept, bucket, recipe)
-    num_bytes = dict.fromkeys(paths, 0)
+    num_bytes, unknown = dict.fromkeys(paths, 0), dict.fromkeys(paths, 0)
     with contextlib.ExitStack() as stack:
         options = {"vocab_size": encoder.vocab_size, "eos_id": eos, "masked": True}
         pieces = {store: stack.enter_context(PieceWriter(path, **options)) for store, path in paths.items()}
@@ -99,8 +100,9 @@ def _tokenize_conversations(bucket: int, recipe: ConfigDict, kept: Kept, encoder
                 source = one.metadata["source"]
                 pieces[store].add(ids, id=one.id, source=source, metadata=metadata, eos=False, mask=learned)
                 num_bytes[store] += len(one.text.encode())
+                unknown[store] += list(ids).count(encoder.unk_id)
     for store, path in paths.items():
-        write_json(f"{path}.json", {"bytes": num_bytes[store]})
+        write_json(f"{path}.json", {"bytes": num_bytes[store], "unknown_tokens": unknown[store]})
     write_json(_counted(kept, bucket), {"tally": tally.to_json(), "counts": dict(counts)})
 
 

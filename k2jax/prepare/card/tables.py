@@ -238,11 +238,12 @@ def _range(least: int, most: int | None) -> str:
 def _stores(card: dict[str, Any]) -> list[Table]:
     rows = [
         [name, row["subset"], row["documents"], num_bytes(row["bytes"]), row["tokens"],
-         row["tokens"] - row["train_tokens"], float(row["repeats"]), row["mix_tokens"], share(row["mix_share"], 1)]
+         row["tokens"] - row["train_tokens"], row.get("unknown_tokens", 0), float(row["repeats"]), row["mix_tokens"],
+         share(row["mix_share"], 1)]
         for name, row in card["stores"].items()
     ]  # fmt: skip
-    head = ["store", "subset", "documents", "text", "tokens", "held out", "repeats", "tokens in the mix", "share"]
-    return [Table(head, rows, numeric=tuple(range(2, 9)))]
+    head = ["store", "subset", "documents", "text", "tokens", "held out", "unknown", "repeats", "tokens in the mix"]
+    return [Table([*head, "share"], rows, numeric=tuple(range(2, 10)))]
 
 
 def _conversations(card: dict[str, Any]) -> list[Table]:
