@@ -1,5 +1,6 @@
 """The files of a source are those that it names, and one that was written again is noticed."""
 
+import gzip
 import http.server
 import io
 import json
@@ -357,3 +358,120 @@ def test_a_linked_library_has_the_date_of_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(files.python_corpus, "candidates", lambda source: found)
     linked, gone = list_files("python:code")
     assert (linked.size, linked.version) == (6, str(THEN)) and gone.version
+
+
+# ---- whole, and training data alone ----------------------------------------------------------------------------------
+
+
+def test_a_link_to_a_folder_is_refused_where_the_walk_would_go_into_it(tmp_path):
+    """Seen red where it was passed over without a word."""
+    for name in ("in/a.txt", "in/sub/b.txt", "far/c.txt"):
+        put(tmp_path / name)
+    root = tmp_path / "in"
+    os.symlink(tmp_path / "far", root / ".hidden")
+    assert names(f"text:{root}") == ["a.txt", "sub/b.txt"]
+    os.symlink(tmp_path / "far", root / "far")
+    os.symlink(root, root / "sub/back")
+    for follow_links in (True, False):
+        for pattern, linked in (("", "far is"), ("/*/*.txt", "far is"), ("/**/*.txt", "far is"), ("/*/**/*.txt", "2 ")):
+            with pytest.raises(ConfigError, match=f"{linked}.* a link to a folder.* give its target as a source of"):
+                names(f"text:{root}{pattern}", follow_links=follow_links)
+    for pattern, found in (("*.txt", ["a.txt"]), ("*", ["a.txt"]), ("s*/*.txt", ["sub/b.txt"])):
+        assert names(f"text:{root}/{pattern}") == found
+    assert names(f"text:{root}/far") == ["c.txt"]
+
+
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_a_missing_shard_is_an_error(tmp_path, scheme):
+    """Seen red where three of four were read as if whole."""
+    root = f"{scheme}{tmp_path}/in"
+
+    def shards(name: str, numbers: range | list[int]) -> None:
+        for i in numbers:
+            path = name.format(i=i)
+            put(f"{root}/{path}" if scheme else tmp_path / "in" / path)
+
+    shards("one/train-{i:05}-of-00001.parquet", [0])
+    shards("old/train-{i:05}-of-00012-{i:016x}.parquet", range(12))
+    shards("from-one/part-{i:05}-of-00009.parquet", range(1, 10))
+    shards("en/c4.{i:05}-of-00010.parquet", range(10))
+    for i in range(20):  # dealt over folders
+        shards(f"dealt/{i % 3}/x-{i:05}-of-00020.parquet", [0])
+    assert len(names(f"parquet:{root}")) == len(names(f"parquet:{root}/**/*.parquet")) == 52
+    shards("fr/c4.{i:05}-of-00010.parquet", [0, 1, 9])
+    for pattern in ("", "/**", "/**/*.parquet", "/fr/*", "/*/c4.*"):
+        lost = ", ".join(f"{'' if pattern == '/fr/*' else 'fr/'}c4.0000{i}-of-00010.parquet" for i in range(2, 7))
+        with pytest.raises(ConfigError, match=rf"7 files of it missing.*: {lost}, \.\.\.: fetch"):
+            names(f"parquet:{root}{pattern}")
+    shards("from-one-too/part-{i:05}-of-00003.parquet", [1, 3])
+    with pytest.raises(ConfigError, match="1 file of it missing.*: part-00002-of-00003.parquet: fetch"):
+        names(f"parquet:{root}/from-one-too")
+    for pattern in ("c4.0000[01]-of-*.parquet", "*[01]-of-0001*"):
+        assert len(names(f"parquet:{root}/fr/{pattern}")) == 2
+
+
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_an_arrow_folder_has_what_its_state_names(tmp_path, scheme):
+    """Seen red where nobody read state.json."""
+    at = f"{scheme}{tmp_path}" if scheme else tmp_path
+    put(f"{at}/train/a.arrow" if scheme else at / "train/a.arrow")
+    state = f"{at}/train/state.json" if scheme else at / "train/state.json"
+    for told in ({"_data_files": [{"filename": "a.arrow"}]}, {"_data_files": None}, ["no such thing"]):
+        put(state, json.dumps(told))
+        assert names(f"arrow:{at}") == ["train/a.arrow"]
+    put(state, json.dumps({"_data_files": [{"filename": "a.arrow"}, {"filename": "b.arrow"}]}))
+    with pytest.raises(ConfigError, match="1 file of it missing.*: train/b.arrow: fetch"):
+        names(f"arrow:{at}")
+    assert names(f"arrow:{at}/train/a*") == ["a.arrow"]
+
+
+def test_a_folder_of_several_splits_is_refused(tmp_path):
+    """Seen red where its test split was training data."""
+    for split in ("train", "test"):
+        put(tmp_path / f"arrow/{split}/data-00000-of-00001.arrow")
+        put(tmp_path / f"hub/data/{split}-00000-of-00001.parquet")
+        put(tmp_path / f"two/{split}/{split}-00000-of-00001.jsonl.gz")
+    put(tmp_path / "two/other/train-00000-of-00001.jsonl.gz")
+    put(tmp_path / "arrow/dataset_dict.json", '{"splits": ["train"]}')
+    assert len(names(f"arrow:{tmp_path}/arrow")) == 2
+    put(tmp_path / "arrow/dataset_dict.json", '{"splits": ["test", "train"]}')
+    for source, remedy, found in (
+        ("arrow:{}/arrow", "arrow:{}/arrow/train", 1),
+        ("arrow:{}/arrow", "arrow:{}/arrow/*/*.arrow", 2),
+        ("parquet:{}/hub", "parquet:{}/hub/data/train-*.parquet", 1),
+        ("parquet:{}/hub", "parquet:{}/hub/**/*.parquet", 2),
+        ("jsonl:{}/two", "jsonl:{}/two/**/train-*.jsonl.gz", 2),
+    ):
+        with pytest.raises(ConfigError, match="it has the splits test, train: give the one to train on") as error:
+            names(source.format(tmp_path))
+        assert remedy.format(tmp_path) in str(error.value) and len(names(remedy.format(tmp_path))) == found
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+@pytest.mark.parametrize(("pack", "name"), [(gzip.compress, "a.jsonl.gz"), (bytes, "a.jsonl.gz"), (bytes, "a.jsonl")])
+def test_an_archive_is_no_data(tmp_path, kind, pack, name):
+    """Seen red: the first line was glued to the tar's header, the others read as if nothing were wrong."""
+    line = b'{"text": "one"}\n'
+    tar = b"a.jsonl".ljust(100, b"\0") + b"0000644\0".ljust(157, b"\0") + b"ustar\x0000"
+    word = b'{"text": "'.ljust(257, b"x") + b'ustar"}\n'
+
+    def read() -> list[str]:
+        source = f"{kind}:{tmp_path}"
+        return [one.text for one in documents(recipe.subset(source), list_files(source), name="a", tally=Tally())]
+
+    for head, what in ((tar.ljust(512, b"\0"), "tar"), (b"PK\3\4".ljust(40, b"\0"), "zip")):
+        (tmp_path / name).write_bytes(pack(head + line * 3))
+        with pytest.raises(ConfigError, match=f"{name} is a {what} archive, whatever its name says: unpack it first"):
+            read()
+    (tmp_path / name).write_bytes(pack(word + line))
+    assert "".join(read()).count("one") == 1 and "ustar" in read()[0], "nothing is lost by a look at the beginning"
+
+
+def test_where_nothing_matches_the_place_that_was_searched_is_told(tmp_path, monkeypatch):
+    """Seen red without it: from another working folder nobody saw why."""
+    monkeypatch.chdir(tmp_path)
+    for source in ("jsonl:mine/*.jsonl", "jsonl:file://mine/*.jsonl"):
+        with pytest.raises(ConfigError, match=f"no file matches; .*; searched: {tmp_path}/mine/\\*.jsonl$"):
+            names(source)
+    with pytest.raises(ConfigError, match="no file matches; check the path and its wildcards$"):
+        names("jsonl:memory://mine/*.jsonl")

@@ -1,13 +1,14 @@
 """The files of a source, local or remote: found, opened, decompressed, and read in bounded memory.
 
 Patterns are fsspec's: `*` within a folder, `**` at any depth; local paths, gs://, s3://, hf:// and what else fsspec
-knows. Names that begin with a dot are left out unless the pattern has one, and links to folders are not followed.
+knows. Names that begin with a dot are left out unless the pattern has one; a link to a folder is refused.
 """
 
 import contextlib
 import io
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import IO, Any, NamedTuple
@@ -18,10 +19,11 @@ from fsspec.utils import glob_translate
 
 from k2jax.errors import ConfigError, RunError, StorageError
 from k2jax.prepare import python_corpus
-from k2jax.prepare.packed import HEAD, PACKINGS, Damaged, Unpacked, packing
+from k2jax.prepare.packed import HEAD, PACKINGS, Damaged, Unpacked, no_archive, packing
 from k2jax.prepare.recipe import kind_of
 from k2jax.prepare.stored import Stored, patiently, version_of
 from k2jax.prepare.tally import shown_name
+from k2jax.prepare.whole import Whole
 from k2jax.text import without_secret_parameters
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -43,6 +45,8 @@ NO_DATA = r".*(\.(sha\d+|md5|sig|asc|bak|old|orig|tmp|temp|part|partial|crdownlo
 NO_DATA += r"|(SHA\d+|MD5)SUMS?"
 FOLDER, PATTERN, HIDDEN_PATTERN, ONE = range(4)  # what a source names; the third has a dot's name in it
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub"}  # for pip
+LINKED = "link to a folder"  # a type of entries beside fsspec's own
+EVERYWHERE = re.compile(r"[^*?[]*/\*\*/[^/]*")  # what a pattern's fixed part holds at any depth
 LOCAL = ("", "file", "local")  # schemes of this machine's disks
 # What reading packed data raises when the data is at fault; the storage's own errors are StorageError.
 DAMAGE = (EOFError, Damaged)
@@ -75,7 +79,8 @@ def list_files(source: str, *, follow_links: bool = True) -> list[File]:
     """The files of a source of text, sorted by name; a document of python: counts as a file.
 
     Raises ConfigError if none matches, one is no data of that kind by its name, one links out of the source's folder
-    and `follow_links` is False, or a package is missing; StorageError if the storage cannot be listed.
+    and `follow_links` is False, it is not whole or has several splits (whole.py), or a package is missing; StorageError
+    if the storage cannot be listed.
     """
     found = iter_files(source, follow_links=follow_links)
     return list(found) if kind_of(source)[0] == "python" else sorted(found)
@@ -88,14 +93,14 @@ def iter_files(source: str, *, follow_links: bool = True) -> Iterator[File]:
         if not python_corpus.known(source):
             raise ConfigError(f"source {source!r}: expected python:code, python:docstrings or python:documents")
         for one in python_corpus.candidates(source):
-            stat = os.stat(one.path) if os.path.exists(one.path) else os.lstat(one.path)
-            yield File(*one, stat.st_size, version=version_of({"mtime": stat.st_mtime}))
+            found = os.stat(one.path) if os.path.exists(one.path) else os.lstat(one.path)
+            yield File(*one, found.st_size, version=version_of({"mtime": found.st_mtime}))
         return
     file = None
     for file in _find(source, kind, where, follow_links):
         yield file
     if file is None:
-        raise ConfigError(f"source {source!r}: no file matches; check the path and its wildcards")
+        Whole(source, folder=False).nothing()
 
 
 def place(file: File, line: int) -> str:
@@ -125,32 +130,30 @@ def _find(source: str, kind: str, where: str, follow_links: bool) -> Iterator[Fi
 def _found(source: str, kind: str, where: str, scheme: str, follow_links: bool) -> Iterator[File]:
     local = scheme in LOCAL
     fs, root, entries, how = _entries(where, local=local)
-    no_data, out = [], []
+    whole, everywhere = Whole(source, folder=how == FOLDER), how == FOLDER or EVERYWHERE.fullmatch(where)
     for path, entry in entries:
         name = path[len(root) :].lstrip("/")
         name = name if local else without_secret_parameters(name)  # a new signature must not deal files anew, either
         last = name.rpartition("/")[2]
-        if not _is_file(path, entry, local=local) or ("/." in f"/{name}" and how in (FOLDER, PATTERN)):
+        if "/." in f"/{name}" and how in (FOLDER, PATTERN):
             continue
-        if kind == "arrow" and last.startswith("cache-"):
-            continue  # of a transformation that Hugging Face's datasets once ran: the same rows again
+        if entry["type"] == LINKED:
+            whole.linked += [] if everywhere and not _links_out(path, root) else [name]  # what lies within is there
+            continue
+        if not _is_file(path, entry, local=local) or (kind == "arrow" and last.startswith("cache-")):
+            continue  # cache-*: of a transformation that Hugging Face's datasets once ran: the same rows again
         if not _is_data(kind, last, how):
-            if how != FOLDER or not _matches(BESIDE, last):
-                no_data.append(name)
+            if how == FOLDER and _matches(BESIDE, last):
+                whole.beside(fs, path, name)
+            else:
+                whole.no_data.append(name)
             continue
+        whole.add(name)
         if local and not follow_links and how != ONE and _links_out(path, root):
-            out.append(name)
+            whole.out.append(name)
         version = version_of(entry) + (_of_index(fs, path) if kind == "megatron" else "")
         yield File(name, path if local else fs.unstrip_protocol(path), entry["size"] or 0, version=version)
-    if no_data:
-        raise ConfigError(
-            f"source {source!r}: {_some(no_data)} by name no {kind} data: take that out, or give a pattern that "
-            f"matches the data alone"
-        )
-    if out:
-        raise ConfigError(
-            f"source {source!r}: {_some(out)} a link out of its folder: copy the data there, or set follow_links=True"
-        )
+    whole.check()
 
 
 def _of_index(fs: Any, path: str) -> str:
@@ -165,12 +168,6 @@ def _of_index(fs: Any, path: str) -> str:
     return f" {entry['size']}:{version_of(entry)}"
 
 
-def _some(names: list[str]) -> str:
-    """For a message: the first names, and what they are to be said of."""
-    first = ", ".join(shown_name(name) for name in sorted(names)[:5])
-    return f"{first} is" if len(names) == 1 else f"{len(names)} files ({first}{', ...' * (len(names) > 5)}) are each"
-
-
 def _is_data(kind: str, name: str, how: int) -> bool:
     """By its name: in a folder that of the kind's data; what a pattern matches is, unless it is known as none."""
     if kind == "text" or how == ONE:
@@ -183,7 +180,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _links_out(path: str, root: str) -> bool:
-    return not os.path.realpath(path).startswith(os.path.realpath(root or "/").rstrip("/") + "/")
+    return not f"{os.path.realpath(path)}/".startswith(os.path.realpath(root or "/").rstrip("/") + "/")
 
 
 def _entries(where: str, *, local: bool) -> tuple[Any, str, Iterable[tuple[str, dict[str, Any]]], int]:
@@ -233,24 +230,24 @@ def _matching(fs: Any, pattern: str, root: str, *, local: bool) -> Iterator[tupl
         return "**" in parts[:depth] or depth < len(parts) and bool(matcher(depth)(folder))
 
     for path, entry in _files_below(fs, root, enters, local=local):
-        if matcher(len(parts))(path):
+        if entry["type"] == LINKED or matcher(len(parts))(path):
             yield path, entry
 
 
 def _files_below(
     fs: Any, root: str, enters: Callable[[str], bool], *, local: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All that are no folders; a folder that cannot be read is an error, and no loss without a word."""
+    """All that are no folders, and links to those that it would go into; a folder that cannot be read is an error."""
     top = root or "/" * local
     folders = [top]
     while folders:
         folder = folders.pop()
         try:
             for path, entry in _listed(fs, folder, local=local):
-                if entry["type"] != "directory":
-                    yield path, entry
-                elif enters(path):
+                if entry["type"] == "directory" and enters(path):
                     folders.append(path)
+                elif entry["type"] not in ("directory", LINKED) or entry["type"] == LINKED and enters(path):
+                    yield path, entry
         except (FileNotFoundError, NotADirectoryError) as error:
             if folder != top or local and os.path.isdir(folder):
                 raise StorageError(f"{shown_name(str(error))}: it went away while it was listed: try again") from error
@@ -273,7 +270,8 @@ def _of_disk(fs: Any, entry: os.DirEntry) -> dict[str, Any]:
     info = fs.info(entry)
     if info["islink"]:
         with contextlib.suppress(OSError):  # to nowhere
-            info["mtime"] = os.stat(entry.path).st_mtime
+            target = os.stat(entry.path)
+            info["mtime"], info["type"] = target.st_mtime, LINKED if stat.S_ISDIR(target.st_mode) else info["type"]
     return info
 
 
@@ -318,19 +316,23 @@ def size_of(file: File) -> int:
 
 @contextlib.contextmanager
 def opened(file: File) -> Iterator[io.BufferedReader]:
-    """The file's bytes, unpacked where they are packed (PACKINGS); reading may raise StorageError or DAMAGE."""
+    """The file's bytes, unpacked where they are packed (PACKINGS); reading may raise StorageError or DAMAGE.
+
+    Raises ConfigError for an archive of files.
+    """
     with as_stored(file) as raw:
         if file.end:
             raw.seek(file.begin)
             yield io.BufferedReader(_Part(raw, file.size), BLOCK)
             return
-        stored = io.BufferedReader(raw, BLOCK)
-        how = packing(stored.peek(HEAD)[:HEAD], file.path)
-        if how is None:
-            yield stored
-        else:
+        stream = io.BufferedReader(raw, BLOCK)
+        head = stream.peek(HEAD)[:HEAD]
+        no_archive(head, file.name)
+        if (how := packing(head, file.path)) is not None:
             *_, new_decoder, step = PACKINGS[how]
-            yield io.BufferedReader(Unpacked(stored, new_decoder, step), BLOCK)
+            stream = io.BufferedReader(Unpacked(stream, new_decoder, step), BLOCK)
+            no_archive(stream.peek(HEAD), file.name)
+        yield stream
 
 
 def bounded_lines(stream: io.BufferedReader, most: int) -> Iterator[tuple[int, bytes | None]]:

@@ -13,6 +13,9 @@ from typing import IO, Any
 
 import zstandard
 
+from k2jax.errors import ConfigError
+from k2jax.prepare.tally import shown_name
+
 # Compressed bytes decoded at once. A zstd block of 4 can stand for 128 KiB, a byte of gzip for about 1,032, so at most
 # 64 MiB and 17 MiB come out.
 ZSTD_STEP, GZIP_STEP, XZ_STEP, BZIP2_STEP = 1 << 11, 1 << 14, 1 << 12, 1 << 10
@@ -92,3 +95,11 @@ def is_text(head: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return bool(head) and b"\0" not in head
+
+
+def no_archive(head: bytes, name: str) -> None:
+    """Raises ConfigError for an archive of files, whose first bytes would be taken for data."""
+    is_tar = head[257:262] == b"ustar" and b"\0" in head[:257]  # text may have the word there
+    if is_tar or head.startswith(b"PK\3\4"):
+        what = "tar" if is_tar else "zip"
+        raise ConfigError(f"{shown_name(name)} is a {what} archive, whatever its name says: unpack it first")
