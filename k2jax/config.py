@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from k2jax import paths
-from k2jax.errors import ConfigError
+from k2jax.errors import ConfigError, RunError, in_file
 from k2jax.keys import (
     FREE_KEYS,
     GROUPS,
@@ -72,11 +72,13 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
         if "get_config" not in names:
             raise ConfigError(f"--config={path} does not define get_config(); see experiments/smoke.py")
         config = names["get_config"]()
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
-        first_line = str(error.args[0] if error.args else error).strip().splitlines()[0]
-        raise ConfigError(
-            f"--config={path}: {type(error).__name__}: {first_line}{_guess(first_line)}"
-        ) from error
+    except RunError:
+        raise
+    except Exception as error:  # it is a user's code, which may raise anything
+        said = in_file(path, error)
+        raise ConfigError(f"--config={path}: {said}{_guess(said)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={path}: get_config() returned {type(config).__name__}, not what base() made")
     for text in overrides:
         _override(config, text)
     validate(config)
@@ -187,11 +189,23 @@ def validate(config: ConfigDict) -> None:
         need(all("=" in o for o in options), f"compiler.{key}", options, "each must be written OPTION=VALUE")
     names = [row.name for row in config.stages]
     need(len(set(names)) == len(names), "stages", names, "each stage needs a name of its own")
+    for name in config.allow_drift:
+        near = closest(name, flatten(to_dict(config)))
+        need(_names_key(name), "allow_drift", name, f"is no key, nor one above keys{near}")
     for i, row in enumerate(config.stages):
         _validate_stage(need, f"stages.{i}.", row, m.sliding_window)
         _validate_packed(need, f"stages.{i}.", row, config)
     if problems:
         raise ConfigError(f"{len(problems)} problem(s) in the configuration: " + "; ".join(problems))
+
+
+def _names_key(name: str) -> bool:
+    """Of an entry of `allow_drift`: whether it is a key that can differ, or above some; a run's, or of its manifest."""
+    known = [*flatten(to_dict(base())), *(f"stages.*.{key}" for key in flatten(to_dict(stage()))), "stages.*.mix.*"]
+    known += [f"manifest.{key}" for key in ("stores.*", "format", "tokenizer_sha256", "vocab_size", "eos_id")]
+    wanted = name.split(".")
+    starts = [key.split(".")[: len(wanted)] for key in known if key.count(".") + 1 >= len(wanted)]
+    return any(all(w == k or "*" in (w, k) for w, k in zip(wanted, start, strict=True)) for start in starts)
 
 
 def _validate_model(need: Any, m: ConfigDict) -> None:
@@ -269,12 +283,8 @@ def _validate_stage(need: Any, prefix: str, row: ConfigDict, window: int) -> Non
     need(len(row.mix) > 0, prefix + "mix", {}, "names no subset: set {subset: repeats}")
     for name in row.mix:
         plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) is not None
-        need(
-            plain,
-            prefix + "mix",
-            name,
-            "a subset's name has only letters, digits, - and _: it is a folder's name",
-        )
+        what = "a subset's name has only letters, digits, - and _: it is a folder's name"
+        need(plain, prefix + "mix", name, what)
 
 
 def _validate_packed(need: Any, prefix: str, row: ConfigDict, config: ConfigDict) -> None:
@@ -332,8 +342,8 @@ def _parse(key: str, text: str, old: Any) -> Any:
 
 
 def _guess(message: str) -> str:
-    """For an error out of an experiment file: the known key nearest to the first name that it quotes."""
-    quoted = re.search(r"'([^']*)'", message) or re.search(r'"([^"]*)"', message)
-    if not quoted or not quoted[1] or "mean" in message:
+    """For an error out of an experiment file: the known key nearest to the one that there is not."""
+    quoted = re.search(r"""(?:Attribute|Key)Error: (?:Key )?['"]([^'"]+)['"](?! object)""", message)
+    if not quoted or "mean" in message:
         return ""
     return closest(quoted[1], {part for key in flatten(to_dict(base())) for part in key.split(".")})

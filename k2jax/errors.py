@@ -7,6 +7,7 @@ Anything else that is raised is a bug: it keeps its traceback and ends with 70.
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -198,6 +199,19 @@ def of_system(error: Exception) -> RunError:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return StorageError(f"{error}: make room or access, then run the same command")
     return RunError(f"{type(error).__name__}: {error}")
+
+
+def in_file(path: str | os.PathLike, error: Exception) -> str:
+    """In one line what the Python raised that a user wrote in a file: where in it, and what is wrong."""
+    frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else (frames or [None])[-1]
+    said: object = error
+    while isinstance(said, (AttributeError, KeyError, SyntaxError)) and said.args:
+        said = said.args[0]  # KeyError escapes its own text, and ml_collections wraps one in an AttributeError
+    # ml_collections writes the whole configuration between the key and the one that may have been meant.
+    text = re.sub(r" Other fields present: .*\"(\n|$)", " ", str(said), flags=re.DOTALL)
+    text = " ".join(text.split())
+    return f"{f'line {line}: ' if line else ''}{type(error).__name__}{f': {text}' if text else ''}"
 
 
 def leave_now(code: int, reason: str) -> NoReturn:

@@ -14,7 +14,7 @@ import signal
 import sys
 
 from k2jax import paths
-from k2jax.errors import run_main
+from k2jax.errors import ConfigError, run_main
 from k2jax.run import branches
 
 EPILOG = """\
@@ -93,11 +93,14 @@ def main() -> None:
     from k2jax.evals.session import Session, Wanted  # here, as JAX takes its time, and --help should not
     from k2jax.parallel import cluster, compile_cache
 
+    tasks = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
+    if not tasks:
+        raise ConfigError(f"--tasks={args.tasks}: names no task: name some, such as validation,k2, or leave it out")
     multiturn = args.apply_chat_template if args.fewshot_as_multiturn is None else args.fewshot_as_multiturn
     wanted = Wanted(
         workdir=args.workdir,
         steps=steps,
-        tasks=tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
+        tasks=tasks,
         task_dir=args.task_dir,
         num_fewshot=args.num_fewshot,
         limit=args.limit,

@@ -188,6 +188,8 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
             lines = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts={args.prompts}: cannot be read: {error}") from error
+    if not lines:
+        raise ConfigError(f"--prompts={args.prompts}: holds no prompt: write one a line")
     if args.prompts.suffix != ".jsonl":
         return prompts + [Prompt(line) for line in lines]
     for number, line in enumerate(lines, 1):

@@ -197,6 +197,8 @@ def stage(**overrides: Any) -> ConfigDict:
         if key not in s:
             raise ConfigError(f"stage(): unknown key {key!r}{closest(key, s.keys())}")
         if key == "mix":
+            if not isinstance(value, (dict, ConfigDict)):
+                raise ConfigError(f"stage(): mix={value!r}: must be a dict {{store: repeats}}, such as {{'web': 1}}")
             s.mix = ConfigDict({name: float(repeats) for name, repeats in value.items()})
         else:
             s[key] = value

@@ -64,6 +64,11 @@ def parse(text: str, option: str, *, urls: bool = False) -> Path | str:
     return Path(expanded)
 
 
+def absolute(path: Path | BucketPath) -> Path | BucketPath:
+    """The same place with no ".." in it, which TensorStore refuses; a link before one is followed, as open() does."""
+    return path.resolve() if isinstance(path, Path) and ".." in path.parts else path.absolute()
+
+
 def _url(scheme: str, rest: str, where: str, urls: bool) -> Path | str:
     if scheme == "file":
         path = unquote(rest.removeprefix("localhost"), errors="surrogateescape")

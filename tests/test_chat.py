@@ -220,6 +220,46 @@ def test_tools_and_calls_that_the_template_leaves_out_are_refused(tmp_path):
     assert text[start:stop] == '[{"function": {"name": "add", "arguments": "{}"}}]<|eot_id|>'
 
 
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}
+ASKED = [
+    {"role": "user", "content": "What is the weather in City23 today? Say Sunny or wet."},
+    CALL,
+    {"role": "tool", "content": "sunny"},
+    {"role": "assistant", "content": "Sunny"},
+]
+
+
+@pytest.mark.parametrize("family", ["chatml", "chatml-blocks"])
+@pytest.mark.parametrize(
+    ("turns", "what"),
+    [
+        (ASKED, "turn 2: 'weather'"),  # the user's turn has that word
+        ([ASKED[0], {"role": "assistant", "content": "<think>\nwhat\n</think>"}], "turn 2, of role assistant"),
+    ],
+)
+def test_an_answer_of_which_the_template_writes_nothing_is_refused(tmp_path, family, turns, what):
+    """Seen red: another turn's words passed for those of the answer, and the model learned to say nothing."""
+    written = FAMILIES[family].template.replace("m.content", "m.content.split('</think>')[-1]")
+    _, _, chosen, control = opened(folder_of(tmp_path / "t", FAMILIES[family], written)[0])
+    with pytest.raises(render.Refused) as error:
+        render.conversation(render.Program(chosen), turns, None, learned_of(turns), list(control))
+    assert "that the template leaves out" in error.value.reason and error.value.what == what
+
+
+def test_an_answer_that_the_template_writes_elsewhere_is_refused_and_a_short_one_is_learned(tmp_path):
+    written = CHATML.replace("m.content", "(m.content if m.role != 'assistant' else '?')")
+    _, _, chosen, control = opened(folder_of(tmp_path / "t", FAMILIES["chatml"], written)[0])
+    turns = [ASKED[0], ASKED[3]]
+    with pytest.raises(render.Refused) as error:
+        render.conversation(render.Program(chosen), turns, None, [1], list(control))
+    assert error.value.args == ("a turn that the template leaves out", "turn 2, of role assistant")
+    program = render.Program(chosen._replace(text=CHATML))
+    for said in ("a", "0", "."):
+        short = [ASKED[0], {"role": "assistant", "content": said}]
+        text, [(start, stop)], _ = render.conversation(program, short, None, [1], list(control))
+        assert text[start:stop] == f"{said}<|im_end|>"
+
+
 def test_a_token_across_the_border_is_learned_and_counted(tmp_path):
     """The header's line feed and the answer's first letter are one token here."""
     made = tokenizers.Tokenizer(models.BPE())

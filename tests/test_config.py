@@ -1,5 +1,6 @@
 """The configuration: unknown keys, wrong types and bad values are refused, all problems at once; drift is named."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -88,6 +89,14 @@ def test_a_bad_override_is_refused_naming_the_closest_key(override: str, message
         ("c.optimizer.b1 = 'high'", "TypeError"),
         ("c.stages = (config.stage(chunk=1),)", "unknown key 'chunk'; did you mean 'chunks'"),
         ("c.stages = (config.stage(mix={'a.b': 1}),)", "dot"),
+        ("c.stages = (config.stage(mix=[('a', 1)]),)", r"mix=\[\('a', 1\)\]: must be a dict {store: repeats}"),
+        ("c.seed = cofig.x", "bad.py: line 4: NameError: name 'cofig' is not defined$"),
+        ("import no_such_module", "bad.py: line 4: ModuleNotFoundError: No module named 'no_such_module'$"),
+        ("c.seed = 1 / 0", "bad.py: line 4: ZeroDivisionError: division by zero$"),
+        ("c.seed = [].itmes", "bad.py: line 4: AttributeError: 'list' object has no attribute 'itmes'$"),
+        ("c.seed = (", "bad.py: line 4: SyntaxError: '\\(' was never closed$"),
+        ("assert False", "bad.py: line 4: AssertionError$"),
+        ("return None", "get_config\\(\\) returned NoneType, not what base\\(\\) made"),
     ],
 )
 def test_a_bad_experiment_file_is_refused_in_one_line(tmp_path: Path, line: str, message: str):
@@ -97,7 +106,7 @@ def test_a_bad_experiment_file_is_refused_in_one_line(tmp_path: Path, line: str,
     )
     with pytest.raises(ConfigError, match=message) as raised:
         configuration.load(str(path))
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 200 + len(str(path))
 
 
 def test_a_missing_file_and_a_file_without_get_config_are_refused(tmp_path: Path):
@@ -184,6 +193,15 @@ def test_drift_names_keys_and_leaves_free_ones_alone():
     assert drift.not_allowed(found, ("stages",)) == ["model.dim"]
     assert drift.not_allowed(found, ("stages.0.chunks", "model")) == []
     assert drift.not_allowed(found, ("model.di",)) == ["model.dim", "stages.0.chunks"]
+
+
+def test_what_is_allowed_to_drift_is_named_by_keys():
+    """Seen red: a name that is no key allowed nothing and said nothing."""
+    good = ["stages", "stages.0.chunks", "stages.7.mix.old", "stages.*.lr_peak", "model", "seed", "manifest.stores.web"]
+    assert configuration.load(SMOKE, [f"allow_drift={good!r}"]).allow_drift == tuple(good)
+    for wrong, hint in [("stages.0.chunk", "; did you mean 'stages.0.chunks'"), ("model.dim.x", ""), ("", "")]:
+        with pytest.raises(ConfigError, match=f"allow_drift='{wrong}': is no key, nor one above keys{re.escape(hint)}"):
+            configuration.load(SMOKE, [f"allow_drift={[wrong]!r}"])
 
 
 def test_the_digest_is_of_what_the_run_computes():

@@ -415,6 +415,9 @@ def test_the_command_prints_json_and_exits_with_the_codes(
     assert "step 10 validation: loss" in err
     code, out, err = call("--steps=11")
     assert code == 78 and err.startswith("error: ") and err.count("\n") == 1
+    for tasks in ("", ","):
+        code, out, err = call(f"--tasks={tasks}")
+        assert (code, out) == (78, "") and f"--tasks={tasks}: names no task" in err
     assert call("--steps=newest", "--watch")[0] == 2
     assert call("--memorization-steps=x")[0] == 2
     assert call("--limit=0")[0] == call("--windows=some")[0] == call("--windows=0")[0] == 2

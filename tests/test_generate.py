@@ -291,6 +291,7 @@ def test_characters_are_held_back_until_they_are_whole(run: Path):
     [
         (["--step", "6", "--prompt", "a"], "no checkpoint of step 6: it has steps 10, 20, 25"),
         (["--prompts", "none.txt"], "cannot be read"),
+        (["--prompts", "/dev/null"], "--prompts=/dev/null: holds no prompt"),
         (["--prompt", "a", "--top-p", "0"], "top_p"),
         (["--prompt", "a", "--mesh", "fsdp=2,tenser=2"], "'tenser=2' is not AXIS=SIZE with an axis of replica, stage,"),
         (["--prompt", "a", "--mesh", "tensor=16"], "needs 16 devices, this run has 8"),

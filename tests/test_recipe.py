@@ -70,6 +70,12 @@ BASE = "from k2jax.prepare.recipe import base, subset\n"
         (BASE + "def get_config():\n    return subset('a', max_size=3)", "max_size"),
         (BASE + "get_config = base", "subsets: empty"),
         ("def get_config():\n    pass", "returned NoneType"),
+        ("import no_such_module", "wrong.py: line 1: ModuleNotFoundError: No module named 'no_such_module'$"),
+        (BASE + "def get_config():\n    return bse()", "wrong.py: line 3: NameError: name 'bse' is not defined"),
+        (
+            BASE + "def get_config():\n    c = base(); c.valdation_fraction = 1",
+            'line 3: .*"valdation_fraction" does not exist .* Did you mean "validation_fraction"',
+        ),
         (
             BASE + "def get_config():\n    c = base(); c.subsets.a = 'python:code'; return c",
             "subsets.a='python:code': must be made by subset",
@@ -80,7 +86,7 @@ def test_a_wrong_data_experiment_is_one_line(tmp_path, text, message):
     (tmp_path / "wrong.py").write_text(text)
     with pytest.raises(ConfigError, match=message) as error:
         recipe.load_config(str(tmp_path / "wrong.py"))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300 + len(str(tmp_path))
     with pytest.raises(ConfigError, match="no such data experiment"):
         recipe.load_config(str(tmp_path / "missing.py"))
 

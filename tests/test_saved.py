@@ -9,7 +9,9 @@ import pytest
 from k2jax.errors import ConfigError, StorageError
 from k2jax.model.decoder import parameter_table
 from k2jax.parallel import sharding
+from k2jax.run.checkpoint import Checkpoints
 from k2jax.run.digest import array_digest, numpy_digest
+from k2jax.run.directory import RunDirectory
 from k2jax.run.saved import open_array, open_step, restore_params, saved_steps
 
 
@@ -46,6 +48,18 @@ def test_parameters_are_the_same_on_any_mesh_and_as_slices(run: Path):
     wq = open_array(saved, "params/layers.wq_LDNH")
     np.testing.assert_array_equal(wq[1].read().result(), one["layers.wq_LDNH"][1])
     assert wq.chunk_layout.read_chunk.shape[0] == 1, "a layer can be read without the others"
+
+
+def test_a_path_with_two_dots_is_the_place_that_the_system_takes_it_for(run: Path, tmp_path: Path, monkeypatch):
+    """TensorStore refuses such a path, which read as a damaged checkpoint. Seen red."""
+    (tmp_path / "link").symlink_to(run / "checkpoints")
+    monkeypatch.chdir(run / "checkpoints")
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": 8, "tensor": 1})
+    for workdir in ("..", tmp_path / "link" / ".."):
+        saved = open_step(workdir)
+        assert restore_params(saved, mesh).keys() == parameter_table(saved.config.model).keys()
+        assert open_array(saved, "params/head_DV").shape
+        assert RunDirectory(workdir).place == run.resolve() == Checkpoints(workdir).directory.parent
 
 
 def test_pieces_of_the_digest_add_up():

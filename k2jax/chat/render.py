@@ -193,14 +193,19 @@ def conversation(
     _check_all_there(turns, text)
     _check_tools_there(turns, tools, text)
     if not program.has_generation:
-        return text, [_answer(program, turns, tools, i, text, control) for i in learned], False
+        answers = [_answer(program, turns, tools, i, text, control) for i in learned]
+        _check_learned(turns, learned, [text[start:stop] for start, stop in answers], control)
+        return text, answers, False
     blocks = _learned_blocks(program.blocks(turns, tools, text), turns, learned)
+    filled = [(start, stop) for start, stop in blocks if start < stop]
     try:
         answers = [_answer(program, turns, tools, i, text, control) for i in learned]
-    except Refused:
-        return text, blocks, False  # the template tells its prefixes apart from the whole: its blocks alone say it
-    _compare(text, blocks, answers)
-    return text, blocks, True
+    except Refused:  # the template tells its prefixes apart from the whole: its blocks alone say it
+        _check_learned(turns, learned, [text[start:stop] for start, stop in blocks], control)
+        return text, filled, False
+    _compare(text, filled, answers)
+    _check_learned(turns, learned, [text[start:stop] for start, stop in answers], control)
+    return text, filled, True
 
 
 def prompt(program: Program, turns: list[dict], tools: list | None) -> str:
@@ -231,8 +236,8 @@ def _learned_blocks(blocks: list[tuple[int, int]], turns: list[dict], learned: l
                 "generation blocks that are not one an answer",
                 f"{len(blocks)} blocks, {len(answers)} answers of which some are not learned",
             )
-        blocks = [blocks[answers.index(i)] for i in learned]
-    return [(start, stop) for start, stop in blocks if start < stop]
+        return [blocks[answers.index(i)] for i in learned]
+    return blocks
 
 
 def _answer(
@@ -277,20 +282,42 @@ def _check_no_header(answer: str, turn: dict, i: int) -> None:
 def _check_all_there(turns: list[dict], text: str) -> None:
     """Each turn's text is in the whole, less the reasoning that a template may leave out."""
     for i, turn in enumerate(turns):
-        content = turn.get("content")
-        if isinstance(content, str) and turn["role"] in ("system", "user", "assistant"):
-            if content.rpartition("</think>")[2].strip() not in text:
-                raise Refused("a turn that the template leaves out", f"turn {i + 1}, of role {turn['role']}")
+        if turn["role"] in ("system", "user", "assistant"):
+            _check_turn(turn, i, text)
+
+
+def _check_turn(turn: dict, i: int, text: str) -> None:
+    content = turn.get("content")
+    if isinstance(content, str) and content.rpartition("</think>")[2].strip() not in text:
+        raise Refused("a turn that the template leaves out", f"turn {i + 1}, of role {turn['role']}")
 
 
 def _check_tools_there(turns: list[dict], tools: list | None, text: str) -> None:
-    """Tools and calls are in it by their names: else an answer that is a call would teach to say nothing."""
-    calls = [(f"turn {i + 1}", call) for i, turn in enumerate(turns) for call in turn.get("tool_calls") or ()]
-    for where, one in [*(("tools", tool) for tool in tools or ()), *calls]:
+    """Tools and calls are in it by their names."""
+    _check_names("tools", tools, text)
+    for i, turn in enumerate(turns):
+        _check_names(f"turn {i + 1}", turn.get("tool_calls"), text)
+
+
+def _check_names(where: str, tools_or_calls: list | None, text: str) -> None:
+    for one in tools_or_calls or ():
         function = one.get("function", one) if isinstance(one, dict) else {}
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name or name not in text:
             raise Refused("a tool or a call that the template leaves out", f"{where}: {str(name)[:60]!r}")
+
+
+def _check_learned(turns: list[dict], learned: list[int], answers: list[str], control: list[str]) -> None:
+    """Each answer says what its turn does, which another turn may say, too: else it would teach to say nothing."""
+    if len(answers) != len(learned):  # blocks that are not one an answer: it is known of all together alone
+        answers = ["".join(answers)] * len(learned)
+    for i, answer in zip(learned, answers, strict=True):
+        _check_turn(turns[i], i, answer)
+        _check_names(f"turn {i + 1}", turns[i].get("tool_calls"), answer)
+        for token in control:
+            answer = answer.replace(token, "")
+        if not answer.strip():
+            raise Refused("a turn that the template leaves out", f"turn {i + 1}, of role {turns[i]['role']}")
 
 
 def _compare(text: str, blocks: list[tuple[int, int]], answers: list[tuple[int, int]]) -> None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from k2jax import paths
 from k2jax.data.tokenizer import EOS, NUM_FIXED
-from k2jax.errors import ConfigError
+from k2jax.errors import ConfigError, RunError, in_file
 from k2jax.prepare import pii as pii_rules
 from k2jax.prepare import rule_checks
 from k2jax.prepare.chat import options
@@ -255,9 +255,10 @@ def load_config(path: str | Path) -> ConfigDict:
         if "get_config" not in names:
             raise ConfigError(f"--config={path} does not define get_config(); see experiments/data/smoke.py")
         config = names["get_config"]()
-    except (AttributeError, KeyError, TypeError, SyntaxError) as error:
-        message = str(error.args[0] if isinstance(error, KeyError) else error).partition("\n")[0]
-        raise ConfigError(f"--config={path}: {type(error).__name__}: {message}") from error
+    except RunError:
+        raise
+    except Exception as error:  # it is a user's code, which may raise anything
+        raise ConfigError(f"--config={path}: {in_file(path, error)}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(
             f"--config={path}: get_config() returned {type(config).__name__}, not what base() made"

@@ -16,7 +16,8 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from k2jax.bucket import BucketPath
+from k2jax import paths
+from k2jax.bucket import BucketPath, at
 from k2jax.errors import ConfigError, DamagedError, StorageError
 from k2jax.model.decoder import LAYOUT_VERSION
 from k2jax.parallel import cluster
@@ -58,7 +59,7 @@ class Checkpoints:
         moments_every: int = 1,
         mirror: Mirror | None = None,
     ):
-        workdir, read_only = epath.Path(workdir).absolute(), keep_steps is None  # Orbax takes no other
+        workdir, read_only = epath.Path(paths.absolute(at(workdir))), keep_steps is None  # Orbax takes no other
         self.directory, self.log = workdir / "checkpoints", log
         policy = Policy(None if read_only else frozenset(keep_steps), keep_between, moments_every)
         self.in_bucket = isinstance(workdir, BucketPath)

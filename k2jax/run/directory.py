@@ -5,8 +5,10 @@ compiled/  reference/  abandoned/
 """
 
 import importlib.metadata
+import json
 import os
 import platform
+import shlex
 import socket
 import sys
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from ml_collections import ConfigDict
 
 import k2jax
 from k2jax import config as configuration
-from k2jax import errors, files
+from k2jax import errors, files, paths
 from k2jax.bucket import BucketPath, at
 from k2jax.data.epochs import Epoch, epoch_path, has_epochs, new_epoch, read_epochs, write_epoch
 from k2jax.data.journal import read_journal
@@ -56,7 +58,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path | BucketPath, say: Callable[[str], None] = print):
-        place = at(path).absolute()
+        place = paths.absolute(at(path))
         self._held = InBucket(place, say) if isinstance(place, BucketPath) else OnDisk(place)
         self._say = say
         self.place, self.path, self.mirror = place, self._held.path, self._held.mirror
@@ -241,7 +243,7 @@ def _refuse(differences: dict[str, tuple], allowed: tuple[str, ...], what: str) 
         shown = "; ".join(f"{key}: {differences[key][0]!r} -> {differences[key][1]!r}" for key in refused[:20])
         raise ConfigError(
             f"{what}, {len(refused)} key(s) differ: {shown}. Use another workdir, undo the change, or allow it: "
-            f"--config.allow_drift='{tuple(refused)!r}'"
+            f"--config.allow_drift={shlex.quote(json.dumps(refused))}"
         )
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from k2jax import config as configuration
+from k2jax import paths
 from k2jax.bucket import BucketPath, at
 from k2jax.data.epochs import Epoch, has_epochs, imported
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
@@ -156,7 +157,7 @@ def open_array(saved: SavedStep, name: str) -> ts.TensorStore:
 
 
 def _folder(saved: SavedStep) -> Path | BucketPath:
-    return saved.workdir.absolute() / "checkpoints" / str(saved.step)
+    return paths.absolute(saved.workdir) / "checkpoints" / str(saved.step)
 
 
 def restore_params(saved: SavedStep, mesh: Mesh) -> Params:

@@ -1,6 +1,7 @@
 """What differs between save and resume: places change freely, contents are refused unless allowed by name."""
 
 import json
+import shlex
 import shutil
 from functools import partial
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import SUBSETS, VOCAB_SIZE
 
 from faults import runs
+from k2jax import config as configuration
 from k2jax.data.epochs import decide, read_epochs
 from k2jax.data.journal import append_entry, read_journal
 from k2jax.data.loader import batch_digest, make_loader
@@ -142,7 +144,9 @@ def test_drift_is_refused_key_by_key(tiny_data, stopped, command, tmp_path, name
     before = contents(workdir)
     error = command.refuse(78, *runs.arguments(tiny_data, workdir, overrides))
     assert all(difference in error for difference in differences), error
-    assert "allow_drift" in error
+    pasted = shlex.split(error.partition("allow it: --config.")[2])
+    allowed = configuration.load("experiments/smoke.py", pasted).allow_drift
+    assert allowed == tuple(difference.partition(":")[0] for difference in differences), pasted
     assert contents(workdir) == before
 
 
