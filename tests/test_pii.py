@@ -145,7 +145,7 @@ def test_a_subset_has_its_own_kinds_and_regions():
     c.subsets.a = recipe.subset("text:x", pii=("emails",))
     c.subsets.b = recipe.subset("text:x", pii=("email",), pii_regions=("GB",))
     c.subsets.c = recipe.subset("text:x", pii="email")
-    wrong = "3 problem.*a.pii: .'emails'. unkn.*b.pii_regions=.*'phone'.*c.pii='email': must be such as .'x',"
+    wrong = "3 problem.*a.pii: .'emails'. unkn.*b.pii_regions=.*'phone'.*c.pii='email': must be a tuple, such as .'x',"
     with pytest.raises(ConfigError, match=wrong):
         recipe.validate(c)
 

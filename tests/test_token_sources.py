@@ -334,7 +334,7 @@ def test_a_subset_that_gives_no_document_is_named_with_the_reasons(tmp_path, tok
     convert(tmp_path, tokenizer, **config.subsets)
     with pytest.raises(ConfigError) as error:
         token_sources.summary(config, tmp_path / "stages")
-    why = "3 no token_ids, 1 token_ids is no list of ids"
+    why = "3 no token_ids, 1 token_ids is no list of ids; the first: b.jsonl:1: no token_ids"
     assert str(error.value) == f"subset b: llm360:{tmp_path}/b.jsonl gave no document ({why})"
     del config.subsets["a"], config.subsets["b"]
     config.tokenizer, config.subsets.b = str(tokenizer), recipe.subset(f"llm360:{tmp_path}/b.jsonl")
