@@ -46,7 +46,7 @@ NO_DATA += r"|(SHA\d+|MD5)SUMS?"
 FOLDER, PATTERN, HIDDEN_PATTERN, ONE = range(4)  # what a source names; the third has a dot's name in it
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub"}  # for pip
 LINKED = "link to a folder"  # a type of entries beside fsspec's own
-EVERYWHERE = re.compile(r"[^*?[]*/\*\*/[^/]*")  # what a pattern's fixed part holds at any depth
+EVERYWHERE = re.compile(r"[^*?[]*/\*\*(/[^/]*)?")  # what a pattern's fixed part holds at any depth
 LOCAL = ("", "file", "local")  # schemes of this machine's disks
 # What reading packed data raises when the data is at fault; the storage's own errors are StorageError.
 DAMAGE = (EOFError, Damaged)
