@@ -182,13 +182,13 @@ def remove_leftovers(folder: Path | BucketPath, name: str = "*", *, alone: bool 
             remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def remove_at_once(folder: Path) -> None:
-    """Removes a folder that nobody shall meet with a part of it gone: it goes under another name first."""
+def set_aside(folder: Path) -> Path:
+    """A folder that nobody shall meet with a part of it gone, under another name: for `remove_tree`."""
     new = f"{folder.name}-{secrets.token_hex(4)}"  # which no killed process of our number has left
     gone = _beside(folder.with_name(new))
     os.rename(folder, gone)
     sync_folder(folder.parent)
-    remove_tree(gone)
+    return gone
 
 
 def remove_tree(folder: Path) -> None:

@@ -112,6 +112,7 @@ def test_an_output_that_cannot_be_written_is_found_first_and_nothing_is_left(fol
         ("parquet:{}/**/*.parquet", "out", "text/documents.parquet"),
         ("text:{}/l", "out", "data.json"),  # a link to the folder
         ("text:{}/.h/**", ".h/out", "data.json"),
+        ("text:{}/r[1]", "r[1]/out", "data.json"),  # a folder's name, and no pattern
         ("text:{}", ".h/out", None),
         ("text:{}/**/*.txt", "out", None),
         ("text:{}/*", "out", None),
@@ -124,7 +125,7 @@ def test_an_output_that_cannot_be_written_is_found_first_and_nothing_is_left(fol
 )
 def test_a_folder_in_its_own_source_is_refused(folder, tmp_path, source, out, name):
     root = tmp_path / "root"
-    for made in ("a", ".h"):
+    for made in ("a", ".h", "r[1]"):
         (root / made).mkdir(parents=True)
     (root / "x.txt").write_text("x")
     (root / "l").symlink_to(root)

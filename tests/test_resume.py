@@ -19,10 +19,10 @@ pytest.importorskip("datatrove")
 from ml_collections import ConfigDict  # noqa: E402
 from test_build import command, different_files, ranks_done, words  # noqa: E402
 
-from k2jax import files  # noqa: E402
+from k2jax import files, locks  # noqa: E402
 from k2jax.data.tokenizer import train_bpe  # noqa: E402
 from k2jax.errors import ConfigError, StorageError  # noqa: E402
-from k2jax.prepare import build, dry_run, reads, recipe, work  # noqa: E402
+from k2jax.prepare import build, dry_run, finished, reads, recipe, work  # noqa: E402
 
 PAGES = [f"Page {i}: {words(200 + i, 60)}" for i in range(16)]
 BOOKS = [f"Book {i}.\n{words(i, 40 + 5 * i)}" for i in range(12)] + [page.replace("Page", "Leaf") for page in PAGES[:2]]
@@ -583,7 +583,7 @@ def test_a_finished_folder_whose_stages_were_being_removed_is_whole(old, corpus,
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "remove_tree", killed)
+        patch.setattr(build, "remove_tree", killed)
         with pytest.raises(Killed):
             build.build(config, old, workers=1)
     assert not (old / "stages").exists() and [path.name for path in old.glob("stages-*")]
@@ -612,7 +612,8 @@ def test_two_commands_of_which_one_ends_lose_nothing(old, corpus, monkeypatch):
             assert data["mix"]["web"] == 3.0 and not was_there
         remove(folder)
 
-    monkeypatch.setattr(files, "remove_tree", meanwhile)
+    for module in (build, finished):
+        monkeypatch.setattr(module, "remove_tree", meanwhile)
     build.build(recipe_of(corpus).lock(), old, workers=1)
     assert len(removed) == 2 and build.build(other, old, workers=1)[1]
     assert not list(old.glob("stages*"))
@@ -648,3 +649,16 @@ def test_what_is_wanted_again_is_removed_once_however_often_the_command_is_kille
     assert marks(old)["clean"] == first != before["clean"]
     build.build(config, old, workers=1, keep_stages=True, redo=["clean"])
     assert marks(old)["clean"] != first, "it had ended, so this is wanted anew"
+
+
+def test_a_lock_that_is_kept_alive_is_let_go_before_stages_are_removed(old, corpus, monkeypatch):
+    """Where flock does not work: it lies among them, and who cannot keep it alive ends; at size they take minutes."""
+    lost: list[str] = []
+    monkeypatch.setattr(locks, "BEAT_S", 0.05)
+    monkeypatch.setattr(locks, "_mount_options", lambda path: {"nolock"})
+    monkeypatch.setattr(locks, "_lost", lost.append)
+    remove = files.remove_tree
+    for module in (build, finished):
+        monkeypatch.setattr(module, "remove_tree", lambda folder: (time.sleep(0.5), remove(folder)))
+    build.build(recipe_of(corpus).lock(), old, workers=1)
+    assert not lost and not list(old.glob("stages*"))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from fsspec.core import url_to_fs
+from fsspec.core import strip_protocol
 from fsspec.utils import glob_translate
 from ml_collections import ConfigDict
 
@@ -126,14 +126,14 @@ def check_apart(config: ConfigDict, out: Path) -> None:
 
 def _matched(where: str, out: Path, written: list[str]) -> str | None:
     """The first of the names below `out` that a pattern matches, or that is in a folder, as files.py lists them."""
-    fs, pattern = url_to_fs(where)
-    pattern = f"{pattern.rstrip('/')}/**" if fs.isdir(pattern) else pattern
-    root = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    pattern = strip_protocol(where)
+    is_folder = os.path.isdir(pattern)  # whose name may hold a wildcard's character
+    root = pattern.rstrip("/") if is_folder else re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
     below = os.path.relpath(os.path.realpath(out), os.path.realpath(root or "/"))
-    if below.partition("/")[0] == ".." or fs.isfile(pattern):
+    if below.partition("/")[0] == ".." or os.path.isfile(pattern):
         return None
     try:
-        matches = re.compile(glob_translate(pattern)).match
+        matches = bool if is_folder else re.compile(glob_translate(pattern)).match
     except ValueError:  # a wrong pattern, of which the listing tells
         return None
     names_dots = "/." in pattern[len(root) :]

@@ -22,7 +22,7 @@ from k2jax.chat import template, worker
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
-from k2jax.files import sync_folder, write_json
+from k2jax.files import remove_tree, sync_folder, write_json
 from k2jax.prepare import (
     before,
     claim,
@@ -105,8 +105,9 @@ def build(
                     _clear(config, out, work, data)
                     data = _make(whole, out, work, given, listing)
                 made.end_redo()
-                if not keep_stages:
-                    claim.drop_stages(out)
+                gone = None if keep_stages else claim.drop_stages(out)
+            if gone:
+                remove_tree(gone)
     except OSError as error:
         raise StorageError(
             f"--out={out}: {error.strerror or error} ({error.filename or out}): give a folder "

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 import k2jax
 from k2jax import locks
 from k2jax.errors import ConfigError
-from k2jax.files import remove_at_once, remove_leftovers, write_json
+from k2jax.files import remove_leftovers, remove_tree, set_aside, write_json
 from k2jax.text import redacted
 
 TEMPLATE = "chat_template.jinja"  # of conversations: it goes with the tokenizer
@@ -82,18 +82,23 @@ def locked(out: Path) -> locks.Lock:
         raise ConfigError(f"--out={out}: another process finished it just now: run the same command again") from None
 
 
-def drop_stages(out: Path) -> None:
-    """Removes what lies between documents and stores, at once, for who has the lock; killed here, notes of it are gone
-    before what they are of."""
-    remove_at_once(out / "stages")
+def drop_stages(out: Path) -> Path:
+    """Takes away what lies between documents and stores, at once, for who has the lock; returns where it is.
+
+    To be removed without the lock, which goes with it and could not be kept alive.
+    """
+    return set_aside(out / "stages")
 
 
 def sweep(out: Path) -> None:
     """Removes what is left of stages without notes, where no other process works."""
     remove_leftovers(out, "stages-*")
     if (out / "stages").exists() and not has_stages(out):
+        gone = None
         with contextlib.suppress(ConfigError), locked(out):
-            drop_stages(out)
+            gone = drop_stages(out)
+        if gone:
+            remove_tree(gone)
 
 
 def with_ours(theirs: list[str], out: Path, other_code: bool) -> list[str]:

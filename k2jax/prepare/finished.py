@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
-from k2jax.files import read_json, write_json
+from k2jax.files import read_json, remove_tree, write_json
 from k2jax.prepare import claim, made, plan, reads, recipe, token_sources, unreadable
 from k2jax.prepare.card import card
 from k2jax.prepare.claim import TEMPLATE
@@ -132,7 +132,8 @@ def rewritten(config: ConfigDict, out: Path, data: dict[str, Any], other_code: b
         data |= {"config": redacted(_settled(config, data).to_dict()), "code": code, "mix": mix}
         write_json(out / "data.json", data)
         card.rewrite_card(out, data)
-        claim.drop_stages(out)
+        gone = claim.drop_stages(out)
+    remove_tree(gone)
     return data
 
 
