@@ -133,7 +133,8 @@ def test_a_folder_in_its_own_source_is_refused(folder, tmp_path, source, out, na
     c = config_of(folder, "", subset__source=source.format(root))
     if name is None:
         return before.check_apart(c, root / out)
-    with pytest.raises(ConfigError, match=f"^subsets.text.source=.*: --out=.*/{re.escape(out)} lies in it, and {name} there"):
+    said = f"^subsets.text.source=.*: --out=.*/{re.escape(out)} lies in it, and {name} there"
+    with pytest.raises(ConfigError, match=said):
         before.check_apart(c, root / out)
     c = config_of(folder, "").unlock()
     c.contamination.sources = (source.format(root),)
