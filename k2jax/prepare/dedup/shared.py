@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from k2jax.prepare import lines
 from k2jax.prepare.dedup.index import Clean, Order, index_of, nodes_of
 from k2jax.prepare.dedup.streams import beyond, partition_of
-from k2jax.prepare.dedup.survivors import survivors
+from k2jax.prepare.dedup.survivors import surviving_ids, survivors
 from k2jax.prepare.engine import Stage
 from k2jax.prepare.read import size_problem
 from k2jax.prepare.shuffle import Shuffle, Writer, partitions_for
@@ -127,9 +127,12 @@ def write_pieces(rank: int, *, shared: Shared) -> None:
 def write_texts(rank: int, *, shared: Shared) -> None:
     """A task: what is left of its documents (PIECE)."""
     with shared.texts.writer(rank) as out:
-        remover = Remover(shared, rank)
-        left = remover.left(survivors(shared.folder, rank, Tally()), Tally())
-        _write(rank, shared, out, ((index, bytes.fromhex(document.id)[:16]) for index, document in left))
+        if shared.by_of(rank):
+            left = Remover(shared, rank).left(survivors(shared.folder, rank, Tally()), Tally())
+            ids = ((index, bytes.fromhex(document.id)) for index, document in left)
+        else:  # from which nothing goes
+            ids = surviving_ids(shared.folder, shared.clean, rank)
+        _write(rank, shared, out, ((index, id[:16]) for index, id in ids))
 
 
 def _write(rank: int, shared: Shared, out: Writer, found: Iterable[tuple[int, bytes]]) -> None:
