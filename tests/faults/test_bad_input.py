@@ -59,7 +59,7 @@ def test_everything_wrong_is_told_at_once(tiny_data, command, tmp_path):
 EXPERIMENTS = {
     "missing": (None, ["experiment.py: no such experiment file", "tiny.py"]),
     "without get_config": ("x = 1\n", ["experiment.py does not define get_config()"]),
-    "no Python": ("def get_config(:\n", ["experiment.py: SyntaxError"]),
+    "no Python": ("def get_config(:\n", ["experiment.py: line 1: SyntaxError"]),
     "misspelt key": (
         "c = config.base()\n    c.model.num_layer = 3",
         ["experiment.py", "num_layer", "num_layers"],
