@@ -21,7 +21,7 @@ from datatrove.utils.text import NUMBERS_PATTERN, PUNCTUATION, WHITESPACE_PATTER
 
 PRIME = (1 << 61) - 1  # of datatrove's and datasketch's permutations, (a x + b mod 2^64) mod PRIME
 SHINGLES = 1 << 15  # hashed at a time: bounds a long document's memory
-CACHED = 512  # shingles permuted at a time: 512 x 117 hashes x 8 bytes fit a core's cache
+CACHED = 1024  # shingles permuted at a time: 1024 x 117 hashes x 8 bytes
 
 _UPPER, _LOWER = string.ascii_uppercase.encode(), string.ascii_lowercase.encode()
 _ASCII_PUNCTUATION = "".join(c for c in PUNCTUATION if c.isascii()).encode()
@@ -84,8 +84,10 @@ class Signer:
     def _smallest(self, shingles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each permutation the smallest value, and the shingle that has it."""
         work = self._work[:, : len(shingles)]
-        np.multiply(shingles, self._a8, out=work)
-        np.add(work, self._b8, out=work)
+        with np.errstate():  # which restores the buffer: with the usual one numpy first copies what it broadcasts
+            np.setbufsize(16)
+            np.multiply(shingles, self._a8, out=work)
+            np.add(work, self._b8, out=work)
         where = work.argmin(axis=1)
         return work[np.arange(len(work)), where], shingles[where]
 
