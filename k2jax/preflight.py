@@ -55,8 +55,8 @@ def main() -> None:
         )
     config = configuration.load(args.config, [text.removeprefix("--config.") for text in rest])
     options = Options(
-        args.workdir.absolute(), parse(args.topology) if args.topology else None, args.config_digest, args.lock_digest,
-        args.code_digest,
+        paths.absolute(args.workdir), parse(args.topology) if args.topology else None,
+        args.config_digest, args.lock_digest, args.code_digest,
         clock_limit_s=args.clock_limit, wait_s=args.wait, disk_bytes=args.disk_mb * 10**6,
         loader_s=args.loader_seconds, step_s=args.step_seconds,
     )  # fmt: skip

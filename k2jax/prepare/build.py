@@ -139,7 +139,7 @@ def _make(
     before.take(config, out, given)
     work.begin_files()
     inputs = dealing.deal(config, out, work.of("files"), listing)
-    for stage in clean.stages(config, out):
+    for stage in clean.stages(config, out, work.again):
         work.run(stage)
     dealt = _what_stays(config, stages, work)
 

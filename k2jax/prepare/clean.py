@@ -45,11 +45,11 @@ INDEX = pa.schema(
 INDEX_ROWS = 1 << 14  # written at a time
 
 
-def stages(config: ConfigDict, out: str | Path) -> Iterator[Stage]:
+def stages(config: ConfigDict, out: str | Path, again: Callable[[str, list[int]], None]) -> Iterator[Stage]:
     """The index of evaluation sets, if any are named, and the cleaning of what was dealt (dealing.py).
 
-    That comes again for tasks that had read a part of a file when another task found that it cannot be read: each is to
-    have run before the next is asked for.
+    That comes again for tasks that had read a part of a file when another task found that it cannot be read, after
+    `again(stage, ranks)`: each is to have run before the next is asked for.
     """
     out = Path(out)
     cleaning = reads.view(config, reads.with_units(reads.CLEANING, config)).to_dict()
@@ -61,8 +61,7 @@ def stages(config: ConfigDict, out: str | Path) -> Iterator[Stage]:
         yield Stage("contamination", 1, functools.partial(contamination.build, config=searching, out=out))
     yield clean_all
     while ranks := _outdated(config, out):
-        for rank in ranks:
-            (out / "stages" / "done" / "clean" / "completions" / f"{rank:05d}").unlink()
+        again("clean", ranks)
         yield clean_all
 
 

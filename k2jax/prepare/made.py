@@ -130,7 +130,7 @@ class Made:
     def _write(self) -> None:
         write_json(self._path, self.rows)
 
-    def remove_marks(self, stage: str, ranks: range | None = None) -> None:
+    def remove_marks(self, stage: str, ranks: Iterable[int] | None = None) -> None:
         """The marks of completion of these ranks, None: of all, and what else the engine has noted of them."""
         folder = self._inside(f"stages/done/{stage}")
         slurm.cancel(folder)  # what still runs would write beside the new ones
@@ -159,7 +159,7 @@ def _name(rank: int) -> str:
     return f"{rank:05d}"
 
 
-def _paths(pattern: str, ranks: range | None) -> list[str]:
+def _paths(pattern: str, ranks: Iterable[int] | None) -> list[str]:
     return [pattern.replace("{rank}", _name(rank)) for rank in ranks] if "{rank}" in pattern else [pattern]
 
 

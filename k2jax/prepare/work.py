@@ -1,5 +1,6 @@
 """Runs a preparation's stages, each noted in made.json before it writes anything."""
 
+from collections.abc import Iterable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,10 @@ class Work:
         """Removes that."""
         if stale := self._made.stale(self.units):
             self._made.remove(list(stale))
+
+    def again(self, stage: str, ranks: Iterable[int]) -> None:
+        """Lets these tasks of a stage, which have ended, run once more."""
+        self._made.remove_marks(stage, ranks)
 
     def describe(self, name: str, **known: Any) -> None:
         """Says of a unit what is known only now: its ranks, or its outputs."""
