@@ -223,7 +223,7 @@ def _duplicates(card: dict[str, Any]) -> list[Table]:
         Table(["removed from, for a copy in", *other], matrix, numeric=tuple(range(1, len(other) + 1)), heated=True,
               title="Documents removed, by the subset of the one that stayed"),
         Table(["subset", "copies", "repeated", "documents kept"], rules, numeric=(1, 2, 3),
-              title="Upsampling by copies"),
+              title="Upsampling by copies (what is turned for FIM into a store of its own is not repeated)"),
         Table(["place", "documents"], [list(item) for item in places], numeric=(1,), title="",
               folded="Where the documents of clusters stood"),
         Table(["subset", "documents", "removed copies, such as"], largest, numeric=(1,), title="", code=(2,),
