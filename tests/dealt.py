@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from k2jax.prepare import dealing
-from k2jax.prepare.engine import Engine
+from k2jax.prepare.engine.engine import Engine
 
 
 def deal(config: ConfigDict, out: Path) -> ConfigDict:

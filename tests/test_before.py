@@ -11,7 +11,8 @@ pytest.importorskip("datatrove")
 
 from k2jax.data.tokenizer import K2_SPECIAL_TOKENS, Tokenizer, train_bpe  # noqa: E402
 from k2jax.errors import ConfigError, RunError, StorageError  # noqa: E402
-from k2jax.prepare import before, build, dry_run, engine, recipe  # noqa: E402
+from k2jax.prepare import before, build, dry_run, recipe  # noqa: E402
+from k2jax.prepare.engine import engine  # noqa: E402
 
 
 @pytest.fixture(scope="module")

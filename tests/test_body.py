@@ -19,7 +19,7 @@ from test_read_tables import archive, read_all  # noqa: E402
 
 from k2jax.data.records import Bad  # noqa: E402
 from k2jax.errors import ConfigError  # noqa: E402
-from k2jax.prepare.body import unpacked  # noqa: E402
+from k2jax.prepare.sources.body import unpacked  # noqa: E402
 
 PAGE = "<p>caf\u00e9</p> ".encode() + b"word %d " * 200 % tuple(range(200))
 

@@ -22,7 +22,8 @@ pytest.importorskip("datatrove")
 from k2jax.data.store import Store
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare import before, build, engine, recipe
+from k2jax.prepare import before, build, recipe
+from k2jax.prepare.engine import engine
 
 REPO = Path(__file__).parent.parent
 WORDS = [a + b + c for a in ("ba", "ke", "lo", "tri") for b in ("na", "mo", "su") for c in ("", "r", "ting", "ly")]

@@ -17,10 +17,11 @@ from tokenizers.pre_tokenizers import Split  # noqa: E402
 
 from k2jax.data.tokenizer import train_bpe  # noqa: E402
 from k2jax.errors import ConfigError, StorageError  # noqa: E402
-from k2jax.prepare import clean, contamination, recipe  # noqa: E402
-from k2jax.prepare.contamination import Contamination, Tokens, hash_n_grams, hash_words, words_of  # noqa: E402
+from k2jax.prepare import clean, recipe  # noqa: E402
 from k2jax.prepare.documents import document  # noqa: E402
-from k2jax.prepare.recipe_tokenizer import open_tokenizer  # noqa: E402
+from k2jax.prepare.rules import contamination  # noqa: E402
+from k2jax.prepare.rules.contamination import Contamination, Tokens, hash_n_grams, hash_words, words_of  # noqa: E402
+from k2jax.prepare.tokens.recipe_tokenizer import open_tokenizer  # noqa: E402
 
 QUESTION = "A train leaves the station at noon and travels north at sixty miles an hour; when does it arrive?"
 CHOICES = ["At three o'clock in the afternoon of the same day, of course", "Never"]

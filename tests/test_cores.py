@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from k2jax.prepare import cores
+from k2jax.prepare.engine import cores
 
 FOUR = frozenset(range(4))
 CASES = {  # /proc/self/cgroup, files below /sys/fs/cgroup, cores of four
@@ -45,7 +45,8 @@ def test_cores_of_a_cgroup(name, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
 def test_cores_of_this_machine_are_those_that_the_process_may_run_on():
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nfrom k2jax.prepare.cores import cores\n"
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    code += "from k2jax.prepare.engine.cores import cores\n"
     ran = subprocess.run([sys.executable, "-c", code + "print(cores())"], capture_output=True, text=True, check=True)
     assert ran.stdout == "1\n" and 1 <= cores.cores() <= len(os.sched_getaffinity(0))
 

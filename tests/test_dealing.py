@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 pytest.importorskip("datatrove", reason="the extra `data`")
 
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare import build, dealing, parts, read, recipe
-from k2jax.prepare.files import File, list_files
-from k2jax.prepare.listing import OPENING, Listing, in_order
+from k2jax.prepare import build, dealing, recipe
 from k2jax.prepare.recipe import Task
+from k2jax.prepare.sources import parts, read
+from k2jax.prepare.sources.files import File, list_files
+from k2jax.prepare.sources.listing import OPENING, Listing, in_order
 from k2jax.prepare.tally import Tally
 
 PART = 1 << 13  # bytes

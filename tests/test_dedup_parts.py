@@ -24,7 +24,7 @@ from test_dedup import SUBSETS, corpus, recipe_of, reference, rows_of, run_stage
 
 from k2jax.prepare import shuffle  # noqa: E402
 from k2jax.prepare.dedup import components, duplicates, exact, index, members, near, streams  # noqa: E402
-from k2jax.prepare.engine import Engine, Stage  # noqa: E402
+from k2jax.prepare.engine.engine import Engine, Stage  # noqa: E402
 from k2jax.prepare.shuffle import Shuffle  # noqa: E402
 
 TINY = [

@@ -15,9 +15,9 @@ pytest.importorskip("datatrove")
 
 from k2jax import files, locks
 from k2jax.errors import ConfigError, RunError, StorageError
-from k2jax.prepare import engine as engine_module
-from k2jax.prepare import executors
-from k2jax.prepare.engine import Engine, Stage, check_executor
+from k2jax.prepare.engine import engine as engine_module
+from k2jax.prepare.engine import executors
+from k2jax.prepare.engine.engine import Engine, Stage, check_executor
 
 SLURM = {"partition": "cpu", "time": "1:00:00", "gib_per_cpu": 1, "environment": ""}
 
@@ -220,8 +220,8 @@ def test_datatrove_writes_nothing_to_the_terminal(tmp_path):
 
 def read_archive(rank: int, *, folder: Path) -> None:
     """A task: reads an archive whose addresses and remainders would command a terminal."""
-    from k2jax.prepare.files import File
-    from k2jax.prepare.warc import warc_records
+    from k2jax.prepare.sources.files import File
+    from k2jax.prepare.sources.warc import warc_records
 
     body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>a page</p>"
     header = b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://x/ \x1b]0;%d\x07\r\n" % rank

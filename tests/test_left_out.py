@@ -11,9 +11,10 @@ pytest.importorskip("datatrove")
 from test_build import different_files  # noqa: E402
 
 from k2jax.errors import ConfigError, UnreadableError  # noqa: E402
-from k2jax.prepare import build, plan, recipe, stored, unreadable  # noqa: E402
-from k2jax.prepare.engine import Engine, Stage  # noqa: E402
+from k2jax.prepare import build, plan, recipe  # noqa: E402
+from k2jax.prepare.engine.engine import Engine, Stage  # noqa: E402
 from k2jax.prepare.made import Made  # noqa: E402
+from k2jax.prepare.sources import stored, unreadable  # noqa: E402
 
 SEED = 14  # by which the large file is first
 WORDS = "bana kelo trimo suting lyba nake molo tring keno basu lory mote".split()

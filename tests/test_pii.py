@@ -14,11 +14,12 @@ from hypothesis import example, given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from k2jax.errors import ConfigError  # noqa: E402
-from k2jax.prepare import claim, clean, finished, pii, plan, recipe, rules  # noqa: E402
+from k2jax.prepare import claim, clean, finished, plan, recipe  # noqa: E402
 from k2jax.prepare.card import card  # noqa: E402
 from k2jax.prepare.card.pii_figures import FIGURES  # noqa: E402
 from k2jax.prepare.card.tables import tables_of  # noqa: E402
 from k2jax.prepare.documents import document  # noqa: E402
+from k2jax.prepare.rules import pii, rules  # noqa: E402
 from k2jax.prepare.tally import Tally, combine  # noqa: E402
 
 PHONE = pii.PLACEHOLDERS["phone"]

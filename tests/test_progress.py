@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from k2jax.prepare import progress, said  # noqa: E402
+from k2jax.prepare.engine import progress, said  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("datatrove", reason="the extra `data`")
 
-from k2jax.prepare import files, python_corpus, read  # noqa: E402
 from k2jax.prepare.recipe import subset  # noqa: E402
+from k2jax.prepare.sources import files, python_corpus, read  # noqa: E402
 from k2jax.prepare.tally import Tally  # noqa: E402
 
 

@@ -17,7 +17,7 @@ from test_engine import engine, fill, note, runs
 import k2jax
 from k2jax.errors import ConfigError, StorageError
 from k2jax.prepare import build, recipe
-from k2jax.prepare.engine import Stage, set_environment
+from k2jax.prepare.engine.engine import Stage, set_environment
 
 pytestmark = pytest.mark.processes
 

@@ -24,10 +24,10 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from k2jax.errors import ConfigError, StorageError  # noqa: E402
-from k2jax.prepare import files, read, stored  # noqa: E402
-from k2jax.prepare.files import File, bounded_lines, list_files  # noqa: E402
-from k2jax.prepare.listing import in_order  # noqa: E402
 from k2jax.prepare.recipe import subset  # noqa: E402
+from k2jax.prepare.sources import files, read, stored  # noqa: E402
+from k2jax.prepare.sources.files import File, bounded_lines, list_files  # noqa: E402
+from k2jax.prepare.sources.listing import in_order  # noqa: E402
 from k2jax.prepare.tally import Tally, shown_name  # noqa: E402
 
 LINES = [{"text": f"Document {i}.", "id": f"d{i}"} for i in range(6)]
@@ -120,8 +120,8 @@ def test_a_line_far_longer_than_allowed_is_never_in_memory(tmp_path, suffix):
         file.write(b'"}\n' + jsonl(LINES[1:2]))
     script = f"""
 import resource
-from k2jax.prepare import read
-from k2jax.prepare.files import list_files
+from k2jax.prepare.sources import read
+from k2jax.prepare.sources.files import list_files
 from k2jax.prepare.recipe import subset
 from k2jax.prepare.tally import Tally
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

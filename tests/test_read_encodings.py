@@ -14,11 +14,12 @@ from hypothesis import strategies as st  # noqa: E402
 from test_read import jsonl, read_all  # noqa: E402
 
 from k2jax.errors import ConfigError  # noqa: E402
-from k2jax.prepare import encodings, recipe  # noqa: E402
-from k2jax.prepare.encodings import as_utf8, guessed  # noqa: E402
-from k2jax.prepare.files import File  # noqa: E402
-from k2jax.prepare.listing import num_parts  # noqa: E402
-from k2jax.prepare.read import documents  # noqa: E402
+from k2jax.prepare import recipe  # noqa: E402
+from k2jax.prepare.sources import encodings  # noqa: E402
+from k2jax.prepare.sources.encodings import as_utf8, guessed  # noqa: E402
+from k2jax.prepare.sources.files import File  # noqa: E402
+from k2jax.prepare.sources.listing import num_parts  # noqa: E402
+from k2jax.prepare.sources.read import documents  # noqa: E402
 from k2jax.prepare.tally import Tally  # noqa: E402
 
 MARKED = [

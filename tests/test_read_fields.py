@@ -16,7 +16,7 @@ from test_read import jsonl, read_all, texts  # noqa: E402
 
 from k2jax.errors import ConfigError  # noqa: E402
 from k2jax.prepare import clean, recipe  # noqa: E402
-from k2jax.prepare.fields import seen, text_by  # noqa: E402
+from k2jax.prepare.sources.fields import seen, text_by  # noqa: E402
 
 KINDS = ("jsonl", "parquet", "arrow")
 ROWS = [
@@ -185,8 +185,8 @@ def test_rows_of_nested_columns_that_are_many_megabytes_are_not_all_in_memory(tm
     rows = [{"meta": None}] * 2 + [{"meta": {"parts": ["x" * (4 << 20)] * 4}}] * 24
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", compression="zstd")
     script = f"""
-from k2jax.prepare import read
-from k2jax.prepare.files import list_files
+from k2jax.prepare.sources import read
+from k2jax.prepare.sources.files import list_files
 from k2jax.prepare.recipe import subset
 from k2jax.prepare.tally import Tally
 chosen = subset("parquet:{tmp_path}/a.parquet", text_key="meta.parts")

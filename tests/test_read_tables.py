@@ -22,8 +22,8 @@ from warcio.statusandheaders import StatusAndHeaders  # noqa: E402
 from warcio.warcwriter import WARCWriter  # noqa: E402
 
 from k2jax.errors import ConfigError  # noqa: E402
-from k2jax.prepare import python_corpus  # noqa: E402
-from k2jax.prepare.files import list_files  # noqa: E402
+from k2jax.prepare.sources import python_corpus  # noqa: E402
+from k2jax.prepare.sources.files import list_files  # noqa: E402
 
 
 def test_parquet_is_read_in_batches_with_what_it_says_of_a_row(tmp_path):
@@ -55,8 +55,8 @@ def test_rows_of_many_megabytes_are_not_all_in_memory(tmp_path, dictionary):
     pq.write_table(table, tmp_path / "a.parquet", use_dictionary=dictionary, compression="zstd")
     script = f"""
 import resource
-from k2jax.prepare import read
-from k2jax.prepare.files import list_files
+from k2jax.prepare.sources import read
+from k2jax.prepare.sources.files import list_files
 from k2jax.prepare.recipe import subset
 from k2jax.prepare.tally import Tally
 chosen = subset("parquet:{tmp_path}/a.parquet")

@@ -13,11 +13,11 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from k2jax.errors import ConfigError  # noqa: E402
-from k2jax.prepare import lines, rules  # noqa: E402
 from k2jax.prepare.clean import clean  # noqa: E402
 from k2jax.prepare.documents import document  # noqa: E402
 from k2jax.prepare.recipe import subset  # noqa: E402
 from k2jax.prepare.rule_checks import FILTERS  # noqa: E402
+from k2jax.prepare.rules import lines, rules  # noqa: E402
 from k2jax.prepare.tally import Tally  # noqa: E402
 
 PROSE = """The lighthouse at the end of the island was built in the summer of 1871, and it has stood there ever since.

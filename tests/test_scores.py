@@ -10,11 +10,12 @@ for _package in ("datatrove", "trafilatura", "fasttext"):
 from test_rules import PAGE, apply  # noqa: E402
 
 from k2jax.errors import ConfigError  # noqa: E402
-from k2jax.prepare import recipe, rules  # noqa: E402
+from k2jax.prepare import recipe  # noqa: E402
 from k2jax.prepare.card.scores import histograms  # noqa: E402
 from k2jax.prepare.clean import GROUP, clean  # noqa: E402
 from k2jax.prepare.documents import document  # noqa: E402
 from k2jax.prepare.recipe import subset  # noqa: E402
+from k2jax.prepare.rules import rules  # noqa: E402
 from k2jax.prepare.tally import Tally, combine  # noqa: E402
 
 GOOD = "a proof of the theorem|the cell is the unit of life|water boils at a hundred degrees|the war ended in that year"

@@ -109,7 +109,7 @@ def test_a_run_takes_no_credentials(url: str):
 
 @pytest.mark.fault("S9")
 def test_an_error_tells_none(monkeypatch: pytest.MonkeyPatch):
-    from k2jax.prepare import stored
+    from k2jax.prepare.sources import stored
     from k2jax.prepare.tally import shown_name
 
     monkeypatch.setattr(stored, "WAITS", (0,))

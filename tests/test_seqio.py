@@ -20,14 +20,15 @@ from k2jax.data.store import Store
 from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import ConfigError
-from k2jax.prepare import recipe, token_sources
-from k2jax.prepare.recipe_tokenizer import open_tokenizer
+from k2jax.prepare import recipe
+from k2jax.prepare.tokens import token_sources
+from k2jax.prepare.tokens.recipe_tokenizer import open_tokenizer
 
 seqio = pytest.importorskip("seqio")
 import sentencepiece  # noqa: E402  (seqio brings both)
 import tensorflow as tf  # noqa: E402
 
-from k2jax.prepare import seqio_bridge  # noqa: E402
+from k2jax.prepare.tokens import seqio_bridge  # noqa: E402
 
 REPO = Path(__file__).parent.parent
 TEXTS = [" ".join(re.findall(r"\S+", (REPO / name).read_text())) for name in ("setup.py", "Makefile", "pyproject.toml")]
@@ -36,7 +37,7 @@ MODULE = '''
 import seqio
 import tensorflow as tf
 
-from k2jax.prepare.seqio_bridge import Vocabulary
+from k2jax.prepare.tokens.seqio_bridge import Vocabulary
 
 T5 = seqio.SentencePieceVocabulary("{folder}/t5.model", extra_ids=10)
 OURS = Vocabulary("{folder}/tokenizer.json")
@@ -305,11 +306,13 @@ def test_tensorflow_is_imported_for_seqio_alone(tmp_path, folder):
     code = f"""
 import importlib, pathlib, sys
 import k2jax
-for path in sorted(pathlib.Path(k2jax.__file__).parent.glob("prepare/*.py")) + [pathlib.Path("data/store.py")]:
+package = pathlib.Path(k2jax.__file__).parent
+for path in [*package.glob("prepare/**/*.py"), package / "data/store.py"]:
     if path.stem not in ("__init__", "seqio_bridge"):
-        importlib.import_module(f"k2jax.{{path.parent.name}}.{{path.stem}}")
+        importlib.import_module(".".join(("k2jax", *path.relative_to(package).with_suffix("").parts)))
 from dealt import deal
-from k2jax.prepare import recipe, token_sources
+from k2jax.prepare import recipe
+from k2jax.prepare.tokens import token_sources
 config = recipe.base()
 config.subsets.a = recipe.subset("llm360:{tmp_path}/a.jsonl")
 config = deal(config, pathlib.Path("{tmp_path}/out"))

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict  # noqa: E402
 from test_build import different_files, texts_of, words  # noqa: E402
 
 from k2jax.errors import ConfigError  # noqa: E402
-from k2jax.prepare import build, lines, recipe, shuffle  # noqa: E402
+from k2jax.prepare import build, recipe, shuffle  # noqa: E402
 from k2jax.prepare.card import tables  # noqa: E402
 from k2jax.prepare.dedup import streams  # noqa: E402
 from k2jax.prepare.dedup.survivors import survivors  # noqa: E402
+from k2jax.prepare.rules import lines  # noqa: E402
 from k2jax.prepare.shuffle import Shuffle  # noqa: E402
 from k2jax.prepare.tally import Tally  # noqa: E402
 

@@ -15,9 +15,9 @@ pytest.importorskip("datatrove")
 from test_engine import SLURM, die, engine, note, runs  # noqa: E402
 
 from k2jax.errors import ConfigError, RunError  # noqa: E402
-from k2jax.prepare import slurm as slurm_module  # noqa: E402
-from k2jax.prepare.engine import Stage, check_executor  # noqa: E402
-from k2jax.prepare.slurm import arrays  # noqa: E402
+from k2jax.prepare.engine import slurm as slurm_module  # noqa: E402
+from k2jax.prepare.engine.engine import Stage, check_executor  # noqa: E402
+from k2jax.prepare.engine.slurm import arrays  # noqa: E402
 
 # sbatch runs the job's script for every rank of its array, at once, in turn. It notes what it was asked for.
 SBATCH = """

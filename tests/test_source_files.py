@@ -22,16 +22,17 @@ from dealt import deal  # noqa: E402
 from test_token_sources import write_megatron  # noqa: E402
 
 from k2jax.errors import ConfigError, UnreadableError  # noqa: E402
-from k2jax.prepare import build, dealing, files, recipe  # noqa: E402
-from k2jax.prepare.engine import Engine  # noqa: E402
-from k2jax.prepare.files import File, iter_files, list_files, size_of  # noqa: E402
-from k2jax.prepare.listing import Listing  # noqa: E402
-from k2jax.prepare.megatron import read_documents  # noqa: E402
-from k2jax.prepare.read import documents  # noqa: E402
+from k2jax.prepare import build, dealing, recipe  # noqa: E402
+from k2jax.prepare.engine.engine import Engine  # noqa: E402
 from k2jax.prepare.recipe import Task  # noqa: E402
-from k2jax.prepare.records import arrow_records, parquet_records  # noqa: E402
-from k2jax.prepare.stored import version_of  # noqa: E402
+from k2jax.prepare.sources import files  # noqa: E402
+from k2jax.prepare.sources.files import File, iter_files, list_files, size_of  # noqa: E402
+from k2jax.prepare.sources.listing import Listing  # noqa: E402
+from k2jax.prepare.sources.read import documents  # noqa: E402
+from k2jax.prepare.sources.records import arrow_records, parquet_records  # noqa: E402
+from k2jax.prepare.sources.stored import version_of  # noqa: E402
 from k2jax.prepare.tally import Tally  # noqa: E402
+from k2jax.prepare.tokens.megatron import read_documents  # noqa: E402
 
 THEN, LATER = 1_000_000_000, 1_500_000_000  # dates of files
 

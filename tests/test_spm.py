@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from k2jax.data.tokenizer import K2_SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from k2jax.errors import ConfigError
-from k2jax.prepare import spm
-from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
+from k2jax.prepare.tokens import spm
+from k2jax.prepare.tokens.recipe_tokenizer import k2_tokens, open_tokenizer
 
 sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("transformers")
@@ -241,7 +241,8 @@ def test_a_missing_file_and_a_text_are_named(tmp_path):
 
 def test_the_packages_are_imported_for_a_model_alone(llama):
     code = (
-        "import sys; from k2jax.prepare import build, recipe_tokenizer as r; heavy = {'sentencepiece', 'transformers'};"
+        "import sys; from k2jax.prepare import build; from k2jax.prepare.tokens import recipe_tokenizer as r;"
+        "heavy = {'sentencepiece', 'transformers'};"
         "print(sorted(heavy & set(sys.modules))); r.open_tokenizer(sys.argv[1]);"
         "print(sorted({'torch', 'tensorflow', 'jax'} & set(sys.modules)))"
     )

@@ -21,10 +21,11 @@ from k2jax.data.store import Store
 from k2jax.data.store_writer import StoreWriter
 from k2jax.data.tokenizer import train_bpe
 from k2jax.errors import ConfigError
-from k2jax.prepare import build, recipe, token_sources
-from k2jax.prepare.files import list_files
-from k2jax.prepare.listing import in_order
+from k2jax.prepare import build, recipe
+from k2jax.prepare.sources.files import list_files
+from k2jax.prepare.sources.listing import in_order
 from k2jax.prepare.tally import Tally
+from k2jax.prepare.tokens import token_sources
 
 EOS = 2
 CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}

@@ -18,9 +18,10 @@ from k2jax.data import store_parts, store_writer
 from k2jax.data.store import DOCUMENTS, Store
 from k2jax.data.tokenizer import EOS, Tokenizer, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare import fim, kept, pieces, recipe, shuffle, tokenise
+from k2jax.prepare import kept, recipe, shuffle
 from k2jax.prepare.dedup.duplicates import ROWS
 from k2jax.prepare.documents import document, read_documents, to_line, write_documents
+from k2jax.prepare.tokens import fim, pieces, tokenise
 
 TEXTS = [f"Text {i} says </s>, \u2581 and <fim_middle>.\n" + f"wörd{i % 7} line\n" * (i % 11) for i in range(120)]
 CUT = {"seed": 3, "rate": 0.5, "spm_rate": 0.5}

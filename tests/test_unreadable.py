@@ -17,9 +17,10 @@ pytest.importorskip("datatrove")
 from test_build import BOOKS, different_files  # noqa: E402
 
 from k2jax.errors import StorageError, UnreadableError  # noqa: E402
-from k2jax.prepare import build, parts, recipe, stored, unreadable  # noqa: E402
-from k2jax.prepare.files import list_files  # noqa: E402
-from k2jax.prepare.records import json_records  # noqa: E402
+from k2jax.prepare import build, recipe  # noqa: E402
+from k2jax.prepare.sources import parts, stored, unreadable  # noqa: E402
+from k2jax.prepare.sources.files import list_files  # noqa: E402
+from k2jax.prepare.sources.records import json_records  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

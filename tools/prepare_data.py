@@ -52,7 +52,7 @@ def main() -> None:
     else:
         sys.path.append(os.getcwd())  # where the user's module may be; workers get it, too
         try:
-            from k2jax.prepare import seqio_bridge
+            from k2jax.prepare.tokens import seqio_bridge
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error.name} is not installed: pip install 'k2jax[data,seqio]'") from error
 

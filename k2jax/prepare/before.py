@@ -19,10 +19,11 @@ from k2jax.chat.template import ChatTemplate
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import check_room, write_bytes
-from k2jax.prepare import dealing, spm, token_sources, tokenise
+from k2jax.prepare import dealing
 from k2jax.prepare.claim import TEMPLATE
 from k2jax.prepare.recipe import factors_of, kind_of
-from k2jax.prepare.recipe_tokenizer import k2_tokens, open_tokenizer
+from k2jax.prepare.tokens import spm, token_sources, tokenise
+from k2jax.prepare.tokens.recipe_tokenizer import k2_tokens, open_tokenizer
 from k2jax.text import without_secrets
 
 # Of what a preparation writes, a file of each folder and name's end; {store} stands for each store.

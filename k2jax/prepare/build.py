@@ -23,33 +23,20 @@ from k2jax.data.store import Store
 from k2jax.data.tokenizer import load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import remove_tree, sync_folder, write_json
-from k2jax.prepare import (
-    before,
-    claim,
-    clean,
-    dealing,
-    finished,
-    kept,
-    pieces,
-    plan,
-    reads,
-    recipe,
-    tally,
-    token_sources,
-    tokenise,
-    unreadable,
-)
+from k2jax.prepare import before, claim, clean, dealing, finished, kept, plan, reads, recipe, tally
 from k2jax.prepare.card import card
 from k2jax.prepare.card import documents as card_documents
 from k2jax.prepare.chat import mask
 from k2jax.prepare.claim import TEMPLATE
-from k2jax.prepare.cores import cores
 from k2jax.prepare.dedup import duplicates
 from k2jax.prepare.dedup import shared as sharing
 from k2jax.prepare.dedup.index import TOGETHER, clean_documents
-from k2jax.prepare.engine import Engine, Stage, check_executor, set_environment
-from k2jax.prepare.listing import Listing
+from k2jax.prepare.engine.cores import cores
+from k2jax.prepare.engine.engine import Engine, Stage, check_executor, set_environment
 from k2jax.prepare.made import Made
+from k2jax.prepare.sources import unreadable
+from k2jax.prepare.sources.listing import Listing
+from k2jax.prepare.tokens import pieces, token_sources, tokenise
 from k2jax.prepare.work import Work
 from k2jax.text import redacted
 

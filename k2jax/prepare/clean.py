@@ -21,13 +21,15 @@ from ml_collections import ConfigDict
 
 from k2jax.errors import UnreadableError
 from k2jax.files import whole_file, write_json
-from k2jax.prepare import contamination, dealing, reads, recipe, rules, unreadable
+from k2jax.prepare import dealing, reads, recipe
 from k2jax.prepare.documents import write_documents
-from k2jax.prepare.engine import Stage
-from k2jax.prepare.files import list_files
-from k2jax.prepare.listing import Listing
-from k2jax.prepare.read import check_first_rows, documents
-from k2jax.prepare.rules import Rule
+from k2jax.prepare.engine.engine import Stage
+from k2jax.prepare.rules import contamination, rules
+from k2jax.prepare.rules.rules import Rule
+from k2jax.prepare.sources import unreadable
+from k2jax.prepare.sources.files import list_files
+from k2jax.prepare.sources.listing import Listing
+from k2jax.prepare.sources.read import check_first_rows, documents
 from k2jax.prepare.tally import Tally
 
 SAMPLE_CHARACTERS = 2000  # kept of a removed document

@@ -31,13 +31,14 @@ from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError, UnreadableError
 from k2jax.files import whole_file, write_json
-from k2jax.prepare import parts, reads, recipe, unreadable
+from k2jax.prepare import reads, recipe
 from k2jax.prepare.chat import texts
-from k2jax.prepare.engine import Engine, Stage
-from k2jax.prepare.files import File, iter_files
-from k2jax.prepare.listing import OPENING, Listing
-from k2jax.prepare.read import RenderRow, documents, dump_of
+from k2jax.prepare.engine.engine import Engine, Stage
 from k2jax.prepare.recipe import Task
+from k2jax.prepare.sources import parts, unreadable
+from k2jax.prepare.sources.files import File, iter_files
+from k2jax.prepare.sources.listing import OPENING, Listing
+from k2jax.prepare.sources.read import RenderRow, documents, dump_of
 from k2jax.prepare.tally import Tally, shown_name
 
 PACKED = 4  # bytes of text in a byte as it is stored, until a wave has told

@@ -15,9 +15,11 @@ from k2jax.data.store import Store
 from k2jax.data.tokenizer import tokenizer_sha256
 from k2jax.errors import ConfigError
 from k2jax.files import read_json, remove_tree, write_json
-from k2jax.prepare import claim, made, plan, reads, recipe, token_sources, unreadable
+from k2jax.prepare import claim, made, plan, reads, recipe
 from k2jax.prepare.card import card
 from k2jax.prepare.claim import TEMPLATE
+from k2jax.prepare.sources import unreadable
+from k2jax.prepare.tokens import token_sources
 from k2jax.text import redacted, shown
 
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from k2jax.errors import ConfigError
 from k2jax.files import read_json, write_json
-from k2jax.prepare import slurm
+from k2jax.prepare.engine import slurm
 from k2jax.text import shown
 
 MARKS = ("completions/{rank}", "errors/{rank}.json", "said/{rank}.json")

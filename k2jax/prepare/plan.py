@@ -19,11 +19,14 @@ from ml_collections import ConfigDict
 from k2jax.data.manifest import sha256_json
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import ConfigError
-from k2jax.prepare import dealing, pii, reads, recipe, rules, spm, unreadable
+from k2jax.prepare import dealing, reads, recipe
 from k2jax.prepare.claim import TEMPLATE
-from k2jax.prepare.files import File, list_files
-from k2jax.prepare.listing import Listing
 from k2jax.prepare.made import Unit
+from k2jax.prepare.rules import pii, rules
+from k2jax.prepare.sources import unreadable
+from k2jax.prepare.sources.files import File, list_files
+from k2jax.prepare.sources.listing import Listing
+from k2jax.prepare.tokens import spm
 from k2jax.text import shown, without_secrets
 
 SHARED = ("summary.json", "pieces", "cuts", "waves")

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from k2jax import paths
 from k2jax.data.tokenizer import EOS, NUM_FIXED
 from k2jax.errors import ConfigError, RunError, in_file
-from k2jax.prepare import pii as pii_rules
 from k2jax.prepare import rule_checks
 from k2jax.prepare.chat import options
+from k2jax.prepare.rules import pii as pii_rules
 
 DUMP = r"CC-MAIN-20\d\d-\d\d"  # of Common Crawl, by year and week: their order is that of the names
 KINDS = {  # of sources: "KIND:WHERE"; WHERE is a path or URL with wildcards (local, gs://, s3://, hf://)

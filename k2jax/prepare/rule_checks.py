@@ -9,7 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from k2jax.errors import ConfigError
-from k2jax.prepare import fields, pii
+from k2jax.prepare.rules import pii
+from k2jax.prepare.sources import fields
 
 FIELDS = ("url", "id", "license", "licence", "date", "dump")  # kept of a record beside its text
 FILTERS = ("gopher-repetition", "gopher-quality", "c4")

@@ -29,7 +29,7 @@ import zstandard
 
 from k2jax.errors import StorageError
 from k2jax.files import whole_file
-from k2jax.prepare.engine import Stage
+from k2jax.prepare.engine.engine import Stage
 from k2jax.prepare.made import remedy
 
 FAN = 512  # files that one task has open: the usual limit is 1,024

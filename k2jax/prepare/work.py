@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from k2jax.prepare import plan
-from k2jax.prepare.engine import Engine, Stage
+from k2jax.prepare.engine.engine import Engine, Stage
 from k2jax.prepare.made import Made, Unit, lines
 
 

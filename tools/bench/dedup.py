@@ -40,7 +40,7 @@ from k2jax.prepare import recipe  # noqa: E402
 from k2jax.prepare.dedup import components, duplicates  # noqa: E402
 from k2jax.prepare.dedup.minhash import MinHash  # noqa: E402
 from k2jax.prepare.documents import document, read_documents, write_documents  # noqa: E402
-from k2jax.prepare.engine import Stage  # noqa: E402
+from k2jax.prepare.engine.engine import Stage  # noqa: E402
 from k2jax.prepare.shuffle import Shuffle, partitions_for  # noqa: E402
 
 PAIR = np.dtype([("task", "<u4"), ("index", "<u4"), ("other_task", "<u4"), ("other_index", "<u4")])  # datatrove's

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""How often a guess of an encoding (k2jax/prepare/encodings.py) gives back the text, beside charset-normalizer's.
+"""How often a guess of an encoding (k2jax/prepare/sources/encodings.py) gives back the text, beside
+charset-normalizer's.
 
     python tools/bench/file_encodings.py [--folder=/usr/share/locale] [--texts=4]
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from charset_normalizer import from_bytes
 
-from k2jax.prepare.encodings import SAMPLE_BYTES, UNKNOWN, guessed
+from k2jax.prepare.sources.encodings import SAMPLE_BYTES, UNKNOWN, guessed
 
 ENCODINGS = {
     "ar": "cp1256", "bg": "cp1251", "ca": "cp1252", "cs": "cp1250 iso8859_2", "da": "cp1252", "de": "cp1252 iso8859_1",

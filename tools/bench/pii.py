@@ -23,7 +23,8 @@ sys.path.insert(0, str(REPOSITORY))
 from datatrove.pipeline.formatters import PIIFormatter  # noqa: E402
 
 from k2jax.files import write_text  # noqa: E402
-from k2jax.prepare import pii, python_corpus  # noqa: E402
+from k2jax.prepare.rules import pii  # noqa: E402
+from k2jax.prepare.sources import python_corpus  # noqa: E402
 
 SAMPLE = Path(__file__).with_name("pii_sample.txt")
 FIGURES = REPOSITORY / "k2jax" / "prepare" / "card" / "pii_figures.py"

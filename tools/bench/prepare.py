@@ -28,10 +28,13 @@ from warcio.statusandheaders import StatusAndHeaders  # noqa: E402
 from warcio.warcwriter import WARCWriter  # noqa: E402
 
 from k2jax.data.tokenizer import load_tokenizer  # noqa: E402
-from k2jax.prepare import build, engine, python_corpus, recipe, rule_checks, rules  # noqa: E402
+from k2jax.prepare import build, recipe, rule_checks  # noqa: E402
 from k2jax.prepare.documents import document  # noqa: E402
-from k2jax.prepare.files import File  # noqa: E402
-from k2jax.prepare.warc import warc_records  # noqa: E402
+from k2jax.prepare.engine import engine  # noqa: E402
+from k2jax.prepare.rules import rules  # noqa: E402
+from k2jax.prepare.sources import python_corpus  # noqa: E402
+from k2jax.prepare.sources.files import File  # noqa: E402
+from k2jax.prepare.sources.warc import warc_records  # noqa: E402
 
 TXT360_BYTES = 61.8e12
 ALONE = ("files", "tokenizer")  # stages of one task, whatever the corpus

@@ -42,7 +42,8 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from k2jax.data.tokenizer import train_bpe  # noqa: E402
 from k2jax.files import whole_file, write_text  # noqa: E402
-from k2jax.prepare import build, engine, recipe, shuffle  # noqa: E402
+from k2jax.prepare import build, recipe, shuffle  # noqa: E402
+from k2jax.prepare.engine import engine  # noqa: E402
 
 SHARE_OF_WEB = 0.95  # of the tasks; the others are of CURATED
 CURATED = tuple(f"curated-{i:02d}" for i in range(14))

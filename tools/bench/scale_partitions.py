@@ -17,12 +17,13 @@ import numpy as np  # noqa: E402
 
 from k2jax.data.tokenizer import load_tokenizer, train_bpe  # noqa: E402
 from k2jax.files import write_json, write_text  # noqa: E402
-from k2jax.prepare import kept, recipe, tokenise  # noqa: E402
+from k2jax.prepare import kept, recipe  # noqa: E402
 from k2jax.prepare.dedup import components, exact, members, near, shared  # noqa: E402
 from k2jax.prepare.dedup.index import Clean, Order, Subset  # noqa: E402
 from k2jax.prepare.dedup.streams import add_blocks  # noqa: E402
 from k2jax.prepare.documents import document, to_line  # noqa: E402
 from k2jax.prepare.shuffle import PARTITION_BYTES, RUN_BYTES, Shuffle  # noqa: E402
+from k2jax.prepare.tokens import tokenise  # noqa: E402
 
 TASKS = 10_000
 SOURCE = b"crawl-data/CC-MAIN-2024-30/segments/1720763514387.30/warc/CC-MAIN-20240712094214-20240712124214-00123.warc"

@@ -23,7 +23,7 @@ from k2jax.errors import StorageError
 from k2jax.files import write_bytes
 from k2jax.prepare.dedup import streams
 from k2jax.prepare.dedup.streams import chunks, mixed, partition_of
-from k2jax.prepare.engine import Stage
+from k2jax.prepare.engine.engine import Stage
 from k2jax.prepare.shuffle import Shuffle, Writer
 
 EDGE = np.dtype([("node", "<u8"), ("other", "<u8")])  # in the partition of `node`

@@ -35,7 +35,7 @@ from k2jax.prepare.dedup.index import TOGETHER, Clean, Order
 from k2jax.prepare.dedup.members import REASONS, REMEDY, ROW
 from k2jax.prepare.dedup.minhash import MinHash
 from k2jax.prepare.dedup.streams import read_blocks
-from k2jax.prepare.engine import Stage
+from k2jax.prepare.engine.engine import Stage
 from k2jax.prepare.shuffle import FAN, Shuffle, partitions_for
 
 ROWS = pa.schema(

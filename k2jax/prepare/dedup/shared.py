@@ -24,13 +24,13 @@ import xxhash
 from datatrove.data import Document
 from ml_collections import ConfigDict
 
-from k2jax.prepare import lines
 from k2jax.prepare.dedup.index import Clean, Order, index_of, nodes_of
 from k2jax.prepare.dedup.streams import beyond, partition_of
 from k2jax.prepare.dedup.survivors import surviving_ids, survivors
-from k2jax.prepare.engine import Stage
-from k2jax.prepare.read import size_problem
+from k2jax.prepare.engine.engine import Stage
+from k2jax.prepare.rules import lines
 from k2jax.prepare.shuffle import Shuffle, Writer, partitions_for
+from k2jax.prepare.sources.read import size_problem
 from k2jax.prepare.tally import Tally
 
 PIECE = np.dtype([("high", "<u8"), ("low", "<u8"), ("node", "<u8"), ("order", "<u4")])  # in the partition of `high`

@@ -21,10 +21,11 @@ from k2jax.data.records import Bad, text_of
 from k2jax.errors import ConfigError
 from k2jax.prepare.chat.rows import COLUMNS
 from k2jax.prepare.documents import document
-from k2jax.prepare.fields import Text, at, is_at, paths_of, seen, shown, text_by
-from k2jax.prepare.files import File, place
 from k2jax.prepare.recipe import DUMP, ROW_KINDS, kind_of
-from k2jax.prepare.records import (
+from k2jax.prepare.rule_checks import FIELDS
+from k2jax.prepare.sources.fields import Text, at, is_at, paths_of, seen, shown, text_by
+from k2jax.prepare.sources.files import File, place
+from k2jax.prepare.sources.records import (
     Record,
     arrow_records,
     json_records,
@@ -32,7 +33,6 @@ from k2jax.prepare.records import (
     python_records,
     text_records,
 )
-from k2jax.prepare.rule_checks import FIELDS
 from k2jax.prepare.tally import Tally, clean_name, shown_name
 
 ROWS_LOOKED_AT = 10_000  # of a subset's first file, for the keys of its text
@@ -112,7 +112,7 @@ def records(
     kind, _ = kind_of(source)
     conversations = bool(chosen.conversations) and not every_field
     if kind == "warc":
-        from k2jax.prepare.warc import warc_records  # warcio is needed for these alone
+        from k2jax.prepare.sources.warc import warc_records  # warcio is needed for these alone
 
         return warc_records(file, most=chosen.max_line_bytes, html_only=chosen.extract, text_key=chosen.text_key)
     if kind == "python":

@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from k2jax.errors import ConfigError
 from k2jax.files import whole_file, write_json
-from k2jax.prepare import fim, spm
 from k2jax.prepare.chat import mask
 from k2jax.prepare.kept import Kept, bucket_of
-from k2jax.prepare.pieces import PieceWriter
 from k2jax.prepare.recipe import factors_of
 from k2jax.prepare.tally import Tally, combine
+from k2jax.prepare.tokens import fim, spm
+from k2jax.prepare.tokens.pieces import PieceWriter
 
 BATCH_BYTES = 1 << 20  # of text handed to the tokenizer at a time: enough for every core
 KEPT_METADATA = (

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from k2jax.prepare.files import File
 from k2jax.prepare.recipe import kind_of
+from k2jax.prepare.sources.files import File
 
 OPENING = 1 << 16  # bytes that could be read while a file is opened
 SPLIT = ("jsonl", "parquet")  # kinds whose large files are read in parts

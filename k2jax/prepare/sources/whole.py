@@ -12,7 +12,7 @@ from fsspec.core import strip_protocol
 from fsspec.utils import glob_translate
 
 from k2jax.errors import ConfigError
-from k2jax.prepare.stored import patiently
+from k2jax.prepare.sources.stored import patiently
 from k2jax.prepare.tally import shown_name
 
 # What stands behind the numbers, up to the first dot, may be another for each shard: older ones have a check sum there.

@@ -14,7 +14,7 @@ import zstandard
 
 from k2jax.data.records import TOO_LONG, Bad
 from k2jax.errors import ConfigError
-from k2jax.prepare.packed import PACKINGS, UNPACKING, ZSTD_STEP, Damaged
+from k2jax.prepare.sources.packed import PACKINGS, UNPACKING, ZSTD_STEP, Damaged
 
 WINDOW = 8 << 20  # of zstd, as RFC 9659 bounds it for HTTP, and browsers do
 MOST_CODINGS = 4  # of one body, one around the other

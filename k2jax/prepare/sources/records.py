@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 
 from k2jax.data.records import TOO_LONG, Bad, text_of
 from k2jax.errors import ConfigError
-from k2jax.prepare import python_corpus
-from k2jax.prepare.encodings import UNKNOWN, UTF_8, as_utf8
-from k2jax.prepare.fields import Text, is_at, leaves, shown
-from k2jax.prepare.files import DAMAGE, File, as_stored, bounded_lines, opened, size_of
-from k2jax.prepare.stored import Stored
+from k2jax.prepare.sources import python_corpus
+from k2jax.prepare.sources.encodings import UNKNOWN, UTF_8, as_utf8
+from k2jax.prepare.sources.fields import Text, is_at, leaves, shown
+from k2jax.prepare.sources.files import DAMAGE, File, as_stored, bounded_lines, opened, size_of
+from k2jax.prepare.sources.stored import Stored
 from k2jax.prepare.tally import shown_name
 
 ROWS = 256  # of Parquet, in memory at a time, or as few as are sure to take no more than

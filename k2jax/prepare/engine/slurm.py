@@ -21,7 +21,7 @@ from datatrove.executor import SlurmPipelineExecutor
 
 from k2jax.errors import ConfigError, RunError
 from k2jax.files import write_bytes, write_text
-from k2jax.prepare.executors import Ranks
+from k2jax.prepare.engine.executors import Ranks
 from k2jax.text import shown
 
 POLL_SECONDS = 10

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from k2jax.errors import ConfigError, StorageError
-from k2jax.prepare.files import File, as_stored, size_of
-from k2jax.prepare.stored import Stored
+from k2jax.prepare.sources.files import File, as_stored, size_of
+from k2jax.prepare.sources.stored import Stored
 from k2jax.prepare.tally import shown_name
 
 MAGIC = b"MMIDIDX\0\0"

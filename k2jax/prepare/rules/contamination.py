@@ -38,10 +38,10 @@ from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import ConfigError, StorageError
 from k2jax.files import whole_file, write_json
 from k2jax.prepare import recipe
-from k2jax.prepare.files import list_files, place
-from k2jax.prepare.read import records
-from k2jax.prepare.recipe_tokenizer import open_tokenizer
+from k2jax.prepare.sources.files import list_files, place
+from k2jax.prepare.sources.read import records
 from k2jax.prepare.tally import shown_name
+from k2jax.prepare.tokens.recipe_tokenizer import open_tokenizer
 
 SHORTEST = 8  # words of an item; shorter ones ("What is the capital of France?") stand everywhere
 SHORTEST_TOKENS = 11  # of an item, about as many words

@@ -9,9 +9,9 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 
 from k2jax.data.records import TOO_LONG, Bad
-from k2jax.prepare.body import unpacked
-from k2jax.prepare.files import DAMAGE, File, opened
-from k2jax.prepare.records import Record
+from k2jax.prepare.sources.body import unpacked
+from k2jax.prepare.sources.files import DAMAGE, File, opened
+from k2jax.prepare.sources.records import Record
 
 HTML = ("text/html", "application/xhtml+xml")
 CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w-]{2,20})", re.IGNORECASE)

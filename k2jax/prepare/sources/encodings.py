@@ -11,9 +11,9 @@ import codecs
 import io
 import re
 
-from k2jax.prepare.files import BLOCK, DAMAGE
-from k2jax.prepare.packed import Damaged
 from k2jax.prepare.rule_checks import DETECT
+from k2jax.prepare.sources.files import BLOCK, DAMAGE
+from k2jax.prepare.sources.packed import Damaged
 
 UTF_8, UNKNOWN = "utf-8", "unknown"
 MARKS = (  # UTF-32's little one begins with that of UTF-16

@@ -20,11 +20,11 @@ from ml_collections import ConfigDict
 
 from k2jax.data.records import Bad, text_of
 from k2jax.errors import ConfigError
-from k2jax.prepare import scores
-from k2jax.prepare.lines import drop_lines, without_repeated
-from k2jax.prepare.pii import pii_replacer
-from k2jax.prepare.read import size_problem
-from k2jax.prepare.scores import Apply, import_of
+from k2jax.prepare.rules import scores
+from k2jax.prepare.rules.lines import drop_lines, without_repeated
+from k2jax.prepare.rules.pii import pii_replacer
+from k2jax.prepare.rules.scores import Apply, import_of
+from k2jax.prepare.sources.read import size_problem
 from k2jax.prepare.tally import Tally, clean_name
 
 # A crawler keeps 1 MiB of a page (Common Crawl until 2025, then 5); what trafilatura takes grows faster than the page.
@@ -147,7 +147,7 @@ def _words() -> Any:
     """datatrove's filters ask this for words and sentences: its own for English, spaCy, is 80% of their time."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 
-    from k2jax.prepare.lines import sentences
+    from k2jax.prepare.rules.lines import sentences
 
     class Words(WordTokenizer):
         def word_tokenize(self, text: str) -> list[str]:

@@ -33,14 +33,14 @@ from k2jax.errors import ConfigError
 from k2jax.files import write_json
 from k2jax.prepare import reads
 from k2jax.prepare.dealing import share
-from k2jax.prepare.engine import Stage
-from k2jax.prepare.files import DAMAGE, File, bounded_lines, opened, place
-from k2jax.prepare.megatron import read_documents
-from k2jax.prepare.pieces import PieceWriter
+from k2jax.prepare.engine.engine import Stage
 from k2jax.prepare.recipe import TOKEN_KINDS, Task, kind_of, subset, tasks
 from k2jax.prepare.recipe import task as task_of
+from k2jax.prepare.sources.files import DAMAGE, File, bounded_lines, opened, place
 from k2jax.prepare.tally import Tally, combine, shown_name, why_none
-from k2jax.prepare.token_document import TokenDocument, token_document
+from k2jax.prepare.tokens.megatron import read_documents
+from k2jax.prepare.tokens.pieces import PieceWriter
+from k2jax.prepare.tokens.token_document import TokenDocument, token_document
 from k2jax.text import without_secrets
 
 MOST_STORES = 256  # of one subset: more are no subsets, but a key that differs from row to row
@@ -90,7 +90,7 @@ def read(
     """
     kind, where = kind_of(chosen.source)
     if kind == "seqio":
-        from k2jax.prepare import seqio_bridge  # it imports TensorFlow: 6 seconds and 0.8 GB
+        from k2jax.prepare.tokens import seqio_bridge  # it imports TensorFlow: 6 seconds and 0.8 GB
 
         found = seqio_bridge.read(where, shard=shard, num_shards=num_shards, seed=seed, eos=eos)
     else:

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from k2jax.errors import UnreadableError
-from k2jax.prepare.files import BLOCK, File, as_stored
-from k2jax.prepare.listing import num_parts
-from k2jax.prepare.packed import HEAD, is_text, packing
 from k2jax.prepare.recipe import kind_of
-from k2jax.prepare.stored import Stored
+from k2jax.prepare.sources.files import BLOCK, File, as_stored
+from k2jax.prepare.sources.listing import num_parts
+from k2jax.prepare.sources.packed import HEAD, is_text, packing
+from k2jax.prepare.sources.stored import Stored
 
 
 class Cut(NamedTuple):

@@ -26,8 +26,9 @@ from ml_collections import ConfigDict
 
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from k2jax.errors import ConfigError
-from k2jax.prepare import recipe, spm
-from k2jax.prepare.token_document import TokenDocument, token_document
+from k2jax.prepare import recipe
+from k2jax.prepare.tokens import spm
+from k2jax.prepare.tokens.token_document import TokenDocument, token_document
 
 TRAIN, HELD_OUT = "train", "validation"
 MOST_TASKS = 64  # of one subset
@@ -154,7 +155,7 @@ def tokenizer(where: str) -> Tokenizer:
     if not isinstance(found[-1], seqio.SentencePieceVocabulary):
         raise ConfigError(
             f"seqio {name}: its vocabulary is a {type(found[-1]).__name__}: expected a SentencePieceVocabulary, or a "
-            "k2jax.prepare.seqio_bridge.Vocabulary of a tokenizer.json"
+            "k2jax.prepare.tokens.seqio_bridge.Vocabulary of a tokenizer.json"
         )
     path, count = found[-1].sentencepiece_model_file, found[-1].extra_ids
     model = spm.parse(found[-1].sp_model, path)  # the extra ids are its last pieces

@@ -25,7 +25,7 @@ from datatrove.utils.stats import PipelineStats
 from k2jax import errors, locks
 from k2jax.errors import RunError
 from k2jax.files import is_running, make_folder, write_json
-from k2jax.prepare import said
+from k2jax.prepare.engine import said
 from k2jax.text import without_secrets
 
 AHEAD = 8  # ranks that wait for each worker

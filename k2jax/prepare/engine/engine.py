@@ -17,10 +17,10 @@ from datatrove.utils.logging import logger
 import k2jax
 from k2jax import errors
 from k2jax.errors import ConfigError, RunError
-from k2jax.prepare import progress, said
-from k2jax.prepare.cores import cores
-from k2jax.prepare.executors import Local, Ray
-from k2jax.prepare.slurm import Slurm, check_folder
+from k2jax.prepare.engine import progress, said
+from k2jax.prepare.engine.cores import cores
+from k2jax.prepare.engine.executors import Local, Ray
+from k2jax.prepare.engine.slurm import Slurm, check_folder
 
 EXECUTORS = ("local", "ray", "slurm")
 

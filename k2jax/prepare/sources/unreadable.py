@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from k2jax.errors import UnreadableError
 from k2jax.files import read_json, write_json
-from k2jax.prepare.files import File, place
+from k2jax.prepare.sources.files import File, place
 from k2jax.prepare.tally import Tally, shown_name
 
 REASON = "file that cannot be read"

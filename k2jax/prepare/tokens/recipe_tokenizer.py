@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from k2jax.data.tokenizer import K2_SPECIAL_TOKENS, Tokenizer, load_tokenizer
-from k2jax.prepare import spm
+from k2jax.prepare.tokens import spm
 
 
 def open_tokenizer(where: str | Path) -> Tokenizer:
@@ -13,7 +13,7 @@ def open_tokenizer(where: str | Path) -> Tokenizer:
     """
     where = str(where)
     if where.startswith("seqio:"):
-        from k2jax.prepare import seqio_bridge  # it imports TensorFlow: 6 seconds and 0.8 GB
+        from k2jax.prepare.tokens import seqio_bridge  # it imports TensorFlow: 6 seconds and 0.8 GB
 
         return seqio_bridge.tokenizer(where.removeprefix("seqio:"))
     return spm.convert(spm.read(where), where) if spm.is_model(where) else load_tokenizer(where)

@@ -18,12 +18,12 @@ from fsspec.core import has_magic, strip_protocol
 from fsspec.utils import glob_translate
 
 from k2jax.errors import ConfigError, RunError, StorageError
-from k2jax.prepare import python_corpus
-from k2jax.prepare.packed import HEAD, PACKINGS, Damaged, Unpacked, no_archive, packing
 from k2jax.prepare.recipe import kind_of
-from k2jax.prepare.stored import Stored, patiently, version_of
+from k2jax.prepare.sources import python_corpus
+from k2jax.prepare.sources.packed import HEAD, PACKINGS, Damaged, Unpacked, no_archive, packing
+from k2jax.prepare.sources.stored import Stored, patiently, version_of
+from k2jax.prepare.sources.whole import Whole
 from k2jax.prepare.tally import shown_name
-from k2jax.prepare.whole import Whole
 from k2jax.text import without_secret_parameters
 
 BLOCK = 1 << 20  # bytes read at a time

@@ -1,0 +1,1 @@
+"""Documents to pieces of stores, and sources that are tokens already."""
