@@ -49,7 +49,7 @@ def make_config(folder: Path, tasks: int = 1, **options):
 def run(config, out: Path) -> dict[str, bytes]:
     """All stages; every file by its name."""
     check(config)
-    for stage in stages(deal(config, out), out):
+    for stage in stages(deal(config, out), out, again=None):
         for rank in range(stage.tasks):
             stage.function(rank)
     return files_of(out)
@@ -173,7 +173,7 @@ def test_stages_run_in_other_processes_with_the_same_bytes(tmp_path):
     config = make_config(tmp_path / "in", tasks=3, filters=("gopher-quality",))
     here = run(config, tmp_path / "here")
     deal(config, tmp_path / "there")
-    [stage] = stages(config, tmp_path / "there")
+    [stage] = stages(config, tmp_path / "there", again=None)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.map(stage.function, range(stage.tasks))
     assert files_of(tmp_path / "there") == here
@@ -190,7 +190,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_clean import deal, make_config, stages
 config = make_config(Path({str(tmp_path / "in")!r}), max_document_bytes=700)
 deal(config, Path({str(tmp_path / "out")!r}))
-[stage] = stages(config, Path({str(tmp_path / "out")!r}))
+[stage] = stages(config, Path({str(tmp_path / "out")!r}), again=None)
 print("starts", flush=True)
 stage.function(0)
 """
@@ -227,7 +227,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_clean import deal, make_config, stages
 config, out = make_config(Path({str(tmp_path / "in")!r})), Path({str(tmp_path / "out")!r})
 deal(config, out)
-[stage] = stages(config, out)
+[stage] = stages(config, out, again=None)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 stage.function(0)

@@ -158,7 +158,7 @@ def start(folder: Path, task: str, workers: int) -> subprocess.Popen:
     """A program that runs two ranks of a task of this file."""
     code = (
         "from functools import partial; from pathlib import Path; import test_engine as t\n"
-        "from k2jax.prepare.engine import Stage\n"
+        "from k2jax.prepare.engine.engine import Stage\n"
         "if __name__ == '__main__':\n"
         f"    folder = Path({str(folder)!r})\n"
         f"    t.engine(folder, workers={workers}).run(Stage({task!r}, 2, partial(t.{task}, folder=folder)))\n"
