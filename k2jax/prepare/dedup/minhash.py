@@ -21,7 +21,7 @@ from datatrove.utils.text import NUMBERS_PATTERN, PUNCTUATION, WHITESPACE_PATTER
 
 PRIME = (1 << 61) - 1  # of datatrove's and datasketch's permutations, (a x + b mod 2^64) mod PRIME
 SHINGLES = 1 << 15  # hashed at a time: bounds a long document's memory
-CACHED = 1024  # shingles permuted at a time: 1024 x 117 hashes x 8 bytes
+CACHED = 1024  # shingles permuted at a time, with 117 hashes in 1 MB; with 512 it takes a fifth longer
 
 _UPPER, _LOWER = string.ascii_uppercase.encode(), string.ascii_lowercase.encode()
 _ASCII_PUNCTUATION = "".join(c for c in PUNCTUATION if c.isascii()).encode()
